@@ -1,0 +1,366 @@
+"""The configuration of a run: frozen sections, presets, and the rules by which sources override one another.
+
+Precedence: command line (`--set` and named options) > environment (`FASTNST_SECTION__KEY`) > TOML file > preset > default.
+A part of the program receives its own section only, never the whole.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fastnst.errors import UserError
+
+ENVIRONMENT_PREFIX = "FASTNST_"
+DEFAULT_PRESET = "hwalsuklee"
+
+# φ's layers that a loss may tap. They are spelled out here, and checked against `models.vgg19` by a test, because
+# reading a configuration must not import torch.
+LOSS_LAYERS = tuple(
+    f"{kind}{block}_{index}"
+    for block, count in enumerate((2, 2, 4, 4, 4), start=1)
+    for index in range(1, count + 1)
+    for kind in ("conv", "relu")
+) + tuple(f"pool{block}" for block in range(1, 6))
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Where training pictures come from and how each becomes a square."""
+
+    folder: Path | None = None
+    """Folder of JPEG, PNG and WebP pictures, searched with its subfolders."""
+    image_size: int = Field(256, ge=16, le=2048)
+    """Side of the square training pictures, in pixels."""
+    loader: Literal["dali", "pillow"] = "dali"
+    """What decodes and resizes: DALI (on the GPU if there is one) or Pillow in worker processes."""
+    fit: Literal["random_crop", "center_crop", "squash"] = "random_crop"
+    """How a picture becomes square: short side resized to `image_size` and cropped, or both sides resized."""
+    flip: bool = True
+    """Mirror each picture left to right with probability one half."""
+    workers: int = Field(2, ge=1, le=256)
+    """DALI's threads, or Pillow's processes."""
+    prefetch: int = Field(3, ge=1, le=64)
+    """Batches kept ready ahead of the training step."""
+
+
+class StyleConfig(Section):
+    """The painting."""
+
+    picture: Path | None = None
+    """The style picture."""
+    size: int | None = Field(None, ge=16, le=4096)
+    """Longest side of the style picture in pixels while its Gram matrices are taken: larger strokes with smaller
+    numbers. Smaller pictures are not enlarged. Unset: the picture's own size, at most 1024."""
+
+
+class ModelConfig(Section):
+    """The transform net."""
+
+    architecture: Literal["hwalsuklee", "lengstrom", "johnson"] = "hwalsuklee"
+    """Padding, upsampling, output and initialisation, each as one published implementation has them."""
+    norm: Literal["instance", "batch"] = "instance"
+    """Statistics per picture (Ulyanov et al. 2016) or per batch (Johnson et al. 2016)."""
+
+
+class LossConfig(Section):
+    """The loss network φ and the terms measured on it (paper, equations 1 to 4)."""
+
+    vgg: str = "auto"
+    """VGG19 weights: `auto` (cached, else downloaded), `random` (He initialisation, seeded), or a `.pth` or
+    `.safetensors` file with torchvision's key names."""
+    vgg_flavour: Literal["auto", "torchvision", "caffe"] = "auto"
+    """What the weights expect as input; `auto` finds out from the file."""
+    content_layers: tuple[str, ...] = ("relu4_2",)
+    style_layers: tuple[str, ...] = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+    style_layer_weights: tuple[float, ...] = ()
+    """One factor per style layer; empty means 1 for each."""
+    content_weight: float = Field(7.5, ge=0)
+    style_weight: float = Field(5e2, ge=0)
+    tv_weight: float = Field(2e2, ge=0)
+    style_reduction: Literal["mean", "sum"] = "mean"
+    """Over the C² entries of G - A: `sum` is equation 4, ‖G - A‖²_F; `mean` divides it by C², as the known codes do."""
+    tv_reduction: Literal["mean", "sum"] = "mean"
+    """Over the squared differences of each direction of ŷ."""
+    feature_scale: Literal["0-255", "unit"] = "0-255"
+    """The scale in which the weights above were tuned: that of φ fed with 0-255 pixels (Caffe) or with pixels of unit
+    variance (torchvision). φ is positively homogeneous, so the other flavour's features are rescaled to it."""
+
+    @field_validator("content_layers", "style_layers")
+    @classmethod
+    def _known_layers(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
+        for layer in layers:
+            if layer not in LOSS_LAYERS:
+                raise ValueError(f"no VGG19 layer is named {layer!r}{_nearest(layer, LOSS_LAYERS)}")
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"a layer is named twice in {list(layers)}")
+        return layers
+
+    @model_validator(mode="after")
+    def _one_weight_per_layer(self) -> "LossConfig":
+        if self.style_layer_weights and len(self.style_layer_weights) != len(self.style_layers):
+            raise ValueError(
+                f"style_layer_weights has {len(self.style_layer_weights)} numbers for {len(self.style_layers)} "
+                "style_layers; give one for each, or none"
+            )
+        if not self.content_layers and not self.style_layers:
+            raise ValueError("content_layers and style_layers are both empty; name at least one layer")
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation and what is written while it runs."""
+
+    batch_size: int = Field(4, ge=1, le=4096)
+    steps: int | None = Field(None, ge=1)
+    """Steps to train; unset: as many as `epochs` needs."""
+    epochs: float = Field(2.0, gt=0)
+    """Passes over the pictures; used where `steps` is unset."""
+    learning_rate: float = Field(1e-3, gt=0)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of the matrix work; sums, losses and statistics stay fp32. `auto`: bf16 on CUDA, fp32 on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    engine: Literal["autograd"] = "autograd"
+    """How the gradient of the loss network is taken."""
+    compile: bool = False
+    """Run both networks and the loss through torch.compile."""
+    deterministic: bool = False
+    """Ask PyTorch for deterministic algorithms only; slower on CUDA."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    log_every: int = Field(20, ge=1)
+    """Steps between two rows of metrics; the first and the last step are always logged."""
+    sample_every: int = Field(500, ge=1)
+    """Steps between two sets of stylised samples and histograms in TensorBoard."""
+    samples: int = Field(4, ge=0, le=64)
+    """Fixed pictures, the first of the folder, that are stylised for TensorBoard."""
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+    """Newest checkpoints that are kept."""
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _device_name(cls, device: object) -> object:
+        return "cuda" if device == "gpu" else device
+
+
+class Config(Section):
+    """Everything that decides the outcome of a run; saved, resolved, as `config.toml` in its directory."""
+
+    preset: str = DEFAULT_PRESET
+    data: DataConfig = DataConfig()
+    style: StyleConfig = StyleConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package, the default first."""
+    names = sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("fastnst.presets").iterdir()
+        if entry.name.endswith(".toml")
+    )
+    return sorted(names, key=lambda name: name != DEFAULT_PRESET)
+
+
+def load_config(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    assignments: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Config:
+    """The resolved configuration.
+
+    Args:
+        preset: name of a preset; None takes the file's or environment's `preset`, else `hwalsuklee`.
+        file: a TOML file with any of the sections.
+        assignments: `section.key=value` strings, values in TOML syntax (bare words are strings).
+        options: dotted key → value from named command-line options; None values are left out.
+        environment: `FASTNST_SECTION__KEY` variables; default `os.environ`.
+
+    Raises:
+        UserError: an unknown preset, section or key, a wrong type, or a value out of range; the message names the key,
+            what it got, what is allowed and the nearest name.
+    """
+    environment = os.environ if environment is None else environment
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if file is not None:
+        layers.append((str(file), _read_toml(file)))
+    layers.append(("the environment", _from_environment(environment)))
+    command_line: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        if value is not None:
+            _put(command_line, key, value)
+    for assignment in assignments:
+        key, value = _parse_assignment(assignment)
+        _put(command_line, key, value)
+    layers.append(("the command line", command_line))
+
+    for _, values in layers:
+        preset = preset if preset is not None and values is not command_line else values.get("preset", preset)
+    name = DEFAULT_PRESET if preset is None else preset
+    if name not in preset_names():
+        raise UserError(f"unknown preset {name!r}{_nearest(name, preset_names())}; presets: {', '.join(preset_names())}")
+    merged: dict[str, Any] = tomllib.loads(resources.files("fastnst.presets").joinpath(f"{name}.toml").read_text("utf-8"))
+    for source, values in layers:
+        _check_keys(values, source)
+        _merge(merged, values)
+    merged["preset"] = name
+    return _validate(merged)
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `load_config(file=…)` reads back to an equal one; unset keys become comments."""
+    lines = [f"preset = {_toml_value(config.preset)}"]
+    for section_name in Config.model_fields:
+        section = getattr(config, section_name)
+        if not isinstance(section, Section):
+            continue
+        lines += ["", f"[{section_name}]"]
+        for key in type(section).model_fields:
+            value = getattr(section, key)
+            lines.append(f"# {key} is unset" if value is None else f"{key} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int():
+            return str(value)
+        case float():
+            return repr(value)
+        case tuple() | list():
+            return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        case _:
+            return _toml_string(str(value))
+
+
+def _toml_string(text: str) -> str:
+    escaped = "".join(
+        {"\\": "\\\\", '"': '\\"'}.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text
+    )
+    return f'"{escaped}"'
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {file}: {error.strerror}; give an existing TOML file") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file} is not TOML: {error}; write sections like [train] with lines like steps = 100") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        # Variables without the double underscore (FASTNST_CACHE, …) are not configuration keys.
+        if variable.startswith(ENVIRONMENT_PREFIX) and "__" in variable:
+            section, _, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+            _put(values, f"{section}.{key}", _parse_value(text))
+    return values
+
+
+def _parse_assignment(assignment: str) -> tuple[str, Any]:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set takes section.key=value, got {assignment!r}; for example --set train.steps=100")
+    return key.strip(), _parse_value(text.strip())
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{dotted!r} sets a key below {section!r}, which already has a value")
+    values[key] = value
+
+
+def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _check_keys(values: Mapping[str, Any], source: str) -> None:
+    """Refuse unknown names before pydantic does: it would list every field and not say which one is near."""
+    for section_name, section in values.items():
+        if section_name not in Config.model_fields:
+            dotted = [f"{name}.{key}" for name, keys in _section_keys().items() for key in keys]
+            raise UserError(f"{source}: unknown key {section_name!r}{_nearest(section_name, [*Config.model_fields, *dotted])}")
+        if section_name == "preset":
+            continue
+        keys = _section_keys()[section_name]
+        if not isinstance(section, Mapping):
+            raise UserError(f"{source}: {section_name!r} is a section; set one of its keys: {', '.join(keys)}")
+        for key in section:
+            if key not in keys:
+                raise UserError(
+                    f"{source}: unknown key '{section_name}.{key}'{_nearest(key, keys, prefix=section_name + '.')}; "
+                    f"[{section_name}] has {', '.join(keys)}"
+                )
+
+
+def _section_keys() -> dict[str, list[str]]:
+    return {
+        name: list(field.annotation.model_fields)
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix + near[0]!r}?" if near else ""
+
+
+def _validate(values: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    section, *rest = (str(part) for part in item["loc"])
+    key = ".".join([section, *rest[:1]])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "literal_error":
+        field = _section_keys_to_field(section, rest[0])
+        allowed = [str(value) for value in get_args(field)] if get_origin(field) is Literal else []
+        near = _nearest(str(item["input"]), allowed)
+        return f"{key} is {item['input']!r}; allowed: {', '.join(allowed)}{near}"
+    if item["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key} is {item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_keys_to_field(section: str, key: str) -> Any:
+    section_type = Config.model_fields[section].annotation
+    assert section_type is not None
+    return section_type.model_fields[key].annotation

@@ -1,0 +1,129 @@
+"""Files that are whole or absent: atomic writes, checksums, the cache folder, and the run directory with its lock."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from fastnst.errors import DataError, UserError
+
+LOCK_NAME = ".lock"
+
+
+def cache_folder() -> Path:
+    """Where downloads and manifests are kept: `$FASTNST_CACHE`, else `$XDG_CACHE_HOME/fastnst`, else `~/.cache/fastnst`."""
+    if own := os.environ.get("FASTNST_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastnst"
+
+
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part.
+
+    Args:
+        path: the file; its folder is made if need be.
+        content: the bytes, or a function that writes them into the open file it is given.
+
+    Raises:
+        DataError: the storage refuses (no space, read-only, no permission); the old file, if any, is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Hexadecimal SHA-256 of a file's content; `progress` receives the number of bytes of each block read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def storage_error(path: Path, error: OSError) -> DataError:
+    """What a user can do about `error`, met while writing `path`."""
+    advice = {
+        errno.ENOSPC: "free some space there, or choose another folder",
+        errno.EDQUOT: "the disk quota is used up; free some space there, or choose another folder",
+        errno.EROFS: "the file system is read-only; choose another folder",
+        errno.EACCES: "choose a folder you may write to",
+        errno.EPERM: "choose a folder you may write to",
+        errno.ENOTDIR: "a part of the path is a file; choose another folder",
+        errno.EEXIST: "a file is in the way; choose another folder",
+        errno.EISDIR: "a folder has that name; choose another name",
+    }.get(error.errno or 0, "check the disk, or choose another folder")
+    return DataError(f"cannot write {path}: {error.strerror or error}; {advice}")
+
+
+@contextlib.contextmanager
+def lock_run(directory: Path) -> Iterator[None]:
+    """Own a run directory: one process at a time. The lock ends with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+        DataError: the directory cannot be made or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK_NAME, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{directory} is in use by another fastnst process; wait for it to end or choose another --out"
+        ) from error
+    except OSError as error:
+        raise storage_error(directory, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _umask() -> int:
+    # There is no call that only reads it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
