@@ -1,0 +1,247 @@
+"""The command line. torch and everything that needs it are imported inside the commands: `--help` stays instant."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fastnst.config import Config
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+def main() -> None:
+    """Entry point: runs a command; errors that users can mend become one message and an exit code, no traceback."""
+    from fastnst.errors import StoppedBySignal, UserError
+
+    try:
+        cli.main(standalone_mode=False)
+    except click.Abort:
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (UserError, StoppedBySignal) as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of stdout has gone (`fastnst … | head`): nothing is left to say, and nowhere to say it.
+        sys.stderr.close()
+        sys.exit(141)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="fastnst")
+def cli() -> None:
+    """Train feed-forward style-transfer networks at the speed of the GPU, and see what they learn.
+
+    Exit codes: 0 done, 2 usage, 3 bad data, weights or storage, 4 training diverged, 5 no device or memory,
+    128+n stopped by signal n.
+    """
+
+
+_train_options: list[Callable[[Any], Any]] = [
+    click.option("--style", type=click.Path(path_type=Path), metavar="PICTURE", help="The painting to learn."),
+    click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photographs to train on."),
+    click.option("--preset", metavar="NAME", help="hwalsuklee (the default), lengstrom, johnson or vgg-conv3."),
+    click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE.toml", help="Configuration file."),
+    click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Set one configuration key."),
+    click.option("--vgg", metavar="auto|random|FILE", help="VGG19 weights; auto finds or downloads torchvision's."),
+    click.option("--loader", metavar="dali|pillow", help="What decodes and resizes the pictures."),
+    click.option("--device", metavar="cuda|cpu", help="Default: cuda where there is one."),
+    click.option("--precision", metavar="bf16|fp16|fp32", help="Default: bf16 on CUDA, fp32 on a CPU."),
+    click.option("--steps", type=int, help="Steps to train (default: two passes over the data)."),
+    click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="Run directory (default: runs/STYLE)."),
+    click.option("--resume", is_flag=True, help="Go on with the run in --out."),
+    click.option("--dry-run", is_flag=True, help="Print configuration, data, memory and disk, and stop."),
+]
+
+
+def _with_train_options(function: Any) -> Any:
+    for option in reversed(_train_options):
+        function = option(function)
+    return function
+
+
+@cli.command()
+@_with_train_options
+def train(out: Path | None, resume: bool, dry_run: bool, style: Path | None, **options: Any) -> None:
+    """Train a style. Ctrl-C finishes the step, saves, and says how to go on.
+
+    \b
+    fastnst train --style wave.jpg --data train2017 --out runs/wave
+    fastnst train --resume --out runs/wave
+    """
+    from fastnst.training.run_directory import CONFIG_NAME, saved_config
+
+    if resume:
+        if out is None:
+            raise click.UsageError("--resume needs --out RUN, the directory of the run to go on with")
+        saved_config(out)
+        if options["file"] is None:
+            options["file"] = out / CONFIG_NAME
+    config = _train_config(style=style, **options)
+    if out is None:
+        if config.style.picture is None:
+            raise click.UsageError("no style picture; give one with --style PICTURE")
+        out = Path("runs") / config.style.picture.stem
+    if dry_run:
+        _print_plan(config, out, resume)
+        return
+
+    from fastnst.training.loop import train as run_training
+    from fastnst.training.signals import StopRequest
+
+    with StopRequest().installed() as stop:
+        model = run_training(config, out, resume=resume, notify=_notify, stop=stop)
+    click.echo(f"style model      {model}")
+    click.echo(f"TensorBoard log  {out}")
+    _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {out} PICTURE --out PICTURE")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("pictures", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="PICTURE...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="PICTURE|FOLDER", help="Where to write.")
+@click.option("--device", default="auto", metavar="cuda|cpu", help="Default: cuda where there is one.")
+@click.option("--precision", default="auto", metavar="bf16|fp16|fp32", help="Default: fp32.")
+def stylize(model: Path, pictures: tuple[Path, ...], out: Path, device: str, precision: str) -> None:
+    """Paint pictures with a style MODEL: a run directory or a model.safetensors.
+
+    A PICTURE may be a folder. The result has the size of its source, and the format of its suffix.
+    """
+    from fastnst.stylize import stylize_files
+
+    for written in stylize_files(model, pictures, out, device=device, precision=precision, notify=_notify):
+        click.echo(written)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--port", type=int, default=6006, show_default=True)
+@click.option("--host", default="localhost", show_default=True, help="Anything else lets other machines look in.")
+def tensorboard(run: Path, port: int, host: str) -> None:
+    """Open the TensorBoard log of a RUN (or of a folder of runs) on localhost."""
+    import os
+
+    from fastnst.errors import DataError
+
+    if not any(run.rglob("events.out.tfevents.*")):
+        raise DataError(f"{run} holds no TensorBoard log; give a run directory that fastnst train has written")
+    # TensorBoard takes this process's place, so that signals and its exit code are its own. It keeps 10 pictures per
+    # tag unless told otherwise, and the sliders want them all.
+    keep = "images=1000,histograms=1000,scalars=0"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--samples_per_plugin", keep]
+    os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])
+
+
+@cli.group()
+def data() -> None:
+    """Look at training pictures."""
+
+
+@data.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def check(folder: Path, as_json: bool) -> None:
+    """Check every picture of FOLDER as training does; say which are refused, and why."""
+    import json
+    from collections import Counter
+
+    from fastnst.config import Config, DataConfig
+    from fastnst.training.loop import read_manifest
+
+    manifest = read_manifest(Config(data=DataConfig(folder=folder)), lambda _: None)
+    formats = Counter(entry.format for entry in manifest.images)
+    if as_json:
+        rejected = [{"path": item.path, "reason": item.reason} for item in manifest.rejected]
+        result = {"folder": str(folder), "accepted": len(manifest.images), "formats": formats, "rejected": rejected}
+        click.echo(json.dumps(result, indent=2))
+        return
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
+    click.echo(f"{len(manifest.images)} pictures accepted ({kinds}), {len(manifest.rejected)} refused")
+    for item in manifest.rejected:
+        click.echo(f"{item.path}: {item.reason}")
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, metavar="RUN")
+@click.option("--vgg", default="auto", metavar="auto|random|FILE", help="auto falls back to random without a network.")
+@click.option("--steps", type=int, default=None, help="Steps to train.")
+def demo(out: Path, vgg: str, steps: int | None) -> None:
+    """Train a small style on pictures that ship with a dependency, and paint one with it."""
+    from fastnst.demo import run_demo
+    from fastnst.training.signals import StopRequest
+
+    with StopRequest().installed() as stop:
+        result = run_demo(out, vgg=vgg, steps=steps, notify=_notify, stop=stop)
+    click.echo(f"stylised picture {result.picture}")
+    click.echo(f"style model      {result.model}")
+    click.echo(f"TensorBoard log  {out}")
+
+
+def _train_config(
+    *,
+    style: Path | None,
+    data: Path | None,
+    preset: str | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    **keys: Any,
+) -> "Config":
+    from fastnst.config import load_config
+
+    names = {"vgg": "loss.vgg", "loader": "data.loader", "device": "train.device"}
+    names |= {"precision": "train.precision", "steps": "train.steps"}
+    options = {names[key]: value for key, value in keys.items()}
+    # Paths are resolved here: a run may be resumed from another working directory.
+    options |= {"style.picture": style and style.absolute(), "data.folder": data and data.absolute()}
+    if options["loss.vgg"] not in (None, "auto", "random"):
+        options["loss.vgg"] = str(Path(options["loss.vgg"]).absolute())
+    return load_config(preset=preset, file=file, assignments=assignments, options=options)
+
+
+def _print_plan(config: "Config", out: Path, resume: bool) -> None:
+    from fastnst.config import to_toml
+    from fastnst.models.weights import describe_source
+    from fastnst.progress import byte_count
+    from fastnst.training.estimate import estimate
+    from fastnst.training.loop import read_manifest, read_style, total_steps
+    from fastnst.training.run_directory import prepare_run
+    from fastnst.training.step import resolve_device, resolve_precision
+
+    prepare_run(out, config, resume=resume)
+    device = resolve_device(config.train.device)
+    precision = resolve_precision(config.train.precision, device)
+    style, _ = read_style(config)
+    manifest = read_manifest(config, _notify)
+    steps = total_steps(config.train, len(manifest.images))
+    need = estimate(config, precision=precision, device_type=device.type)
+    passes = steps * config.train.batch_size / len(manifest.images)
+    click.echo(to_toml(config))
+    click.echo(f"# style      {config.style.picture}, {style.shape[3]}x{style.shape[2]} px")
+    click.echo(
+        f"# data       {len(manifest.images)} pictures, {len(manifest.rejected)} refused, in {config.data.folder}"
+    )
+    click.echo(f"# VGG19      {describe_source(config.loss.vgg)}")
+    click.echo(f"# steps      {steps} of {config.train.batch_size} pictures, {passes:.2f} passes over the data")
+    click.echo(f"# device     {device}, {precision}")
+    click.echo(
+        f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
+        f"activations {byte_count(need.activations)}; workspaces come on top"
+    )
+    click.echo(f"# disk       {byte_count(need.disk)} in {out}, and the log")
+    click.echo("# dry run: nothing was written")
+
+
+def _notify(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"fastnst: {message}", err=True)
+    sys.exit(code)

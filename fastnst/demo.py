@@ -1,0 +1,127 @@
+"""`fastnst demo`: a small style from nothing but what is installed, in a few minutes on two CPU cores.
+
+The photographs come with scikit-image (public domain: NASA's astronaut, rocket and deep field, and CC0 pictures of a cat and
+a cup of coffee); the style picture is painted here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fastnst.config import load_config
+from fastnst.errors import UserError
+from fastnst.images import write_image
+from fastnst.training.signals import StopRequest
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
+SHOWN = "chelsea"
+IMAGE_SIZE = 128
+STEPS = 150
+
+_PALETTE = ("#0b1e3f", "#123c69", "#1f6f8b", "#3fa7a3", "#e8c547", "#f2e3bc", "#d1603d", "#7a1e2c")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    picture: Path
+    model: Path
+
+
+def run_demo(
+    out: Path, *, vgg: str, steps: int | None, notify: Callable[[str], None], stop: StopRequest | None = None
+) -> DemoResult:
+    """Train a style on crops of a few photographs, and paint one of them.
+
+    Args:
+        out: the run directory, new or empty; pictures are put into `out` with the suffix `-pictures`.
+        vgg: as `--vgg`; where `auto` finds no weights and cannot download them, the demo says so and takes `random`.
+        steps: training steps; None: as many as show the style.
+
+    Raises:
+        UserError: scikit-image is not installed, or `out` holds another run.
+    """
+    from fastnst.models.weights import WeightsUnavailable, load_vgg19
+    from fastnst.stylize import stylize_files
+    from fastnst.training.loop import train
+    from fastnst.training.run_directory import prepare_run
+
+    assignments = [f"data.image_size={IMAGE_SIZE}", "train.sample_every=50", "train.log_every=10"]
+    pictures = out.with_name(out.name + "-pictures")
+    style = pictures / "style.png"
+    options = {
+        "train.steps": steps or STEPS,
+        "style.picture": style.absolute(),
+        "data.folder": (pictures / "photos").absolute(),
+    }
+    prepare_run(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
+    photos = write_photos(pictures / "photos")
+    write_image(style, paint_strokes(256))
+    if vgg == "auto":
+        try:
+            load_vgg19("auto", last_layer="relu3_4", notify=notify)
+        except WeightsUnavailable as error:
+            notify(f"{error}\nThe demo goes on with random VGG19 weights: textures and colours still carry over.")
+            vgg = "random"
+    config = load_config(preset="vgg-conv3", assignments=assignments, options=options | {"loss.vgg": vgg})
+    model = train(config, out, notify=notify, stop=stop)
+    shown = next(path for path in photos if path.stem == SHOWN)
+    return DemoResult(stylize_files(out, [shown], pictures / f"{SHOWN}-stylised.png", notify=notify)[0], model)
+
+
+def write_photos(folder: Path) -> list[Path]:
+    """The demo's photographs as PNG files in `folder`."""
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise UserError("the demo's photographs come with scikit-image; pip install 'fastnst[demo]'") from error
+    paths = []
+    for name in PHOTOS:
+        path = folder / f"{name}.png"
+        write_image(path, np.asarray(getattr(data, name)()))
+        paths.append(path)
+    return paths
+
+
+def paint_strokes(side: int, seed: int = 7) -> np.ndarray:
+    """A style picture: strokes of paint along a swirling flow, uint8 `[side, side, 3]`."""
+    rng = np.random.default_rng(seed)
+    scale = 3  # drawn larger and reduced, for smooth edges
+    canvas = Image.new("RGB", (side * scale, side * scale), _PALETTE[1])
+    draw = ImageDraw.Draw(canvas)
+    vortices = [(*rng.uniform(0.05, 0.95, 2), rng.uniform(0.08, 0.22), rng.choice([-1, 1])) for _ in range(9)]
+    palette = [tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) for color in _PALETTE]
+    for width, count in ((0.03, 1500), (0.016, 2500), (0.008, 3500)):
+        for start in rng.uniform(-0.05, 1.05, (count, 2)):
+            points = _streamline(start, vortices, steps=int(rng.integers(8, 18)))
+            color = palette[_color_index(start, vortices, rng)]
+            shade = rng.normal(0, 10)
+            fill = tuple(int(np.clip(channel + shade, 0, 255)) for channel in color)
+            pixels = [(x * side * scale, y * side * scale) for x, y in points]
+            draw.line(pixels, fill=fill, width=max(1, round(width * side * scale)), joint="curve")
+    return np.asarray(canvas.resize((side, side), Image.Resampling.LANCZOS))
+
+
+def _streamline(start: np.ndarray, vortices: list, steps: int) -> list[tuple[float, float]]:
+    x, y = (float(value) for value in start)
+    points = [(x, y)]
+    for _ in range(steps):
+        u, v = 0.35, 0.25 * math.sin(5 * x)
+        for cx, cy, radius, sign in vortices:
+            dx, dy = x - cx, y - cy
+            strength = 1.6 * sign * math.exp(-(dx * dx + dy * dy) / (2 * radius * radius))
+            u, v = u - strength * dy / radius, v + strength * dx / radius
+        speed = math.hypot(u, v) or 1.0
+        x, y = x + 0.009 * u / speed, y + 0.009 * v / speed
+        points.append((x, y))
+    return points
+
+
+def _color_index(point: np.ndarray, vortices: list, rng: np.random.Generator) -> int:
+    """Blues in the open, warm colours towards the middle of each vortex, with some strokes out of place."""
+    nearest = min(math.hypot(point[0] - cx, point[1] - cy) / radius for cx, cy, radius, _ in vortices)
+    base = 5.6 - 3.6 * min(nearest, 1.6) + rng.normal(0, 0.9)
+    return int(np.clip(round(base), 0, len(_PALETTE) - 1)) if rng.random() > 0.06 else int(rng.integers(len(_PALETTE)))

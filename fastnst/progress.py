@@ -1,0 +1,125 @@
+"""Progress of long work on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_INTERVAL_S = 5.0
+
+
+class ProgressReport:
+    """Counts `total` items of work; a context manager.
+
+    Args:
+        label: what is being done, for example `train`.
+        total: items in all; None where that is not known.
+        unit: what one item is, in the plural.
+        rate_per_item: how many of `rate_unit` one item stands for (a training step stands for a batch of pictures).
+        rate_unit: unit of the speed that is shown.
+        start: items done before, by an earlier process; they count as done but not towards the speed.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None,
+        unit: str,
+        *,
+        rate_per_item: float = 1.0,
+        rate_unit: str | None = None,
+        start: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.rate_per_item, self.rate_unit = rate_per_item, rate_unit or unit
+        self.done = self._start = start
+        self._stream = stream if stream is not None else sys.stderr
+        self._note = ""
+        self._done_printed = start
+        self._started = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if self._stream.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(file=self._stream),
+            )
+            self._task = self._bar.add_task(label, total=total, completed=start, rate="", note="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None and self.done > self._done_printed:
+            self._print_line()
+
+    def advance(self, items: int = 1, note: str | None = None) -> None:
+        """Count `items` as done; `note` (a loss, say) is shown at the end of the line until the next one comes."""
+        self.done += items
+        self._note = self._note if note is None else note
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, rate=self._rate_text(), note=self._note)
+        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+            self._print_line()
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(Text(text))
+        else:
+            print(text, file=self._stream, flush=True)
+
+    @property
+    def rate(self) -> float:
+        """`rate_unit` per second, over the whole of this process's share."""
+        elapsed = time.monotonic() - self._started
+        return (self.done - self._start) * self.rate_per_item / elapsed if elapsed > 0 else 0.0
+
+    def _rate_text(self) -> str:
+        return f"{_short(self.rate)} {self.rate_unit}/s"
+
+    def _print_line(self) -> None:
+        self._printed, self._done_printed = time.monotonic(), self.done
+        of_total = "" if self.total is None else f"/{self.total}"
+        parts = [f"{self.label}: {self.done}{of_total} {self.unit}", self._rate_text()]
+        if self.total is not None and self.done < self.total and self.rate > 0:
+            parts.append(f"{duration((self.total - self.done) * self.rate_per_item / self.rate)} left")
+        if self._note:
+            parts.append(self._note)
+        print(", ".join(parts), file=self._stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`h:mm:ss`, or `m:ss` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def byte_count(count: float) -> str:
+    """A number of bytes in binary units, for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

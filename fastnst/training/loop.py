@@ -1,0 +1,377 @@
+"""The training loop: from a resolved configuration to a run directory with a style model in it."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fastnst import __version__
+from fastnst.config import Config, TrainConfig
+from fastnst.data import open_loader
+from fastnst.data.manifest import Manifest, build_manifest, write_rejections
+from fastnst.data.order import RunOrder
+from fastnst.errors import DeviceError, DivergedError, StoppedBySignal, UserError
+from fastnst.images import read_image, to_tensor
+from fastnst.losses import PerceptualLoss
+from fastnst.models.style_model import save_style_model
+from fastnst.models.transform_net import TransformNet
+from fastnst.models.vgg19 import VGG19, deepest_layer
+from fastnst.models.weights import load_vgg19
+from fastnst.progress import ProgressReport
+from fastnst.storage import lock_run, sha256_of, write_atomic
+from fastnst.summaries import RunLog, loss_scalars
+from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from fastnst.training.run_directory import CONFIG_NAME, MODEL_NAME, REJECTED_NAME, check_same_inputs, prepare_run
+from fastnst.training.signals import StopRequest
+from fastnst.training.step import TrainingStep, resolve_device, resolve_precision
+from fastnst.config import to_toml
+
+LARGEST_STYLE_SIDE = 1024
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything read from outside before a run directory is touched."""
+
+    config: Config
+    device: torch.device
+    style: Tensor
+    """`[1, 3, H, W]` in [0, 1], on the CPU."""
+    style_sha256: str
+    manifest: Manifest
+    vgg: VGG19
+    steps: int
+
+    def fingerprints(self) -> dict[str, str]:
+        """What must be the same when the run is resumed, beside the configuration."""
+        return {"data": self.manifest.fingerprint, "style": self.style_sha256}
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    notify: Callable[[str], None],
+    stop: StopRequest | None = None,
+) -> Path:
+    """Train a style; returns the path of the style model.
+
+    Args:
+        config: the resolved configuration; `data.folder` and `style.picture` are set.
+        out: the run directory; new or empty, or with `resume` that of an interrupted run.
+        resume: go on from the newest valid checkpoint in `out`.
+        notify: receives one line per event that a user should know of.
+        stop: polled after each step; when a signal has come, the run is saved and left.
+
+    Raises:
+        UserError: `out` holds another run, or the run to resume was another configuration or other pictures.
+        DataError: pictures, style or weights cannot be used, or the storage refuses.
+        DivergedError: the loss or a weight is no longer finite; no checkpoint holds such a value.
+        DeviceError: no such device, or too little memory on it.
+        StoppedBySignal: after the save that `stop` asked for.
+    """
+    prepare_run(out, config, resume=resume)
+    with _deterministic(config.train), _memory_errors(config):
+        inputs = read_inputs(config, notify)
+        with lock_run(out):
+            prepare_run(out, config, resume=resume)
+            return _Run(inputs, out, notify, stop or StopRequest()).go(resume=resume)
+
+
+def read_inputs(config: Config, notify: Callable[[str], None]) -> Inputs:
+    """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins."""
+    device = resolve_device(config.train.device)
+    train_config = config.train.model_copy(update={"precision": resolve_precision(config.train.precision, device)})
+    config = config.model_copy(update={"train": train_config})
+    style, style_sha256 = read_style(config)
+    vgg = load_vgg19(
+        config.loss.vgg,
+        last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]),
+        flavour=config.loss.vgg_flavour,
+        seed=config.train.seed,
+        notify=notify,
+    )
+    manifest = read_manifest(config, notify)
+    steps = total_steps(config.train, len(manifest.images))
+    return Inputs(config, device, style, style_sha256, manifest, vgg, steps)
+
+
+def read_style(config: Config) -> tuple[Tensor, str]:
+    """The style picture at the configured size, `[1, 3, H, W]` in [0, 1], and the SHA-256 of its file."""
+    if config.style.picture is None:
+        raise UserError("no style picture; give one with --style PICTURE")
+    pixels = Image.fromarray(read_image(config.style.picture))
+    side = min(config.style.size or LARGEST_STYLE_SIDE, max(pixels.size))
+    if side < max(pixels.size):
+        scale = side / max(pixels.size)
+        size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
+    return to_tensor(np.asarray(pixels)), sha256_of(config.style.picture)
+
+
+def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
+    """The checked pictures of the data folder; says how many were refused."""
+    if config.data.folder is None:
+        raise UserError("no training pictures; give a folder with --data FOLDER")
+    with ProgressReport("check pictures", None, "pictures") as progress:
+
+        def report(done: int, total: int) -> None:
+            progress.total = total
+            progress.advance(done - progress.done)
+
+        manifest = build_manifest(config.data.folder, progress=report)
+    if manifest.rejected:
+        first = manifest.rejected[0]
+        notify(
+            f"{len(manifest.rejected)} of {len(manifest.rejected) + len(manifest.images)} pictures refused "
+            f"(the first: {first.path}: {first.reason}); all are listed in {REJECTED_NAME}"
+        )
+    return manifest
+
+
+def total_steps(config: TrainConfig, num_images: int) -> int:
+    """Steps of the whole run: `train.steps`, else what `train.epochs` passes over the pictures need."""
+    return config.steps or max(1, math.ceil(config.epochs * num_images / config.batch_size))
+
+
+class _Run:
+    """One process's share of a run."""
+
+    def __init__(self, inputs: Inputs, out: Path, notify: Callable[[str], None], stop: StopRequest) -> None:
+        self.inputs, self.out, self.notify, self.stop = inputs, out, notify, stop
+        config, device = inputs.config, inputs.device
+        self.config, self.device = config, device
+        torch.manual_seed(config.train.seed)
+        self.net = TransformNet(config.model.architecture, config.model.norm)
+        self.net.to(device=device, memory_format=torch.channels_last).train()
+        loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
+        loss.set_style(inputs.style.to(device))
+        self.step = TrainingStep(self.net, loss, config.train, device)
+        self.order = RunOrder(
+            config.train.seed,
+            len(inputs.manifest.images),
+            config.train.batch_size,
+            inputs.steps,
+            fit=config.data.fit,
+            flip=config.data.flip,
+        )
+        self.sample_names, self.samples = self._read_samples()
+
+    def go(self, *, resume: bool) -> Path:
+        done = self._restore() if resume else 0
+        if not resume:
+            write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
+        write_rejections(self.inputs.manifest, self.out / REJECTED_NAME)
+        self.notify(self._announcement(done))
+        with RunLog(self.out, start_step=done) as log:
+            if not done:
+                log.config(self.config)
+                log.pictures(0, "style", self.inputs.style, ["picture"])
+                log.pictures(0, "content", self.samples, self.sample_names)
+                self._look(log, 0)
+            if done < self.inputs.steps:
+                self._steps(log, done)
+        return self.out / MODEL_NAME
+
+    def _steps(self, log: RunLog, done: int) -> None:
+        config, last = self.config.train, self.inputs.steps
+        meter = _Meter(config.batch_size, self.device)
+        with (
+            open_loader(
+                self.inputs.manifest, self.order, self.config.data, device=self.device, start_step=done
+            ) as loader,
+            ProgressReport(
+                "train", last, "steps", rate_per_item=config.batch_size, rate_unit="images", start=done
+            ) as progress,
+            self.stop.deferred(),
+        ):
+            batches = iter(loader)
+            for step in range(done + 1, last + 1):
+                with meter.waiting():
+                    batch = next(batches)
+                terms = self.step(step, batch)
+                note = None
+                ends = step == last or self.stop.signum is not None
+                if ends or step == 1 or step % config.log_every == 0:
+                    scalars = loss_scalars(terms)
+                    self._check_health(step)
+                    log.metrics(step, scalars | self._training_scalars() | meter.read(step - done))
+                    note = f"loss {scalars['loss/total']:.4g}"
+                elif self.device.type == "cpu":
+                    self._check_health(step)
+                with meter.paused():
+                    if step == last or step % config.sample_every == 0:
+                        self._look(log, step)
+                    if ends or step % config.checkpoint_every == 0:
+                        self._save(log, step)
+                progress.advance(note=note)
+                if self.stop.signum is not None and step < last:
+                    raise StoppedBySignal(
+                        self.stop.signum,
+                        f"stopped at step {step} of {last}, which is saved; go on with: fastnst train --resume --out {self.out}",
+                    )
+
+    def _check_health(self, step: int) -> None:
+        first_bad = int(self.step.health.first_bad_step)
+        if first_bad:
+            self._diverged(f"the loss is not finite since step {first_bad}")
+
+    def _diverged(self, what: str) -> None:
+        checkpoint = latest_checkpoint(self.out, self.notify)
+        kept = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written before"
+        precision = " or --precision fp32" if self.config.train.precision != "fp32" else ""
+        raise DivergedError(
+            f"training diverged: {what} (train.learning_rate = {self.config.train.learning_rate}); {kept}. "
+            f"Start again with a lower learning rate or smaller loss weights{precision}"
+        )
+
+    def _look(self, log: RunLog, step: int) -> None:
+        """Histograms and stylised samples."""
+        log.histograms(step, self.net)
+        if len(self.samples):
+            self.net.eval()
+            with torch.inference_mode():
+                # One at a time: what fits in training by batches must fit here, whatever `train.samples` is.
+                pictures = [self.net(sample[None].to(self.device)).cpu() for sample in self.samples]
+            self.net.train()
+            log.pictures(step, "stylised", torch.cat(pictures), self.sample_names)
+
+    def _save(self, log: RunLog, step: int) -> None:
+        tensors = self.step.state_tensors()
+        self._check_health(step)
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                self._diverged(f"{name} holds a value that is not finite after step {step}")
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        log.flush()
+        state = {"scaler": self.step.state_values(), "fingerprints": self.inputs.fingerprints()}
+        save_checkpoint(self.out, step, tensors=tensors, state=state, keep=self.config.train.keep_checkpoints)
+        assert self.config.style.picture is not None
+        metadata = {
+            "preset": self.config.preset,
+            "style": self.config.style.picture.name,
+            "style_sha256": self.inputs.style_sha256,
+            "steps": str(step),
+            "image_size": str(self.config.data.image_size),
+            "fastnst_version": __version__,
+        }
+        save_style_model(self.out / MODEL_NAME, self.net, metadata=metadata)
+
+    def _restore(self) -> int:
+        checkpoint = latest_checkpoint(self.out, self.notify)
+        if checkpoint is None:
+            self.notify(f"{self.out} holds no valid checkpoint; starting at step 0")
+            return 0
+        check_same_inputs(checkpoint.state["fingerprints"], self.inputs.fingerprints())
+        self._load(checkpoint)
+        return checkpoint.step
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.step.load_state(checkpoint.tensors, checkpoint.state["scaler"])
+        torch.set_rng_state(checkpoint.tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in checkpoint.tensors:
+            torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"], self.device)
+
+    def _training_scalars(self) -> dict[str, float]:
+        scalars = {"train/learning_rate": self.config.train.learning_rate}
+        if self.step.scaler.is_enabled():
+            scalars["train/loss_scale"] = float(self.step.scaler.get_scale())
+        if self.device.type == "cuda":
+            scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return scalars
+
+    def _read_samples(self) -> tuple[list[str], Tensor]:
+        side = self.config.data.image_size
+        entries = self.inputs.manifest.images[: self.config.train.samples]
+        squares = [
+            ImageOps.fit(Image.fromarray(read_image(self.inputs.manifest.folder / entry.path)), (side, side))
+            for entry in entries
+        ]
+        if not squares:
+            return [], torch.empty(0, 3, side, side)
+        return [Path(entry.path).stem for entry in entries], torch.cat(
+            [to_tensor(np.asarray(square)) for square in squares]
+        )
+
+    def _announcement(self, done: int) -> str:
+        verb = f"resuming at step {done}" if done else "training"
+        return (
+            f"{verb}: {self.inputs.steps} steps of {self.config.train.batch_size} pictures, "
+            f"{len(self.inputs.manifest.images)} in the folder, {self.config.data.image_size} px, "
+            f"{self.config.train.precision} on {_device_name(self.device)}, loader {self.config.data.loader}; run directory {self.out}"
+        )
+
+
+class _Meter:
+    """Speed between two logged steps: pictures per second, and the share of time spent waiting for pictures.
+
+    Samples and checkpoints are left out of both; the device is idle when either clock is read, since the loss was read.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._batch_size, self._device = batch_size, device
+        self._begin, self._steps = time.perf_counter(), 0
+        self._waited = self._paused = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Scalars since the last reading; `steps` is how many this process has made."""
+        now = time.perf_counter()
+        elapsed = max(now - self._begin - self._paused, 1e-9)
+        pictures = (steps - self._steps) * self._batch_size
+        scalars = {
+            "speed/images_per_second": pictures / elapsed,
+            "speed/data_wait_percent": 100 * self._waited / elapsed,
+        }
+        self._begin, self._steps, self._waited, self._paused = now, steps, 0.0, 0.0
+        return scalars
+
+
+@contextlib.contextmanager
+def _deterministic(config: TrainConfig) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+@contextlib.contextmanager
+def _memory_errors(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise DeviceError(
+            f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
+            f"{config.data.image_size}; lower one of them, or use --precision bf16"
+        ) from error
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

@@ -1,0 +1,84 @@
+"""Progress: what a log file gets, what a terminal gets, and the numbers in both."""
+
+import io
+
+import pytest
+
+from fastnst import progress
+from fastnst.progress import ProgressReport, byte_count, duration
+
+
+class Clock:
+    """A clock that tests move by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_plain_lines_come_every_few_seconds_and_once_at_the_end(clock: Clock) -> None:
+    stream = io.StringIO()
+    with ProgressReport("train", 100, "steps", rate_per_item=4, rate_unit="images", stream=stream) as report:
+        for _ in range(17):
+            clock.now += 1.0
+            report.advance(note="loss 3.2")
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "train: 5/100 steps, 4.0 images/s, 1:35 left, loss 3.2",
+        "train: 10/100 steps, 4.0 images/s, 1:30 left, loss 3.2",
+        "train: 15/100 steps, 4.0 images/s, 1:25 left, loss 3.2",
+        "train: 17/100 steps, 4.0 images/s, 1:23 left, loss 3.2",
+    ]
+
+
+def test_steps_of_an_earlier_process_do_not_count_towards_the_speed(clock: Clock) -> None:
+    report = ProgressReport("train", 100, "steps", start=50, stream=io.StringIO())
+    clock.now += 10.0
+    report.advance(5)
+    assert report.rate == pytest.approx(0.5)
+    assert report.done == 55
+
+
+def test_nothing_done_prints_nothing(clock: Clock) -> None:
+    stream = io.StringIO()
+    with ProgressReport("check", None, "pictures", stream=stream):
+        clock.now += 60.0
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar(clock: Clock) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with ProgressReport("train", 2, "steps", stream=stream) as report:
+        clock.now += 1.0
+        report.advance(note="loss 3.2")
+        report.message("[saved] step 1")
+    assert "train" in stream.getvalue()
+    assert "[saved] step 1" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (36_061, "10:01:01")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (574_673_361, "548.1 MiB"), (2**45, "32.0 TiB")],
+)
+def test_byte_count(count: int, text: str) -> None:
+    assert byte_count(count) == text
