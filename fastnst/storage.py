@@ -18,7 +18,10 @@ LOCK_NAME = ".lock"
 
 
 def cache_folder() -> Path:
-    """Where downloads and manifests are kept: `$FASTNST_CACHE`, else `$XDG_CACHE_HOME/fastnst`, else `~/.cache/fastnst`."""
+    """Where downloads and manifests are kept.
+
+    `$FASTNST_CACHE`, else `$XDG_CACHE_HOME/fastnst`, else `~/.cache/fastnst`.
+    """
     if own := os.environ.get("FASTNST_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")

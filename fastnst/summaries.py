@@ -36,8 +36,8 @@ class RunLog:
 
     Args:
         run: the run directory, which exists.
-        start_step: 0 for a new run; the checkpoint's step when resuming. Whatever an interrupted process wrote about later
-            steps is dropped, so that each step is logged once.
+        start_step: 0 for a new run; the checkpoint's step when resuming. Whatever an interrupted process wrote about
+            later steps is dropped, so that each step is logged once.
     """
 
     def __init__(self, run: Path, *, start_step: int = 0) -> None:

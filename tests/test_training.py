@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastnst.training.checkpoint import latest_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastnst.config import Config, load_config
 from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
 from fastnst.summaries import read_metrics
+from fastnst.training.checkpoint import latest_checkpoint
 from fastnst.training.loop import total_steps, train
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep
@@ -166,7 +166,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(
 
 
 def test_a_real_ctrl_c_saves_and_the_resumed_run_ends_with_the_same_bits(configure: Configure, tmp_path: Path) -> None:
-    config = configure("data.loader=dali", "train.steps=400", "train.log_every=1", "train.sample_every=1000")
+    config = configure()
     arguments = [
         *(
             "--style",

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastnst import __version__
-from fastnst.config import Config, TrainConfig
+from fastnst.config import Config, TrainConfig, to_toml
 from fastnst.data import open_loader
 from fastnst.data.manifest import Manifest, build_manifest, write_rejections
 from fastnst.data.order import RunOrder
@@ -31,7 +31,6 @@ from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_chec
 from fastnst.training.run_directory import CONFIG_NAME, MODEL_NAME, REJECTED_NAME, check_same_inputs, prepare_run
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep, resolve_device, resolve_precision
-from fastnst.config import to_toml
 
 LARGEST_STYLE_SIDE = 1024
 
@@ -202,11 +201,11 @@ class _Run:
                 ends = step == last or self.stop.signum is not None
                 if ends or step == 1 or step % config.log_every == 0:
                     scalars = loss_scalars(terms)
-                    self._check_health(step)
+                    self._check_health()
                     log.metrics(step, scalars | self._training_scalars() | meter.read(step - done))
                     note = f"loss {scalars['loss/total']:.4g}"
                 elif self.device.type == "cpu":
-                    self._check_health(step)
+                    self._check_health()
                 with meter.paused():
                     if step == last or step % config.sample_every == 0:
                         self._look(log, step)
@@ -216,10 +215,11 @@ class _Run:
                 if self.stop.signum is not None and step < last:
                     raise StoppedBySignal(
                         self.stop.signum,
-                        f"stopped at step {step} of {last}, which is saved; go on with: fastnst train --resume --out {self.out}",
+                        f"stopped at step {step} of {last}, which is saved; "
+                        f"go on with: fastnst train --resume --out {self.out}",
                     )
 
-    def _check_health(self, step: int) -> None:
+    def _check_health(self) -> None:
         first_bad = int(self.step.health.first_bad_step)
         if first_bad:
             self._diverged(f"the loss is not finite since step {first_bad}")
@@ -246,7 +246,7 @@ class _Run:
 
     def _save(self, log: RunLog, step: int) -> None:
         tensors = self.step.state_tensors()
-        self._check_health(step)
+        self._check_health()
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 self._diverged(f"{name} holds a value that is not finite after step {step}")
@@ -308,7 +308,8 @@ class _Run:
         return (
             f"{verb}: {self.inputs.steps} steps of {self.config.train.batch_size} pictures, "
             f"{len(self.inputs.manifest.images)} in the folder, {self.config.data.image_size} px, "
-            f"{self.config.train.precision} on {_device_name(self.device)}, loader {self.config.data.loader}; run directory {self.out}"
+            f"{self.config.train.precision} on {_device_name(self.device)}, loader {self.config.data.loader}; "
+            f"run directory {self.out}"
         )
 
 

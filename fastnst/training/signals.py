@@ -14,8 +14,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopRequest:
     """What the training loop polls between steps.
 
-    Outside `deferred()` a signal raises `StoppedBySignal` where the program stands: nothing needs saving there. Inside it
-    the first signal only sets `signum`, so that the step is finished and saved; a second one raises.
+    Outside `deferred()` a signal raises `StoppedBySignal` where the program stands: nothing needs saving there. Inside
+    it the first signal only sets `signum`, so that the step is finished and saved; a second one raises.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class StopRequest:
         finally:
             self._deferred = False
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
         name = signal.Signals(signum).name
         if self._deferred and self.signum is None:
             self.signum = signum

@@ -45,7 +45,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def to_unit(batch: Tensor) -> Tensor:
-    """uint8 `[N, H, W, 3]` → float32 `[N, 3, H, W]` in [0, 1], channels_last (the permuted view has that layout already)."""
+    """uint8 `[N, H, W, 3]` → float32 `[N, 3, H, W]` in [0, 1], channels_last, as the permuted view is already."""
     return batch.permute(0, 3, 1, 2).float().div_(255.0)
 
 
