@@ -1,0 +1,56 @@
+"""Transform nets that others trained and published."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastnst.errors import DataError
+from fastnst.models.transform_net import ConvLayer, TransformNet, UpLayer
+
+
+def load_lengstrom_npz(path: Path | str) -> TransformNet:
+    """A network trained with lengstrom/fast-style-transfer, from its TensorFlow variables in NumPy's `.npz`.
+
+    The variables are named `Variable`, `Variable_1`, …, `Variable_47`: weight, shift and scale of each of the 16
+    convolutions in order, weights as [H, W, in, out], those of the two transposed convolutions as [H, W, out, in].
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    path = Path(path)
+    net = TransformNet("lengstrom")
+    layers = [layer for layer in net.modules() if isinstance(layer, ConvLayer | UpLayer)]
+    try:
+        with np.load(path, allow_pickle=False) as archive, torch.no_grad():
+            for index, layer in enumerate(layers):
+                # HWIO → OIHW and HWOI → IOHW are one permutation.
+                _assign(layer.weight, archive, 3 * index, (3, 2, 0, 1))
+                _assign(layer.shift, archive, 3 * index + 1, (0,))
+                _assign(layer.scale, archive, 3 * index + 2, (0,))
+    except OSError as error:
+        raise DataError(f"cannot read the model {path}: {error.strerror or error}; give an existing .npz file") from error
+    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} is not a lengstrom transform net: {str(error)[:200]}; "
+            "it must hold the TensorFlow variables Variable … Variable_47"
+        ) from error
+    return net
+
+
+def _assign(parameter: torch.nn.Parameter, archive: np.lib.npyio.NpzFile, index: int, order: tuple[int, ...]) -> None:
+    name = f"Variable_{index}" if index else "Variable"
+    array = archive[name]
+    if array.ndim != len(order) or array.transpose(order).shape != tuple(parameter.shape):
+        raise ValueError(f"{name} has the shape {array.shape}, needed: {_shape_in_file(parameter, order)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds values that are not finite")
+    parameter.copy_(torch.from_numpy(np.ascontiguousarray(array.transpose(order))))
+
+
+def _shape_in_file(parameter: torch.nn.Parameter, order: tuple[int, ...]) -> tuple[int, ...]:
+    shape = [0] * len(order)
+    for position, axis in enumerate(order):
+        shape[axis] = parameter.shape[position]
+    return tuple(shape)

@@ -1,0 +1,299 @@
+"""The transform net (Johnson, Alahi, Fei-Fei 2016), in the shapes of three published implementations.
+
+All have 9×9 conv → 32, two 3×3 stride-2 convs → 64 → 128, five residual blocks of two 3×3 convs, two ×2 upsampling convs
+→ 64 → 32, 9×9 conv → 3, with norm and ReLU after each; a residual block ends with its addition, without a ReLU.
+
+| | hwalsuklee | lengstrom | johnson |
+|---|---|---|---|
+| follows | hwalsuklee/tensorflow-fast-style-transfer | lengstrom/fast-style-transfer | pytorch/examples |
+| padding | 40 px reflected once, then TF "SAME"; blocks unpadded | TF "SAME" (zeros) | reflected before each conv |
+| upsampling | transposed conv | transposed conv | nearest ×2, then conv |
+| norm | ε 1e-3, also on the last layer | same | ε 1e-5, not on the last layer |
+| output | 127.5 (tanh + 1) | 150 tanh + 127.5 | linear, 0-255 |
+| initialisation | truncated normal, variance 2 / fan-in | truncated normal, 0.1 | PyTorch's default |
+
+TF "SAME" at stride 2 pads nothing before and one zero after an even side; weights published for TensorFlow depend on it.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnst.errors import DataError, UserError
+from fastnst.models.padding import reflect_pad, replicate_pad_one
+from fastnst_kernels import batch_norm, instance_norm
+
+ARCHITECTURES = ("hwalsuklee", "lengstrom", "johnson")
+NORMS = ("instance", "batch")
+LAYER_NAMES = ("conv1", "conv2", "conv3", "res1", "res2", "res3", "res4", "res5", "up1", "up2", "out")
+SMALLEST_SIDE = 16
+
+
+class TransformNet(nn.Module):
+    """The network that is trained: one picture in, the stylised picture out.
+
+    Parameters are named `conv1.weight`, `conv1.scale`, `conv1.shift`, `res1.conv1.weight`, …, `out.weight`. A
+    convolution that a norm follows has no bias, which the norm would take away again; johnson's last layer, which has
+    no norm, has `out.bias` instead of scale and shift. Weights are `[out, in, k, k]`, those of transposed convolutions
+    (`up1`, `up2` but in johnson) `[in, out, k, k]`. Running statistics of batch norm are buffers.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        norm: `instance` (statistics per picture) or `batch`.
+        generator: source of the initial weights; None takes PyTorch's global one.
+
+    Raises:
+        UserError: unknown architecture or norm.
+    """
+
+    layer_names = LAYER_NAMES
+
+    def __init__(
+        self, architecture: str = "hwalsuklee", norm: str = "instance", *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise UserError(f"unknown architecture {architecture!r}; choose one of {', '.join(ARCHITECTURES)}")
+        if norm not in NORMS:
+            raise UserError(f"unknown norm {norm!r}; choose one of {', '.join(NORMS)}")
+        self.architecture = architecture
+        self.norm = norm
+        johnson = architecture == "johnson"
+        padding = "reflect" if johnson else "same"
+        block_padding = "valid" if architecture == "hwalsuklee" else padding
+        eps = 1e-5 if johnson else 1e-3
+
+        def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, *, last: bool = False) -> ConvLayer:
+            layer_norm = None if last and johnson else norm
+            return ConvLayer(inputs, outputs, kernel, stride, padding=padding, norm=layer_norm, eps=eps, relu=not last)
+
+        self.conv1 = conv(3, 32, 9)
+        self.conv2 = conv(32, 64, 3, 2)
+        self.conv3 = conv(64, 128, 3, 2)
+        for index in range(1, 6):
+            self.add_module(f"res{index}", ResidualBlock(128, padding=block_padding, norm=norm, eps=eps))
+        self.up1 = UpLayer(128, 64, nearest=johnson, norm=norm, eps=eps)
+        self.up2 = UpLayer(64, 32, nearest=johnson, norm=norm, eps=eps)
+        self.out = conv(32, 3, 9, last=True)
+        self._initialise(generator)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What `from_metadata` needs to build an equal network, as strings."""
+        return {"architecture": self.architecture, "norm": self.norm}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "TransformNet":
+        """The network that `metadata` describes, with initial weights; other keys are ignored.
+
+        Raises:
+            DataError: a key is missing or names nothing this version knows.
+        """
+        try:
+            return cls(metadata["architecture"], metadata["norm"])
+        except KeyError as error:
+            raise DataError(f"the model's metadata lacks {error.args[0]!r}; give a model that fastnst wrote") from error
+        except UserError as error:
+            raise DataError(f"the model's metadata: {error}") from error
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stylise.
+
+        Args:
+            x: `[N, 3, H, W]`, RGB in [0, 1], H and W ≥ 16.
+
+        Returns:
+            `[N, 3, H, W]` on the same scale, fp32 or x's wider type, not clamped, channels_last.
+
+        Raises:
+            UserError: another shape, or a side below 16.
+        """
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < SMALLEST_SIDE:
+            raise UserError(
+                f"the transform net takes pictures [N, 3, H, W] with sides of {SMALLEST_SIDE} pixels or more, "
+                f"got {list(x.shape)}; enlarge the picture"
+            )
+        height, width = x.shape[2:]
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.architecture == "hwalsuklee":
+            x = reflect_pad(x, 40)
+        elif self.architecture == "johnson":
+            x = x * 255.0
+        for name in LAYER_NAMES:
+            x = self.get_submodule(name)(x)
+        x = _at_least_fp32(x[:, :, *self._inside(x.shape[2:], (height, width))])
+        x = x.contiguous(memory_format=torch.channels_last)
+        match self.architecture:
+            case "hwalsuklee":
+                return 0.5 * x.tanh() + 0.5
+            case "lengstrom":
+                return (150.0 / 255.0) * x.tanh() + 0.5
+            case _:
+                return x / 255.0
+
+    def _inside(self, size: tuple[int, ...], wanted: tuple[int, int]) -> tuple[slice, slice]:
+        """Where the picture lies in the output, which is larger because strided convolutions round odd sides up.
+
+        TF "SAME" pads an odd side by one zero before it, an even side by none, and the transposed convolutions
+        always take it for even: each odd side on the way moves the picture by as much as it adds. Reflection padding
+        does not care.
+        """
+        if self.architecture == "johnson":
+            return slice(0, wanted[0]), slice(0, wanted[1])
+        return slice(size[0] - wanted[0], size[0]), slice(size[1] - wanted[1], size[1])
+
+    def _initialise(self, generator: torch.Generator | None) -> None:
+        for layer in self.modules():
+            if not isinstance(layer, ConvLayer | UpLayer):
+                continue
+            weight = layer.weight
+            receptive = weight.shape[2] * weight.shape[3]
+            match self.architecture:
+                case "hwalsuklee":
+                    # TensorFlow takes dimension 2 of HWIO for the fan-in, which is the output of a transposed
+                    # convolution: both are dimension 1 here. The 1.3 makes up for what truncation takes away.
+                    _truncated_normal(weight, math.sqrt(1.3 * 2.0 / (weight.shape[1] * receptive)), generator)
+                case "lengstrom":
+                    _truncated_normal(weight, 0.1, generator)
+                case _:
+                    bound = 1.0 / math.sqrt(weight.shape[1] * receptive)
+                    nn.init.uniform_(weight, -bound, bound, generator=generator)
+                    if layer.bias is not None:
+                        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+
+class _NormedLayer(nn.Module):
+    """What follows a convolution: norm, residual and ReLU in one kernel, or a bias alone."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, weight_shape: tuple[int, ...], channels: int, *, norm: str | None, eps: float, relu: bool) -> None:
+        super().__init__()
+        self.norm, self.eps, self.relu = norm, eps, relu
+        self.weight = nn.Parameter(torch.empty(weight_shape))
+        self.bias = nn.Parameter(torch.zeros(channels)) if norm is None else None
+        if norm is not None:
+            self.scale = nn.Parameter(torch.ones(channels))
+            self.shift = nn.Parameter(torch.zeros(channels))
+        if norm == "batch":
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_var", torch.ones(channels))
+
+    def normalise(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu?(norm(x)·scale + shift + residual); x itself where the layer has no norm."""
+        if self.norm is None:
+            return x
+        if self.norm == "instance":
+            return instance_norm(x, self.scale, self.shift, eps=self.eps, residual=residual, relu=self.relu)
+        return batch_norm(
+            x,
+            self.scale,
+            self.shift,
+            self.running_mean,
+            self.running_var,
+            training=self.training,
+            eps=self.eps,
+            residual=residual,
+            relu=self.relu,
+        )
+
+
+class ConvLayer(_NormedLayer):
+    """Convolution, then norm and ReLU: `[N, in, H, W]` → `[N, out, H', W']`, H' = ⌈H / stride⌉ unless unpadded."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        padding: str,
+        norm: str | None,
+        eps: float,
+        relu: bool = True,
+    ) -> None:
+        super().__init__((outputs, inputs, kernel, kernel), outputs, norm=norm, eps=eps, relu=relu)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        kernel = self.weight.shape[-1]
+        around = 0
+        if self.padding == "reflect":
+            x = reflect_pad(x, kernel // 2)
+        elif self.padding == "same":
+            top, bottom = _same_padding(x.shape[2], kernel, self.stride)
+            left, right = _same_padding(x.shape[3], kernel, self.stride)
+            if top == bottom == left == right:
+                around = top
+            else:
+                x = F.pad(x, (left, right, top, bottom))
+        return self.normalise(F.conv2d(x, self.weight, self.bias, self.stride, around), residual)
+
+
+class ResidualBlock(nn.Module):
+    """x + norm(conv(relu(norm(conv(x))))); unpadded, the blocks' input is cropped by 2 at each side to fit."""
+
+    def __init__(self, channels: int, *, padding: str, norm: str, eps: float) -> None:
+        super().__init__()
+        self.conv1 = ConvLayer(channels, channels, 3, padding=padding, norm=norm, eps=eps)
+        self.conv2 = ConvLayer(channels, channels, 3, padding=padding, norm=norm, eps=eps, relu=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x
+        if self.conv1.padding == "valid":
+            skip = x[:, :, 2:-2, 2:-2].contiguous(memory_format=torch.channels_last)
+        out: Tensor = self.conv2(self.conv1(x), skip)
+        return out
+
+
+class UpLayer(_NormedLayer):
+    """×2 upsampling, 3×3, then norm and ReLU: `[N, in, H, W]` → `[N, out, 2H, 2W]`.
+
+    `nearest=False`: transposed convolution as TF "SAME" cuts it, weight `[in, out, 3, 3]`.
+    `nearest=True`: nearest-neighbour ×2, reflected by 1, convolved, weight `[out, in, 3, 3]`. A pixel repeated twice and
+    convolved with w is one pixel transposed-convolved at stride 2 with the 4×4 kernel w ⊛ 1₂ₓ₂: the same sums, in 16
+    instead of 36 multiplications per input pixel and channel, and neither the enlarged nor the padded picture is ever
+    written. Reflecting the enlarged picture by one repeats the border pixel of the small one.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, nearest: bool, norm: str, eps: float) -> None:
+        shape = (outputs, inputs, 3, 3) if nearest else (inputs, outputs, 3, 3)
+        super().__init__(shape, outputs, norm=norm, eps=eps, relu=True)
+        self.nearest = nearest
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.nearest:
+            x = F.conv_transpose2d(replicate_pad_one(x), _doubling_kernel(self.weight), stride=2, padding=3)
+        else:
+            x = F.conv_transpose2d(x, self.weight, stride=2)[:, :, :-1, :-1]
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.normalise(x)
+
+
+def _doubling_kernel(weight: Tensor) -> Tensor:
+    """Conv weight `[out, in, 3, 3]` → the transposed-conv weight `[in, out, 4, 4]` that doubles, then convolves."""
+    # Rows: which of the 3 taps reach each of the 4 output offsets of one input pixel.
+    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    with torch.autocast(weight.device.type, enabled=False):
+        doubled = taps @ weight.transpose(0, 1) @ taps.T
+    return doubled.contiguous(memory_format=torch.channels_last)
+
+
+def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after a side as TensorFlow's "SAME" has them: the odd one comes after."""
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def _truncated_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

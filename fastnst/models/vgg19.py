@@ -1,0 +1,177 @@
+"""VGG19 (Simonyan & Zisserman 2014, configuration E), the frozen loss network φ, with every layer within reach."""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnst.errors import UserError
+from fastnst_kernels import max_pool2d_switches
+
+BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
+"""Channels and number of convolutions of each of the five blocks."""
+
+FLAVOURS = ("torchvision", "caffe")
+
+# RGB in [0, 1]: what is taken away, and by how much it is multiplied then.
+_MEAN = {
+    "torchvision": (0.485, 0.456, 0.406),
+    "caffe": (123.68 / 255.0, 116.779 / 255.0, 103.939 / 255.0),
+}
+_GAIN = {
+    "torchvision": (1 / 0.229, 1 / 0.224, 1 / 0.225),
+    "caffe": (255.0, 255.0, 255.0),
+}
+
+
+def _layers() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name of each layer and the shape of its weight, `()` where it has none, front to back."""
+    inputs = 3
+    for block, (channels, convolutions) in enumerate(BLOCKS, start=1):
+        for index in range(1, convolutions + 1):
+            yield f"conv{block}_{index}", (channels, inputs, 3, 3)
+            yield f"relu{block}_{index}", ()
+            inputs = channels
+        yield f"pool{block}", ()
+    yield from (("fc6", (4096, 512 * 7 * 7)), ("relu6", ()), ("fc7", (4096, 4096)), ("relu7", ()), ("fc8", (1000, 4096)))
+
+
+WEIGHT_SHAPES = {name: shape for name, shape in _layers() if shape}
+"""Layers that have weights, with the weight's shape; the bias has as many entries as the first dimension."""
+
+LAYERS = tuple(name for name, _ in _layers())
+"""All layers in the order in which they run."""
+
+
+class VGG19(nn.Module):
+    """VGG19 up to `last_layer`; the layers behind it do not exist.
+
+    Layers are modules of their own (`net.conv1_1`, …, `net.fc8`); ReLU and pooling have no module. All parameters are
+    frozen. A new network has He-initialised weights (He et al. 2015); `fastnst.models.weights.load_vgg19` loads trained ones.
+
+    Args:
+        last_layer: the deepest layer that will be asked for.
+        flavour: what the weights expect as input. `torchvision`: RGB in [0, 1] minus the mean, divided by the standard
+            deviation of ImageNet's channels. `caffe`: BGR in 0-255 minus (103.939, 116.779, 123.68).
+        generator: source of the initial weights; None takes PyTorch's global one. A shallower network gets the same
+            first layers from the same seed.
+
+    Raises:
+        UserError: unknown layer or flavour.
+    """
+
+    mean: Tensor
+    gain: Tensor
+
+    def __init__(
+        self,
+        last_layer: str = "pool5",
+        flavour: str = "torchvision",
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_layer(last_layer)
+        if flavour not in FLAVOURS:
+            raise UserError(f"unknown VGG19 flavour {flavour!r}; choose one of {', '.join(FLAVOURS)}")
+        self.last_layer = last_layer
+        self.flavour = flavour
+        self.layers = LAYERS[: LAYERS.index(last_layer) + 1]
+        # Not persistent: they follow from the flavour, and state_dict shall hold weights only.
+        self.register_buffer("mean", torch.tensor(_MEAN[flavour]).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("gain", torch.tensor(_GAIN[flavour]).reshape(3, 1, 1), persistent=False)
+        for name in self.layers:
+            if name in WEIGHT_SHAPES:
+                self.add_module(name, _weight_layer(WEIGHT_SHAPES[name], generator))
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)
+        self.eval()
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """RGB in [0, 1], `[N, 3, H, W]`, to what conv1_1 expects, channels_last."""
+        x = (x.contiguous(memory_format=torch.channels_last) - self.mean) * self.gain
+        return x.flip(1) if self.flavour == "caffe" else x
+
+    def forward(self, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """The asked layers' outputs; nothing behind the deepest of them is computed.
+
+        A ReLU overwrites its convolution's output in place unless that one is asked for as well.
+
+        Args:
+            x: `[N, 3, H, W]`, RGB in [0, 1].
+            layers: names out of `LAYERS`, at least one.
+
+        Returns:
+            name → `[N, C, H', W']` channels_last, or `[N, C]` from fc6 on, front to back.
+
+        Raises:
+            UserError: a layer is unknown or lies behind `last_layer`, or the picture is too small for the deepest.
+        """
+        depth = self._check(x, layers)
+        wanted, outputs = set(layers), {}
+        x = self.preprocess(x)
+        for name in self.layers[: depth + 1]:
+            before = self.layers[self.layers.index(name) - 1] if name != "conv1_1" else ""
+            if name.startswith("relu"):
+                x = F.relu(x) if before in wanted else F.relu_(x)
+            elif name.startswith("pool"):
+                x = _pool(x)
+            else:
+                if name == "fc6":
+                    # torchvision flattens [C, 7, 7] in this order, whatever the memory layout.
+                    x = F.adaptive_avg_pool2d(x, 7).flatten(1)
+                x = self.get_submodule(name)(x)
+            if name in wanted:
+                outputs[name] = x
+        return outputs
+
+    def _check(self, x: Tensor, layers: Sequence[str]) -> int:
+        """Index of the deepest asked layer; UserError where it cannot be had."""
+        if not layers:
+            raise UserError("no VGG19 layer is asked for; name at least one")
+        for name in layers:
+            check_layer(name)
+            if name not in self.layers:
+                raise UserError(f"layer {name} lies behind {self.last_layer}, where this VGG19 ends; load it up to {name}")
+        deepest = max(layers, key=LAYERS.index)
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise UserError(f"VGG19 takes pictures [N, 3, H, W], got {list(x.shape)}")
+        depth = LAYERS.index(deepest)
+        smallest = 2 ** sum(name.startswith("pool") for name in LAYERS[: depth + 1])
+        if min(x.shape[2:]) < smallest:
+            raise UserError(
+                f"a picture of {x.shape[3]}×{x.shape[2]} pixels is too small for {deepest}, which needs "
+                f"{smallest}×{smallest}; enlarge it or choose a shallower layer"
+            )
+        return depth
+
+
+def check_layer(name: str) -> None:
+    """UserError, with the nearest name, unless VGG19 has the layer."""
+    if name not in LAYERS:
+        near = difflib.get_close_matches(name, LAYERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; the layers are {LAYERS[0]} … {LAYERS[-1]}"
+        raise UserError(f"no VGG19 layer is named {name!r}{hint}")
+
+
+def _weight_layer(shape: tuple[int, ...], generator: torch.Generator | None) -> nn.Module:
+    # Built without PyTorch's own initialisation, which would draw from the global generator.
+    layer: nn.Conv2d | nn.Linear
+    if len(shape) == 4:
+        layer = nn.utils.skip_init(nn.Conv2d, shape[1], shape[0], 3, padding=1)
+    else:
+        layer = nn.utils.skip_init(nn.Linear, shape[1], shape[0])
+    assert layer.bias is not None
+    with torch.no_grad():
+        layer.weight.normal_(0.0, math.sqrt(2.0 / math.prod(shape[1:])), generator=generator)
+        layer.bias.zero_()
+    return layer
+
+
+def _pool(x: Tensor) -> Tensor:
+    if x.is_cuda:
+        return max_pool2d_switches(x)[0]
+    return F.max_pool2d(x, 2)
