@@ -1,7 +1,7 @@
 """`fastnst demo`: a small style from nothing but what is installed, in a few minutes on two CPU cores.
 
-The photographs come with scikit-image and are in the public domain (NASA's astronaut and deep field, a rocket, a cat, a cup
-of coffee); the style picture is painted here.
+The photographs come with scikit-image and are in the public domain (NASA's astronaut and deep field, a rocket, a cat, a
+cup of coffee); the style picture is painted here.
 """
 
 import math
