@@ -1,6 +1,7 @@
 """The configuration of a run: frozen sections, presets, and the rules by which sources override one another.
 
-Precedence: command line (`--set` and named options) > environment (`FASTNST_SECTION__KEY`) > TOML file > preset > default.
+Precedence: command line (`--set` and named options) > environment (`FASTNST_SECTION__KEY`) > TOML file > preset
+> default. The value `unset` takes back an optional key that a lower source has set.
 A part of the program receives its own section only, never the whole.
 """
 
@@ -10,13 +11,22 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from fastnst.config_text import UNSET, environment_texts, parse_value, read_toml, split_assignment, toml_value
 from fastnst.errors import UserError
 
-ENVIRONMENT_PREFIX = "FASTNST_"
 DEFAULT_PRESET = "hwalsuklee"
 
 # φ's layers that a loss may tap. They are spelled out here, and checked against `models.vgg19` by a test, because
@@ -32,7 +42,20 @@ LOSS_LAYERS = tuple(
 class Section(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unset_and_numbers(cls, value: object, info: ValidationInfo) -> object:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        types = {annotation, *get_args(annotation)}
+        if value == UNSET and NoneType in types:
+            return None
+        # Python counts true as 1; a user who writes `steps = true` means something else.
+        items = value if isinstance(value, list | tuple) else (value,)
+        if types & {int, float} and any(isinstance(item, bool) for item in items):
+            raise ValueError(f"expects {'numbers' if items is value else 'a number'}, got {toml_value(value)}")
+        return value
 
 
 class DataConfig(Section):
@@ -40,7 +63,7 @@ class DataConfig(Section):
 
     folder: Path | None = None
     """Folder of JPEG, PNG and WebP pictures, searched with its subfolders."""
-    image_size: int = Field(256, ge=16, le=2048)
+    image_size: int = Field(default=256, ge=16, le=2048)
     """Side of the square training pictures, in pixels."""
     loader: Literal["dali", "pillow"] = "dali"
     """What decodes and resizes: DALI (on the GPU if there is one) or Pillow in worker processes."""
@@ -48,9 +71,9 @@ class DataConfig(Section):
     """How a picture becomes square: short side resized to `image_size` and cropped, or both sides resized."""
     flip: bool = True
     """Mirror each picture left to right with probability one half."""
-    workers: int = Field(2, ge=1, le=256)
+    workers: int = Field(default=2, ge=1, le=256)
     """DALI's threads, or Pillow's processes."""
-    prefetch: int = Field(3, ge=1, le=64)
+    prefetch: int = Field(default=3, ge=1, le=64)
     """Batches kept ready ahead of the training step."""
 
 
@@ -59,7 +82,7 @@ class StyleConfig(Section):
 
     picture: Path | None = None
     """The style picture."""
-    size: int | None = Field(None, ge=16, le=4096)
+    size: int | None = Field(default=None, ge=16, le=4096)
     """Longest side of the style picture in pixels while its Gram matrices are taken: larger strokes with smaller
     numbers. Smaller pictures are not enlarged. Unset: the picture's own size, at most 1024."""
 
@@ -85,9 +108,9 @@ class LossConfig(Section):
     style_layers: tuple[str, ...] = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
     style_layer_weights: tuple[float, ...] = ()
     """One factor per style layer; empty means 1 for each."""
-    content_weight: float = Field(7.5, ge=0)
-    style_weight: float = Field(5e2, ge=0)
-    tv_weight: float = Field(2e2, ge=0)
+    content_weight: float = Field(default=7.5, ge=0)
+    style_weight: float = Field(default=5e2, ge=0)
+    tv_weight: float = Field(default=2e2, ge=0)
     style_reduction: Literal["mean", "sum"] = "mean"
     """Over the C² entries of G - A: `sum` is equation 4, ‖G - A‖²_F; `mean` divides it by C², as the known codes do."""
     tv_reduction: Literal["mean", "sum"] = "mean"
@@ -106,6 +129,13 @@ class LossConfig(Section):
             raise ValueError(f"a layer is named twice in {list(layers)}")
         return layers
 
+    @field_validator("style_layer_weights")
+    @classmethod
+    def _no_negative_weight(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if any(weight < 0 for weight in weights):
+            raise ValueError(f"weights are 0 or more, got {list(weights)}")
+        return weights
+
     @model_validator(mode="after")
     def _one_weight_per_layer(self) -> "LossConfig":
         if self.style_layer_weights and len(self.style_layer_weights) != len(self.style_layers):
@@ -121,12 +151,12 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """The optimisation and what is written while it runs."""
 
-    batch_size: int = Field(4, ge=1, le=4096)
-    steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(default=4, ge=1, le=4096)
+    steps: int | None = Field(default=None, ge=1)
     """Steps to train; unset: as many as `epochs` needs."""
-    epochs: float = Field(2.0, gt=0)
+    epochs: float = Field(default=2.0, gt=0)
     """Passes over the pictures; used where `steps` is unset."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Type of the matrix work; sums, losses and statistics stay fp32. `auto`: bf16 on CUDA, fp32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -136,15 +166,15 @@ class TrainConfig(Section):
     """Run both networks and the loss through torch.compile."""
     deterministic: bool = False
     """Ask PyTorch for deterministic algorithms only; slower on CUDA."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    log_every: int = Field(20, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    log_every: int = Field(default=20, ge=1)
     """Steps between two rows of metrics; the first and the last step are always logged."""
-    sample_every: int = Field(500, ge=1)
+    sample_every: int = Field(default=500, ge=1)
     """Steps between two sets of stylised samples and histograms in TensorBoard."""
-    samples: int = Field(4, ge=0, le=64)
+    samples: int = Field(default=4, ge=0, le=64)
     """Fixed pictures, the first of the folder, that are stylised for TensorBoard."""
-    checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(3, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
 
     @field_validator("device", mode="before")
@@ -195,99 +225,42 @@ def load_config(
         UserError: an unknown preset, section or key, a wrong type, or a value out of range; the message names the key,
             what it got, what is allowed and the nearest name.
     """
-    environment = os.environ if environment is None else environment
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if file is not None:
-        layers.append((str(file), _read_toml(file)))
-    layers.append(("the environment", _from_environment(environment)))
-    command_line: dict[str, Any] = {}
-    for key, value in (options or {}).items():
+    in_file = {} if file is None else read_toml(file)
+    in_environment: dict[str, Any] = {}
+    for key, text in environment_texts(os.environ if environment is None else environment).items():
+        _put(in_environment, key, parse_value(text, _annotation(key)))
+    on_command_line: dict[str, Any] = {}
+    for key, value in {"preset": preset, **(options or {})}.items():
         if value is not None:
-            _put(command_line, key, value)
-    for assignment in assignments:
-        key, value = _parse_assignment(assignment)
-        _put(command_line, key, value)
-    layers.append(("the command line", command_line))
+            _put(on_command_line, key, value)
+    for key, text in map(split_assignment, assignments):
+        _put(on_command_line, key, parse_value(text, _annotation(key)))
 
-    for _, values in layers:
-        preset = preset if preset is not None and values is not command_line else values.get("preset", preset)
-    name = DEFAULT_PRESET if preset is None else preset
-    if name not in preset_names():
-        raise UserError(f"unknown preset {name!r}{_nearest(name, preset_names())}; presets: {', '.join(preset_names())}")
-    merged: dict[str, Any] = tomllib.loads(resources.files("fastnst.presets").joinpath(f"{name}.toml").read_text("utf-8"))
-    for source, values in layers:
+    sources = ((str(file), in_file), ("the environment", in_environment), ("the command line", on_command_line))
+    name: Any = DEFAULT_PRESET
+    for source, values in sources:
         _check_keys(values, source)
+        name = values.get("preset", name)
+    if name not in preset_names():
+        near = _nearest(str(name), preset_names())
+        raise UserError(f"unknown preset {name!r}{near}; presets: {', '.join(preset_names())}")
+    merged = tomllib.loads(resources.files("fastnst.presets").joinpath(f"{name}.toml").read_text("utf-8"))
+    for _, values in sources:
         _merge(merged, values)
-    merged["preset"] = name
-    return _validate(merged)
+    return _validate(merged | {"preset": name})
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as TOML that `load_config(file=…)` reads back to an equal one; unset keys become comments."""
-    lines = [f"preset = {_toml_value(config.preset)}"]
-    for section_name in Config.model_fields:
-        section = getattr(config, section_name)
-        if not isinstance(section, Section):
-            continue
-        lines += ["", f"[{section_name}]"]
-        for key in type(section).model_fields:
-            value = getattr(section, key)
-            lines.append(f"# {key} is unset" if value is None else f"{key} = {_toml_value(value)}")
+    """The whole configuration as TOML, which `load_config(file=…)` reads back to an equal one whatever the presets say.
+
+    Raises:
+        UserError: a path in it is not UTF-8.
+    """
+    lines = [f"preset = {toml_value(config.preset)}"]
+    for section, keys in _section_keys().items():
+        lines += ["", f"[{section}]"]
+        lines += [f"{key} = {toml_value(getattr(getattr(config, section), key))}" for key in keys]
     return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: object) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int():
-            return str(value)
-        case float():
-            return repr(value)
-        case tuple() | list():
-            return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-        case _:
-            return _toml_string(str(value))
-
-
-def _toml_string(text: str) -> str:
-    escaped = "".join(
-        {"\\": "\\\\", '"': '\\"'}.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text
-    )
-    return f'"{escaped}"'
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {file}: {error.strerror}; give an existing TOML file") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{file} is not TOML: {error}; write sections like [train] with lines like steps = 100") from error
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, text in environment.items():
-        # Variables without the double underscore (FASTNST_CACHE, …) are not configuration keys.
-        if variable.startswith(ENVIRONMENT_PREFIX) and "__" in variable:
-            section, _, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
-            _put(values, f"{section}.{key}", _parse_value(text))
-    return values
-
-
-def _parse_assignment(assignment: str) -> tuple[str, Any]:
-    key, equals, text = assignment.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set takes section.key=value, got {assignment!r}; for example --set train.steps=100")
-    return key.strip(), _parse_value(text.strip())
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -312,7 +285,9 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
     for section_name, section in values.items():
         if section_name not in Config.model_fields:
             dotted = [f"{name}.{key}" for name, keys in _section_keys().items() for key in keys]
-            raise UserError(f"{source}: unknown key {section_name!r}{_nearest(section_name, [*Config.model_fields, *dotted])}")
+            raise UserError(
+                f"{source}: unknown key {section_name!r}{_nearest(section_name, [*Config.model_fields, *dotted])}"
+            )
         if section_name == "preset":
             continue
         keys = _section_keys()[section_name]
@@ -347,20 +322,20 @@ def _validate(values: dict[str, Any]) -> Config:
 
 
 def _explain(item: Any) -> str:
-    section, *rest = (str(part) for part in item["loc"])
-    key = ".".join([section, *rest[:1]])
+    key = ".".join(str(part) for part in item["loc"][:2])
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "literal_error":
-        field = _section_keys_to_field(section, rest[0])
-        allowed = [str(value) for value in get_args(field)] if get_origin(field) is Literal else []
-        near = _nearest(str(item["input"]), allowed)
-        return f"{key} is {item['input']!r}; allowed: {', '.join(allowed)}{near}"
+        allowed = [str(value) for value in get_args(_annotation(key))]
+        return f"{key} is {item['input']!r}; allowed: {', '.join(allowed)}{_nearest(str(item['input']), allowed)}"
     if item["type"] == "value_error":
         return f"{key}: {message}"
     return f"{key} is {item['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _section_keys_to_field(section: str, key: str) -> Any:
-    section_type = Config.model_fields[section].annotation
-    assert section_type is not None
-    return section_type.model_fields[key].annotation
+def _annotation(dotted: str) -> Any:
+    """The type of a key; None for a key that does not exist."""
+    section, _, key = dotted.partition(".")
+    field = Config.model_fields.get(section)
+    if field is not None and key and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        field = field.annotation.model_fields.get(key)
+    return None if field is None else field.annotation

@@ -1,0 +1,114 @@
+"""How configuration is written down: TOML files, environment variables and `--set` assignments, to values and back."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from fastnst.errors import UserError
+
+ENVIRONMENT_PREFIX = "FASTNST_"
+UNSET = "unset"  # TOML has no null: this word takes back what a preset or a file has set
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the configuration {file}: {error.strerror}; give an existing TOML file"
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(
+            f"{file} is not TOML: {error}; write sections like [train] with lines like steps = 100"
+        ) from error
+
+
+def environment_texts(environment: Mapping[str, str]) -> dict[str, str]:
+    """Dotted key → text of the variables `FASTNST_SECTION__KEY` and `FASTNST_PRESET`.
+
+    Other variables without the double underscore (`FASTNST_CACHE`, …) are not configuration keys.
+    """
+    return {
+        name.lower().replace("__", ".", 1): text
+        for variable, text in environment.items()
+        if (name := variable.removeprefix(ENVIRONMENT_PREFIX)) != variable and ("__" in name or name == "PRESET")
+    }
+
+
+def split_assignment(assignment: str) -> tuple[str, str]:
+    """Dotted key and text of a `section.key=value` string.
+
+    Raises:
+        UserError: there is no key or no equals sign.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set takes section.key=value, got {assignment!r}; for example --set train.steps=100")
+    return key.strip(), text.strip()
+
+
+def parse_value(text: str, annotation: Any) -> Any:
+    """The value that `text` stands for: TOML, where words may lack their quotes and lists their brackets.
+
+    Args:
+        text: as typed.
+        annotation: the type of the key; it decides whether `2024` is a number or the name of a folder.
+    """
+    value = _parse_toml_value(text)
+    if get_origin(annotation) is tuple and not isinstance(value, list):
+        items = [item.strip() for item in text.strip("[]").split(",")]
+        return [_parse_toml_value(item) for item in items if item]
+    takes_text = get_origin(annotation) is Literal or {annotation, *get_args(annotation)} & {str, Path}
+    if takes_text and get_origin(annotation) is not tuple and not isinstance(value, str):
+        return text
+    return value
+
+
+def toml_value(value: object) -> str:
+    """`value` in TOML syntax; None becomes `"unset"`.
+
+    Raises:
+        UserError: a text is not Unicode (a file name in another encoding), which TOML cannot hold.
+    """
+    match value:
+        case None:
+            return f'"{UNSET}"'
+        case bool():
+            return "true" if value else "false"
+        case int():
+            return str(value)
+        case float():
+            return repr(value)
+        case tuple() | list():
+            return "[" + ", ".join(toml_value(item) for item in value) + "]"
+        case Path() if str(value) == UNSET:
+            return f'"./{UNSET}"'  # a file of that name, not the word
+        case _:
+            return _toml_string(str(value))
+
+
+def _parse_toml_value(text: str) -> Any:
+    try:
+        match tomllib.loads(f"value = {text}"):
+            case {"value": value, **others} if not others:  # a line break in `text` could start another key
+                return value
+    except tomllib.TOMLDecodeError:
+        pass
+    return text
+
+
+def _toml_string(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the name {text!r} is not UTF-8, which a configuration file has to be; rename it") from error
+    escaped = "".join(
+        {"\\": "\\\\", '"': '\\"'}.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text
+    )
+    return f'"{escaped}"'
