@@ -40,7 +40,7 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:32]}.", suffix=".part", dir=path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     temporary = Path(name)
