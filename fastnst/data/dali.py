@@ -1,0 +1,251 @@
+"""Pictures by NVIDIA DALI: decoded, cut out and resized on the GPU, or in DALI's threads where there is none.
+
+The order of the run feeds it: for each step, the files' bytes (read ahead by threads) and each picture's window.
+Nothing in the pipeline is random. Pictures that are not plain (see `fastnst.data.plain`) are made into squares by
+Pillow in the reading threads and enter as uncompressed PNM, which passes through unchanged.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+from fastnst.data.manifest import Entry
+from fastnst.data.window import read_picture, read_square, window_of
+from fastnst.errors import DataError
+from fastnst.images import UnusablePictureError, printable
+
+if TYPE_CHECKING:
+    from fastnst.config import DataConfig
+    from fastnst.data.manifest import Manifest
+    from fastnst.data.order import RunOrder
+
+HW_DECODER_LOAD = 0.65
+"""Share of the JPEGs that goes to the GPU's decoding engines, where it has them."""
+
+_log = logging.getLogger(__name__)
+
+
+class DaliLoader:
+    """See `fastnst.data.open_loader`."""
+
+    def __init__(
+        self,
+        manifest: "Manifest",
+        order: "RunOrder",
+        config: "DataConfig",
+        *,
+        device: torch.device,
+        start_step: int = 0,
+        rank: int = 0,
+    ) -> None:
+        self._feed = _Feed(manifest, order, config, rank)
+        self._config = config
+        self._device = device
+        self._step = start_step
+        self._pipeline: Pipeline | None = self._start_pipeline()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self._pipeline is None:
+            raise StopIteration
+        try:
+            batch = self._run(self._pipeline)
+        except RuntimeError as error:
+            self._pipeline = self._recover(error)
+            batch = self._run(self._pipeline)
+        self._step += 1
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the pipeline and the reading threads."""
+        self._pipeline = None
+        self._feed.close()
+
+    def _run(self, pipeline: Pipeline) -> torch.Tensor:
+        if self._device.type != "cuda":
+            (squares,) = pipeline.run()
+            # A copy, because DALI uses its buffers again.
+            return torch.from_numpy(np.array(squares.as_tensor()))
+        stream = torch.cuda.current_stream(self._device)
+        (squares,) = pipeline.run(stream)
+        # Bound to this stream by `run`, and copied on it: the memory goes back to DALI in stream order, whichever
+        # streams the batch itself is used on later.
+        return torch.from_dlpack(squares.as_tensor()).clone()
+
+    def _start_pipeline(self) -> Pipeline:
+        self._feed.seek(self._step)
+        return _build(
+            self._feed,
+            self._feed.order.local_batch_size,
+            self._config.image_size,
+            self._device,
+            threads=self._config.workers,
+            prefetch=self._config.prefetch,
+        )
+
+    def _recover(self, error: RuntimeError) -> Pipeline:
+        """A new pipeline in which the pictures that broke the old one are decoded by Pillow.
+
+        DALI may not say which they are, so those in flight are tried one by one.
+        """
+        self._pipeline = None
+        in_flight = self._feed.pictures(self._step, self._config.prefetch + 1)
+        broken = [index for index in in_flight if not self._decodes(index)]
+        if not broken:
+            names = ", ".join(printable(self._feed.entries[index].path) for index in in_flight[:3])
+            raise DataError(
+                f"DALI failed in step {self._step + 1} ({_last_line(error)}), near {names}; "
+                "use --loader pillow, or a smaller train.batch_size if memory ran out"
+            ) from error
+        for index in broken:
+            _log.warning("DALI cannot decode %s; Pillow decodes it", printable(self._feed.entries[index].path))
+        self._feed.by_pillow.update(broken)
+        return self._start_pipeline()
+
+    def _decodes(self, index: int) -> bool:
+        entry = self._feed.entries[index]
+        if index in self._feed.by_pillow:
+            return True
+        encoded = self._feed.read(entry)
+        whole = np.array([[0.0, 0.0]], np.float32), np.array([[entry.height, entry.width]], np.float32)
+        probe = _build(lambda _: ([encoded], *whole), 1, self._config.image_size, self._device, threads=1, prefetch=1)
+        try:
+            self._run(probe)
+        except RuntimeError:
+            return False
+        return True
+
+
+def _build(
+    source: Any, batch_size: int, image_size: int, device: torch.device, *, threads: int, prefetch: int
+) -> Pipeline:
+    """Encoded pictures and their windows → uint8 squares on the device."""
+    on_gpu = device.type == "cuda"
+    device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
+    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
+    with pipeline:
+        encoded, start, end = fn.external_source(source=source, num_outputs=3, batch=True)
+        if on_gpu:
+            # Without `jpeg_fancy_upsampling` the GPU repeats chroma samples where libjpeg interpolates.
+            decoded = fn.decoders.image(
+                encoded,
+                device="mixed",
+                output_type=types.RGB,
+                hw_decoder_load=HW_DECODER_LOAD,
+                jpeg_fancy_upsampling=True,
+            )
+        else:
+            decoded = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        squares = fn.resize(
+            decoded,
+            size=[image_size, image_size],
+            roi_start=start,
+            roi_end=end,
+            interp_type=types.INTERP_TRIANGULAR,
+            antialias=True,
+        )
+        pipeline.set_outputs(squares)
+    pipeline.build()
+    return pipeline
+
+
+class _Feed:
+    """What a pipeline asks for: iteration → encoded pictures, window starts and window ends of one step."""
+
+    def __init__(self, manifest: "Manifest", order: "RunOrder", config: "DataConfig", rank: int) -> None:
+        self.entries = manifest.images
+        self.order = order
+        self.by_pillow: set[int] = set()
+        """Pictures that DALI turned out not to decode, though they are plain."""
+        self._folder = manifest.folder
+        self._image_size = config.image_size
+        self._ahead = config.prefetch
+        self._rank = rank
+        self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="read")
+        self._reading: deque[list[Future[_Sample]]] = deque()
+        self._next_step = 0
+
+    def __call__(self, _iteration: int) -> "tuple[list[np.ndarray], np.ndarray, np.ndarray]":
+        self._read_ahead()
+        if not self._reading:
+            raise StopIteration
+        samples = [future.result() for future in self._reading.popleft()]
+        self._read_ahead()
+        encoded, start, end = zip(*samples, strict=True)
+        return list(encoded), np.array(start, dtype=np.float32), np.array(end, dtype=np.float32)
+
+    def seek(self, step: int) -> None:
+        """Go on with `step`."""
+        self._reading.clear()
+        self._next_step = step
+
+    def close(self) -> None:
+        self._reading.clear()
+        self._pool.shutdown(cancel_futures=True)
+
+    def pictures(self, step: int, count: int) -> list[int]:
+        """The different pictures of `count` steps from `step` on."""
+        steps = range(step, min(step + count, self.order.steps))
+        return sorted({int(index) for each in steps for index in self.order.batch(each, self._rank).indices})
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """The bytes of a picture's file, uint8 `[size]`."""
+        try:
+            return np.frombuffer(read_picture(self._path(entry), entry.size), np.uint8)
+        except UnusablePictureError as error:
+            raise DataError(f"cannot read {printable(self._path(entry))}: {error}") from error
+
+    def _read_ahead(self) -> None:
+        while len(self._reading) < self._ahead and self._next_step < self.order.steps:
+            samples = self.order.batch(self._next_step, self._rank)
+            places = zip(samples.indices, samples.crop, samples.flip, strict=True)
+            self._reading.append(
+                [self._pool.submit(self._sample, int(i), crop, bool(flip)) for i, crop, flip in places]
+            )
+            self._next_step += 1
+
+    def _sample(self, index: int, crop: np.ndarray, flip: bool) -> "_Sample":
+        entry = self.entries[index]
+        left, top, right, bottom = window = window_of(entry.width, entry.height, self.order.fit, crop)
+        if entry.plain and index not in self.by_pillow:
+            # A window that runs from right to left is mirrored.
+            return self.read(entry), (top, right if flip else left), (bottom, left if flip else right)
+        size = self._image_size
+        try:
+            square = read_square(self._path(entry), entry.size, (entry.width, entry.height), window, size, flip)
+        except UnusablePictureError as error:
+            raise DataError(f"cannot read {printable(self._path(entry))}: {error}") from error
+        header = f"P6\n{size} {size}\n255\n".encode()
+        return np.frombuffer(header + square.tobytes(), np.uint8), (0.0, 0.0), (float(size), float(size))
+
+    def _path(self, entry: Entry) -> str:
+        return os.path.join(self._folder, entry.path)  # noqa: PTH118
+
+
+_Sample = tuple[np.ndarray, tuple[float, float], tuple[float, float]]
+"""Encoded picture, and start and end of its window as (y, x)."""
+
+
+def _last_line(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if "no longer valid" not in line]
+    return (lines[-1] if lines else type(error).__name__)[:160]

@@ -1,0 +1,140 @@
+"""Which encoded pictures every decoder reads alike, and which are whole.
+
+DALI stops for good at a file that it cannot read, and where formats leave room (orientation tags of the wrong type,
+CMYK, 16 bits, junk between segments) it and Pillow read differently. Files without such oddities are called plain;
+DALI is given only those. The others are decoded by Pillow for both loaders, so they cannot come out differently.
+"""
+
+import struct
+import zlib
+
+from PIL import Image
+
+from fastnst.images import UnusablePictureError
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+_EXIF = b"Exif\0\0"
+_TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+
+
+def check_whole(data: bytes, picture: Image.Image) -> None:
+    """Raise UnusablePictureError for damage that Pillow overlooks: a PNG's checksums and its end."""
+    if picture.format == "PNG":
+        _check_png(data)
+
+
+def is_plain(data: bytes, picture: Image.Image, orientation: int) -> bool:
+    """Whether DALI decodes these bytes to what Pillow makes of them.
+
+    Args:
+        data: the whole file.
+        picture: the same, opened by Pillow.
+        orientation: as Pillow found it, 1 to 8.
+    """
+    if picture.format in ("JPEG", "MPO"):
+        return _is_plain_jpeg(data, orientation)
+    if orientation != 1:
+        return False
+    if picture.format == "PNG":
+        return _is_plain_png(data)
+    # A WebP file with more than one chunk's worth (animation, metadata, a separate alpha plane) starts with VP8X.
+    return data[12:16] in (b"VP8 ", b"VP8L")
+
+
+def _is_plain_jpeg(data: bytes, orientation: int) -> bool:
+    """8-bit Huffman-coded grayscale or YCbCr, clean segments, and an orientation that leaves no doubt."""
+    at, frame, adobe_transform, tags = 2, None, None, []
+    while True:
+        if len(data) < at + 4 or data[at] != 0xFF:
+            return False
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        body = data[at + 4 : at + 2 + length]
+        if length < 2 or len(body) != length - 2 or marker in _OTHER_FRAMES or not 0xC0 <= marker <= 0xFE:
+            return False
+        if marker in _HUFFMAN_FRAMES:
+            frame = body
+        elif marker == 0xE1 and body.startswith(_EXIF):
+            tags.append(body[len(_EXIF) :])
+        elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
+            adobe_transform = body[11]
+        elif marker == 0xDA:
+            break
+        at += 2 + length
+    if frame is None or len(tags) > 1 or (_orientation(tags[0]) if tags else 1) != orientation:
+        return False
+    return _is_plain_frame(frame, adobe_transform)
+
+
+def _is_plain_frame(frame: bytes, adobe_transform: int | None) -> bool:
+    """Precision, height, width, then per component: identifier, sampling factors, table."""
+    if len(frame) < 6 or frame[0] != 8 or len(frame) != 6 + 3 * frame[5]:
+        return False
+    identifiers, sampling = frame[6::3], frame[7::3]
+    if len(identifiers) == 1:
+        return True
+    if len(identifiers) != 3 or identifiers == b"RGB" or adobe_transform not in (None, 1):
+        return False
+    return sampling[0] in (0x11, 0x21, 0x22, 0x12) and sampling[1:] == b"\x11\x11"
+
+
+def _orientation(tags: bytes) -> int | None:
+    """The orientation in a TIFF block, 1 if absent; None if the first directory leaves any doubt.
+
+    Readers differ in what they make of a directory with one bad entry, so all of its entries have to be sound.
+    """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tags[:4])
+    if order is None or len(tags) < 8:
+        return None
+    (start,) = struct.unpack_from(order + "I", tags, 4)
+    if start < 8 or start + 2 > len(tags):
+        return None
+    (count,) = struct.unpack_from(order + "H", tags, start)
+    if start + 2 + 12 * count > len(tags):
+        return None
+    found = []
+    for at in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind, length, offset = struct.unpack_from(order + "HHII", tags, at)
+        size = length * _TAG_BYTES.get(kind, len(tags))
+        if size > 4 and offset + size > len(tags):
+            return None
+        if tag == 0x0112:
+            found.append((kind, length, *struct.unpack_from(order + "H", tags, at + 8)))
+    if not found:
+        return 1
+    kind, length, value = found[0]
+    return value if len(found) == 1 and (kind, length) == (3, 1) and 1 <= value <= 8 else None
+
+
+def _is_plain_png(data: bytes) -> bool:
+    """8 bits per sample, not interlaced, not animated, without colour-key or palette transparency."""
+    depth, interlace = data[24], data[28]
+    names = {name for name, _, _ in _png_chunks(data)}
+    return depth == 8 and interlace == 0 and not names & {b"acTL", b"tRNS", b"eXIf"}
+
+
+def _check_png(data: bytes) -> None:
+    for name, start, end in _png_chunks(data):
+        (expected,) = struct.unpack_from(">I", data, end - 4)
+        if zlib.crc32(memoryview(data)[start : end - 4]) != expected:
+            raise UnusablePictureError(
+                f"the checksum of its {name.decode('latin-1')} chunk does not fit; fetch it again"
+            )
+        if name == b"IEND":
+            return
+    raise UnusablePictureError("it is cut short; fetch it again")
+
+
+def _png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
+    """Name, start (at the name) and end (behind the checksum) of each whole chunk."""
+    chunks = []
+    at = len(PNG_SIGNATURE)
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            break
+        chunks.append((data[at + 4 : at + 8], at + 4, end))
+        at = end
+    return chunks

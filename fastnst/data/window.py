@@ -1,0 +1,78 @@
+"""From a picture of any size to a training square, the same for both loaders.
+
+Resizing the short side to `image_size` and then cropping is the same as resizing a square window of the picture, as
+wide as its short side; so each picture is resampled once, and only where it is seen. The filter is the triangle
+(bilinear, widened by the scale when shrinking, which is what keeps it free of aliasing); beyond the picture's border
+the border pixel goes on.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from fastnst.data.order import Fit
+from fastnst.images import TRAINING_FORMATS, UnusablePictureError, decode, read_bytes
+
+Window = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels of the upright picture."""
+
+
+def window_of(width: int, height: int, fit: Fit, crop: np.ndarray) -> Window:
+    """The part of a picture that becomes the square; `crop` is its row of `Samples.crop`."""
+    if fit == "squash":
+        return 0.0, 0.0, float(width), float(height)
+    side = min(width, height)
+    left, top = float(crop[0]) * (width - side), float(crop[1]) * (height - side)
+    return left, top, left + side, top + side
+
+
+def resize_window(picture: Image.Image, window: Window, size: int, flip: bool) -> np.ndarray:
+    """The window of an RGB picture as uint8 `[size, size, 3]`, mirrored left to right if `flip` is set."""
+    left, top, right, bottom = window
+    # Pillow leaves pixels beyond the border out of the mean instead of repeating the border; a margin makes it repeat.
+    margins = [
+        math.ceil((end - start) / size) if end - start > size else 0 for start, end in ((left, right), (top, bottom))
+    ]
+    x0, y0 = math.floor(left) - margins[0], math.floor(top) - margins[1]
+    x1, y1 = math.ceil(right) + margins[0], math.ceil(bottom) + margins[1]
+    lacking = ((max(-y0, 0), max(y1 - picture.height, 0)), (max(-x0, 0), max(x1 - picture.width, 0)))
+    if any(map(any, lacking)):
+        inside = picture.crop((max(x0, 0), max(y0, 0), min(x1, picture.width), min(y1, picture.height)))
+        picture = Image.fromarray(np.pad(np.asarray(inside), (*lacking, (0, 0)), mode="edge"))
+        left, top, right, bottom = left - x0, top - y0, right - x0, bottom - y0
+    square = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    if flip:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(square)
+
+
+def read_picture(path: str, expected_bytes: int) -> bytes:
+    """A picture's file, if it still has the size it was checked with.
+
+    Raises:
+        UnusablePictureError: it changed or went away since the folder was checked.
+    """
+    data = read_bytes(path)
+    if len(data) != expected_bytes:
+        raise UnusablePictureError(
+            f"it has {len(data)} bytes, and had {expected_bytes} when the folder was checked; start again"
+        )
+    return data
+
+
+def read_square(
+    path: str, expected_bytes: int, expected_size: tuple[int, int], window: Window, size: int, flip: bool
+) -> np.ndarray:
+    """One picture by Pillow, from file to uint8 `[size, size, 3]`.
+
+    Raises:
+        UnusablePictureError: the file changed since the folder was checked.
+    """
+    picture = decode(read_picture(path, expected_bytes), formats=TRAINING_FORMATS)
+    if picture.size != expected_size:
+        raise UnusablePictureError(
+            f"it is {picture.width} × {picture.height} px, and was {expected_size[0]} × {expected_size[1]} px "
+            "when the folder was checked; start again"
+        )
+    return resize_window(picture, window, size, flip)
