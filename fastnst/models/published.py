@@ -30,7 +30,9 @@ def load_lengstrom_npz(path: Path | str) -> TransformNet:
                 _assign(layer.shift, archive, 3 * index + 1, (0,))
                 _assign(layer.scale, archive, 3 * index + 2, (0,))
     except OSError as error:
-        raise DataError(f"cannot read the model {path}: {error.strerror or error}; give an existing .npz file") from error
+        raise DataError(
+            f"cannot read the model {path}: {error.strerror or error}; give an existing .npz file"
+        ) from error
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} is not a lengstrom transform net: {str(error)[:200]}; "

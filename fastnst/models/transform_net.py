@@ -172,7 +172,9 @@ class _NormedLayer(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, weight_shape: tuple[int, ...], channels: int, *, norm: str | None, eps: float, relu: bool) -> None:
+    def __init__(
+        self, weight_shape: tuple[int, ...], channels: int, *, norm: str | None, eps: float, relu: bool
+    ) -> None:
         super().__init__()
         self.norm, self.eps, self.relu = norm, eps, relu
         self.weight = nn.Parameter(torch.empty(weight_shape))

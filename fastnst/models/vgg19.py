@@ -36,7 +36,13 @@ def _layers() -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"relu{block}_{index}", ()
             inputs = channels
         yield f"pool{block}", ()
-    yield from (("fc6", (4096, 512 * 7 * 7)), ("relu6", ()), ("fc7", (4096, 4096)), ("relu7", ()), ("fc8", (1000, 4096)))
+    yield from (
+        ("fc6", (4096, 512 * 7 * 7)),
+        ("relu6", ()),
+        ("fc7", (4096, 4096)),
+        ("relu7", ()),
+        ("fc8", (1000, 4096)),
+    )
 
 
 WEIGHT_SHAPES = {name: shape for name, shape in _layers() if shape}
@@ -114,9 +120,8 @@ class VGG19(nn.Module):
         wanted, outputs = set(layers), {}
         x = self.preprocess(x)
         for name in self.layers[: depth + 1]:
-            before = self.layers[self.layers.index(name) - 1] if name != "conv1_1" else ""
             if name.startswith("relu"):
-                x = F.relu(x) if before in wanted else F.relu_(x)
+                x = F.relu(x) if any(output is x for output in outputs.values()) else F.relu_(x)
             elif name.startswith("pool"):
                 x = _pool(x)
             else:
@@ -135,7 +140,9 @@ class VGG19(nn.Module):
         for name in layers:
             check_layer(name)
             if name not in self.layers:
-                raise UserError(f"layer {name} lies behind {self.last_layer}, where this VGG19 ends; load it up to {name}")
+                raise UserError(
+                    f"layer {name} lies behind {self.last_layer}, where this VGG19 ends; load it up to {name}"
+                )
         deepest = max(layers, key=LAYERS.index)
         if x.ndim != 4 or x.shape[1] != 3:
             raise UserError(f"VGG19 takes pictures [N, 3, H, W], got {list(x.shape)}")

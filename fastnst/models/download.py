@@ -1,0 +1,178 @@
+"""One large file over HTTP: resumed where it was cut, checked by its full SHA-256, shared by parallel processes."""
+
+import http.client
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
+
+from fastnst.errors import DataError
+from fastnst.storage import sha256_of, storage_error, sync_folder
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are there and the bytes there will be."""
+
+_BLOCK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that the internet has: where, how long, and what it must hold."""
+
+    url: str
+    sha256: str
+    size: int
+    file_name: str
+
+
+class DownloadError(DataError):
+    """The file could not be had; the message is the reason alone."""
+
+
+class _CutError(Exception):
+    """The connection failed in a way that may pass; what came so far stays in the `.part` file."""
+
+
+def fetch(
+    source: Source,
+    target: Path,
+    *,
+    progress: Progress | None = None,
+    timeout: float = 30.0,
+    attempts: int = 5,
+    pause: float = 1.0,
+) -> None:
+    """Have `source` at `target`, whole and checked, or raise.
+
+    Bytes gather in `target` + `.part`, which survives a failure: the next call asks the server for the rest (HTTP
+    Range). A server that sends the whole file again is read from the start. A file lock lets one process download while
+    others wait for its result.
+
+    Args:
+        source: the file.
+        target: where it shall lie; replaced in one step, only by bytes with the right checksum.
+        progress: told after each block.
+        timeout: seconds without a byte after which a connection counts as cut.
+        attempts: tries in a row that bring no byte before giving up.
+        pause: seconds before the second try, doubled for each further one.
+
+    Raises:
+        DownloadError: no connection, a refusal, wrong bytes, or no room on the disk.
+    """
+    if urllib.parse.urlsplit(source.url).scheme not in ("http", "https"):
+        raise DownloadError("the address does not begin with http:// or https://")
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(target.name + ".lock")):
+            if target.is_file() and sha256_of(target) == source.sha256:
+                return
+            _download(source, part, progress, timeout, attempts, pause)
+            part.replace(target)
+            sync_folder(target.parent)
+    except OSError as error:
+        raise DownloadError(str(storage_error(target, error))) from error
+
+
+def _download(
+    source: Source, part: Path, progress: Progress | None, timeout: float, attempts: int, pause: float
+) -> None:
+    began_with = _size_of(part)
+    fruitless = 0
+    while True:
+        before = _size_of(part)
+        try:
+            _continue(source, part, progress, timeout)
+        except _CutError as cut:
+            fruitless = 0 if _size_of(part) > before else fruitless + 1
+            if fruitless >= attempts:
+                kept = f"; {before:,} bytes are kept and the next try goes on from there" if before else ""
+                raise DownloadError(f"{cut}, after {attempts} tries{kept}") from cut
+            time.sleep(min(pause * 2 ** max(fruitless - 1, 0), 30.0))
+            continue
+        if (found := sha256_of(part)) == source.sha256:
+            return
+        part.unlink()
+        if not began_with:
+            raise DownloadError(f"the server sent other bytes: SHA-256 is {found}, must be {source.sha256}")
+        # An older `.part` may have begun with something else: once more, from the start.
+        began_with = 0
+
+
+def _continue(source: Source, part: Path, progress: Progress | None, timeout: float) -> None:
+    """One request for what `part` lacks; returns when it has the full size."""
+    offset = _size_of(part)
+    if offset > source.size:
+        part.unlink()
+        offset = 0
+    if offset == source.size:
+        return
+    # The bytes themselves are wanted, not a compressed form of them, or offsets would mean something else.
+    headers = {"User-Agent": "fastnst", "Accept-Encoding": "identity"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(source.url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:
+            part.unlink(missing_ok=True)
+            raise _CutError("the server refused to go on from where the download was cut") from error
+        if error.code >= 500 or error.code in (408, 429):
+            raise _CutError(f"the server answered {error.code} {error.reason}") from error
+        raise DownloadError(f"the server answered {error.code} {error.reason}") from error
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise _CutError(f"no connection: {getattr(error, 'reason', None) or error}") from error
+    except ValueError as error:
+        raise DownloadError(f"the address cannot be used: {error}") from error
+    with response:
+        start = _start_of(response, offset, source.size)
+        with part.open("r+b" if start else "wb") as file:
+            file.seek(start)
+            _copy(response, file, start, source.size, progress)
+
+
+def _start_of(response: http.client.HTTPResponse, offset: int, size: int) -> int:
+    """Where in the file the answer begins; DownloadError where it is part of another file."""
+    if response.status != 206:
+        length = response.headers.get("Content-Length")
+        if length is not None and length.isdigit() and int(length) != size:
+            raise DownloadError(f"the server offers {int(length):,} bytes, must be {size:,}")
+        return 0
+    content_range = response.headers.get("Content-Range", "")
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range.strip())
+    if found is None or int(found[1]) != offset or found[2] not in ("*", str(size)):
+        raise DownloadError(
+            f"asked for bytes {offset}-{size - 1}/{size}, the server sent {content_range or 'no range'!r}"
+        )
+    return offset
+
+
+def _copy(response: http.client.HTTPResponse, file: BinaryIO, done: int, size: int, progress: Progress | None) -> None:
+    while True:
+        try:
+            block = response.read(min(_BLOCK, size - done + 1))
+        except (http.client.HTTPException, TimeoutError, ConnectionError, OSError) as error:
+            raise _CutError(f"the connection was cut after {done:,} of {size:,} bytes: {error}") from error
+        if not block:
+            break
+        done += len(block)
+        if done > size:
+            file.truncate(0)
+            raise DownloadError(f"the server sends more than the {size:,} bytes of the file")
+        file.write(block)
+        if progress is not None:
+            progress(done, size)
+    if done < size:
+        raise _CutError(f"the connection was cut after {done:,} of {size:,} bytes")
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

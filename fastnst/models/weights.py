@@ -1,0 +1,245 @@
+"""Weights for VGG19: found, downloaded, drawn or read from a file, checked, and told to the user."""
+
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from fastnst.errors import DataError, UserError
+from fastnst.models.download import DownloadError, Progress, Source, fetch
+from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
+from fastnst.storage import cache_folder, sha256_of
+
+TORCHVISION = Source(
+    url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+    sha256="dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
+    size=574_673_361,
+    file_name="vgg19-dcbb9e9d.pth",
+)
+URL_VARIABLE = "FASTNST_VGG19_URL"
+
+# Names of released files carry the first digits of their SHA-256.
+_KNOWN_DIGESTS = {TORCHVISION.sha256: "torchvision", "d01eb7cb": "caffe"}
+
+# The two trainings of VGG19 that are in circulation, known by the first kernel of conv1_1 on its first input channel.
+# Statistics of the weights do not tell them apart: both have the same scale from layer to layer, only their input differs.
+_FIRST_KERNELS = {
+    "torchvision": (-0.053474, -0.049257, -0.067942, 0.015314, 0.045068, 0.0021444, 0.036226, 0.019999, 0.019864),
+    "caffe": (0.341195, 0.339992, -0.044844, 0.232221, 0.089821, -0.303323, -0.072638, -0.246743, -0.336831),
+}
+# A file in half precision moves a weight by 0.0005 of its size, bfloat16 by 0.004; another training by far more.
+_KERNEL_TOLERANCE = 0.002
+
+_KEYS = dict(
+    zip(
+        WEIGHT_SHAPES,
+        [*(f"features.{n}" for n in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34))]
+        + [*(f"classifier.{n}" for n in (0, 3, 6))],
+        strict=True,
+    )
+)
+
+
+class WeightsUnavailable(DataError):
+    """`auto` found no VGG19 weights on this machine and could not download them."""
+
+
+def torchvision_key(layer: str) -> str:
+    """The prefix of a layer's keys in torchvision's files: `conv1_1` → `features.0`.
+
+    Raises:
+        KeyError: the layer has no weights.
+    """
+    return _KEYS[layer]
+
+
+def load_vgg19(
+    spec: str,
+    *,
+    last_layer: str,
+    flavour: str = "auto",
+    seed: int = 0,
+    notify: Callable[[str], None],
+    progress: Progress | None = None,
+    source: Source = TORCHVISION,
+    pause: float = 1.0,
+) -> VGG19:
+    """VGG19 up to `last_layer`, frozen, on the CPU.
+
+    Args:
+        spec: `auto`: the cached file, that of torch.hub, else a download; its full SHA-256 is checked at every load.
+            `random`: He initialisation; such a network does carry style transfer (He, Wang, Hopcroft 2016), yet less
+            well. Otherwise the path of a `.pth` or `.safetensors` file with torchvision's key names, which may hold the
+            first layers only.
+        last_layer: the deepest layer that will be asked for.
+        flavour: `torchvision` or `caffe`; `auto` finds out: by the metadata `flavour` of a safetensors file, by the
+            first kernel of conv1_1, by the file's SHA-256.
+        seed: of the random weights; PyTorch's global generator stays untouched.
+        notify: receives one line saying what was taken and why, more where something is amiss.
+        progress: told about a download, in bytes (done, all).
+        source: what `auto` downloads; the environment variable FASTNST_VGG19_URL overrides its address, not its checksum.
+        pause: seconds between tries of a download, growing.
+
+    Raises:
+        UserError: unknown layer or flavour.
+        WeightsUnavailable: `auto` failed.
+        DataError: the file is missing, unreadable, of another network, or ends before `last_layer`; or its flavour
+            cannot be told.
+    """
+    check_layer(last_layer)
+    if flavour not in ("auto", *FLAVOURS):
+        raise UserError(f"unknown loss.vgg_flavour {flavour!r}; choose one of auto, {', '.join(FLAVOURS)}")
+    if spec == "random":
+        notify(
+            f"VGG19: RANDOM weights (He initialisation, seed {seed}), not trained: they carry texture and palette, but "
+            "trained weights (--vgg auto or --vgg FILE) give far better pictures"
+        )
+        generator = torch.Generator().manual_seed(seed)
+        return VGG19(last_layer, "torchvision" if flavour == "auto" else flavour, generator=generator)
+    if spec == "auto":
+        path = _find_or_download(source, notify, progress, pause)
+        if flavour == "auto":
+            flavour, reason = "torchvision", "its SHA-256 is right"
+        else:
+            reason = "as loss.vgg_flavour says"
+        tensors, _ = _read(path)
+    else:
+        path = Path(spec).expanduser()
+        tensors, metadata = _read(path)
+    _check(path, tensors, last_layer)
+    if flavour == "auto":
+        flavour, reason = _find_flavour(path, tensors, metadata)
+    elif spec != "auto":
+        reason = "as loss.vgg_flavour says"
+    net = _build(path, tensors, last_layer, flavour)
+    notify(f"VGG19: {path} up to {last_layer}, {flavour} flavour ({reason})")
+    return net
+
+
+def _find_or_download(source: Source, notify: Callable[[str], None], progress: Progress | None, pause: float) -> Path:
+    if url := os.environ.get(URL_VARIABLE):
+        source = replace(source, url=url)
+    own = cache_folder() / "weights" / source.file_name
+    for path in (own, Path(torch.hub.get_dir()) / "checkpoints" / source.file_name):
+        if not path.is_file():
+            continue
+        try:
+            digest = sha256_of(path)
+        except OSError as error:
+            notify(f"VGG19: {path} cannot be read ({error.strerror}) and is not used")
+            continue
+        if digest == source.sha256:
+            return path
+        notify(f"VGG19: {path} is damaged (SHA-256 {digest[:8]}…, must be {source.sha256[:8]}…) and is not used")
+    notify(f"VGG19: downloading {source.url} ({source.size / 1e6:,.1f} MB) to {own}")
+    try:
+        fetch(source, own, progress=progress, pause=pause)
+    except DownloadError as error:
+        raise WeightsUnavailable(
+            f"cannot download VGG19 from {source.url}: {error}.\n"
+            f"Give a file with --vgg FILE, use untrained weights with --vgg random, or put {source.file_name} at {own}"
+        ) from error
+    return own
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """All tensors of a file by name, and its metadata; DataError for anything else."""
+    advice = "give a .pth or .safetensors file of VGG19, or --vgg auto or random"
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"the VGG19 weights {path}: the file {what}; {advice}")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise DataError(f"cannot read the VGG19 weights {path}: {error.strerror}; {advice}") from error
+    metadata: Mapping[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as archive:
+                metadata = archive.metadata() or {}
+                loaded: Any = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+        else:
+            # Memory mapping reads only the layers that are used, but knows the newer, zipped format alone.
+            mapped = zipfile.is_zipfile(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        # A damaged file makes the readers raise nearly anything; none of it is a fault of this program.
+        reason = re.split(r"[\n.]", str(error).strip(), maxsplit=1)[0][:160] or type(error).__name__
+        raise DataError(f"{path} is damaged or no weights file: {reason}; {advice}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise DataError(f"{path} holds no dictionary of tensors; {advice}")
+    return {str(name): tensor for name, tensor in loaded.items()}, metadata
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
+    """DataError unless `tensors` are VGG19's, as far as they go, and go as far as `last_layer`."""
+    expected = {}
+    for layer, shape in WEIGHT_SHAPES.items():
+        expected[f"{_KEYS[layer]}.weight"] = shape
+        expected[f"{_KEYS[layer]}.bias"] = shape[:1]
+    if not any(name in expected for name in tensors):
+        found = ", ".join(list(tensors)[:3]) or "nothing"
+        raise DataError(
+            f"{path} holds no VGG19 with torchvision's key names (features.0.weight, …) but {found}; give another file"
+        )
+    for name, tensor in tensors.items():
+        if name not in expected or tuple(tensor.shape) != expected[name]:
+            wanted = f"VGG19 has {list(expected[name])} there" if name in expected else "VGG19 has no such tensor"
+            raise DataError(
+                f"{path} holds another network than VGG19: {name} is {list(tensor.shape)}, and {wanted}; give VGG19's weights"
+            )
+    layers = list(WEIGHT_SHAPES)
+    absent = [layer for layer in layers if not {f"{_KEYS[layer]}.weight", f"{_KEYS[layer]}.bias"} <= tensors.keys()]
+    missing = [layer for layer in absent if LAYERS.index(layer) <= LAYERS.index(last_layer)]
+    if missing:
+        first = LAYERS.index(absent[0])
+        reach = f"choose loss layers up to {LAYERS[first - 1]}" if first else "nothing can be done with it"
+        raise DataError(
+            f"{path} lacks {', '.join(missing)}, which {last_layer} needs; {reach}, or give a file with more layers"
+        )
+
+
+def _find_flavour(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """The flavour of the weights, and how it is known."""
+    if (stated := metadata.get("flavour")) is not None:
+        if stated not in FLAVOURS:
+            raise DataError(f"{path}: its metadata names the flavour {stated!r}; known are {', '.join(FLAVOURS)}")
+        return stated, "its metadata says so"
+    kernel = tensors["features.0.weight"][0, 0].flatten().double()
+    for flavour, known in _FIRST_KERNELS.items():
+        if torch.allclose(kernel, torch.tensor(known, dtype=torch.float64), rtol=0.0, atol=_KERNEL_TOLERANCE):
+            owner = {"torchvision": "torchvision's", "caffe": "the original of Oxford, for Caffe"}[flavour]
+            return flavour, f"conv1_1 is {owner}"
+    digest = sha256_of(path)
+    for known_digest, flavour in _KNOWN_DIGESTS.items():
+        if digest.startswith(known_digest):
+            return flavour, f"its SHA-256 begins with {known_digest[:8]}"
+    raise DataError(
+        f"{path}: whether these weights expect torchvision's or Caffe's input cannot be told (conv1_1 is of neither known "
+        "training); say it with --set loss.vgg_flavour=torchvision or --set loss.vgg_flavour=caffe"
+    )
+
+
+def _build(path: Path, tensors: Mapping[str, Tensor], last_layer: str, flavour: str) -> VGG19:
+    with torch.random.fork_rng(devices=[]):
+        net = VGG19(last_layer, flavour)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            layer, _, kind = name.partition(".")
+            tensor = tensors[f"{_KEYS[layer]}.{kind}"]
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise DataError(
+                    f"{path}: {_KEYS[layer]}.{kind} ({layer}) holds values that are no finite numbers; it is damaged"
+                )
+            parameter.copy_(tensor)
+    return net
