@@ -207,12 +207,12 @@ def _train_config(
 
 def _print_plan(config: "Config", out: Path, resume: bool) -> None:
     from fastnst.config import to_toml
+    from fastnst.device import resolve_device, resolve_precision
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
     from fastnst.training.estimate import estimate
     from fastnst.training.loop import read_manifest, read_style, total_steps
     from fastnst.training.run_directory import prepare_run
-    from fastnst.training.step import resolve_device, resolve_precision
 
     prepare_run(out, config, resume=resume)
     device = resolve_device(config.train.device)

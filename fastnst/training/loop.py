@@ -17,6 +17,7 @@ from fastnst.config import Config, TrainConfig, to_toml
 from fastnst.data import open_loader
 from fastnst.data.manifest import Manifest, build_manifest, write_rejections
 from fastnst.data.order import RunOrder
+from fastnst.device import resolve_device, resolve_precision
 from fastnst.errors import DeviceError, DivergedError, StoppedBySignal, UserError
 from fastnst.images import read_image, to_tensor
 from fastnst.losses import PerceptualLoss
@@ -30,7 +31,7 @@ from fastnst.summaries import RunLog, loss_scalars
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fastnst.training.run_directory import CONFIG_NAME, MODEL_NAME, REJECTED_NAME, check_same_inputs, prepare_run
 from fastnst.training.signals import StopRequest
-from fastnst.training.step import TrainingStep, resolve_device, resolve_precision
+from fastnst.training.step import TrainingStep
 
 LARGEST_STYLE_SIDE = 1024
 

@@ -7,41 +7,9 @@ import torch
 from torch import Tensor
 
 from fastnst.config import TrainConfig
-from fastnst.errors import DeviceError
+from fastnst.device import DTYPES, resolve_precision
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cuda` or `cpu` as a device that exists.
-
-    Raises:
-        DeviceError: `cuda` on a machine without one.
-    """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        build = "this PyTorch is a CPU build" if torch.version.cuda is None else "no NVIDIA GPU or driver answers"
-        raise DeviceError(f"--device {name}: {build}; use --device cpu, or install a CUDA build and the driver")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` as `bf16` on a GPU that computes in it and `fp32` elsewhere; other names as they are.
-
-    Raises:
-        DeviceError: `bf16` on a GPU older than Ampere.
-    """
-    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "auto":
-        if device.type != "cuda":
-            return "fp32"
-        return "bf16" if has_bf16 else "fp16"
-    if name == "bf16" and not has_bf16:
-        raise DeviceError(f"{torch.cuda.get_device_name(device)} has no bf16; use --precision fp16 or fp32")
-    return name
 
 
 def to_unit(batch: Tensor) -> Tensor:
@@ -79,7 +47,7 @@ class TrainingStep:
         self.net = net
         self.device = device
         self.health = Health.on(device)
-        self._dtype = _DTYPES[resolve_precision(config.precision, device)]
+        self._dtype = DTYPES[resolve_precision(config.precision, device)]
         self.optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._dtype == torch.float16)
         self._forward: Callable[[Tensor], LossTerms] = self._loss_of

@@ -1,0 +1,43 @@
+"""Which device computes, and in which type: from the names that users give to what PyTorch takes."""
+
+import torch
+
+from fastnst.errors import DeviceError, UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cuda` (or `gpu`) or `cpu` as a device that exists.
+
+    Raises:
+        UserError: another name.
+        DeviceError: `cuda` on a machine without one.
+    """
+    if name not in ("auto", "cuda", "gpu", "cpu"):
+        raise UserError(f"unknown device {name!r}; choose auto, cuda or cpu")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        build = "this PyTorch is a CPU build" if torch.version.cuda is None else "no NVIDIA GPU or driver answers"
+        raise DeviceError(f"--device {name}: {build}; use --device cpu, or install a CUDA build and the driver")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` as `bf16` on a GPU that computes in it and `fp32` elsewhere; other names as they are.
+
+    Raises:
+        UserError: another name.
+        DeviceError: `bf16` on a GPU older than Ampere.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise UserError(f"unknown precision {name!r}; choose auto, {', '.join(DTYPES)}")
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if has_bf16 else "fp16"
+    if name == "bf16" and not has_bf16:
+        raise DeviceError(f"{torch.cuda.get_device_name(device)} has no bf16; use --precision fp16 or fp32")
+    return name
