@@ -1,0 +1,345 @@
+# mypy: disable-error-code="no-untyped-def"
+# (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
+"""Max pooling that records where each maximum lay in one byte, and its adjoint, unpooling.
+
+Source: the switches of Zeiler, Fergus 2014, "Visualizing and Understanding Convolutional Networks", §2.1.
+
+Legend: k window, s stride, no padding; H, W input, OH = ⌊(H − k)/s⌋ + 1 output, OW likewise; [P, H, W, Q] a dense
+tensor as `runtime` describes it.
+
+    y[o] = max over the window of x       switch[o] = row·k + column of the first maximum
+    A NaN counts as the maximum, the last one if there are several: PyTorch's rule.
+
+Pooling picks elements, y = S x with a 0/1 matrix S given by the switches, so
+
+    pool backward: dx = Sᵀ dy       unpool: Sᵀ y (overlaps add)       unpool backward: S dx, a gather; and so on
+
+The three ops below, pool, unpool (Sᵀ) and gather (S), are each other's derivatives to any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnst_kernels import runtime
+from fastnst_kernels.runtime import ceil_div, jit, power_of_two, tl
+
+
+def max_pool2d_switches_reference(x: Tensor, kernel_size: int = 2, stride: int = 2) -> tuple[Tensor, Tensor]:
+    """`(y, switches)` through PyTorch's own pooling, differentiable; same arguments as `max_pool2d_switches`."""
+    y, index = torch.nn.functional.max_pool2d(x, kernel_size, stride, return_indices=True)
+    # `index` counts within the H × W plane; from the window's corner it is row·W + column.
+    width = x.shape[3]
+    offset = (index - _corners(y, width, stride)).to(torch.int32)
+    if kernel_size == 2:
+        row = (offset >= width).to(torch.int32)  # what the division below gives, without its cost
+    else:
+        row = torch.div(offset, width, rounding_mode="floor")
+    return y, offset.sub_(row, alpha=width - kernel_size).to(torch.uint8)
+
+
+def max_unpool2d_switches_reference(
+    y: Tensor, switches: Tensor, output_size: tuple[int, int], kernel_size: int = 2, stride: int = 2
+) -> Tensor:
+    """Sᵀy through PyTorch's scatter, differentiable; same arguments as `max_unpool2d_switches`."""
+    n, c = y.shape[:2]
+    height, width = output_size
+    index = _plane_index(switches, width, kernel_size, stride).flatten(2)
+    flat = y.new_zeros((n, c, height * width)).scatter_add(2, index, y.flatten(2))
+    return flat.view(n, c, height, width).contiguous(memory_format=runtime.memory_format_of(y))
+
+
+def gather_switches_reference(x: Tensor, switches: Tensor, kernel_size: int = 2, stride: int = 2) -> Tensor:
+    """S x: what the switches point at, differentiable. x `[N, C, H, W]`, switches and result `[N, C, OH, OW]`."""
+    index = _plane_index(switches, x.shape[3], kernel_size, stride).flatten(2)
+    picked = x.flatten(2).gather(2, index).view(switches.shape)
+    return picked.contiguous(memory_format=runtime.memory_format_of(x))
+
+
+def _corners(pooled: Tensor, width: int, stride: int) -> Tensor:
+    """`[OH, OW]` int32: where each window of a plane `width` wide begins."""
+    rows = torch.arange(pooled.shape[2], dtype=torch.int32, device=pooled.device) * (stride * width)
+    columns = torch.arange(pooled.shape[3], dtype=torch.int32, device=pooled.device) * stride
+    return rows[:, None] + columns
+
+
+def _plane_index(switches: Tensor, width: int, kernel_size: int, stride: int) -> Tensor:
+    """`[N, C, OH, OW]` int64: the switches as positions within a plane `width` wide."""
+    if kernel_size & (kernel_size - 1) == 0:
+        row = switches >> (kernel_size.bit_length() - 1)  # the division below is several times slower
+    else:
+        row = torch.div(switches, kernel_size, rounding_mode="floor")
+    index = switches.to(torch.int32).add_(row, alpha=width - kernel_size)
+    return index.add_(_corners(switches, width, stride)).to(torch.int64)
+
+
+@jit
+def _pool_kernel(
+    x, y, switches, H, W, Q, OH, OW, n_blocks,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y and switches of one block of one output row. Grid: P·OH × blocks of OW·Q.
+
+    Moves H·W in, OH·OW out per plane in x's dtype, and OH·OW bytes of switches. Limit: W·Q < 2³¹.
+    """
+    pid = tl.program_id(0)
+    i_row = pid // n_blocks
+    i_p = (i_row // OH).to(tl.int64)
+    i_h = i_row % OH
+    o_e = pid % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < OW * Q
+    o_x = o_e // Q * STRIDE * Q + o_e % Q
+    p_x = x + (i_p * H + i_h * STRIDE) * W * Q
+    b_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    b_switch = tl.zeros([BLOCK], tl.int32)
+    for d in range(KERNEL * KERNEL):
+        b_x = tl.load(p_x + (d // KERNEL * W + d % KERNEL) * Q + o_x, mask=m_e, other=0.0).to(tl.float32)
+        larger = (b_x > b_max) | (b_x != b_x)
+        b_max = tl.where(larger, b_x, b_max)
+        b_switch = tl.where(larger, d, b_switch)
+    o_y = i_row.to(tl.int64) * OW * Q + o_e
+    tl.store(y + o_y, b_max, mask=m_e)
+    tl.store(switches + o_y, b_switch.to(tl.uint8), mask=m_e)
+
+
+@jit
+def _unpool_kernel(
+    y, switches, x, H, W, Q, OH, OW, n_blocks,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x = Sᵀy, one block of one output row of x. Grid: P·H × blocks of W·Q.
+
+    Each position asks the windows that cover it, nearest first, whether they point at it: no atomics, the same bits
+    every time. Moves OH·OW in with as many bytes of switches, H·W out per plane. Limit: W·Q < 2³¹.
+    """
+    pid = tl.program_id(0)
+    i_row = pid // n_blocks
+    i_p = (i_row // H).to(tl.int64)
+    i_h = i_row % H
+    o_e = pid % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < W * Q
+    o_w = o_e // Q
+    o_q = o_e % Q
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    COVER: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
+    for d in range(COVER * COVER):
+        i_oh = i_h // STRIDE - d // COVER
+        o_ow = o_w // STRIDE - d % COVER
+        row = i_h - i_oh * STRIDE
+        o_column = o_w - o_ow * STRIDE
+        m_row = (i_oh >= 0) & (i_oh < OH) & (row < KERNEL)
+        m_y = m_e & m_row & (o_ow >= 0) & (o_ow < OW) & (o_column < KERNEL)
+        o_y = (i_p * OH + i_oh) * OW * Q + o_ow * Q + o_q
+        b_switch = tl.load(switches + o_y, mask=m_y, other=0).to(tl.int32)
+        b_y = tl.load(y + o_y, mask=m_y, other=0.0).to(tl.float32)
+        b_sum += tl.where(m_y & (b_switch == row * KERNEL + o_column), b_y, 0.0)
+    tl.store(x + i_row.to(tl.int64) * W * Q + o_e, b_sum, mask=m_e)
+
+
+@jit
+def _gather_kernel(
+    x, switches, y, H, W, Q, OH, OW, n_blocks,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = S x, one block of one row of y. Grid: P·OH × blocks of OW·Q.
+
+    Moves at most H·W in, OH·OW out per plane, and OH·OW bytes of switches. A switch beyond the window gives 0 instead
+    of a read out of bounds. Limit: W·Q < 2³¹.
+    """
+    pid = tl.program_id(0)
+    i_row = pid // n_blocks
+    i_p = (i_row // OH).to(tl.int64)
+    i_h = i_row % OH
+    o_e = pid % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < OW * Q
+    o_y = i_row.to(tl.int64) * OW * Q + o_e
+    b_switch = tl.load(switches + o_y, mask=m_e, other=0).to(tl.int32)
+    m_x = m_e & (b_switch < KERNEL * KERNEL)
+    o_h = i_h * STRIDE + b_switch // KERNEL
+    o_w = o_e // Q * STRIDE + b_switch % KERNEL
+    o_x = (i_p * H + o_h) * W * Q + o_w * Q + o_e % Q
+    tl.store(y + o_y, tl.load(x + o_x, mask=m_x, other=0.0), mask=m_e)
+
+
+def _launch(kernel: Any, large: Tensor, small: Tensor, tensors: tuple[Tensor, ...], kernel_size: int, stride: int,
+            *, over_large: bool) -> None:  # fmt: skip
+    """Runs `kernel` over the rows of `large [N, C, H, W]` or of `small [N, C, OH, OW]`, both dense in one format."""
+    p, _, q = runtime.as_prq(large)
+    height, width = (large if over_large else small).shape[2:]
+    block = min(1024, power_of_two(width * q))
+    n_blocks = ceil_div(width * q, block)
+    kernel[(p * height * n_blocks,)](
+        *tensors, large.shape[2], large.shape[3], q, small.shape[2], small.shape[3], n_blocks,
+        KERNEL=kernel_size, STRIDE=stride, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def _pooled_shape(x: Tensor, kernel_size: int, stride: int) -> tuple[int, int, int, int]:
+    n, c, h, w = x.shape
+    return n, c, (h - kernel_size) // stride + 1, (w - kernel_size) // stride + 1
+
+
+@torch.library.custom_op("fastnst::max_pool2d_switches", mutates_args=())
+def _max_pool(x: Tensor, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]:
+    x = runtime.dense(x)
+    if runtime.implementation(x) == "reference":
+        y, switches = max_pool2d_switches_reference(x, kernel_size, stride)
+        return runtime.dense(y, like=x), runtime.dense(switches, like=x)
+    shape = _pooled_shape(x, kernel_size, stride)
+    y, switches = runtime.allocate_like(x, shape), runtime.allocate_like(x, shape, torch.uint8)
+    _launch(_pool_kernel, x, y, (x, y, switches), kernel_size, stride, over_large=False)
+    return y, switches
+
+
+@_max_pool.register_fake
+def _(x: Tensor, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]:
+    shape = _pooled_shape(x, kernel_size, stride)
+    return runtime.allocate_like(x, shape), runtime.allocate_like(x, shape, torch.uint8)
+
+
+@torch.library.custom_op("fastnst::max_unpool2d_switches", mutates_args=())
+def _max_unpool(y: Tensor, switches: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
+    y = runtime.dense(y)
+    switches = runtime.dense(switches, like=y)
+    x = runtime.allocate_like(y, (*y.shape[:2], height, width))
+    if runtime.implementation(y) == "triton":
+        _launch(_unpool_kernel, x, y, (y, switches, x), kernel_size, stride, over_large=True)
+        return x
+    index = _plane_index(switches, width, kernel_size, stride)
+    if stride >= kernel_size:
+        return runtime.dense(torch.ops.aten.max_unpool2d(y, index, [height, width]), like=x)
+    # ATen's unpool would overwrite where windows overlap; its pooling backward adds.
+    return torch.ops.aten.max_pool2d_with_indices_backward(
+        y, x, [kernel_size] * 2, [stride] * 2, [0, 0], [1, 1], False, index
+    )
+
+
+@_max_unpool.register_fake
+def _(y: Tensor, switches: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
+    return runtime.allocate_like(y, (*y.shape[:2], height, width))
+
+
+@torch.library.custom_op("fastnst::gather_switches", mutates_args=())
+def _gather(x: Tensor, switches: Tensor, kernel_size: int, stride: int) -> Tensor:
+    x = runtime.dense(x)
+    switches = runtime.dense(switches, like=x)
+    if runtime.implementation(x) == "reference":
+        return gather_switches_reference(x, switches, kernel_size, stride)
+    y = runtime.allocate_like(x, switches.shape)
+    _launch(_gather_kernel, x, y, (x, switches, y), kernel_size, stride, over_large=False)
+    return y
+
+
+@_gather.register_fake
+def _(x: Tensor, switches: Tensor, kernel_size: int, stride: int) -> Tensor:
+    return runtime.allocate_like(x, switches.shape)
+
+
+def _setup_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.kernel_size, ctx.stride = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _pool_autograd(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    unpool = torch.ops.fastnst.max_unpool2d_switches
+    return unpool(dy, ctx.saved_tensors[0], *ctx.size, ctx.kernel_size, ctx.stride), None, None
+
+
+def _setup_unpool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, switches, _, _, ctx.kernel_size, ctx.stride = inputs
+    ctx.save_for_backward(switches)
+
+
+def _unpool_autograd(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+    gather = torch.ops.fastnst.gather_switches
+    return gather(dx, ctx.saved_tensors[0], ctx.kernel_size, ctx.stride), None, None, None, None, None
+
+
+def _setup_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, switches, ctx.kernel_size, ctx.stride = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(switches)
+
+
+def _gather_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    unpool = torch.ops.fastnst.max_unpool2d_switches
+    return unpool(dy, ctx.saved_tensors[0], *ctx.size, ctx.kernel_size, ctx.stride), None, None, None
+
+
+torch.library.register_autograd("fastnst::max_pool2d_switches", _pool_autograd, setup_context=_setup_pool_context)
+torch.library.register_autograd("fastnst::max_unpool2d_switches", _unpool_autograd, setup_context=_setup_unpool_context)
+torch.library.register_autograd("fastnst::gather_switches", _gather_autograd, setup_context=_setup_gather_context)
+
+
+def max_pool2d_switches(x: Tensor, kernel_size: int = 2, stride: int = 2) -> tuple[Tensor, Tensor]:
+    """Max pooling, no padding, and where in its window each maximum lay.
+
+    Args:
+        x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on the reference path); any memory format.
+        kernel_size: side of the square window; at most 16, so that a switch fits a byte.
+        stride: step between windows; less than `kernel_size` makes them overlap.
+
+    Returns:
+        y: `[N, C, ⌊(H − kernel_size)/stride⌋ + 1, likewise W]` in x's dtype and memory format.
+        switches: the same shape, uint8: row·kernel_size + column of the first maximum within the window; a NaN counts
+            as the maximum, the last one if there are several (PyTorch's rule).
+
+    Raises:
+        ValueError: the window does not fit x, or sizes are out of range.
+    """
+    runtime.check_images("x", x)
+    _check_window(kernel_size, stride)
+    if min(x.shape[2:]) < kernel_size:
+        raise ValueError(f"x has shape {tuple(x.shape)}: a window of {kernel_size} does not fit its height and width")
+    y, switches = torch.ops.fastnst.max_pool2d_switches(x, kernel_size, stride)
+    return y, switches
+
+
+def max_unpool2d_switches(
+    y: Tensor, switches: Tensor, output_size: tuple[int, int], kernel_size: int = 2, stride: int = 2
+) -> Tensor:
+    """The adjoint of `max_pool2d_switches`: each value goes where its switch points, the rest is 0, overlaps add.
+
+    Zeiler & Fergus 2014, §2.1; also the gradient of the pooling. Differentiable in `y`.
+
+    Args:
+        y: `[N, C, OH, OW]`, float32, float16, bfloat16 (float64 on the reference path); any memory format.
+        switches: `[N, C, OH, OW]` uint8, from `max_pool2d_switches`.
+        output_size: `(H, W)` of what was pooled.
+        kernel_size: as in the pooling.
+        stride: as in the pooling.
+
+    Returns:
+        `[N, C, H, W]` in y's dtype and memory format.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not go together, or pooling `output_size` would not give `y`.
+    """
+    runtime.check_images("y", y)
+    _check_window(kernel_size, stride)
+    if switches.shape != y.shape:
+        raise ValueError(f"switches have shape {tuple(switches.shape)}, expected y's {tuple(y.shape)}")
+    if switches.dtype != torch.uint8:
+        raise ValueError(f"switches are {switches.dtype}, expected torch.uint8")
+    runtime.check_same_device("switches", switches, "y", y)
+    height, width = output_size
+    pooled = tuple((side - kernel_size) // stride + 1 for side in (height, width))
+    if pooled != tuple(y.shape[2:]):
+        raise ValueError(
+            f"output_size {(height, width)} with window {kernel_size} and stride {stride} pools to {pooled}, "
+            f"but y has shape {tuple(y.shape)}: give the size of what was pooled"
+        )
+    x: Tensor = torch.ops.fastnst.max_unpool2d_switches(y, switches, height, width, kernel_size, stride)
+    return x
+
+
+def _check_window(kernel_size: int, stride: int) -> None:
+    if kernel_size < 1 or kernel_size * kernel_size > 256:
+        raise ValueError(f"kernel_size is {kernel_size}, expected 1 to 16: a switch must fit a byte")
+    if stride < 1:
+        raise ValueError(f"stride is {stride}, expected at least 1")

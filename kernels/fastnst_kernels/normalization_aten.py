@@ -1,0 +1,75 @@
+"""The two norms on ATen's batch-norm kernels: what runs where Triton does not, above all in training on a CPU.
+
+ATen's batch-norm kernels keep channels_last and make one pass per step, unlike `F.instance_norm`, which goes through
+the contiguous format and back. They take a block of samples that share their statistics: all of them for batch norm,
+one at a time for instance norm, which then stays in cache. The tests compare them with the `*_reference` formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PER_CHANNEL = (None, slice(None), None, None)
+
+
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance `[C]` over the samples and positions of `values [N, C, H, W]`, fp32 or fp64.
+
+    The kernel adds up its mean naively, which costs digits where the mean is large beside the deviation. So the mean
+    comes from `mean` (cascade summation), and the kernel's sum of squares about its own mean is moved to this one.
+    """
+    mean = values.mean((0, 2, 3))
+    rough_mean, rough_variance = torch.batch_norm_update_stats(values, None, None, 0.0)
+    return mean, (rough_variance - (rough_mean - mean).square_()).clamp_min_(0)
+
+
+def apply(
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    out: Tensor,
+) -> None:
+    """Writes `relu?((values − mean)·rstd·weight + bias + residual)` into `out`; all of one dtype, statistics `[C]`."""
+    none = mean.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        values, weight, bias, mean, rstd.pow(-2), False, 0.0, 0.0, out=out, save_mean=none, save_invstd=none
+    )
+    if residual is not None:
+        out.add_(residual)
+    if relu:
+        out.relu_()
+
+
+def masked_by_sign(g: Tensor, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """`g` where `(values − mean)·rstd·weight + bias` is positive, else 0; `mean` and `rstd` are `[N, C]` or `[C]`."""
+    z = (values - _planes(mean)) * _planes(rstd * weight) + bias[PER_CHANNEL]
+    return torch.ops.aten.threshold_backward(g, z, 0)
+
+
+def sums(g: Tensor, values: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """`Σg` and `Σ g·x̂`, both `[C]`, over the samples and positions of `values [N, C, H, W]`."""
+    _, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
+        g, values, None, None, None, mean, rstd, True, 0.0, [False, True, True]
+    )
+    return sum_g, sum_gx
+
+
+def input_gradient(
+    g: Tensor, values: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, sum_g: Tensor, sum_gx: Tensor, count: int
+) -> Tensor:
+    """`weight·rstd·(g − sum_g/count − x̂·sum_gx/count)`, as `g·α + values·β + γ` in two passes; the statistics are
+    `[N, C]` or `[C]`."""
+    alpha = weight * rstd
+    beta = -alpha * rstd * sum_gx / count
+    gamma = -alpha * sum_g / count - beta * mean
+    return torch.addcmul(_planes(gamma), values, _planes(beta)).addcmul_(g, _planes(alpha))
+
+
+def _planes(statistics: Tensor) -> Tensor:
+    """`[N, C]` or `[C]` so that it broadcasts against `[N, C, H, W]`."""
+    return statistics[..., None, None]

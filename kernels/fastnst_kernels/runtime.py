@@ -1,0 +1,188 @@
+"""Which implementation of an op runs, how tensors are laid out, and the checks that every op shares.
+
+Each op exists twice: in PyTorch (any device) and as Triton kernels (CUDA, or CPU tensors in Triton's interpreter).
+The environment variable `FASTNST_KERNELS` chooses, read at every call:
+
+| value | meaning |
+|---|---|
+| `auto` (default) | Triton for CUDA tensors, and for CPU tensors under `TRITON_INTERPRET=1`; else the reference |
+| `reference` | always the reference |
+| `triton` | always Triton; an error where that cannot be |
+
+Kernels see a 4-D tensor as a contiguous `[P, R, Q]`: channels_last is `P=N, R=H·W, Q=C`, contiguous is `P=N·C, R=H·W,
+Q=1`. Both flatten (sample, channel) to the index `p·Q + q = n·C + c`, so one kernel serves both memory formats.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton exists for Linux only; the references run everywhere
+    triton = None
+    tl = None
+
+Implementation = Literal["reference", "triton"]
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+# Triton decides between compiler and interpreter when a kernel is defined, so this cannot change afterwards.
+INTERPRETING: bool = triton is not None and bool(triton.knobs.runtime.interpret)
+
+# Programs per launch that fill the largest GPU a few times over. A constant rather than a multiple of the device's
+# multiprocessors, so that sums are split, and therefore rounded, alike on every GPU.
+TARGET_PROGRAMS = 512
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the bare function where Triton is missing and the kernel will never be launched."""
+    return fn if triton is None else triton.jit(fn)
+
+
+def implementation(tensor: Tensor) -> Implementation:
+    """Which implementation an op runs for `tensor`.
+
+    Raises:
+        ValueError: `FASTNST_KERNELS` is not a known value, or asks for Triton where it cannot run.
+    """
+    choice = os.environ.get("FASTNST_KERNELS", "auto")
+    if choice not in ("auto", "reference", "triton"):
+        raise ValueError(f"FASTNST_KERNELS={choice!r} is unknown: use 'auto', 'triton' or 'reference'")
+    if choice == "reference":
+        return "reference"
+    obstacle = _obstacle(tensor)
+    if obstacle is None:
+        return "triton"
+    if choice == "triton":
+        raise ValueError(f"FASTNST_KERNELS=triton, but {obstacle}: use FASTNST_KERNELS=auto")
+    return "reference"
+
+
+def _obstacle(tensor: Tensor) -> str | None:
+    """Why the Triton kernels cannot take `tensor`, or None."""
+    if triton is None:
+        return "Triton is not installed"
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {tensor.dtype}"
+    if tensor.device.type == "cpu":
+        return None if INTERPRETING else "the tensor is on the CPU and TRITON_INTERPRET=1 was not set at import"
+    if tensor.device.type != "cuda":
+        return f"the kernels do not run on {tensor.device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = _compute_capability(tensor.device.index or 0)
+    return None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+
+
+@cache
+def _compute_capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised contiguous memory on `like`'s device. Every kernel gets its outputs and scratch space here, so that
+    the tests can fill them with NaN first."""
+    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
+
+
+def allocate_like(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory of `x`'s memory format; `shape` is `[N, C, H, W]`, `x`'s own by default."""
+    n, c, h, w = x.shape if shape is None else shape
+    if memory_format_of(x) == torch.channels_last:
+        return allocate((n, h, w, c), x, dtype).permute(0, 3, 1, 2)
+    return allocate((n, c, h, w), x, dtype)
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The dense format in which an op works on `x` and returns its result: the nearest to `x`'s own strides."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last) or (x.stride(1) == 1 and x.shape[1] > 1):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """`x` in the memory format of `like` (itself by default); no copy where it is so already."""
+    return x.contiguous(memory_format=memory_format_of(x if like is None else like))
+
+
+def as_prq(x: Tensor) -> tuple[int, int, int]:
+    """`(P, R, Q)` of a dense `[N, C, H, W]` tensor: see the module's docstring."""
+    n, c, h, w = x.shape
+    return (n, h * w, c) if memory_format_of(x) == torch.channels_last else (n * c, h * w, 1)
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float32 for all that the kernels take; float64 stays itself (gradcheck)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n` ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def check_images(name: str, x: Tensor) -> None:
+    """`x` is a non-empty floating `[N, C, H, W]`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected 4 dimensions [N, C, H, W]")
+    if x.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: it holds no elements")
+    if x.dtype not in REFERENCE_DTYPES:
+        raise ValueError(f"{name} is {x.dtype}, expected float32, float16, bfloat16 or float64")
+
+
+def check_per_channel(name: str, value: Tensor, x: Tensor) -> None:
+    """`value` is `[C]`, floating, on the device of `x [N, C, H, W]`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if tuple(value.shape) != (x.shape[1],):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ({x.shape[1]},): x is {tuple(x.shape)}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} is {value.dtype}, expected a floating type such as {x.dtype} or torch.float32")
+    check_same_device(name, value, "x", x)
+
+
+def check_residual(residual: Tensor | None, x: Tensor) -> None:
+    """`residual`, where given, is floating and of `x`'s shape and device.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if residual is None:
+        return
+    if residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, expected x's {tuple(x.shape)}")
+    if not residual.is_floating_point():
+        raise ValueError(f"residual is {residual.dtype}, expected a floating type such as {x.dtype}")
+    check_same_device("residual", residual, "x", x)
+
+
+def check_same_device(name: str, a: Tensor, other_name: str, b: Tensor) -> None:
+    """Both tensors are on one device.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if a.device != b.device:
+        raise ValueError(f"{name} is on {a.device}, {other_name} on {b.device}: move both to one device")
