@@ -186,13 +186,13 @@ def decode(data: bytes, *, formats: tuple[str, ...], alpha: bool = False) -> Ima
     Raises:
         UnusablePictureError: another format, damaged, cut short, or above Pillow's limit on the number of pixels.
     """
-    picture, orientation = open_picture(data, formats=formats)
+    picture = open_picture(data, formats=formats)
     load(picture)
-    return make_upright(_to_rgb(picture, alpha=alpha), orientation)
+    return _make_upright(_to_rgb(picture, alpha=alpha), orientation_of(picture))
 
 
-def open_picture(data: bytes, *, formats: tuple[str, ...]) -> tuple[Image.Image, int]:
-    """The picture, its pixels not yet decoded, and its orientation tag (1 to 8).
+def open_picture(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
+    """The picture, its pixels not yet decoded, and known to be not too many.
 
     Raises:
         UnusablePictureError: see `decode`.
@@ -202,7 +202,6 @@ def open_picture(data: bytes, *, formats: tuple[str, ...]) -> tuple[Image.Image,
     try:
         with quietly():
             picture = Image.open(io.BytesIO(data), formats=formats)
-            orientation = _orientation(picture)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise UnusablePictureError(_too_many(int(pixels[0]) if pixels else None)) from error
@@ -215,7 +214,7 @@ def open_picture(data: bytes, *, formats: tuple[str, ...]) -> tuple[Image.Image,
     pixels_of_picture = picture.width * picture.height
     if Image.MAX_IMAGE_PIXELS is not None and pixels_of_picture > Image.MAX_IMAGE_PIXELS:
         raise UnusablePictureError(_too_many(pixels_of_picture, picture.size))
-    return picture, orientation
+    return picture
 
 
 def load(picture: Image.Image) -> None:
@@ -234,9 +233,17 @@ def load(picture: Image.Image) -> None:
         raise UnusablePictureError(f"its pixels are damaged ({_brief(error)}); fetch it again") from error
 
 
-def make_upright(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture as the camera was held, given its orientation tag."""
-    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+def orientation_of(picture: Image.Image) -> int:
+    """How a picture, already loaded, still has to be turned, as its tag says: 1 (not at all) to 8.
+
+    Before loading, the tag may not be known (PNG), or not yet heeded by Pillow itself (TIFF).
+    """
+    try:
+        with quietly():
+            value = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # A damaged tag block says nothing about the pixels, which may be whole.
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def check_size(width: int, height: int, min_side: int) -> None:
@@ -288,12 +295,9 @@ def _to_rgb(picture: Image.Image, *, alpha: bool) -> Image.Image:
         raise UnusablePictureError(f"its colour mode {picture.mode} cannot become RGB; convert it") from error
 
 
-def _orientation(picture: Image.Image) -> int:
-    try:
-        value = picture.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # A damaged tag block says nothing about the pixels, which may be whole.
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+def _make_upright(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture as the camera was held, given its orientation tag."""
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
 def _too_many(pixels: int | None, size: tuple[int, int] | None = None) -> str:

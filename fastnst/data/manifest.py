@@ -29,6 +29,7 @@ from fastnst.images import (
     explain_os_error,
     load,
     open_picture,
+    orientation_of,
     printable,
     read_bytes,
 )
@@ -235,16 +236,18 @@ def _check(folder: Path, path: str, size: int, mtime: int, min_side: int) -> _Ch
 
 
 def _examine(path: str, data: bytes, min_side: int) -> Entry:
-    picture, orientation = open_picture(data, formats=TRAINING_FORMATS)
-    width, height = picture.size if orientation < 5 else picture.size[::-1]
+    picture = open_picture(data, formats=TRAINING_FORMATS)
+    width, height = picture.size
     check_size(width, height, min_side)
     check_whole(data, picture)
+    # Entropy decoding is what finds damage; the rest of JPEG's inverse transform, which scale 1/8 skips, finds none.
+    picture.draft("L", (1, 1))
+    load(picture)
+    orientation = orientation_of(picture)
+    if orientation >= 5:
+        width, height = height, width
     plain = is_plain(data, picture, orientation)
-    if plain:
-        # Entropy decoding is what finds damage; the inverse transform, skipped at scale 1/8, finds none.
-        picture.draft("L", (1, 1))
-        load(picture)
-    else:
+    if not plain:
         decode(data, formats=TRAINING_FORMATS)
     picture_format = "JPEG" if picture.format in ("JPEG", "MPO") else str(picture.format)
     return Entry(path, len(data), width, height, picture_format, plain)

@@ -1,0 +1,214 @@
+"""Pictures per second of both loaders, beside plain decoding and resizing with Pillow in one process.
+
+    python benchmarks/data_pipeline.py --folder PHOTOS [--image-size 256] [--batch-size 16] [--workers 2] [--json FILE]
+
+Every row reads the same pictures with the same crops. Start-up (the first batch, with the warm-up behind it) is
+reported on its own and not part of the rate. With `--step-seconds`, the main thread multiplies matrices that long
+between batches, as a training step would, and the share of time it then waits for pictures is reported.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+import PIL
+
+from fastnst.config import DataConfig
+from fastnst.data import open_loader
+from fastnst.data.manifest import Manifest, build_manifest
+from fastnst.data.order import RunOrder
+from fastnst.data.window import read_square, window_of
+from fastnst.errors import UserError
+from fastnst.storage import write_json
+
+# torch is imported in functions only: the Pillow loader's processes import this file again, and would start late.
+if TYPE_CHECKING:
+    import torch
+
+WARM_UP = 2
+
+
+@click.command()
+@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder of pictures.")
+@click.option("--image-size", default=256, show_default=True, help="Side of the squares, in pixels.")
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--batches", default=20, show_default=True, help="Timed batches per repeat.")
+@click.option("--repeats", default=3, show_default=True, help="Fresh starts of each loader.")
+@click.option("--workers", default=2, show_default=True, help="DALI's threads, Pillow's processes.")
+@click.option("--prefetch", default=3, show_default=True, help="Batches kept ready.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--step-seconds", default=0.0, show_default=True, help="Length of a made-up training step.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write rows and environment here.")
+def main(
+    folder: Path,
+    image_size: int,
+    batch_size: int,
+    batches: int,
+    repeats: int,
+    workers: int,
+    prefetch: int,
+    device: str,
+    step_seconds: float,
+    json_file: Path | None,
+) -> None:
+    """Print pictures per second of plain Pillow, the Pillow loader and the DALI loader."""
+    from fastnst.device import resolve_device
+
+    target = resolve_device(device)
+    manifest = build_manifest(folder)
+    order = RunOrder(0, len(manifest.images), batch_size, WARM_UP + batches)
+    base = DataConfig(folder=folder, image_size=image_size, workers=workers, prefetch=prefetch)
+
+    def loader(name: str) -> Callable[[], Any]:
+        config = base.model_copy(update={"loader": name})
+        return lambda: open_loader(manifest, order, config, device=target)
+
+    sources: dict[str, Callable[[], Any]] = {
+        "Pillow, one process, no loader": lambda: _Plain(manifest, order, image_size),
+        f"Pillow loader, {workers} processes": loader("pillow"),
+        f"DALI loader, {workers} threads, {target.type}": loader("dali"),
+    }
+    rows = []
+    for name, open_source in sources.items():
+        try:
+            row = _measure(name, open_source, order, repeats, step_seconds, target)
+        except UserError as error:
+            click.echo(f"{name}: {error}", err=True)
+            continue
+        rows.append(row)
+        waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
+        click.echo(
+            f"{name:34} {row['pictures_per_second']:8.1f} pictures/s "
+            f"({row['slowest']:.1f} … {row['fastest']:.1f})  first batch {row['first_batch_seconds']:.2f} s{waiting}"
+        )
+    if json_file is not None:
+        settings = {
+            "pictures": len(manifest.images),
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "batches": batches,
+            "repeats": repeats,
+            "workers": workers,
+            "prefetch": prefetch,
+            "step_seconds": step_seconds,
+        }
+        write_json(json_file, {"settings": settings, "environment": _environment(target), "rows": rows})
+
+
+class _Plain:
+    """The least that has to be done: file, decode, resize; one picture after another, where it is asked for."""
+
+    def __init__(self, manifest: Manifest, order: RunOrder, image_size: int) -> None:
+        self._manifest, self._order, self._image_size = manifest, order, image_size
+
+    def __enter__(self) -> "_Plain":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for step in range(self._order.steps):
+            samples = self._order.batch(step)
+            squares = []
+            for index, crop, flip in zip(samples.indices, samples.crop, samples.flip, strict=True):
+                entry = self._manifest.images[index]
+                window = window_of(entry.width, entry.height, self._order.fit, crop)
+                path = str(self._manifest.folder / entry.path)
+                size = (entry.width, entry.height)
+                squares.append(read_square(path, entry.size, size, window, self._image_size, bool(flip)))
+            yield np.stack(squares)
+
+
+def _measure(
+    name: str,
+    open_source: Callable[[], Any],
+    order: RunOrder,
+    repeats: int,
+    step_seconds: float,
+    device: "torch.device",
+) -> dict[str, Any]:
+    import torch
+
+    rates, firsts, shares = [], [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        with open_source() as source:
+            batches = iter(source)
+            next(batches)
+            firsts.append(time.perf_counter() - started)
+            for _ in range(WARM_UP - 1):
+                next(batches)
+            waited = 0.0
+            begin = time.perf_counter()
+            for _ in range(order.steps - WARM_UP):
+                asked = time.perf_counter()
+                next(batches)
+                waited += time.perf_counter() - asked
+                _pretend_to_train(step_seconds)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elapsed = time.perf_counter() - begin
+        rates.append((order.steps - WARM_UP) * order.batch_size / elapsed)
+        shares.append(waited / elapsed)
+    return {
+        "name": name,
+        "pictures_per_second": statistics.median(rates),
+        "slowest": min(rates),
+        "fastest": max(rates),
+        "first_batch_seconds": statistics.median(firsts),
+        "waiting_share": statistics.median(shares),
+    }
+
+
+def _pretend_to_train(seconds: float) -> None:
+    import torch
+
+    end = time.perf_counter() + seconds
+    factors = torch.rand(256, 256)
+    while time.perf_counter() < end:
+        factors = torch.mm(factors, factors).clamp_(0, 1)
+
+
+def _environment(device: "torch.device") -> dict[str, Any]:
+    import torch
+
+    try:
+        from nvidia import dali
+
+        dali_version = dali.__version__
+    except ImportError:
+        dali_version = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "dali": dali_version,
+        "pillow": PIL.__version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"{error}") from None
