@@ -1,0 +1,256 @@
+"""Painting pictures with a trained transform net: tensors with `stylize`, files with `stylize_files`."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastnst.device import DTYPES, resolve_device, resolve_precision
+from fastnst.errors import DataError, DeviceError, UserError
+from fastnst.images import SUFFIXES, check_writable_suffix, read_image, to_array, to_tensor, write_image
+from fastnst.models.style_model import load_style_model
+from fastnst.models.transform_net import TransformNet
+from fastnst.progress import ProgressReport
+
+# What a folder is searched for, and the format of the result where the source's own is not written.
+_RESULT_SUFFIX = {
+    **{suffix: suffix for suffix in SUFFIXES},
+    **{".jpe": ".jpg", ".jfif": ".jpg", ".bmp": ".png", ".tif": ".png", ".tiff": ".png"},
+}
+# Most bytes that a forward pass was seen to hold per pixel. On a CPU, PyTorch has no half-precision kernels of its own
+# for some of the layers and unfolds them.
+_BYTES_PER_PIXEL = 520
+_BYTES_PER_PIXEL_HALF_ON_CPU = 5400
+_BORDER = 80  # pixels that the widest padding adds to a side
+
+
+def stylize(model: TransformNet, pictures: Tensor, *, precision: str = "auto") -> Tensor:
+    """Paint pictures.
+
+    Args:
+        model: the network, on the device where it is to work; whatever its mode, it runs in evaluation mode.
+        pictures: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
+        precision: type of the matrix work, `bf16`, `fp16` or `fp32`; `auto` is `fp32`.
+
+    Returns:
+        RGB in [0, 1], fp32 `[N, 3, H, W]`, channels_last, on the device of `pictures`, without gradient.
+
+    Raises:
+        UserError: another shape, whole numbers instead of floats, or an unknown precision.
+        DeviceError: the device lacks the memory, or the precision.
+    """
+    if not pictures.is_floating_point():
+        raise UserError(f"pictures are floats in [0, 1], got {pictures.dtype}; divide by 255 first")
+    device = next(model.parameters()).device
+    dtype = DTYPES[_resolve(precision, device)]
+    was_training = model.training
+    model.eval()  # batch norm: the statistics of training, which stay as they are
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return model(pictures.to(device, torch.float32)).clamp_(0, 1).to(pictures.device)
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:  # how the CPU's allocator says it
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+    finally:
+        model.train(was_training)
+    # Here the failed pass has been let go, with all that it held.
+    count, _, height, width = pictures.shape
+    raise _too_large(count, height, width, device, precision)
+
+
+def stylize_files(
+    model: Path,
+    pictures: Sequence[Path],
+    out: Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    notify: Callable[[str], None],
+    written: Callable[[Path], None] = lambda _: None,
+) -> list[Path]:
+    """Paint picture files with a style model.
+
+    The result has the size of its source as it is seen (orientation tags are applied) and keeps its transparency; JPEG
+    has none, there the picture is laid on white. A picture that cannot be used is named, and the others go on.
+
+    Args:
+        model: a `model.safetensors`, or the run directory that holds one.
+        pictures: files, and folders whose pictures (not those of subfolders) are all taken.
+        out: for one picture its result, whose suffix chooses JPEG, PNG or WebP; for several, or where the name has no
+            suffix, a folder, in which each keeps its name. Files in it are replaced, inputs never.
+        device: `auto`, `cuda` or `cpu`.
+        precision: `auto` (fp32), `bf16`, `fp16` or `fp32`.
+        notify: told of each picture that is passed over.
+        written: told of each result as soon as it is there.
+
+    Returns:
+        The results, in the order of their sources.
+
+    Raises:
+        UserError: a result would replace an input or another result, or `out` is no folder where one is needed.
+        DataError: the model cannot be used, the storage refuses, or, after all others are done, some picture could
+            not be painted.
+        DeviceError: no such device, or it lacks the memory for some picture.
+    """
+    jobs = _plan(pictures, out)
+    where = resolve_device(device)
+    precision = _resolve(precision, where)
+    net = load_style_model(model, device=where)
+    results: list[Path] = []
+    failures: list[UserError] = []
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(ProgressReport("stylize", len(jobs), "pictures")) if len(jobs) > 1 else None
+        for job in jobs:
+            try:
+                _paint(net, job, precision)
+            except UserError as error:
+                if len(jobs) == 1 or _storage_refuses(error):
+                    raise
+                failures.append(error)
+                notify(str(error))
+            else:
+                results.append(job.result)
+                written(job.result)
+            if progress is not None:
+                progress.advance()
+    if failures:
+        kind = DeviceError if all(isinstance(error, DeviceError) for error in failures) else DataError
+        raise kind(f"{len(failures)} of {len(jobs)} pictures could not be painted, see above; the others are in {out}")
+    return results
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Path
+    result: Path
+
+
+def _plan(pictures: Sequence[Path], out: Path) -> list[_Job]:
+    """Which file becomes which, refused as a whole before the first is touched."""
+    sources = list(dict.fromkeys(file for picture in pictures for file in _files_of(picture)))
+    if not sources:
+        raise UserError("no picture was named; give one or more files or folders")
+    one = len(sources) == 1 and not pictures[0].is_dir()
+    if one and not out.is_dir() and out.suffix:
+        check_writable_suffix(out)
+        jobs = [_Job(sources[0], out)]
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, and a folder is needed for {len(sources)} pictures; name a folder")
+    elif out.suffix.lower() in SUFFIXES and not out.is_dir():
+        raise UserError(f"--out {out} names one picture, and there are {len(sources)} to write; name a folder")
+    else:
+        jobs = [_Job(source, out / _result_name(source)) for source in sources]
+    _refuse_overwriting(jobs)
+    return jobs
+
+
+def _files_of(picture: Path) -> list[Path]:
+    if not picture.is_dir():
+        return [picture]
+    try:
+        entries = sorted(picture.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read the folder {picture}: {error.strerror}; check its permissions") from error
+    files = [
+        entry
+        for entry in entries
+        if entry.suffix.lower() in _RESULT_SUFFIX and not entry.name.startswith(".") and entry.is_file()
+    ]
+    if not files:
+        raise DataError(f"the folder {picture} holds no picture ({', '.join(_RESULT_SUFFIX)}); give another")
+    return files
+
+
+def _result_name(source: Path) -> str:
+    return source.stem + (
+        source.suffix if source.suffix.lower() in SUFFIXES else _RESULT_SUFFIX.get(source.suffix.lower(), ".png")
+    )
+
+
+def _refuse_overwriting(jobs: Sequence[_Job]) -> None:
+    inputs = {_identity(job.source): job.source for job in jobs}
+    results: dict[object, Path] = {}
+    for job in jobs:
+        identity = _identity(job.result)
+        if identity in inputs:
+            raise UserError(
+                f"{job.result} would replace the input {inputs[identity]}; choose another --out, inputs are kept"
+            )
+        if identity in results:
+            raise UserError(
+                f"{results[identity]} and {job.source} would both become {job.result}; rename one, or paint them into "
+                "different folders"
+            )
+        results[identity] = job.source
+
+
+def _identity(path: Path) -> object:
+    """Equal for two names of one file, links included."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.resolve()
+    return found.st_dev, found.st_ino
+
+
+def _paint(net: TransformNet, job: _Job, precision: str) -> None:
+    pixels = read_image(job.source, alpha=True)
+    height, width = pixels.shape[:2]
+    device = next(net.parameters()).device
+    free = _free_bytes(device)
+    # A CPU's memory is promised freely and taken back by ending the process: ask before.
+    if device.type == "cpu" and free is not None and _needed_bytes(1, height, width, device, precision) > free:
+        raise DeviceError(f"cannot paint {job.source}: {_too_large(1, height, width, device, precision)}")
+    try:
+        painted = to_array(stylize(net, to_tensor(pixels[..., :3]), precision=precision))
+    except (DataError, DeviceError) as error:
+        raise type(error)(f"cannot paint {job.source}: {error}") from error
+    write_image(job.result, np.concatenate([painted, pixels[..., 3:]], axis=2))
+
+
+def _resolve(precision: str, device: torch.device) -> str:
+    return "fp32" if precision == "auto" else resolve_precision(precision, device)
+
+
+def _storage_refuses(error: UserError) -> bool:
+    """Whether `error` is the operating system's, met while writing: it would meet every other picture, too."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
+
+
+def _too_large(count: int, height: int, width: int, device: torch.device, precision: str) -> DeviceError:
+    shown = f"{width} × {height} px" if count == 1 else f"{count} pictures of {width} × {height} px"
+    free = _free_bytes(device)
+    fits = ""
+    if free is not None:
+        scale = math.sqrt(free / _needed_bytes(count, height, width, device, precision))
+        if scale < 1:
+            fits = f"; about {int(width * scale * 0.95)} × {int(height * scale * 0.95)} px would fit"
+    other = " or use --device cpu" if device.type == "cuda" else ""
+    half = "; fp32 needs a tenth" if device.type == "cpu" and precision != "fp32" else ""
+    return DeviceError(f"{device} has too little memory for {shown}{fits}{half}; scale it down{other}")
+
+
+def _needed_bytes(count: int, height: int, width: int, device: torch.device, precision: str) -> int:
+    unfolds = device.type == "cpu" and precision != "fp32"
+    per_pixel = _BYTES_PER_PIXEL_HALF_ON_CPU if unfolds else _BYTES_PER_PIXEL
+    return count * (height + _BORDER) * (width + _BORDER) * per_pixel
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that a forward pass could have; None where nobody says."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    sizes = dict(line.split(":", 1) for line in lines)
+    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None
