@@ -126,7 +126,7 @@ def build_manifest(
     report = progress or (lambda _done, _total: None)
     report(len(results), len(candidates))
     try:
-        for checked in _check_all(folder, pending, min_side, workers or len(os.sched_getaffinity(0))):
+        for checked in _check_all(folder, pending, min_side, workers or _cores()):
             results[checked.path] = checked
             report(len(results), len(candidates))
     finally:
@@ -166,6 +166,8 @@ class _Checked:
     mtime: int
     entry: Entry | None
     reason: str = ""
+    lasting: bool = True
+    """Whether the outcome follows from the file's content alone."""
 
 
 def _walk(folder: Path) -> tuple[list[Rejection], list[tuple[str, int, int]], int]:
@@ -230,6 +232,9 @@ def _check_all(folder: Path, pending: list[tuple[str, int, int]], min_side: int,
 def _check(folder: Path, path: str, size: int, mtime: int, min_side: int) -> _Checked:
     try:
         data = read_bytes(os.path.join(folder, path))  # noqa: PTH118
+    except UnusablePictureError as error:
+        return _Checked(path, size, mtime, None, str(error), lasting=False)
+    try:
         return _Checked(path, size, mtime, _examine(path, data, min_side))
     except UnusablePictureError as error:
         return _Checked(path, size, mtime, None, str(error))
@@ -251,6 +256,10 @@ def _examine(path: str, data: bytes, min_side: int) -> Entry:
         decode(data, formats=TRAINING_FORMATS)
     picture_format = "JPEG" if picture.format in ("JPEG", "MPO") else str(picture.format)
     return Entry(path, len(data), width, height, picture_format, plain)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fingerprint(images: Iterable[Entry]) -> str:
@@ -283,7 +292,9 @@ def _read_cache(file: Path, min_side: int) -> dict[str, _Checked]:
 
 def _write_cache(file: Path, min_side: int, results: Iterable[_Checked]) -> None:
     # ASCII, because names that are not UTF-8 hold lone surrogates.
-    content = json.dumps({"key": _cache_key(min_side), "files": [_to_row(checked) for checked in results]})
+    content = json.dumps(
+        {"key": _cache_key(min_side), "files": [_to_row(checked) for checked in results if checked.lasting]}
+    )
     try:
         write_atomic(file, content.encode("ascii"))
     except DataError:

@@ -1,0 +1,286 @@
+"""Which files training may read: what is found, what is refused and why, what is remembered."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastnst.data import manifest as manifest_module
+from fastnst.data.manifest import Manifest, build_manifest, write_rejections
+from fastnst.errors import DataError
+from fastnst.images import UnusablePictureError
+from fastnst.storage import cache_folder
+
+REFUSED_AWKWARD = {
+    "icc_after_sof_tiny.jpg": "10 × 10 px is too small",
+    "lossless_cat-3449999_640_grayscale_12bit.jpg": "lossless, 12-bit",
+    "misnamed_bmp.jpg": "it is a BMP",
+    "tiny_jfif.jpg": "1 × 1 px is too small",
+    "truncated_pillow.jpg": "cut short",
+}
+
+
+@pytest.fixture
+def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of the files that are decoded, as opposed to remembered."""
+    seen: list[str] = []
+    examine = manifest_module._examine
+
+    def watched(path: str, data: bytes, min_side: int) -> manifest_module.Entry:
+        seen.append(path)
+        return examine(path, data, min_side)
+
+    monkeypatch.setattr(manifest_module, "_examine", watched)
+    return seen
+
+
+def paths(manifest: Manifest) -> list[str]:
+    return [entry.path for entry in manifest.images]
+
+
+def reasons(manifest: Manifest) -> dict[str, str]:
+    return {rejection.path: rejection.reason for rejection in manifest.rejected}
+
+
+def save_png(path: Path, size: tuple[int, int] = (20, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path, "PNG")
+
+
+def test_every_picture_is_found_and_described(photo_folder: Path) -> None:
+    save_png(photo_folder / "z" / "deep" / "last.PNG", (40, 50))
+    save_png(photo_folder / ".hidden.png")
+    save_png(photo_folder / ".hidden" / "a.png")
+    (photo_folder / "notes.txt").write_text("not a picture")
+    manifest = build_manifest(photo_folder)
+    assert paths(manifest) == sorted(paths(manifest))
+    assert len(manifest.images) == 13
+    assert not manifest.rejected
+    assert manifest.passed_over == 2
+    last = manifest.images[-1]
+    assert (last.path, last.width, last.height, last.format, last.plain) == ("z/deep/last.PNG", 40, 50, "PNG", True)
+    assert last.size == (photo_folder / "z/deep/last.PNG").stat().st_size
+    assert {entry.format for entry in manifest.images} == {"JPEG", "PNG", "WEBP"}
+
+
+def test_size_is_that_of_the_upright_picture(tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    for suffix in ("jpg", "png", "webp"):
+        Image.new("RGB", (80, 50)).save(tmp_path / f"a.{suffix}", exif=tags)
+    assert [(entry.width, entry.height) for entry in build_manifest(tmp_path).images] == [(50, 80)] * 3
+
+
+def test_awkward_files_among_photos(tmp_path: Path, awkward: Path, photo_folder: Path) -> None:
+    for file in awkward.iterdir():
+        shutil.copy(file, photo_folder)
+    manifest = build_manifest(photo_folder, workers=2)
+    found = reasons(manifest)
+    assert set(found) == set(REFUSED_AWKWARD)
+    for path, reason in REFUSED_AWKWARD.items():
+        assert reason in found[path]
+        assert "; " in found[path]
+    assert len(manifest.images) == 12 + 21 - len(REFUSED_AWKWARD)
+
+    write_rejections(manifest, tmp_path / "run" / "rejected.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text("utf-8").splitlines()]
+    assert {row["path"]: row["reason"] for row in rows} == found
+    assert all(set(row) == {"path", "reason"} for row in rows)
+
+
+def test_photos_are_plain(photos: Path, tmp_path: Path) -> None:
+    for file in sorted(photos.iterdir())[::8]:
+        (tmp_path / file.name).symlink_to(file)
+    manifest = build_manifest(tmp_path)
+    assert len(manifest.images) == 32
+    assert all(entry.plain for entry in manifest.images)
+
+
+def test_remembered_until_size_or_time_changes(photo_folder: Path, checked_files: list[str]) -> None:
+    (photo_folder / "broken.jpg").write_bytes(b"no picture")
+    first = build_manifest(photo_folder)
+    assert len(checked_files) == 13
+    checked_files.clear()
+    assert build_manifest(photo_folder) == first
+    assert not checked_files
+
+    changed = photo_folder / first.images[3].path
+    time = changed.stat().st_mtime_ns
+    os.utime(changed, ns=(time, time + 1))
+    save_png(photo_folder / "broken.jpg")
+    again = build_manifest(photo_folder)
+    assert sorted(checked_files) == sorted(["broken.jpg", first.images[3].path])
+    assert not again.rejected
+    assert len(again.images) == 13
+
+    checked_files.clear()
+    changed.unlink()
+    assert len(build_manifest(photo_folder).images) == 12
+    assert not checked_files
+
+
+def test_memory_can_be_off_and_does_not_mix_smallest_sides(photo_folder: Path, checked_files: list[str]) -> None:
+    build_manifest(photo_folder, cache=False)
+    build_manifest(photo_folder, cache=False)
+    assert len(checked_files) == 24
+    save_png(photo_folder / "small.png", (20, 30))
+    build_manifest(photo_folder)
+    assert set(reasons(build_manifest(photo_folder, min_side=21))) == {"small.png"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:0],
+        lambda text: text[: len(text) // 2],
+        lambda text: text[:0] + "[]",
+        lambda text: text.replace('"files": [[', '"files": [[1, '),
+        lambda text: text.replace("true", "17"),
+        lambda text: text.replace('"JPEG"', '"GIF"'),
+        lambda text: text.replace('"key": [', '"key": [0, '),
+    ],
+)
+def test_damaged_memory_is_ignored(
+    photo_folder: Path,
+    tmp_path: Path,
+    checked_files: list[str],
+    damage: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASTNST_CACHE", str(tmp_path / "cache"))
+    expected = build_manifest(photo_folder)
+    (file,) = (cache_folder() / "manifests").iterdir()
+    file.write_text(damage(file.read_text("ascii")), "ascii")
+    checked_files.clear()
+    assert build_manifest(photo_folder) == expected
+    assert len(checked_files) == 12
+
+
+def test_memory_that_cannot_be_written_costs_nothing(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FASTNST_CACHE", str(tmp_path / "file"))
+    assert len(build_manifest(photo_folder).images) == 12
+
+
+def test_interrupted_check_goes_on_where_it_stopped(
+    photo_folder: Path, checked_files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "_CHUNK", 1)
+
+    def interrupt(done: int, _total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_manifest(photo_folder, workers=1, progress=interrupt)
+    checked_files.clear()
+    assert len(build_manifest(photo_folder).images) == 12
+    assert len(checked_files) <= 7
+
+
+def test_progress_counts_every_file(photo_folder: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    build_manifest(photo_folder, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 12) for done in range(13)]
+    calls.clear()
+    build_manifest(photo_folder, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(12, 12)]
+
+
+def test_fingerprint_tells_content_not_place(photo_folder: Path, tmp_path: Path) -> None:
+    original = build_manifest(photo_folder).fingerprint
+    copy = Path(shutil.copytree(photo_folder, tmp_path / "elsewhere"))
+    assert build_manifest(copy).fingerprint == original
+    save_png(copy / "one_more.png")
+    assert build_manifest(copy).fingerprint != original
+
+
+def test_links_are_followed_once(photo_folder: Path) -> None:
+    (photo_folder / "loop").symlink_to(photo_folder)
+    (photo_folder / "gone.jpg").symlink_to(photo_folder / "nowhere.jpg")
+    manifest = build_manifest(photo_folder)
+    assert len(manifest.images) == 12
+    assert "no such file" in reasons(manifest)["gone.jpg"]
+
+
+def test_pipe_is_refused_without_waiting_for_it(photo_folder: Path) -> None:
+    os.mkfifo(photo_folder / "pipe.jpg")
+    assert "not a regular file" in reasons(build_manifest(photo_folder))["pipe.jpg"]
+
+
+def test_names_that_are_not_utf8(photo_folder: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        save_png(photo_folder / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    (photo_folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"no picture")
+    for _ in range(2):  # The second time from memory.
+        manifest = build_manifest(photo_folder)
+        assert name in paths(manifest)
+    write_rejections(manifest, tmp_path / "rejected.jsonl")
+    assert json.loads((tmp_path / "rejected.jsonl").read_text("utf-8"))["path"] == "\\xff.jpg"
+
+
+def test_no_refusals_make_an_empty_list(photo_folder: Path, tmp_path: Path) -> None:
+    write_rejections(build_manifest(photo_folder), tmp_path / "rejected.jsonl")
+    assert (tmp_path / "rejected.jsonl").read_bytes() == b""
+
+
+def test_folders_that_cannot_serve(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or directory; check the path"):
+        build_manifest(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is a file; give the folder"):
+        build_manifest(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no pictures"):
+        build_manifest(tmp_path / "empty")
+    (tmp_path / "empty" / "a.jpg").write_bytes(b"letter")
+    with pytest.raises(DataError, match=r"not one of the 1 pictures .* the first, a\.jpg: it holds text"):
+        build_manifest(tmp_path / "empty")
+
+
+def test_trouble_with_the_disk_is_not_remembered(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_path: str) -> bytes:
+        raise UnusablePictureError("input/output error; check the disk")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(manifest_module, "read_bytes", fail)
+        with pytest.raises(DataError, match="check the disk"):
+            build_manifest(photo_folder)
+    assert len(build_manifest(photo_folder).images) == 12
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
+def test_unreadable_folder_and_file(photo_folder: Path) -> None:
+    (photo_folder / "picture_00.jpg").chmod(0)
+    (photo_folder / "locked").mkdir(mode=0)
+    found = reasons(build_manifest(photo_folder))
+    assert set(found) == {"picture_00.jpg", "locked"}
+    photo_folder.chmod(0)
+    try:
+        with pytest.raises(DataError, match="permission denied"):
+            build_manifest(photo_folder)
+    finally:
+        photo_folder.chmod(0o755)
+
+
+def test_png_damage_that_pillow_overlooks(photo_folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(photo_folder / "whole.png")
+    data = (photo_folder / "whole.png").read_bytes()
+    (photo_folder / "no_end.png").write_bytes(data[:-12])
+    # The checksum at the end of IDAT, behind which IEND's 12 bytes follow.
+    (photo_folder / "sum.png").write_bytes(data[:-14] + bytes([data[-14] ^ 1]) + data[-13:])
+    found = reasons(build_manifest(photo_folder))
+    assert set(found) == {"no_end.png", "sum.png"}
+    assert "cut short" in found["no_end.png"]
+    assert "checksum of its IDAT chunk" in found["sum.png"]
