@@ -59,13 +59,15 @@ class DaliLoader:
     def __next__(self) -> torch.Tensor:
         if self._pipeline is None:
             raise StopIteration
-        try:
-            batch = self._run(self._pipeline)
-        except RuntimeError as error:
-            self._pipeline = self._recover(error)
-            batch = self._run(self._pipeline)
-        self._step += 1
-        return batch
+        while True:
+            try:
+                batch = self._run(self._pipeline)
+            except RuntimeError as error:
+                # Ends, because each time it finds at least one more picture to blame, or raises.
+                self._pipeline = self._recover(error)
+            else:
+                self._step += 1
+                return batch
 
     def __enter__(self) -> Self:
         return self
