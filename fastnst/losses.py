@@ -11,10 +11,10 @@ Each is averaged over the batch, weighted, and summed over its layers.
 
 Scale. Weights are tuned to the size of the features, and that differs: Caffe's VGG is fed with 0-255 pixels,
 torchvision's with pixels divided by their standard deviation σ, in [0, 1] scale about 0.226, so that its input is
-smaller by s = 255·σ ≈ 57.6. Convolution, ReLU and pooling are positively homogeneous as soon as the biases grow with the
-input: fed with s·x and given s·biases, φ yields s·φ(x). Hence s·φ is torchvision's net re-expressed for 0-255 pixels,
-and a content weight tuned there applies to (s·Δφ)² = s²·(Δφ)². The Gram is quadratic in φ and the style term quadratic
-in the Gram: s⁴. The other way around, Caffe's features under weights tuned in the unit scale, both factors divide.
+smaller by s = 255·σ ≈ 57.6. Convolution, ReLU and pooling are positively homogeneous if the biases grow with the input:
+fed with s·x and given s·biases, φ yields s·φ(x). Hence s·φ is torchvision's net re-expressed for 0-255 pixels, and a
+content weight tuned there applies to (s·Δφ)² = s²·(Δφ)². The Gram is quadratic in φ and the style term quadratic in
+the Gram: s⁴. The other way around, Caffe's features under weights tuned in the unit scale, both factors divide.
 """
 
 from dataclasses import dataclass
@@ -43,6 +43,11 @@ class LossTerms:
     tv: Tensor
     layers: dict[str, Tensor]
     """`content/relu4_2`, `style/relu1_1`, …: the summands of content and style."""
+
+    def detach(self) -> "LossTerms":
+        """The same numbers without their graph."""
+        layers = {name: term.detach() for name, term in self.layers.items()}
+        return LossTerms(self.total.detach(), self.content.detach(), self.style.detach(), self.tv.detach(), layers)
 
 
 class PerceptualLoss(nn.Module):

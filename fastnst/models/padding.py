@@ -68,7 +68,7 @@ class _Mirror(torch.autograd.Function):
         _, ctx.rows, ctx.columns, ctx.skip = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         rows, columns, skip = ctx.rows, ctx.columns, ctx.skip
         height = grad.shape[2] - 2 * rows
         folded = _fold_columns(grad[:, :, rows : rows + height], columns, skip)

@@ -1,7 +1,7 @@
 """The transform net (Johnson, Alahi, Fei-Fei 2016), in the shapes of three published implementations.
 
-All have 9×9 conv → 32, two 3×3 stride-2 convs → 64 → 128, five residual blocks of two 3×3 convs, two ×2 upsampling convs
-→ 64 → 32, 9×9 conv → 3, with norm and ReLU after each; a residual block ends with its addition, without a ReLU.
+All have 9×9 conv → 32, two 3×3 stride-2 convs → 64 → 128, five residual blocks of two 3×3 convs, two ×2 upsampling
+convs → 64 → 32, 9×9 conv → 3, with norm and ReLU after each; a residual block ends with its addition, without a ReLU.
 
 | | hwalsuklee | lengstrom | johnson |
 |---|---|---|---|
@@ -12,7 +12,7 @@ All have 9×9 conv → 32, two 3×3 stride-2 convs → 64 → 128, five residual
 | output | 127.5 (tanh + 1) | 150 tanh + 127.5 | linear, 0-255 |
 | initialisation | truncated normal, variance 2 / fan-in | truncated normal, 0.1 | PyTorch's default |
 
-TF "SAME" at stride 2 pads nothing before and one zero after an even side; weights published for TensorFlow depend on it.
+TF "SAME" at stride 2 pads nothing before and one zero after an even side; weights trained in TensorFlow depend on it.
 """
 
 import math
@@ -79,7 +79,7 @@ class TransformNet(nn.Module):
         self.up2 = UpLayer(64, 32, nearest=johnson, norm=norm, eps=eps)
         self.out = conv(32, 3, 9, last=True)
         self._initialise(generator)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -258,10 +258,10 @@ class UpLayer(_NormedLayer):
     """×2 upsampling, 3×3, then norm and ReLU: `[N, in, H, W]` → `[N, out, 2H, 2W]`.
 
     `nearest=False`: transposed convolution as TF "SAME" cuts it, weight `[in, out, 3, 3]`.
-    `nearest=True`: nearest-neighbour ×2, reflected by 1, convolved, weight `[out, in, 3, 3]`. A pixel repeated twice and
-    convolved with w is one pixel transposed-convolved at stride 2 with the 4×4 kernel w ⊛ 1₂ₓ₂: the same sums, in 16
-    instead of 36 multiplications per input pixel and channel, and neither the enlarged nor the padded picture is ever
-    written. Reflecting the enlarged picture by one repeats the border pixel of the small one.
+    `nearest=True`: nearest-neighbour ×2, reflected by 1, convolved, weight `[out, in, 3, 3]`. A pixel repeated twice
+    and convolved with w is one pixel transposed-convolved at stride 2 with the 4×4 kernel w ⊛ 1₂ₓ₂: the same sums, in
+    16 instead of 36 multiplications per input pixel and channel, and neither the enlarged nor the padded picture is
+    ever written. Reflecting the enlarged picture by one repeats the border pixel of the small one.
     """
 
     def __init__(self, inputs: int, outputs: int, *, nearest: bool, norm: str, eps: float) -> None:
@@ -280,11 +280,12 @@ class UpLayer(_NormedLayer):
 
 def _doubling_kernel(weight: Tensor) -> Tensor:
     """Conv weight `[out, in, 3, 3]` → the transposed-conv weight `[in, out, 4, 4]` that doubles, then convolves."""
-    # Rows: which of the 3 taps reach each of the 4 output offsets of one input pixel.
-    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    with torch.autocast(weight.device.type, enabled=False):
-        doubled = taps @ weight.transpose(0, 1) @ taps.T
-    return doubled.contiguous(memory_format=torch.channels_last)
+    # A convolution correlates, a transposed one convolves: hence the flip. Along each direction the two copies of a
+    # pixel add the kernel to itself, one step apart.
+    kernel = weight.transpose(0, 1).flip(2, 3)
+    kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
+    kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))
+    return kernel.contiguous(memory_format=torch.channels_last)
 
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:

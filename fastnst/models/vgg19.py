@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class VGG19(nn.Module):
     """VGG19 up to `last_layer`; the layers behind it do not exist.
 
     Layers are modules of their own (`net.conv1_1`, …, `net.fc8`); ReLU and pooling have no module. All parameters are
-    frozen. A new network has He-initialised weights (He et al. 2015); `fastnst.models.weights.load_vgg19` loads trained ones.
+    frozen. A new network has He-initialised weights (He et al. 2015); `models.weights.load_vgg19` loads trained ones.
 
     Args:
         last_layer: the deepest layer that will be asked for.
@@ -93,7 +93,7 @@ class VGG19(nn.Module):
             if name in WEIGHT_SHAPES:
                 self.add_module(name, _weight_layer(WEIGHT_SHAPES[name], generator))
         self.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval()
 
     def preprocess(self, x: Tensor) -> Tensor:
@@ -117,7 +117,8 @@ class VGG19(nn.Module):
             UserError: a layer is unknown or lies behind `last_layer`, or the picture is too small for the deepest.
         """
         depth = self._check(x, layers)
-        wanted, outputs = set(layers), {}
+        wanted = set(layers)
+        outputs: dict[str, Tensor] = {}
         x = self.preprocess(x)
         for name in self.layers[: depth + 1]:
             if name.startswith("relu"):
@@ -137,13 +138,12 @@ class VGG19(nn.Module):
         """Index of the deepest asked layer; UserError where it cannot be had."""
         if not layers:
             raise UserError("no VGG19 layer is asked for; name at least one")
+        deepest = deepest_layer(layers)
         for name in layers:
-            check_layer(name)
             if name not in self.layers:
                 raise UserError(
                     f"layer {name} lies behind {self.last_layer}, where this VGG19 ends; load it up to {name}"
                 )
-        deepest = max(layers, key=LAYERS.index)
         if x.ndim != 4 or x.shape[1] != 3:
             raise UserError(f"VGG19 takes pictures [N, 3, H, W], got {list(x.shape)}")
         depth = LAYERS.index(deepest)
@@ -154,6 +154,18 @@ class VGG19(nn.Module):
                 f"{smallest}×{smallest}; enlarge it or choose a shallower layer"
             )
         return depth
+
+
+def deepest_layer(layers: Iterable[str]) -> str:
+    """The one of `layers`, at least one, that runs last.
+
+    Raises:
+        UserError: a layer is unknown.
+    """
+    names = list(layers)
+    for name in names:
+        check_layer(name)
+    return max(names, key=LAYERS.index)
 
 
 def check_layer(name: str) -> None:

@@ -1,5 +1,6 @@
 """Weights for VGG19: found, downloaded, drawn or read from a file, checked, and told to the user."""
 
+import contextlib
 import os
 import re
 import zipfile
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastnst.errors import DataError, UserError
 from fastnst.models.download import DownloadError, Progress, Source, fetch
 from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
+from fastnst.progress import ProgressReport
 from fastnst.storage import cache_folder, sha256_of
 
 TORCHVISION = Source(
@@ -23,13 +25,14 @@ TORCHVISION = Source(
     size=574_673_361,
     file_name="vgg19-dcbb9e9d.pth",
 )
+_ADVICE = "give a .pth or .safetensors file of VGG19, or --vgg auto or random"
 URL_VARIABLE = "FASTNST_VGG19_URL"
 
 # Names of released files carry the first digits of their SHA-256.
 _KNOWN_DIGESTS = {TORCHVISION.sha256: "torchvision", "d01eb7cb": "caffe"}
 
 # The two trainings of VGG19 that are in circulation, known by the first kernel of conv1_1 on its first input channel.
-# Statistics of the weights do not tell them apart: both have the same scale from layer to layer, only their input differs.
+# Statistics of the weights do not tell them apart: both grow alike from layer to layer, only their input differs.
 _FIRST_KERNELS = {
     "torchvision": (-0.053474, -0.049257, -0.067942, 0.015314, 0.045068, 0.0021444, 0.036226, 0.019999, 0.019864),
     "caffe": (0.341195, 0.339992, -0.044844, 0.232221, 0.089821, -0.303323, -0.072638, -0.246743, -0.336831),
@@ -40,8 +43,10 @@ _KERNEL_TOLERANCE = 0.002
 _KEYS = dict(
     zip(
         WEIGHT_SHAPES,
-        [*(f"features.{n}" for n in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34))]
-        + [*(f"classifier.{n}" for n in (0, 3, 6))],
+        (
+            *(f"features.{n}" for n in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)),
+            *(f"classifier.{n}" for n in (0, 3, 6)),
+        ),
         strict=True,
     )
 )
@@ -83,8 +88,8 @@ def load_vgg19(
             first kernel of conv1_1, by the file's SHA-256.
         seed: of the random weights; PyTorch's global generator stays untouched.
         notify: receives one line saying what was taken and why, more where something is amiss.
-        progress: told about a download, in bytes (done, all).
-        source: what `auto` downloads; the environment variable FASTNST_VGG19_URL overrides its address, not its checksum.
+        progress: told about a download, in bytes (done, all); None shows a bar on stderr.
+        source: what `auto` downloads; the environment variable FASTNST_VGG19_URL overrides its address, not its hash.
         pause: seconds between tries of a download, growing.
 
     Raises:
@@ -123,11 +128,35 @@ def load_vgg19(
     return net
 
 
+def describe_source(spec: str) -> str:
+    """Where `load_vgg19(spec)` would take the weights from, in words, without reading or downloading them.
+
+    Raises:
+        DataError: `spec` is a path, and no file is there.
+    """
+    if spec == "random":
+        return "random weights (He initialisation)"
+    if spec != "auto":
+        path = Path(spec).expanduser()
+        _check_file(path)
+        return f"{path}, {path.stat().st_size / 1e6:,.1f} MB"
+    for path in _cached(TORCHVISION):
+        if path.is_file() and path.stat().st_size == TORCHVISION.size:
+            return str(path)
+    return f"to be downloaded from {os.environ.get(URL_VARIABLE) or TORCHVISION.url}, {TORCHVISION.size / 1e6:,.1f} MB"
+
+
+def _cached(source: Source) -> tuple[Path, Path]:
+    """Our own copy and that of torch.hub."""
+    own = cache_folder() / "weights" / source.file_name
+    return own, Path(torch.hub.get_dir()) / "checkpoints" / source.file_name
+
+
 def _find_or_download(source: Source, notify: Callable[[str], None], progress: Progress | None, pause: float) -> Path:
     if url := os.environ.get(URL_VARIABLE):
         source = replace(source, url=url)
-    own = cache_folder() / "weights" / source.file_name
-    for path in (own, Path(torch.hub.get_dir()) / "checkpoints" / source.file_name):
+    own, hub = _cached(source)
+    for path in (own, hub):
         if not path.is_file():
             continue
         try:
@@ -140,7 +169,10 @@ def _find_or_download(source: Source, notify: Callable[[str], None], progress: P
         notify(f"VGG19: {path} is damaged (SHA-256 {digest[:8]}…, must be {source.sha256[:8]}…) and is not used")
     notify(f"VGG19: downloading {source.url} ({source.size / 1e6:,.1f} MB) to {own}")
     try:
-        fetch(source, own, progress=progress, pause=pause)
+        with contextlib.ExitStack() as stack:
+            if progress is None:
+                progress = _bar(stack.enter_context(ProgressReport("download VGG19", source.size, "bytes")))
+            fetch(source, own, progress=progress, pause=pause)
     except DownloadError as error:
         raise WeightsUnavailable(
             f"cannot download VGG19 from {source.url}: {error}.\n"
@@ -149,17 +181,13 @@ def _find_or_download(source: Source, notify: Callable[[str], None], progress: P
     return own
 
 
+def _bar(report: ProgressReport) -> Progress:
+    return lambda done, _: report.advance(done - report.done)
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """All tensors of a file by name, and its metadata; DataError for anything else."""
-    advice = "give a .pth or .safetensors file of VGG19, or --vgg auto or random"
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"the VGG19 weights {path}: the file {what}; {advice}")
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise DataError(f"cannot read the VGG19 weights {path}: {error.strerror}; {advice}") from error
+    _check_file(path)
     metadata: Mapping[str, str] = {}
     try:
         if path.suffix == ".safetensors":
@@ -173,12 +201,22 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     except Exception as error:
         # A damaged file makes the readers raise nearly anything; none of it is a fault of this program.
         reason = re.split(r"[\n.]", str(error).strip(), maxsplit=1)[0][:160] or type(error).__name__
-        raise DataError(f"{path} is damaged or no weights file: {reason}; {advice}") from error
+        raise DataError(f"{path} is damaged or no weights file: {reason}; {_ADVICE}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise DataError(f"{path} holds no dictionary of tensors; {advice}")
+        raise DataError(f"{path} holds no dictionary of tensors; {_ADVICE}")
     return {str(name): tensor for name, tensor in loaded.items()}, metadata
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(f"the VGG19 weights {path} are a folder; {_ADVICE}")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise DataError(f"cannot read the VGG19 weights {path}: {error.strerror}; {_ADVICE}") from error
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
@@ -196,7 +234,8 @@ def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
         if name not in expected or tuple(tensor.shape) != expected[name]:
             wanted = f"VGG19 has {list(expected[name])} there" if name in expected else "VGG19 has no such tensor"
             raise DataError(
-                f"{path} holds another network than VGG19: {name} is {list(tensor.shape)}, and {wanted}; give VGG19's weights"
+                f"{path} holds another network than VGG19: {name} is {list(tensor.shape)}, and {wanted}; "
+                "give VGG19's weights"
             )
     layers = list(WEIGHT_SHAPES)
     absent = [layer for layer in layers if not {f"{_KEYS[layer]}.weight", f"{_KEYS[layer]}.bias"} <= tensors.keys()]
@@ -225,21 +264,22 @@ def _find_flavour(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if digest.startswith(known_digest):
             return flavour, f"its SHA-256 begins with {known_digest[:8]}"
     raise DataError(
-        f"{path}: whether these weights expect torchvision's or Caffe's input cannot be told (conv1_1 is of neither known "
-        "training); say it with --set loss.vgg_flavour=torchvision or --set loss.vgg_flavour=caffe"
+        f"{path}: whether these weights expect torchvision's or Caffe's input cannot be told (conv1_1 is of neither "
+        "known training); say it with --set loss.vgg_flavour=torchvision or --set loss.vgg_flavour=caffe"
     )
 
 
 def _build(path: Path, tensors: Mapping[str, Tensor], last_layer: str, flavour: str) -> VGG19:
-    with torch.random.fork_rng(devices=[]):
-        net = VGG19(last_layer, flavour)
+    # A generator of its own, so that loading leaves PyTorch's global one where it was.
+    net = VGG19(last_layer, flavour, generator=torch.Generator())
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             layer, _, kind = name.partition(".")
             tensor = tensors[f"{_KEYS[layer]}.{kind}"]
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise DataError(
-                    f"{path}: {_KEYS[layer]}.{kind} ({layer}) holds values that are no finite numbers; it is damaged"
+                    f"{path} is damaged: {_KEYS[layer]}.{kind} ({layer}) holds values that are no finite numbers; "
+                    "give another copy"
                 )
             parameter.copy_(tensor)
     return net

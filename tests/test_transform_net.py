@@ -1,0 +1,343 @@
+"""The transform net: three architectures against plain PyTorch, any size, layout, and a published model's picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from fastnst.errors import DataError, UserError
+from fastnst.models.padding import reflect_pad, replicate_pad_one
+from fastnst.models.published import load_lengstrom_npz
+from fastnst.models.transform_net import ARCHITECTURES, ConvLayer, TransformNet, UpLayer
+
+CHANNELS_LAST = torch.channels_last
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _net(architecture: str, norm: str = "instance") -> TransformNet:
+    return TransformNet(architecture, norm, generator=_generator())
+
+
+def _pictures(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(*shape, generator=_generator(1), dtype=dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _same(size: int) -> tuple[int, int]:
+    return (1, 1) if size % 2 else (0, 1)
+
+
+def _plainly(net: TransformNet, x: Tensor) -> Tensor:
+    """The same network out of PyTorch's own functions, written as the published codes write it."""
+    johnson, hwalsuklee = net.architecture == "johnson", net.architecture == "hwalsuklee"
+    eps = 1e-5 if johnson else 1e-3
+    height, width = x.shape[2:]
+
+    def conv(layer: Any, y: Tensor, stride: int = 1, *, padding: str = "") -> Tensor:
+        half = layer.weight.shape[-1] // 2
+        if johnson:
+            y = F.pad(y, (half,) * 4, mode="reflect")
+        elif stride == 2:
+            y = F.pad(y, (*_same(y.shape[3]), *_same(y.shape[2])))
+        elif padding != "valid":
+            y = F.pad(y, (half,) * 4)
+        return F.conv2d(y, layer.weight, layer.bias, stride)
+
+    def norm(layer: Any, y: Tensor) -> Tensor:
+        # Written out: in PyTorch 2.13 the gradient of F.instance_norm is wrong where input and dy differ in layout.
+        centred = y - y.mean((2, 3), keepdim=True)
+        y = centred / (centred.square().mean((2, 3), keepdim=True) + eps).sqrt()
+        return y * layer.scale[:, None, None] + layer.shift[:, None, None]
+
+    def up(layer: Any, y: Tensor) -> Tensor:
+        if johnson:
+            return conv(layer, F.interpolate(y, scale_factor=2, mode="nearest"))
+        return F.conv_transpose2d(y, layer.weight, stride=2)[:, :, :-1, :-1]
+
+    x = F.pad(x, (40,) * 4, mode="reflect") if hwalsuklee else x * 255 if johnson else x
+    for name, stride in (("conv1", 1), ("conv2", 2), ("conv3", 2)):
+        layer = net.get_submodule(name)
+        x = F.relu(norm(layer, conv(layer, x, stride)))
+    for index in range(1, 6):
+        block: Any = net.get_submodule(f"res{index}")
+        padding = "valid" if hwalsuklee else ""
+        y = F.relu(norm(block.conv1, conv(block.conv1, x, padding=padding)))
+        y = norm(block.conv2, conv(block.conv2, y, padding=padding))
+        x = y + (x[:, :, 2:-2, 2:-2] if hwalsuklee else x)
+    for name in ("up1", "up2"):
+        layer = net.get_submodule(name)
+        x = F.relu(norm(layer, up(layer, x)))
+    x = conv(net.out, x)
+    if johnson:
+        return x[:, :, :height, :width] / 255
+    x = norm(net.out, x)[:, :, -height:, -width:].tanh()
+    return (127.5 * (x + 1) if hwalsuklee else 150 * x + 127.5) / 255
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [(44, 44), (45, 42)])
+def test_it_is_the_published_architecture(architecture: str, size: tuple[int, int]) -> None:
+    net = _net(architecture).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                # Scale 1 and shift 0 would hide an exchange of the two.
+                parameter.add_(torch.randn(parameter.shape, generator=_generator(2), dtype=torch.float64), alpha=0.2)
+    x = _pictures(1, 3, *size, dtype=torch.float64)
+    actual, expected = net(x), _plainly(net, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    dy = torch.randn(actual.shape, generator=_generator(3), dtype=torch.float64)
+    parameters = list(net.parameters())
+    for got, wanted in zip(
+        torch.autograd.grad(actual, parameters, dy), torch.autograd.grad(expected, parameters, dy), strict=True
+    ):
+        # Some are zero but for rounding: a constant that a later norm takes away again.
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
+
+
+@settings(max_examples=8)
+@given(st.sampled_from(ARCHITECTURES), st.integers(16, 50), st.integers(16, 50))
+def test_output_size_is_input_size(architecture: str, height: int, width: int) -> None:
+    with torch.no_grad():
+        y = _net(architecture)(_pictures(1, 3, height, width))
+    assert y.shape == (1, 3, height, width)
+    assert bool(torch.isfinite(y).all())
+    assert y.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parameter_names_and_shapes(architecture: str) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in _net(architecture).named_parameters()}
+    johnson = architecture == "johnson"
+    convs = ["conv1", "conv2", "conv3", *(f"res{i}.conv{j}" for i in range(1, 6) for j in (1, 2)), "up1", "up2", "out"]
+    names = [f"{layer}.{kind}" for layer in convs for kind in ("weight", "scale", "shift")]
+    if johnson:
+        names[-2:] = ["out.bias"]
+    assert sorted(shapes) == sorted(names)
+    assert shapes["conv1.weight"] == (32, 3, 9, 9)
+    assert shapes["conv3.scale"] == (128,)
+    assert shapes["up1.weight"] == ((64, 128, 3, 3) if johnson else (128, 64, 3, 3))
+    assert shapes["out.weight"] == (3, 32, 9, 9)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_layer_stays_channels_last(architecture: str) -> None:
+    net = _net(architecture)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: seen.__setitem__(name, output)
+
+    for name in net.layer_names:
+        net.get_submodule(name).register_forward_hook(keep(name))
+    net(_pictures(2, 3, 33, 40).contiguous())
+    assert tuple(seen) == net.layer_names
+    for name, output in seen.items():
+        assert output.is_contiguous(memory_format=CHANNELS_LAST), name
+    for name, parameter in net.named_parameters():
+        if parameter.ndim == 4:
+            assert parameter.is_contiguous(memory_format=CHANNELS_LAST), name
+
+
+def test_memory_layout_of_the_input_does_not_matter() -> None:
+    net = _net("johnson")
+    x = _pictures(2, 3, 20, 24)
+    assert torch.equal(net(x), net(x.contiguous()))
+
+
+@pytest.mark.parametrize(("architecture", "low", "high"), [("hwalsuklee", 0.0, 1.0), ("lengstrom", -22.5, 277.5)])
+def test_output_range(architecture: str, low: float, high: float) -> None:
+    net = _net(architecture)
+    with torch.no_grad():
+        net.out.scale.fill_(1e4)
+        y = net(_pictures(1, 3, 24, 24))
+    scale = 1.0 if high == 1.0 else 255.0
+    assert float(y.min()) == pytest.approx(low / scale, abs=1e-5)
+    assert float(y.max()) == pytest.approx(high / scale, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(4, [1 + 2 + 3, 3 + 4 + 0]), (5, [0 + 1 + 2, 2 + 3 + 4, 4 + 5 + 0])],
+)
+def test_same_padding_is_tensorflows(size: int, expected: list[float]) -> None:
+    layer = ConvLayer(1, 1, 3, 2, padding="same", norm=None, eps=0.0)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[0, 0, 1, :] = 1
+        x = torch.arange(1.0, size + 1).expand(1, 1, 3, size)
+        assert layer(x)[0, 0, 1].tolist() == expected
+
+
+def test_transposed_convolution_is_cut_as_tensorflow_cuts_it() -> None:
+    layer = UpLayer(1, 1, nearest=False, norm="instance", eps=0.0)
+    layer.norm = None
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[0, 0, 0] = torch.tensor([1.0, 10.0, 100.0])
+        out = layer(torch.tensor([[[[1.0, 2.0]]]]))
+    assert out.tolist() == [[[[1.0, 10.0, 102.0, 20.0], [0.0, 0.0, 0.0, 0.0]]]]
+
+
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 25))
+def test_reflect_pad_is_numpys(height: int, width: int, pad: int) -> None:
+    x = _pictures(2, 3, height, width)
+    expected = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="reflect")
+    actual = reflect_pad(x, pad)
+    assert actual.is_contiguous(memory_format=CHANNELS_LAST)
+    np.testing.assert_array_equal(actual.numpy(), expected)
+
+
+@pytest.mark.parametrize("pad", [1, 3, 7])
+def test_padding_has_the_gradient_of_its_own_formula(pad: int) -> None:
+    x = _pictures(1, 2, 5, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reflect_pad(x, pad), x)
+    assert torch.autograd.gradcheck(replicate_pad_one, x)
+
+
+def test_replicate_pad_repeats_the_border() -> None:
+    x = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    rows = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+    assert replicate_pad_one(x)[0, 0].tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer", "std"),
+    [
+        ("lengstrom", "res1.conv1", 0.1 * 0.8796),
+        ("hwalsuklee", "res1.conv1", (2.6 / (128 * 9)) ** 0.5 * 0.8796),
+        ("hwalsuklee", "up1", (2.6 / (64 * 9)) ** 0.5 * 0.8796),
+        ("johnson", "res1.conv1", (1 / (128 * 9)) ** 0.5 / 3**0.5),
+    ],
+)
+def test_initialisation(architecture: str, layer: str, std: float) -> None:
+    """0.8796 is the standard deviation of a unit normal cut at ±2."""
+    module: Any = _net(architecture).get_submodule(layer)
+    assert float(module.weight.detach().std()) == pytest.approx(std, rel=0.02)
+    assert bool((module.scale == 1).all())
+    assert bool((module.shift == 0).all())
+
+
+def test_a_generator_of_its_own_decides_the_weights() -> None:
+    before = torch.get_rng_state()
+    first, second, other = (TransformNet("johnson", generator=_generator(seed)) for seed in (5, 5, 6))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first.conv1.weight, second.conv1.weight)
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+def test_batch_norm_keeps_running_statistics() -> None:
+    net = _net("johnson", "batch")
+    buffers = dict(net.named_buffers())
+    assert "conv1.running_mean" in buffers
+    assert "out.running_mean" not in buffers
+    x = _pictures(3, 3, 20, 20)
+    net(x)
+    assert float(buffers["res3.conv2.running_mean"].abs().sum()) > 0
+    net.eval()
+    with torch.no_grad():
+        # With fixed statistics a picture's result does not depend on its neighbours in the batch.
+        torch.testing.assert_close(net(x)[:1], net(x[:1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_metadata_rebuilds_the_network(architecture: str, norm: str) -> None:
+    net = _net(architecture, norm)
+    rebuilt = TransformNet.from_metadata({**net.metadata, "steps": "10"})
+    rebuilt.load_state_dict(net.state_dict())
+    x = _pictures(2, 3, 16, 18)
+    assert torch.equal(net(x), rebuilt(x))
+
+
+@pytest.mark.parametrize("metadata", [{}, {"architecture": "lengstrom"}, {"architecture": "gatys", "norm": "instance"}])
+def test_metadata_of_something_else(metadata: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="metadata"):
+        TransformNet.from_metadata(metadata)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(UserError, match="hwalsuklee, lengstrom, johnson"):
+        TransformNet("gatys")
+    with pytest.raises(UserError, match="instance, batch"):
+        TransformNet("johnson", "layer")
+    net = _net("johnson")
+    for shape in ((1, 3, 15, 40), (1, 3, 40, 15), (1, 4, 32, 32), (3, 32, 32)):
+        with pytest.raises(UserError, match="16 pixels"):
+            net(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_autocast_runs_convolutions_in_bf16_and_returns_fp32(architecture: str) -> None:
+    net = _net(architecture)
+    x = _pictures(1, 3, 24, 28)
+    kinds = []
+    net.res1.register_forward_hook(lambda _module, _inputs, output: kinds.append(output.dtype))
+    with torch.no_grad():
+        exact = net(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = net(x)
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert mixed.dtype == torch.float32
+    # Sixteen convolutions, each rounded to 8 bits; johnson's untrained output has no norm to bound it.
+    assert float((mixed - exact).abs().mean()) < 0.05 * float(exact.std())
+
+
+# Dynamo itself makes an instance of autograd.Function, which that class warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("architecture", ["hwalsuklee", "johnson"])
+def test_it_compiles_without_graph_breaks(architecture: str) -> None:
+    net = _net(architecture)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=False)
+    x = _pictures(1, 3, 24, 20)
+    expected, actual = net(x), compiled(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    dy = torch.randn(expected.shape, generator=_generator(3))
+    parameters = list(net.parameters())
+    for got, wanted in zip(
+        torch.autograd.grad(actual, parameters, dy), torch.autograd.grad(expected, parameters, dy), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-3 * max(1.0, float(wanted.abs().max())))
+
+
+def test_a_published_model_gives_its_published_picture(weights: Path, content: Path) -> None:
+    """lengstrom's udnie on Chicago: what remains, 1.29 grey levels on average, is the published file's JPEG rounding."""
+    net = load_lengstrom_npz(weights / "transform_lengstrom_udnie.npz")
+    photo = np.array(Image.open(content / "content_chicago.jpg").convert("RGB"))
+    published = np.array(Image.open(weights / "ref_chicago_udnie.jpg").convert("RGB")).astype(np.float32)
+    with torch.no_grad():
+        y = net(torch.from_numpy(photo).permute(2, 0, 1)[None] / 255.0)
+    ours = (y[0].permute(1, 2, 0).clamp(0, 1) * 255).numpy()
+    difference = np.abs(ours - published)
+    assert float(difference.mean()) < 1.35
+    # Padding decides the border: it is as close as the rest.
+    border = np.concatenate([difference[:8].ravel(), difference[-8:].ravel(), difference[:, :8].ravel()])
+    assert float(border.mean()) < 1.35
+
+
+def test_a_file_that_is_no_published_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.npz"
+    with pytest.raises(DataError, match="cannot read the model"):
+        load_lengstrom_npz(path)
+    path.write_bytes(b"not a zip file")
+    with pytest.raises(DataError, match="not a lengstrom transform net"):
+        load_lengstrom_npz(path)
+    np.savez(path, Variable=np.zeros((9, 9, 3, 32), np.float32))
+    with pytest.raises(DataError, match="Variable_1"):
+        load_lengstrom_npz(path)
+    np.savez(path, Variable=np.zeros((3, 3, 3, 32), np.float32))
+    with pytest.raises(DataError, match=r"\(3, 3, 3, 32\), needed: \(9, 9, 3, 32\)"):
+        load_lengstrom_npz(path)
+    np.savez(path, Variable=np.full((9, 9, 3, 32), np.nan, np.float32))
+    with pytest.raises(DataError, match="not finite"):
+        load_lengstrom_npz(path)
