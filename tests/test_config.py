@@ -88,6 +88,9 @@ def test_the_default_preset_comes_first_and_is_taken_without_a_name() -> None:
 
 
 def test_loss_layers_are_the_layers_of_vgg19() -> None:
+    from fastnst.models.vgg19 import LAYERS
+
+    assert sorted(LOSS_LAYERS) == sorted(LAYERS[: LAYERS.index("pool5") + 1])
     assert len([name for name in LOSS_LAYERS if name.startswith("conv")]) == 16
     assert LOSS_LAYERS[:5] == ("conv1_1", "relu1_1", "conv1_2", "relu1_2", "conv2_1")
     assert LOSS_LAYERS[-6:] == ("relu5_4", "pool1", "pool2", "pool3", "pool4", "pool5")
