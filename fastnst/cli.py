@@ -116,8 +116,13 @@ def stylize(model: Path, pictures: tuple[Path, ...], out: Path, device: str, pre
     """
     from fastnst.stylize import stylize_files
 
-    for written in stylize_files(model, pictures, out, device=device, precision=precision, notify=_notify):
-        click.echo(written)
+    # Results are printed when all is done, but also when some picture failed: the bar owns the terminal until then.
+    written: list[Path] = []
+    try:
+        stylize_files(model, pictures, out, device=device, precision=precision, notify=_notify, written=written.append)
+    finally:
+        for path in written:
+            click.echo(path)
 
 
 @cli.command()
@@ -207,20 +212,18 @@ def _train_config(
 
 def _print_plan(config: "Config", out: Path, resume: bool) -> None:
     from fastnst.config import to_toml
-    from fastnst.device import resolve_device, resolve_precision
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
     from fastnst.training.estimate import estimate
-    from fastnst.training.loop import read_manifest, read_style, total_steps
+    from fastnst.training.loop import read_manifest, read_style, resolve, total_steps
     from fastnst.training.run_directory import prepare_run
 
+    config, device = resolve(config)
     prepare_run(out, config, resume=resume)
-    device = resolve_device(config.train.device)
-    precision = resolve_precision(config.train.precision, device)
     style, _ = read_style(config)
     manifest = read_manifest(config, _notify)
     steps = total_steps(config.train, len(manifest.images))
-    need = estimate(config, precision=precision, device_type=device.type)
+    need = estimate(config, device_type=device.type)
     passes = steps * config.train.batch_size / len(manifest.images)
     click.echo(to_toml(config))
     click.echo(f"# style      {config.style.picture}, {style.shape[3]}x{style.shape[2]} px")
@@ -229,7 +232,7 @@ def _print_plan(config: "Config", out: Path, resume: bool) -> None:
     )
     click.echo(f"# VGG19      {describe_source(config.loss.vgg)}")
     click.echo(f"# steps      {steps} of {config.train.batch_size} pictures, {passes:.2f} passes over the data")
-    click.echo(f"# device     {device}, {precision}")
+    click.echo(f"# device     {device}, {config.train.precision}")
     click.echo(
         f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
         f"activations {byte_count(need.activations)}; workspaces come on top"

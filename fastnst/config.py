@@ -71,8 +71,8 @@ class DataConfig(Section):
     """How a picture becomes square: short side resized to `image_size` and cropped, or both sides resized."""
     flip: bool = True
     """Mirror each picture left to right with probability one half."""
-    workers: int = Field(default=2, ge=1, le=256)
-    """DALI's threads, or Pillow's processes."""
+    workers: int | None = Field(default=None, ge=1, le=256)
+    """DALI's threads, or Pillow's processes; unset: as many as there are cores, at most 16."""
     prefetch: int = Field(default=3, ge=1, le=64)
     """Batches kept ready ahead of the training step."""
 

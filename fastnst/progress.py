@@ -1,7 +1,9 @@
 """Progress of long work on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -103,6 +105,29 @@ class ProgressReport:
         if self._note:
             parts.append(self._note)
         print(", ".join(parts), file=self._stream, flush=True)
+
+
+@contextlib.contextmanager
+def counted(label: str, unit: str, *, scale: float = 1.0) -> Iterator[Callable[[int, int], None]]:
+    """A callback that receives how much is done and how much there is in all, again and again, and reports it.
+
+    Args:
+        label: what is being done.
+        unit: what is shown.
+        scale: how many of what the callback receives make one `unit`.
+    """
+    with contextlib.ExitStack() as stack:
+        report: ProgressReport | None = None
+
+        def count(done: int, total: int) -> None:
+            nonlocal report
+            done, total = int(done / scale), int(total / scale)
+            if report is None:
+                # What was done before came from a cache or an earlier try, and says nothing of the speed.
+                report = stack.enter_context(ProgressReport(label, total, unit, start=done))
+            report.advance(done - report.done)
+
+        yield count
 
 
 def duration(seconds: float) -> str:

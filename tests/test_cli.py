@@ -92,8 +92,9 @@ def test_the_estimate_counts_what_autograd_keeps() -> None:
     from fastnst.models.vgg19 import VGG19
     from fastnst.training.estimate import estimate
 
-    config = load_config(preset="vgg-conv3", assignments=["data.image_size=32", "train.batch_size=2"], environment={})
-    need = estimate(config, precision="fp32", device_type="cpu")
+    settings = ["data.image_size=32", "train.batch_size=2", "train.precision=fp32"]
+    config = load_config(preset="vgg-conv3", assignments=settings, environment={})
+    need = estimate(config, device_type="cpu")
     net, vgg = TransformNet("johnson"), VGG19(last_layer="relu3_4")
     loss = PerceptualLoss(vgg, config.loss)
     loss.set_style(torch.rand(1, 3, 32, 32))

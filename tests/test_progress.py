@@ -5,7 +5,7 @@ import io
 import pytest
 
 from fastnst import progress
-from fastnst.progress import ProgressReport, byte_count, duration
+from fastnst.progress import ProgressReport, byte_count, counted, duration
 
 
 class Clock:
@@ -53,6 +53,18 @@ def test_nothing_done_prints_nothing(clock: Clock) -> None:
     with ProgressReport("check", None, "pictures", stream=stream):
         clock.now += 60.0
     assert stream.getvalue() == ""
+
+
+def test_counted_leaves_out_of_the_speed_what_was_there_at_the_start(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    with counted("download", "MB", scale=1e6) as count:
+        count(300_000_000, 500_000_000)
+        clock.now += 10.0
+        count(400_000_000, 500_000_000)
+    assert stream.getvalue() == "download: 400/500 MB, 10.0 MB/s, 0:10 left\n"
 
 
 def test_a_terminal_gets_a_bar(clock: Clock) -> None:

@@ -300,6 +300,8 @@ def test_every_preset_trains(configure: Configure, tmp_path: Path, preset: str) 
     assert all(math.isfinite(row["loss/total"]) for row in rows)
 
 
+# The compiler's own import of torch.jit warns.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torch_compile_gives_the_same_losses(configure: Configure, tmp_path: Path) -> None:
     for name in ("false", "true"):
         run(

@@ -1,5 +1,6 @@
 """Training pictures: which there are (`manifest`), in which order (`order`), and two ways to load them."""
 
+import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from fastnst.config import DataConfig
     from fastnst.data.manifest import Manifest
     from fastnst.data.order import RunOrder
+
+
+MOST_WORKERS = 16
+"""Where `data.workers` is unset: more than this, one disk and one GPU have no use for."""
 
 
 class Loader(Protocol):
@@ -60,6 +65,9 @@ def open_loader(
             was killed, or DALI failed.
     """
     assert order.num_images == len(manifest.images), (order.num_images, len(manifest.images))
+    if config.workers is None:
+        workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+        config = config.model_copy(update={"workers": workers})
     if config.loader == "pillow":
         from fastnst.data.pillow import PillowLoader
 

@@ -100,7 +100,7 @@ class DaliLoader:
             self._feed.order.local_batch_size,
             self._config.image_size,
             self._device,
-            threads=self._config.workers,
+            threads=self._config.workers or 1,
             prefetch=self._config.prefetch,
         )
 
@@ -182,6 +182,7 @@ class _Feed:
         self._image_size = config.image_size
         self._ahead = config.prefetch
         self._rank = rank
+        assert config.workers is not None
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="read")
         self._reading: deque[list[Future[_Sample]]] = deque()
         self._next_step = 0

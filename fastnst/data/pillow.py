@@ -52,6 +52,7 @@ class PillowLoader:
         self._manifest = manifest
         self._order = order
         self._size = config.image_size
+        assert config.workers is not None
         self._workers = min(config.workers, order.local_batch_size * config.prefetch)
         self._prefetch = config.prefetch
         self._device = device

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fastnst.config import Config
+from fastnst.device import DTYPES
 from fastnst.losses import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ADAM_TENSORS = 2
 
 
@@ -31,12 +31,11 @@ class Estimate:
         return self.weights + self.activations
 
 
-def estimate(config: Config, *, precision: str, device_type: str) -> Estimate:
+def estimate(config: Config, *, device_type: str) -> Estimate:
     """Count the bytes of a run's tensors without allocating them.
 
     Args:
-        config: architecture, loss layers, batch and picture size.
-        precision: resolved, `bf16`, `fp16` or `fp32`.
+        config: architecture, loss layers, batch and picture size, precision (resolved: not `auto`).
         device_type: `cuda` or `cpu`, whose autocast rules apply.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,14 +48,15 @@ def estimate(config: Config, *, precision: str, device_type: str) -> Estimate:
         return tensor
 
     with FakeTensorMode(), torch.device("cpu"):
-        net = TransformNet(config.model.architecture, config.model.norm).to(memory_format=torch.channels_last)
+        net = TransformNet(config.model.architecture, config.model.norm)
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         vgg = VGG19(last_layer=deepest_layer(layers))
         loss = PerceptualLoss(vgg, config.loss)
         side = config.data.image_size
         loss.set_style(torch.empty(1, 3, side, side))
         fixed = {p.untyped_storage()._cdata for p in [*net.parameters(), *loss.parameters()]}
         batch: Any = torch.empty(config.train.batch_size, 3, side, side).to(memory_format=torch.channels_last)
-        dtype = _DTYPES[precision]
+        dtype = DTYPES[config.train.precision]
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,15 +22,15 @@ from fastnst.device import resolve_device, resolve_precision
 from fastnst.errors import DeviceError, DivergedError, StoppedBySignal, UserError
 from fastnst.images import read_image, to_tensor
 from fastnst.losses import PerceptualLoss
-from fastnst.models.style_model import save_style_model
+from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.models.weights import load_vgg19
-from fastnst.progress import ProgressReport
+from fastnst.progress import ProgressReport, counted
 from fastnst.storage import lock_run, sha256_of, write_atomic
 from fastnst.summaries import RunLog, loss_scalars
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from fastnst.training.run_directory import CONFIG_NAME, MODEL_NAME, REJECTED_NAME, check_same_inputs, prepare_run
+from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, check_same_inputs, prepare_run
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep
 
@@ -78,27 +79,38 @@ def train(
         DeviceError: no such device, or too little memory on it.
         StoppedBySignal: after the save that `stop` asked for.
     """
+    config, device = resolve(config)
     prepare_run(out, config, resume=resume)
     with _deterministic(config.train), _memory_errors(config):
-        inputs = read_inputs(config, notify)
+        inputs = read_inputs(config, device, notify)
         with lock_run(out):
             prepare_run(out, config, resume=resume)
             return _Run(inputs, out, notify, stop or StopRequest()).go(resume=resume)
 
 
-def read_inputs(config: Config, notify: Callable[[str], None]) -> Inputs:
-    """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins."""
+def resolve(config: Config) -> tuple[Config, torch.device]:
+    """The configuration with `auto` replaced by this machine's precision, and the device.
+
+    Raises:
+        DeviceError: no such device, or it does not compute in that precision.
+    """
     device = resolve_device(config.train.device)
     train_config = config.train.model_copy(update={"precision": resolve_precision(config.train.precision, device)})
-    config = config.model_copy(update={"train": train_config})
+    return config.model_copy(update={"train": train_config}), device
+
+
+def read_inputs(config: Config, device: torch.device, notify: Callable[[str], None]) -> Inputs:
+    """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins."""
     style, style_sha256 = read_style(config)
-    vgg = load_vgg19(
-        config.loss.vgg,
-        last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]),
-        flavour=config.loss.vgg_flavour,
-        seed=config.train.seed,
-        notify=notify,
-    )
+    with counted("download VGG19", "MB", scale=1e6) as progress:
+        vgg = load_vgg19(
+            config.loss.vgg,
+            last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]),
+            flavour=config.loss.vgg_flavour,
+            seed=config.train.seed,
+            notify=notify,
+            progress=progress,
+        )
     manifest = read_manifest(config, notify)
     steps = total_steps(config.train, len(manifest.images))
     return Inputs(config, device, style, style_sha256, manifest, vgg, steps)
@@ -121,13 +133,8 @@ def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
     """The checked pictures of the data folder; says how many were refused."""
     if config.data.folder is None:
         raise UserError("no training pictures; give a folder with --data FOLDER")
-    with ProgressReport("check pictures", None, "pictures") as progress:
-
-        def report(done: int, total: int) -> None:
-            progress.total = total
-            progress.advance(done - progress.done)
-
-        manifest = build_manifest(config.data.folder, progress=report)
+    with counted("check pictures", "pictures") as progress:
+        manifest = build_manifest(config.data.folder, progress=progress)
     if manifest.rejected:
         first = manifest.rejected[0]
         notify(
@@ -151,7 +158,8 @@ class _Run:
         self.config, self.device = config, device
         torch.manual_seed(config.train.seed)
         self.net = TransformNet(config.model.architecture, config.model.norm)
-        self.net.to(device=device, memory_format=torch.channels_last).train()
+        self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net.train()
         loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
         loss.set_style(inputs.style.to(device))
         self.step = TrainingStep(self.net, loss, config.train, device)
@@ -207,10 +215,14 @@ class _Run:
                     note = f"loss {scalars['loss/total']:.4g}"
                 elif self.device.type == "cpu":
                     self._check_health()
+                looks = step == last or step % config.sample_every == 0
+                saves = ends or step % config.checkpoint_every == 0
                 with meter.paused():
-                    if step == last or step % config.sample_every == 0:
+                    if looks or saves:
+                        self._check_weights(step)
+                    if looks:
                         self._look(log, step)
-                    if ends or step % config.checkpoint_every == 0:
+                    if saves:
                         self._save(log, step)
                 progress.advance(note=note)
                 if self.stop.signum is not None and step < last:
@@ -225,7 +237,14 @@ class _Run:
         if first_bad:
             self._diverged(f"the loss is not finite since step {first_bad}")
 
-    def _diverged(self, what: str) -> None:
+    def _check_weights(self, step: int) -> None:
+        """Nothing that is not finite is shown or saved, even where the loss has not shown it yet."""
+        self._check_health()
+        for name, tensor in self.step.state_tensors().items():
+            if not bool(torch.isfinite(tensor).all()):
+                self._diverged(f"{name} holds a value that is not finite after step {step}")
+
+    def _diverged(self, what: str) -> NoReturn:
         checkpoint = latest_checkpoint(self.out, self.notify)
         kept = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written before"
         precision = " or --precision fp32" if self.config.train.precision != "fp32" else ""
@@ -247,10 +266,6 @@ class _Run:
 
     def _save(self, log: RunLog, step: int) -> None:
         tensors = self.step.state_tensors()
-        self._check_health()
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                self._diverged(f"{name} holds a value that is not finite after step {step}")
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)

@@ -8,7 +8,6 @@ from fastnst.errors import DataError, UserError
 from fastnst.storage import LOCK_NAME, storage_error
 
 CONFIG_NAME = "config.toml"
-MODEL_NAME = "model.safetensors"
 REJECTED_NAME = "rejected.jsonl"
 
 # Keys that change how a run is fed, watched or how long it is, never the weights at a given step.

@@ -69,7 +69,7 @@ class TrainingStep:
     def state_tensors(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on, by dotted name; weights are below `model.`."""
         tensors = {f"model.{name}": tensor for name, tensor in self.net.state_dict().items()}
-        names = {parameter: name for name, parameter in self.net.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.net.named_parameters()}
         for parameter, moments in self.optimizer.state.items():
             tensors |= {f"optimizer.{key}.{names[parameter]}": value for key, value in moments.items()}
         return tensors
