@@ -126,19 +126,22 @@ class PerceptualLoss(nn.Module):
             )
         if any(not hasattr(self, f"gram_{layer}") for layer in self._style_factors):
             raise ValueError("the loss has no style yet; call set_style with the style picture first")
+        content_layers = self.config.content_layers
+        features = self.vgg(stylized, tuple(dict.fromkeys((*content_layers, *self._style_factors))))
+        with torch.no_grad():
+            targets = self.vgg(content, content_layers) if content_layers else {}
+        # On a CPU autocast would take squared errors, too, in its low precision.
+        with torch.autocast(stylized.device.type, enabled=False):
+            return self._terms(stylized, features, targets)
+
+    def _terms(self, stylized: Tensor, features: dict[str, Tensor], targets: dict[str, Tensor]) -> LossTerms:
         zero = torch.zeros((), dtype=_at_least_fp32(stylized).dtype, device=stylized.device)
         layers: dict[str, Tensor] = {}
-        content_layers = self.config.content_layers
-        if union := tuple(dict.fromkeys((*content_layers, *self._style_factors))):
-            features = self.vgg(stylized, union)
-            if content_layers:
-                with torch.no_grad():
-                    targets = self.vgg(content, content_layers)
-            for layer in content_layers:
-                difference = F.mse_loss(_at_least_fp32(features[layer]), _at_least_fp32(targets[layer]))
-                layers[f"content/{layer}"] = self._content_factor * difference
-            for layer, factor in self._style_factors.items():
-                layers[f"style/{layer}"] = factor * self._style_term(features[layer], layer)
+        for layer in self.config.content_layers:
+            difference = F.mse_loss(_at_least_fp32(features[layer]), _at_least_fp32(targets[layer]))
+            layers[f"content/{layer}"] = self._content_factor * difference
+        for layer, factor in self._style_factors.items():
+            layers[f"style/{layer}"] = factor * self._style_term(features[layer], layer)
         content_term = sum((term for name, term in layers.items() if name.startswith("content/")), zero)
         style_term = sum((term for name, term in layers.items() if name.startswith("style/")), zero)
         tv_term = self._tv_factor * total_variation(stylized, self.config.tv_reduction) if self._tv_factor else zero

@@ -205,6 +205,12 @@ def test_padding_has_the_gradient_of_its_own_formula(pad: int) -> None:
     assert torch.autograd.gradcheck(replicate_pad_one, x)
 
 
+@pytest.mark.parametrize("arguments", [(3, 3, 1), (1, 1, 0), (0, 2, 1), (2, 0, 1)])
+def test_padding_is_a_sound_operator(arguments: tuple[int, int, int]) -> None:
+    x = _pictures(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
+    torch.library.opcheck(torch.ops.fastnst.mirror_pad.default, (x, *arguments))
+
+
 def test_replicate_pad_repeats_the_border() -> None:
     x = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
     rows = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
@@ -293,8 +299,6 @@ def test_autocast_runs_convolutions_in_bf16_and_returns_fp32(architecture: str) 
     assert float((mixed - exact).abs().mean()) < 0.05 * float(exact.std())
 
 
-# Dynamo itself makes an instance of autograd.Function, which that class warns about.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("architecture", ["hwalsuklee", "johnson"])
 def test_it_compiles_without_graph_breaks(architecture: str) -> None:
     net = _net(architecture)
@@ -311,7 +315,7 @@ def test_it_compiles_without_graph_breaks(architecture: str) -> None:
 
 
 def test_a_published_model_gives_its_published_picture(weights: Path, content: Path) -> None:
-    """lengstrom's udnie on Chicago: what remains, 1.29 grey levels on average, is the published file's JPEG rounding."""
+    """lengstrom's udnie on Chicago: what remains, 1.29 grey levels on average, is the published JPEG's rounding."""
     net = load_lengstrom_npz(weights / "transform_lengstrom_udnie.npz")
     photo = np.array(Image.open(content / "content_chicago.jpg").convert("RGB"))
     published = np.array(Image.open(weights / "ref_chicago_udnie.jpg").convert("RGB")).astype(np.float32)

@@ -4,7 +4,6 @@ import http.client
 import re
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +44,8 @@ def fetch(
     target: Path,
     *,
     progress: Progress | None = None,
-    timeout: float = 30.0,
-    attempts: int = 5,
+    timeout: float = 15.0,
+    attempts: int = 4,
     pause: float = 1.0,
 ) -> None:
     """Have `source` at `target`, whole and checked, or raise.
@@ -66,8 +65,8 @@ def fetch(
     Raises:
         DownloadError: no connection, a refusal, wrong bytes, or no room on the disk.
     """
-    if urllib.parse.urlsplit(source.url).scheme not in ("http", "https"):
-        raise DownloadError("the address does not begin with http:// or https://")
+    if not re.match(r"https?://[^/]", source.url):
+        raise DownloadError("the address is none of the form http://… or https://…")
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +127,7 @@ def _continue(source: Source, part: Path, progress: Progress | None, timeout: fl
         if error.code >= 500 or error.code in (408, 429):
             raise _CutError(f"the server answered {error.code} {error.reason}") from error
         raise DownloadError(f"the server answered {error.code} {error.reason}") from error
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise _CutError(f"no connection: {getattr(error, 'reason', None) or error}") from error
     except ValueError as error:
         raise DownloadError(f"the address cannot be used: {error}") from error
@@ -159,7 +158,7 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, done: int, size: i
     while True:
         try:
             block = response.read(min(_BLOCK, size - done + 1))
-        except (http.client.HTTPException, TimeoutError, ConnectionError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise _CutError(f"the connection was cut after {done:,} of {size:,} bytes: {error}") from error
         if not block:
             break

@@ -36,48 +36,34 @@ def _reflect_direction(x: Tensor, pad: int, *, vertical: bool) -> Tensor:
     return x
 
 
+# An op of its own, not an autograd.Function, so that torch.compile takes it as one node instead of turning each strip
+# that is written in place into a copy of the whole.
+@torch.library.custom_op("fastnst::mirror_pad", mutates_args=())
 def _mirror(x: Tensor, rows: int, columns: int, skip: int) -> Tensor:
-    out: Tensor = _Mirror.apply(x, rows, columns, skip)
-    return out
-
-
-class _Mirror(torch.autograd.Function):
     """Mirrored strips of `rows` and `columns` pixels; `skip` of them at the border are left out of the mirror image."""
+    height, width = x.shape[-2:]
+    padded = _allocate(x, 2 * rows, 2 * columns)
+    middle = padded[:, :, rows : rows + height]
+    middle[..., columns : columns + width] = x
+    if columns:
+        middle[..., :columns] = x[..., skip : skip + columns].flip(3)
+        middle[..., columns + width :] = x[..., width - skip - columns : width - skip].flip(3)
+    if rows:
+        padded[:, :, :rows] = middle[:, :, skip : skip + rows].flip(2)
+        padded[:, :, rows + height :] = middle[:, :, height - skip - rows : height - skip].flip(2)
+    return padded
 
-    @staticmethod
-    def forward(x: Tensor, rows: int, columns: int, skip: int) -> Tensor:
-        batch, channels, height, width = x.shape
-        padded = torch.empty(
-            (batch, channels, height + 2 * rows, width + 2 * columns),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
-        middle = padded[:, :, rows : rows + height]
-        middle[..., columns : columns + width] = x
-        if columns:
-            middle[..., :columns] = x[..., skip : skip + columns].flip(3)
-            middle[..., columns + width :] = x[..., width - skip - columns : width - skip].flip(3)
-        if rows:
-            padded[:, :, :rows] = middle[:, :, skip : skip + rows].flip(2)
-            padded[:, :, rows + height :] = middle[:, :, height - skip - rows : height - skip].flip(2)
-        return padded
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int, int], output: Tensor) -> None:  # noqa: ARG004
-        _, ctx.rows, ctx.columns, ctx.skip = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        rows, columns, skip = ctx.rows, ctx.columns, ctx.skip
-        height = grad.shape[2] - 2 * rows
-        folded = _fold_columns(grad[:, :, rows : rows + height], columns, skip)
-        if rows:
-            top = _fold_columns(grad[:, :, :rows], columns, skip)
-            bottom = _fold_columns(grad[:, :, rows + height :], columns, skip)
-            folded[:, :, skip : skip + rows] += top.flip(2)
-            folded[:, :, height - skip - rows : height - skip] += bottom.flip(2)
-        return folded, None, None, None
+@torch.library.custom_op("fastnst::mirror_pad_backward", mutates_args=())
+def _mirror_backward(grad: Tensor, rows: int, columns: int, skip: int) -> Tensor:
+    height = grad.shape[2] - 2 * rows
+    folded = _fold_columns(grad[:, :, rows : rows + height], columns, skip)
+    if rows:
+        top = _fold_columns(grad[:, :, :rows], columns, skip)
+        bottom = _fold_columns(grad[:, :, rows + height :], columns, skip)
+        folded[:, :, skip : skip + rows] += top.flip(2)
+        folded[:, :, height - skip - rows : height - skip] += bottom.flip(2)
+    return folded
 
 
 def _fold_columns(grad: Tensor, columns: int, skip: int) -> Tensor:
@@ -87,3 +73,30 @@ def _fold_columns(grad: Tensor, columns: int, skip: int) -> Tensor:
         folded[..., skip : skip + columns] += grad[..., :columns].flip(3)
         folded[..., width - skip - columns : width - skip] += grad[..., columns + width :].flip(3)
     return folded
+
+
+def _allocate(x: Tensor, more_rows: int, more_columns: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, height + more_rows, width + more_columns)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@_mirror.register_fake
+def _(x: Tensor, rows: int, columns: int, skip: int) -> Tensor:  # noqa: ARG001
+    return _allocate(x, 2 * rows, 2 * columns)
+
+
+@_mirror_backward.register_fake
+def _(grad: Tensor, rows: int, columns: int, skip: int) -> Tensor:  # noqa: ARG001
+    return _allocate(grad, -2 * rows, -2 * columns)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int, int, int], output: Tensor) -> None:  # noqa: ARG001
+    _, ctx.rows, ctx.columns, ctx.skip = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _mirror_backward(grad, ctx.rows, ctx.columns, ctx.skip), None, None, None
+
+
+_mirror.register_autograd(_backward, setup_context=_setup_context)
