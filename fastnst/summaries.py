@@ -84,7 +84,9 @@ class RunLog:
         Source: the paper's Figures 9 and 10.
         """
         for name, parameter in net.named_parameters():
-            self._writer.add_histogram(name.replace(".", "/"), parameter.detach().float().cpu().numpy(), step)
+            # TensorBoard's bins end at 1e20, and it refuses a histogram with nothing in it.
+            values = parameter.detach().float().clamp(-1e19, 1e19).cpu().numpy()
+            self._writer.add_histogram(name.replace(".", "/"), values, step)
 
     def pictures(self, step: int, tag: str, pictures: Tensor, captions: Iterable[str]) -> None:
         """Pictures `[N, 3, H, W]` in [0, 1] (clamped), each below `tag/caption` with a slider over the steps."""

@@ -146,7 +146,7 @@ def _one_pixel(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
 
 def _huge(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
     Image.new("1", (20000, 20000)).save(tmp / "huge.png")
-    return ["--style", tmp / "huge.png"], 3, ["huge.png", "20000"]
+    return ["--style", tmp / "huge.png"], 3, ["huge.png", "400 million"]
 
 
 def _empty_folder(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:

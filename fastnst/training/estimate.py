@@ -1,10 +1,10 @@
 """What a run will need, before it starts: memory of one training step and disk of its run directory."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from fastnst.config import Config
 from fastnst.device import DTYPES
@@ -13,6 +13,7 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 
 _ADAM_TENSORS = 2
+SMALLEST_STYLE = 32  # the size does not matter for a Gram's, and any layer is reached
 
 
 @dataclass(frozen=True)
@@ -40,32 +41,36 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    layers = [*config.loss.content_layers, *config.loss.style_layers]
+    net = TransformNet(config.model.architecture, config.model.norm)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vgg = VGG19(last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]))
+    loss = PerceptualLoss(vgg, config.loss)
+    loss.set_style(torch.zeros(1, 3, SMALLEST_STYLE, SMALLEST_STYLE))
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         saved.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    with FakeTensorMode(), torch.device("cpu"):
-        net = TransformNet(config.model.architecture, config.model.norm)
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        vgg = VGG19(last_layer=deepest_layer(layers))
-        loss = PerceptualLoss(vgg, config.loss)
-        side = config.data.image_size
-        loss.set_style(torch.empty(1, 3, side, side))
-        fixed = {p.untyped_storage()._cdata for p in [*net.parameters(), *loss.parameters()]}
-        batch: Any = torch.empty(config.train.batch_size, 3, side, side).to(memory_format=torch.channels_last)
-        dtype = DTYPES[config.train.precision]
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32),
-        ):
-            total = loss(net(batch), batch).total
-        activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in fixed)
-        trained = sum(p.nbytes for p in net.parameters())
-        frozen = sum(p.nbytes for p in vgg.parameters())
-        del total
+    mode = FakeTensorMode()
+    fake_net, fake_loss = (
+        {name: mode.from_tensor(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+        for module in (net, loss)
+    )
+    fixed = {tensor.untyped_storage()._cdata for tensor in [*fake_net.values(), *fake_loss.values()]}
+    dtype = DTYPES[config.train.precision]
+    side = config.data.image_size
+    with (
+        mode,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32),
+    ):
+        batch = torch.empty(config.train.batch_size, 3, side, side).to(memory_format=torch.channels_last)
+        stylized = functional_call(net, fake_net, (batch,))
+        terms = functional_call(loss, fake_loss, (stylized, batch))
+    activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in fixed)
+    del terms  # until here, so that no storage's address is used twice
+    trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, vgg))
     per_checkpoint = trained * (1 + _ADAM_TENSORS)
     return Estimate(
         weights=frozen + trained * (2 + _ADAM_TENSORS),
