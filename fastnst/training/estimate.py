@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from fastnst.config import Config
@@ -39,8 +40,6 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
         config: architecture, loss layers, batch and picture size, precision (resolved: not `auto`).
         device_type: `cuda` or `cpu`, whose autocast rules apply.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     net = TransformNet(config.model.architecture, config.model.norm)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vgg = VGG19(last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]))
@@ -53,10 +52,7 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
         return tensor
 
     mode = FakeTensorMode()
-    fake_net, fake_loss = (
-        {name: mode.from_tensor(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
-        for module in (net, loss)
-    )
+    fake_net, fake_loss = _faked(net, mode), _faked(loss, mode)
     fixed = {tensor.untyped_storage()._cdata for tensor in [*fake_net.values(), *fake_loss.values()]}
     dtype = DTYPES[config.train.precision]
     side = config.data.image_size
@@ -78,3 +74,8 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
         # While one is written, the one that it replaces is still there.
         disk=per_checkpoint * (config.train.keep_checkpoints + 1) + trained,
     )
+
+
+def _faked(module: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: mode.from_tensor(tensor) for name, tensor in named}
