@@ -158,7 +158,7 @@ def check(folder: Path, as_json: bool) -> None:
     from collections import Counter
 
     from fastnst.config import Config, DataConfig
-    from fastnst.training.loop import read_manifest
+    from fastnst.training.inputs import read_manifest
 
     manifest = read_manifest(Config(data=DataConfig(folder=folder)), lambda _: None)
     formats = Counter(entry.format for entry in manifest.images)
@@ -215,7 +215,7 @@ def _print_plan(config: "Config", out: Path, resume: bool) -> None:
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
     from fastnst.training.estimate import estimate
-    from fastnst.training.loop import read_manifest, read_style, resolve, total_steps
+    from fastnst.training.inputs import read_manifest, read_style, resolve, total_steps
     from fastnst.training.run_directory import prepare_run
 
     config, device = resolve(config)

@@ -21,7 +21,8 @@ from fastnst.config import Config, load_config
 from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
 from fastnst.summaries import read_metrics
 from fastnst.training.checkpoint import latest_checkpoint
-from fastnst.training.loop import total_steps, train
+from fastnst.training.inputs import total_steps
+from fastnst.training.loop import train
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep
 

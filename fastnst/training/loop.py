@@ -1,10 +1,8 @@
 """The training loop: from a resolved configuration to a run directory with a style model in it."""
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,43 +14,21 @@ from torch import Tensor
 from fastnst import __version__
 from fastnst.config import Config, TrainConfig, to_toml
 from fastnst.data import open_loader
-from fastnst.data.manifest import Manifest, build_manifest, write_rejections
+from fastnst.data.manifest import write_rejections
 from fastnst.data.order import RunOrder
-from fastnst.device import resolve_device, resolve_precision
-from fastnst.errors import DeviceError, DivergedError, StoppedBySignal, UserError
+from fastnst.errors import DeviceError, DivergedError, StoppedBySignal
 from fastnst.images import read_image, to_tensor
 from fastnst.losses import PerceptualLoss
 from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
-from fastnst.models.vgg19 import VGG19, deepest_layer
-from fastnst.models.weights import load_vgg19
-from fastnst.progress import ProgressReport, counted
-from fastnst.storage import lock_run, sha256_of, write_atomic
+from fastnst.progress import ProgressReport
+from fastnst.storage import lock_run, write_atomic
 from fastnst.summaries import RunLog, loss_scalars
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from fastnst.training.inputs import Inputs, read_inputs, resolve
 from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, check_same_inputs, prepare_run
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep
-
-LARGEST_STYLE_SIDE = 1024
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything read from outside before a run directory is touched."""
-
-    config: Config
-    device: torch.device
-    style: Tensor
-    """`[1, 3, H, W]` in [0, 1], on the CPU."""
-    style_sha256: str
-    manifest: Manifest
-    vgg: VGG19
-    steps: int
-
-    def fingerprints(self) -> dict[str, str]:
-        """What must be the same when the run is resumed, beside the configuration."""
-        return {"data": self.manifest.fingerprint, "style": self.style_sha256}
 
 
 def train(
@@ -86,67 +62,6 @@ def train(
         with lock_run(out):
             prepare_run(out, config, resume=resume)
             return _Run(inputs, out, notify, stop or StopRequest()).go(resume=resume)
-
-
-def resolve(config: Config) -> tuple[Config, torch.device]:
-    """The configuration with `auto` replaced by this machine's precision, and the device.
-
-    Raises:
-        DeviceError: no such device, or it does not compute in that precision.
-    """
-    device = resolve_device(config.train.device)
-    train_config = config.train.model_copy(update={"precision": resolve_precision(config.train.precision, device)})
-    return config.model_copy(update={"train": train_config}), device
-
-
-def read_inputs(config: Config, device: torch.device, notify: Callable[[str], None]) -> Inputs:
-    """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins."""
-    style, style_sha256 = read_style(config)
-    with counted("download VGG19", "MB", scale=1e6) as progress:
-        vgg = load_vgg19(
-            config.loss.vgg,
-            last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]),
-            flavour=config.loss.vgg_flavour,
-            seed=config.train.seed,
-            notify=notify,
-            progress=progress,
-        )
-    manifest = read_manifest(config, notify)
-    steps = total_steps(config.train, len(manifest.images))
-    return Inputs(config, device, style, style_sha256, manifest, vgg, steps)
-
-
-def read_style(config: Config) -> tuple[Tensor, str]:
-    """The style picture at the configured size, `[1, 3, H, W]` in [0, 1], and the SHA-256 of its file."""
-    if config.style.picture is None:
-        raise UserError("no style picture; give one with --style PICTURE")
-    pixels = Image.fromarray(read_image(config.style.picture))
-    side = min(config.style.size or LARGEST_STYLE_SIDE, max(pixels.size))
-    if side < max(pixels.size):
-        scale = side / max(pixels.size)
-        size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
-        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-    return to_tensor(np.asarray(pixels)), sha256_of(config.style.picture)
-
-
-def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
-    """The checked pictures of the data folder; says how many were refused."""
-    if config.data.folder is None:
-        raise UserError("no training pictures; give a folder with --data FOLDER")
-    with counted("check pictures", "pictures") as progress:
-        manifest = build_manifest(config.data.folder, progress=progress)
-    if manifest.rejected:
-        first = manifest.rejected[0]
-        notify(
-            f"{len(manifest.rejected)} of {len(manifest.rejected) + len(manifest.images)} pictures refused "
-            f"(the first: {first.path}: {first.reason}); all are listed in {REJECTED_NAME}"
-        )
-    return manifest
-
-
-def total_steps(config: TrainConfig, num_images: int) -> int:
-    """Steps of the whole run: `train.steps`, else what `train.epochs` passes over the pictures need."""
-    return config.steps or max(1, math.ceil(config.epochs * num_images / config.batch_size))
 
 
 class _Run:
