@@ -41,3 +41,11 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if name == "bf16" and not has_bf16:
         raise DeviceError(f"{torch.cuda.get_device_name(device)} has no bf16; use --precision fp16 or fp32")
     return name
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device's memory is used up; the CPU's allocator says so by a plain RuntimeError."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in said or "can't allocate memory" in said)
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastnst.device import DTYPES, resolve_device, resolve_precision
+from fastnst.device import DTYPES, ran_out_of_memory, resolve_device, resolve_precision
 from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.images import SUFFIXES, check_writable_suffix, read_image, to_array, to_tensor, write_image
 from fastnst.models.style_model import load_style_model
@@ -53,10 +53,8 @@ def stylize(model: TransformNet, pictures: Tensor, *, precision: str = "auto") -
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return model(pictures.to(device, torch.float32)).clamp_(0, 1).to(pictures.device)
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:  # how the CPU's allocator says it
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
             raise
     finally:
         model.train(was_training)

@@ -16,6 +16,7 @@ from fastnst.config import Config, TrainConfig, to_toml
 from fastnst.data import open_loader
 from fastnst.data.manifest import write_rejections
 from fastnst.data.order import RunOrder
+from fastnst.device import ran_out_of_memory
 from fastnst.errors import DeviceError, DivergedError, StoppedBySignal
 from fastnst.images import read_image, to_tensor
 from fastnst.losses import PerceptualLoss
@@ -23,6 +24,7 @@ from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
 from fastnst.storage import lock_run, write_atomic
+from fastnst.stylize import stylize
 from fastnst.summaries import RunLog, loss_scalars
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fastnst.training.inputs import Inputs, read_inputs, resolve
@@ -172,11 +174,8 @@ class _Run:
         """Histograms and stylised samples."""
         log.histograms(step, self.net)
         if len(self.samples):
-            self.net.eval()
-            with torch.inference_mode():
-                # One at a time: what fits in training by batches must fit here, whatever `train.samples` is.
-                pictures = [self.net(sample[None].to(self.device)).cpu() for sample in self.samples]
-            self.net.train()
+            # One at a time: what fits in training by batches must fit here, whatever `train.samples` is.
+            pictures = [stylize(self.net, sample[None]) for sample in self.samples]
             log.pictures(step, "stylised", torch.cat(pictures), self.sample_names)
 
     def _save(self, log: RunLog, step: int) -> None:
@@ -296,8 +295,8 @@ def _deterministic(config: TrainConfig) -> Iterator[None]:
 def _memory_errors(config: Config) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
             raise
         raise DeviceError(
             f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
