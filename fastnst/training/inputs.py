@@ -1,0 +1,112 @@
+"""What a run needs from outside, checked and read before its directory is touched."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastnst.config import Config, TrainConfig
+from fastnst.data.manifest import Manifest, build_manifest
+from fastnst.device import resolve_device, resolve_precision
+from fastnst.errors import DataError, UserError
+from fastnst.images import printable, read_image, to_tensor
+from fastnst.models.vgg19 import VGG19, deepest_layer
+from fastnst.models.weights import load_vgg19
+from fastnst.progress import counted
+from fastnst.storage import sha256_of
+from fastnst.training.run_directory import REJECTED_NAME
+
+LARGEST_STYLE_SIDE = 1024
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything read from outside before a run directory is touched."""
+
+    config: Config
+    device: torch.device
+    style: Tensor
+    """`[1, 3, H, W]` in [0, 1], on the CPU."""
+    style_sha256: str
+    manifest: Manifest
+    vgg: VGG19
+    steps: int
+
+    def fingerprints(self) -> dict[str, str]:
+        """What must be the same when the run is resumed, beside the configuration."""
+        return {"data": self.manifest.fingerprint, "style": self.style_sha256}
+
+
+def resolve(config: Config) -> tuple[Config, torch.device]:
+    """The configuration with `auto` replaced by this machine's precision, and the device.
+
+    Raises:
+        DeviceError: no such device, or it does not compute in that precision.
+    """
+    device = resolve_device(config.train.device)
+    train_config = config.train.model_copy(update={"precision": resolve_precision(config.train.precision, device)})
+    return config.model_copy(update={"train": train_config}), device
+
+
+def read_inputs(config: Config, device: torch.device, notify: Callable[[str], None]) -> Inputs:
+    """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins."""
+    style, style_sha256 = read_style(config)
+    check_folder(config.data.folder)
+    with counted("download VGG19", "MB", scale=1e6) as progress:
+        vgg = load_vgg19(
+            config.loss.vgg,
+            last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]),
+            flavour=config.loss.vgg_flavour,
+            seed=config.train.seed,
+            notify=notify,
+            progress=progress,
+        )
+    manifest = read_manifest(config, notify)
+    steps = total_steps(config.train, len(manifest.images))
+    return Inputs(config, device, style, style_sha256, manifest, vgg, steps)
+
+
+def read_style(config: Config) -> tuple[Tensor, str]:
+    """The style picture at the configured size, `[1, 3, H, W]` in [0, 1], and the SHA-256 of its file."""
+    if config.style.picture is None:
+        raise UserError("no style picture; give one with --style PICTURE")
+    pixels = Image.fromarray(read_image(config.style.picture))
+    side = min(config.style.size or LARGEST_STYLE_SIDE, max(pixels.size))
+    if side < max(pixels.size):
+        scale = side / max(pixels.size)
+        size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
+    return to_tensor(np.asarray(pixels)), sha256_of(config.style.picture)
+
+
+def check_folder(folder: Path | None) -> Path:
+    """`folder`, which is there; whether it holds pictures shows later, after longer work."""
+    if folder is None:
+        raise UserError("no training pictures; give a folder with --data FOLDER")
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{printable(folder)} {found}; give a folder of pictures with --data FOLDER")
+    return folder
+
+
+def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
+    """The checked pictures of the data folder; says how many were refused."""
+    with counted("check pictures", "pictures") as progress:
+        manifest = build_manifest(check_folder(config.data.folder), progress=progress)
+    if manifest.rejected:
+        first = manifest.rejected[0]
+        notify(
+            f"{len(manifest.rejected)} of {len(manifest.rejected) + len(manifest.images)} pictures refused "
+            f"(the first: {first.path}: {first.reason}); all are listed in {REJECTED_NAME}"
+        )
+    return manifest
+
+
+def total_steps(config: TrainConfig, num_images: int) -> int:
+    """Steps of the whole run: `train.steps`, else what `train.epochs` passes over the pictures need."""
+    return config.steps or max(1, math.ceil(config.epochs * num_images / config.batch_size))
