@@ -116,7 +116,7 @@ def _batch_norm(
     if runtime.implementation(x) == "triton":
         return normalization.apply(x, weight, bias, mean, rstd, residual, relu)
     values, weight, bias = (t.to(mean.dtype) for t in (x, weight, bias))
-    y = torch.empty_like(values)
+    y = runtime.allocate_like(values)
     normalization_aten.apply(values, weight, bias, mean, rstd, residual, relu, out=y)
     return y.to(x.dtype)
 

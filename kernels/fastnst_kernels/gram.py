@@ -48,7 +48,7 @@ def _positions_by_channels(features: Tensor) -> Tensor:
 @jit
 def _partial_gram_kernel(
     features, partial, n_samples, C, K, stride_c, stride_k, chunk, n_tiles,
-    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[s, n] = FᵀF over the positions of chunk s.
 
@@ -75,6 +75,9 @@ def _partial_gram_kernel(
         p_right = p_k[:, None] + o_j.to(tl.int64)[None, :] * stride_c
         b_left = tl.load(p_left, mask=(o_i < C)[:, None] & m_k[None, :], other=0.0)
         b_right = tl.load(p_right, mask=m_k[:, None] & (o_j < C)[None, :], other=0.0)
+        if WIDEN:
+            b_left = b_left.to(tl.float32)
+            b_right = b_right.to(tl.float32)
         b_gram = tl.dot(b_left, b_right, acc=b_gram, input_precision=PRECISION)
     p_out = partial + (i_s.to(tl.int64) * n_samples + i_n) * C * C + o_i[:, None] * C + o_j[None, :]
     tl.store(p_out, b_gram, mask=(o_i < C)[:, None] & (o_j < C)[None, :])
@@ -113,7 +116,7 @@ def _gram_backward_kernel(
     """d_features = scale·factor[n]·F (A + Aᵀ), A = `matrix [N, C, C]` fp32.
 
     Grid: N × blocks of K × blocks of C. Moves K·C·⌈C/BLOCK_C⌉ elements in (re-reads meet in L2), K·C out, A from L2.
-    WIDEN multiplies fp16 features in TF32: A has fp32's range, which fp16 would overflow.
+    bf16 features meet A rounded to bf16. WIDEN multiplies fp16 ones in TF32: A has fp32's range, fp16 would overflow.
     """
     pid = tl.program_id(0)
     i_c = pid % n_c
@@ -133,9 +136,12 @@ def _gram_backward_kernel(
         b_features = tl.load(p_features, mask=m_k & (o_i < C)[None, :], other=0.0)
         b_a = tl.load(p_matrix + o_i[:, None] * C + o_c[None, :], mask=m_a, other=0.0)
         b_a += tl.load(p_matrix + o_c[None, :] * C + o_i[:, None], mask=m_a, other=0.0)
+        if features.dtype.element_ty == tl.bfloat16:
+            b_a = b_a.to(tl.bfloat16)
         if WIDEN:
             b_features = b_features.to(tl.float32)
-        b_acc = tl.dot(b_features, b_a.to(b_features.dtype), acc=b_acc, input_precision=PRECISION)
+            b_a = b_a.to(tl.float32)
+        b_acc = tl.dot(b_features, b_a, acc=b_acc, input_precision=PRECISION)
     b_acc *= scale
     if HAS_FACTOR:
         b_acc *= tl.load(factor + i_n)
@@ -162,7 +168,7 @@ def _gram_on_triton(features: Tensor, target: Tensor | None) -> tuple[Tensor, Te
     # IEEE products for fp32 features: TF32's 10 bits would lose what fp32 was chosen for.
     _partial_gram_kernel[(splits * n * n_tiles * n_tiles,)](
         features, partial, n, c, k, *_strides(features), chunk, n_tiles,
-        PRECISION="ieee", BLOCK_C=block_c, BLOCK_K=block_k, num_warps=4,
+        WIDEN=runtime.INTERPRETING, PRECISION="ieee", BLOCK_C=block_c, BLOCK_K=block_k, num_warps=4,
     )  # fmt: skip
     result = runtime.allocate((n, c, c), features, torch.float32)
     block = min(1024, power_of_two(c * c))
@@ -179,10 +185,11 @@ def _gram_on_triton(features: Tensor, target: Tensor | None) -> tuple[Tensor, Te
 def _backward_on_triton(features: Tensor, matrix: Tensor, factor: Tensor | None) -> Tensor:
     n, c, h, w = features.shape
     k = h * w
-    block_c, block_k = min(64, max(16, power_of_two(c))), min(64, max(16, power_of_two(k)))
+    largest = 32 if features.dtype == torch.float32 else 64  # IEEE products run on plain registers: 64 × 64 would spill
+    block_c, block_k = (min(largest, max(16, power_of_two(side))) for side in (c, k))
     n_k, n_c = ceil_div(k, block_k), ceil_div(c, block_c)
     d_features = runtime.allocate_like(features)
-    widen = features.dtype == torch.float16
+    widen = features.dtype == torch.float16 or runtime.INTERPRETING
     _gram_backward_kernel[(n * n_k * n_c,)](
         features, matrix, factor, d_features, c, k, *_strides(features), n_k, n_c, 1 / (c * k),
         HAS_FACTOR=factor is not None, WIDEN=widen, PRECISION="tf32" if widen else "ieee",
@@ -234,7 +241,7 @@ def _gram_backward(features: Tensor, matrix: Tensor, factor: Tensor | None) -> T
     a = (matrix + matrix.mT) / (f.shape[1] * f.shape[2])
     if factor is not None:
         a *= factor.view(-1, 1, 1)
-    d_features = torch.empty_like(features)
+    d_features = runtime.allocate_like(features)
     d_features.copy_(torch.bmm(f, a).mT.reshape(features.shape))
     return d_features
 

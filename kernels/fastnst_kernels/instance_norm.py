@@ -44,9 +44,8 @@ def _forward_on_aten(
 ) -> tuple[Tensor, Tensor, Tensor]:
     values = x.to(runtime.statistics_dtype(x))
     weight, bias = weight.to(values.dtype), bias.to(values.dtype)
-    y = torch.empty_like(values)
-    mean = torch.empty(x.shape[:2], dtype=values.dtype, device=x.device)
-    rstd = torch.empty_like(mean)
+    y = runtime.allocate_like(values)
+    mean, rstd = runtime.allocate(x.shape[:2], values), runtime.allocate(x.shape[:2], values)
     for i in range(x.shape[0]):
         one = slice(i, i + 1)
         mean[i], variance = normalization_aten.moments(values[one])
@@ -62,7 +61,7 @@ def _backward_on_aten(
     values, g, weight, bias = (t.to(mean.dtype) for t in (x, dy, weight, bias))
     if relu:
         g = normalization_aten.masked_by_sign(g, values, weight, bias, mean, rstd)
-    sum_g, sum_gx = torch.empty_like(mean), torch.empty_like(mean)
+    sum_g, sum_gx = runtime.allocate(mean.shape, mean), runtime.allocate(mean.shape, mean)
     for i in range(x.shape[0]):
         one = slice(i, i + 1)
         sum_g[i], sum_gx[i] = normalization_aten.sums(g[one], values[one], mean[i], rstd[i])

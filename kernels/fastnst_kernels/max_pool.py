@@ -49,14 +49,14 @@ def max_unpool2d_switches_reference(
     height, width = output_size
     index = _plane_index(switches, width, kernel_size, stride).flatten(2)
     flat = y.new_zeros((n, c, height * width)).scatter_add(2, index, y.flatten(2))
-    return flat.view(n, c, height, width).contiguous(memory_format=runtime.memory_format_of(y))
+    return runtime.dense(flat.view(n, c, height, width), like=switches)
 
 
 def gather_switches_reference(x: Tensor, switches: Tensor, kernel_size: int = 2, stride: int = 2) -> Tensor:
     """S x: what the switches point at, differentiable. x `[N, C, H, W]`, switches and result `[N, C, OH, OW]`."""
     index = _plane_index(switches, x.shape[3], kernel_size, stride).flatten(2)
     picked = x.flatten(2).gather(2, index).view(switches.shape)
-    return picked.contiguous(memory_format=runtime.memory_format_of(x))
+    return runtime.dense(picked, like=switches)
 
 
 def _corners(pooled: Tensor, width: int, stride: int) -> Tensor:
@@ -202,40 +202,41 @@ def _(x: Tensor, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fastnst::max_unpool2d_switches", mutates_args=())
 def _max_unpool(y: Tensor, switches: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
-    y = runtime.dense(y)
-    switches = runtime.dense(switches, like=y)
-    x = runtime.allocate_like(y, (*y.shape[:2], height, width))
+    switches = runtime.dense(switches)  # the switches lie as the pooled picture did, dy perhaps not
+    y = runtime.dense(y, like=switches)
+    x = runtime.allocate_like(switches, (*y.shape[:2], height, width), y.dtype)
     if runtime.implementation(y) == "triton":
         _launch(_unpool_kernel, x, y, (y, switches, x), kernel_size, stride, over_large=True)
         return x
     index = _plane_index(switches, width, kernel_size, stride)
     if stride >= kernel_size:
         return runtime.dense(torch.ops.aten.max_unpool2d(y, index, [height, width]), like=x)
-    # ATen's unpool would overwrite where windows overlap; its pooling backward adds.
+    # ATen's unpool would overwrite where windows overlap; its pooling backward adds, in the dtype that it is given.
+    dtype = runtime.statistics_dtype(y)
     return torch.ops.aten.max_pool2d_with_indices_backward(
-        y, x, [kernel_size] * 2, [stride] * 2, [0, 0], [1, 1], False, index
-    )
+        y.to(dtype), x.to(dtype), [kernel_size] * 2, [stride] * 2, [0, 0], [1, 1], False, index
+    ).to(y.dtype)
 
 
 @_max_unpool.register_fake
 def _(y: Tensor, switches: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
-    return runtime.allocate_like(y, (*y.shape[:2], height, width))
+    return runtime.allocate_like(switches, (*y.shape[:2], height, width), y.dtype)
 
 
 @torch.library.custom_op("fastnst::gather_switches", mutates_args=())
 def _gather(x: Tensor, switches: Tensor, kernel_size: int, stride: int) -> Tensor:
-    x = runtime.dense(x)
-    switches = runtime.dense(switches, like=x)
+    switches = runtime.dense(switches)
+    x = runtime.dense(x, like=switches)
     if runtime.implementation(x) == "reference":
         return gather_switches_reference(x, switches, kernel_size, stride)
-    y = runtime.allocate_like(x, switches.shape)
+    y = runtime.allocate_like(switches, dtype=x.dtype)
     _launch(_gather_kernel, x, y, (x, switches, y), kernel_size, stride, over_large=False)
     return y
 
 
 @_gather.register_fake
 def _(x: Tensor, switches: Tensor, kernel_size: int, stride: int) -> Tensor:
-    return runtime.allocate_like(x, switches.shape)
+    return runtime.allocate_like(switches, dtype=x.dtype)
 
 
 def _setup_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -246,8 +247,9 @@ def _setup_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _pool_autograd(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    unpool = torch.ops.fastnst.max_unpool2d_switches
-    return unpool(dy, ctx.saved_tensors[0], *ctx.size, ctx.kernel_size, ctx.stride), None, None
+    (switches,) = ctx.saved_tensors
+    dx = torch.ops.fastnst.max_unpool2d_switches(dy, switches, *ctx.size, ctx.kernel_size, ctx.stride)
+    return dx, None, None
 
 
 def _setup_unpool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -256,8 +258,9 @@ def _setup_unpool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _unpool_autograd(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-    gather = torch.ops.fastnst.gather_switches
-    return gather(dx, ctx.saved_tensors[0], ctx.kernel_size, ctx.stride), None, None, None, None, None
+    (switches,) = ctx.saved_tensors
+    dy = torch.ops.fastnst.gather_switches(dx, switches, ctx.kernel_size, ctx.stride)
+    return dy, None, None, None, None, None
 
 
 def _setup_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -267,8 +270,9 @@ def _setup_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _gather_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    unpool = torch.ops.fastnst.max_unpool2d_switches
-    return unpool(dy, ctx.saved_tensors[0], *ctx.size, ctx.kernel_size, ctx.stride), None, None, None
+    (switches,) = ctx.saved_tensors
+    dx = torch.ops.fastnst.max_unpool2d_switches(dy, switches, *ctx.size, ctx.kernel_size, ctx.stride)
+    return dx, None, None, None
 
 
 torch.library.register_autograd("fastnst::max_pool2d_switches", _pool_autograd, setup_context=_setup_pool_context)
@@ -315,7 +319,7 @@ def max_unpool2d_switches(
         stride: as in the pooling.
 
     Returns:
-        `[N, C, H, W]` in y's dtype and memory format.
+        `[N, C, H, W]` in y's dtype and the switches' memory format, which is that of what was pooled.
 
     Raises:
         ValueError: shapes, dtypes or devices do not go together, or pooling `output_size` would not give `y`.

@@ -36,6 +36,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 # Triton decides between compiler and interpreter when a kernel is defined, so this cannot change afterwards.
+# The interpreter's `tl.dot` multiplies the bit patterns of bf16 (3.7.1), so kernels widen its operands first: exact.
 INTERPRETING: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 
 # Programs per launch that fill the largest GPU a few times over. A constant rather than a multiple of the device's
@@ -103,12 +104,11 @@ def allocate_like(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dt
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The dense format in which an op works on `x` and returns its result: the nearest to `x`'s own strides."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last) or (x.stride(1) == 1 and x.shape[1] > 1):
-        return torch.channels_last
-    return torch.contiguous_format
+    """The dense format in which an op works on `x` and returns its result: the nearest to `x`'s own strides.
+
+    `[N, C, 1, 1]` and the like are contiguous in both; their strides still tell what they came from.
+    """
+    return torch.channels_last if x.stride(1) == 1 and x.stride(3) >= x.shape[1] else torch.contiguous_format
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -1,0 +1,246 @@
+"""Pooling with switches and its adjoint in every tier: exactly PyTorch's values, places and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, randn, same_format, spread_like
+from tolerances import assert_as_exact_as_torch
+
+from fastnst_kernels import (
+    max_pool2d_switches,
+    max_pool2d_switches_reference,
+    max_unpool2d_switches,
+    max_unpool2d_switches_reference,
+)
+from fastnst_kernels.max_pool import gather_switches_reference
+
+# (shape, window, stride): even and odd sides, overlap, gaps between windows, one window, the largest window, stride 1.
+CASES = [
+    ("channels_last", (2, 3, 6, 8), 2, 2),
+    ("channels_last", (1, 17, 7, 11), 2, 2),
+    ("channels_last", (2, 32, 5, 6), 3, 2),
+    ("channels_last", (2, 5, 9, 8), 2, 3),
+    ("channels_last", (3, 4, 2, 3), 2, 2),
+    ("channels_last", (1, 2, 17, 16), 16, 16),
+    ("channels_last", (1, 1, 6, 5), 3, 1),
+    ("contiguous", (2, 3, 7, 8), 2, 2),
+    ("contiguous", (1, 3, 6, 7), 3, 2),
+]
+
+
+def switches_of_torch(x, kernel_size, stride):
+    """The rule of the switches, in plain words: find PyTorch's plane index, count rows and columns from the corner."""
+    y, index = F.max_pool2d(x, kernel_size, stride, return_indices=True)
+    row = index // x.shape[3] - torch.arange(y.shape[2], device=x.device)[:, None] * stride
+    column = index % x.shape[3] - torch.arange(y.shape[3], device=x.device) * stride
+    return y, (row * kernel_size + column).to(torch.uint8)
+
+
+def torch_unpool(y, switches, size, kernel_size, stride):
+    """One-hot windows, which `fold` puts where they belong, and adds. It wants windows that reach the border: unpool
+    what they cover, leave the rest 0."""
+    n, c = y.shape[:2]
+    hot = F.one_hot(switches.long(), kernel_size**2).to(y.dtype) * y[..., None]
+    columns = hot.flatten(2, 3).permute(0, 1, 3, 2).reshape(n, c * kernel_size**2, -1)
+    covered = [(side - 1) * stride + kernel_size for side in y.shape[2:]]
+    inner = F.fold(columns, covered, kernel_size, stride=stride)
+    return F.pad(inner, (0, size[1] - covered[1], 0, size[0] - covered[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
+def test_values_and_switches_are_torchs(tier, dtype, layout, shape, kernel_size, stride):
+    x = LAYOUTS[layout](randn(shape, dtype, tier.device))
+    y, switches = max_pool2d_switches(x, kernel_size, stride)
+    expected_y, expected_switches = switches_of_torch(x, kernel_size, stride)
+    assert switches.dtype == torch.uint8
+    assert torch.equal(y, expected_y)
+    assert torch.equal(switches, expected_switches)
+    assert same_format(y, x)
+    assert same_format(switches, x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(tier, layout):
+    x = LAYOUTS[layout](randn((2, 5, 7, 8), torch.float32, tier.device))
+    expected_y, expected_switches = switches_of_torch(x, 2, 2)
+    y, switches = max_pool2d_switches(x)
+    assert torch.equal(y, expected_y)
+    assert torch.equal(switches, expected_switches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
+def test_gradient_is_torchs(tier, dtype, layout, shape, kernel_size, stride):
+    x = LAYOUTS[layout](randn(shape, dtype, tier.device))
+    dy = randn(switches_of_torch(x, kernel_size, stride)[0].shape, dtype, tier.device, seed=5)
+
+    def torch_pool(x):
+        return F.max_pool2d(x, kernel_size, stride)
+
+    _, (actual,) = gradients(lambda x: max_pool2d_switches(x, kernel_size, stride)[0], [x], dy)
+    _, (peer,) = gradients(torch_pool, [x], dy)
+    _, (truth,) = gradients(torch_pool, [x], dy, torch.float64)
+    assert_as_exact_as_torch(actual, peer, truth, what="dx")
+    assert same_format(actual, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
+def test_unpool_and_its_gradient(tier, dtype, layout, shape, kernel_size, stride):
+    x = LAYOUTS[layout](randn(shape, dtype, tier.device))
+    y, switches = max_pool2d_switches(x, kernel_size, stride)
+    window, size = (kernel_size, stride), tuple(shape[2:])
+    dx = randn(shape, dtype, tier.device, seed=7)
+
+    def run(fn, dtype=None):
+        return gradients(lambda y: fn(y, switches, size, *window), [y], dx, dtype)
+
+    actual, (d_actual,) = run(max_unpool2d_switches)
+    peer, (d_peer,) = run(max_unpool2d_switches_reference)
+    truth, (d_truth,) = run(torch_unpool, torch.float64)
+    assert_as_exact_as_torch(actual, peer, truth, what="x")
+    assert_as_exact_as_torch(d_actual, d_peer, d_truth, what="dy")
+    assert same_format(actual, y)
+    assert same_format(d_actual, y)
+
+
+def test_first_of_equals(tier):
+    """Ties, an all-equal window, −∞ throughout: the first in row-major order."""
+    inf = float("inf")
+    rows = [[1, 1, 0, 2, 3, 3, -inf, -inf], [1, 1, 2, 2, 3, 3, -inf, -inf]]
+    y, switches = max_pool2d_switches(torch.tensor(rows, device=tier.device).view(1, 1, 2, 8))
+    assert y.flatten().tolist() == [1, 2, 3, -inf]
+    assert switches.flatten().tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2)])
+def test_nan_wins_as_in_torch(tier, layout, kernel_size, stride):
+    x = randn((2, 5, 9, 9), torch.float32, tier.device)
+    x[randn(x.shape, torch.float32, tier.device, seed=1) > 1] = float("nan")
+    x = LAYOUTS[layout](x)
+    expected_y, expected_switches = switches_of_torch(x, kernel_size, stride)
+    y, switches = max_pool2d_switches(x, kernel_size, stride)
+    assert expected_y.isnan().any()
+    assert torch.equal(y.nan_to_num(7), expected_y.nan_to_num(7))
+    assert torch.equal(switches, expected_switches)
+
+
+def test_unpool_by_hand(tier):
+    """Windows of 2 with stride 1 on a row of 3: both point at the middle, so their values add."""
+    switches = torch.tensor([[1, 0]], dtype=torch.uint8, device=tier.device).view(1, 1, 1, 2)
+    y = torch.tensor([[10.0, 5.0]], device=tier.device).view(1, 1, 1, 2)
+    x = max_unpool2d_switches(y, switches, (2, 3), kernel_size=2, stride=1)
+    assert x.squeeze().tolist() == [[0, 15, 0], [0, 0, 0]]
+
+
+def test_adjoint(tier):
+    """⟨S x, y⟩ = ⟨x, Sᵀy⟩ for any x, y and switches."""
+    x, y = randn((2, 3, 7, 9), torch.float32, tier.device), randn((2, 3, 3, 4), torch.float32, tier.device, seed=1)
+    switches = torch.randint(9, y.shape, generator=torch.Generator().manual_seed(2)).to(tier.device, torch.uint8)
+    left = (torch.ops.fastnst.gather_switches(x, switches, 3, 2).double() * y.double()).sum()
+    right = (x.double() * max_unpool2d_switches(y, switches, (7, 9), 3, 2).double()).sum()
+    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+def test_switches_in_another_format(tier):
+    y = LAYOUTS["channels_last"](randn((2, 3, 2, 4), torch.float32, tier.device))
+    switches = torch.randint(4, y.shape, generator=torch.Generator().manual_seed(2)).to(tier.device, torch.uint8)
+    assert switches.is_contiguous()
+    expected = max_unpool2d_switches_reference(y, switches, (4, 8))
+    assert torch.equal(max_unpool2d_switches(y, switches, (4, 8)), expected)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
+def test_gradient_of_any_layout_twice(tier, layout):
+    x = LAYOUTS["channels_last"](randn((2, 5, 6, 8), torch.float32, tier.device)).requires_grad_()
+    y = max_pool2d_switches(x)[0]
+    dy = spread_like(y) if layout == "expanded" else LAYOUTS[layout](randn(y.shape, y.dtype, tier.device, seed=3))
+    (expected,) = torch.autograd.grad(F.max_pool2d(x, 2), x, dy)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(y, x, dy, retain_graph=True)[0], expected)
+
+
+def test_second_derivative(tier):
+    """The gradient with respect to dy of the gradient is the pooling's own selection."""
+    x = randn((1, 2, 4, 6), torch.float32, tier.device).requires_grad_()
+    y, switches = max_pool2d_switches(x)
+    dy = randn(y.shape, y.dtype, tier.device, seed=1).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    probe = randn(x.shape, x.dtype, tier.device, seed=2)
+    (back,) = torch.autograd.grad(dx, dy, probe)
+    assert torch.equal(back, gather_switches_reference(probe, switches))
+
+
+def test_same_bits_twice(tier):
+    x = randn((2, 3, 9, 11), torch.float32, tier.device)
+    dy = randn((2, 3, 7, 9), torch.float32, tier.device, seed=1)
+    first, second = (gradients(lambda x: max_pool2d_switches(x, 3, 1)[0], [x], dy) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1][0], second[1][0])
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2)])
+def test_registered_as_pytorch_demands(tier, kernel_size, stride):
+    x = LAYOUTS["channels_last"](randn((2, 3, 7, 8), torch.float32, tier.device)).requires_grad_()
+    torch.library.opcheck(torch.ops.fastnst.max_pool2d_switches, (x, kernel_size, stride))
+    y, switches = (t.detach() for t in max_pool2d_switches(x, kernel_size, stride))
+    unpool = (y.requires_grad_(), switches, 7, 8, kernel_size, stride)
+    torch.library.opcheck(torch.ops.fastnst.max_unpool2d_switches, unpool)
+    torch.library.opcheck(torch.ops.fastnst.gather_switches, (x, switches, kernel_size, stride))
+
+
+def test_gradcheck():
+    x = randn((1, 2, 5, 6), torch.float64).requires_grad_()
+    switches = max_pool2d_switches(x, 3, 2)[1]
+    y = randn(switches.shape, torch.float64, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: max_pool2d_switches(x, 3, 2)[0], [x])
+    assert torch.autograd.gradcheck(lambda x: max_pool2d_switches_reference(x, 3, 2)[0], [x])
+    for fn in (max_unpool2d_switches, max_unpool2d_switches_reference):
+        assert torch.autograd.gradcheck(lambda y, fn=fn: fn(y, switches, (5, 6), 3, 2), [y])
+    assert torch.autograd.gradgradcheck(lambda x: max_pool2d_switches(x, 3, 2)[0], [x])
+    assert torch.autograd.gradcheck(lambda x: gather_switches_reference(x, switches, 3, 2), [x])
+
+
+def test_traced_in_one_graph():
+    x, dy = randn((2, 3, 5, 8)), randn((2, 3, 2, 4), seed=1)
+    pool = lambda x: max_pool2d_switches(x)[0]  # noqa: E731
+    expected, actual = (gradients(f, [x], dy) for f in (pool, torch.compile(pool, backend="aot_eager", fullgraph=True)))
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1][0], expected[1][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4, 5)}, r"x has shape \(3, 4, 5\), expected 4 dimensions"),
+        ({"x": torch.zeros(1, 3, 1, 5)}, r"x has shape \(1, 3, 1, 5\): a window of 2 does not fit"),
+        ({"kernel_size": 17}, r"kernel_size is 17, expected 1 to 16: a switch must fit a byte"),
+        ({"kernel_size": 0}, r"kernel_size is 0, expected 1 to 16"),
+        ({"stride": 0}, r"stride is 0, expected at least 1"),
+    ],
+)
+def test_bad_input_to_pool(change, message):
+    check_bad_input(max_pool2d_switches, {"x": torch.zeros(1, 3, 4, 5)} | change, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.zeros(2, 2)}, r"y has shape \(2, 2\), expected 4 dimensions"),
+        (
+            {"switches": torch.zeros(1, 3, 2, 3, dtype=torch.uint8)},
+            r"switches have shape \(1, 3, 2, 3\), expected y's \(1, 3, 2, 2\)",
+        ),
+        ({"switches": torch.zeros(1, 3, 2, 2, dtype=torch.int64)}, r"switches are torch.int64, expected torch.uint8"),
+        ({"switches": torch.zeros(1, 3, 2, 2, dtype=torch.uint8, device="meta")}, r"switches is on meta, y on cpu"),
+        (
+            {"output_size": (4, 6)},
+            r"output_size \(4, 6\) with window 2 and stride 2 pools to \(2, 3\), but y has shape",
+        ),
+    ],
+)
+def test_bad_input_to_unpool(change, message):
+    good = {"y": torch.zeros(1, 3, 2, 2), "switches": torch.zeros(1, 3, 2, 2, dtype=torch.uint8), "output_size": (4, 5)}
+    check_bad_input(max_unpool2d_switches, good | change, message)
