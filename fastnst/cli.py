@@ -1,5 +1,6 @@
 """The command line. torch and everything that needs it are imported inside the commands: `--help` stays instant."""
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,11 @@ def main() -> None:
         # The reader of stdout has gone (`fastnst … | head`): nothing is left to say, and nowhere to say it.
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _fail(f"the storage refuses{where}: {error.strerror}; free some space or choose another folder", 3)
 
 
 @click.group(context_settings=CONTEXT)

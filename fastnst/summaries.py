@@ -1,9 +1,11 @@
 """What a run leaves to look at: `metrics.jsonl`, and scalars, histograms, pictures and text for TensorBoard."""
 
+import contextlib
 import json
 import math
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -48,11 +50,10 @@ class RunLog:
 
         self._path = run / METRICS_NAME
         _drop_rows_after(self._path, start_step)
-        try:
+        with self._storage():
             self._metrics: TextIO = self._path.open("a", encoding="utf-8")
             self._writer = SummaryWriter(str(run), purge_step=start_step + 1 if start_step else None, flush_secs=30)
-        except OSError as error:
-            raise storage_error(self._path, error) from error
+        self._excepthook, threading.excepthook = threading.excepthook, _quiet_about_event_files
 
     def __enter__(self) -> Self:
         return self
@@ -60,23 +61,27 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            # What went wrong first is what matters; the end of the log may fail for the same reason.
+            with contextlib.suppress(DataError):
+                self.close()
 
     def config(self, config: Config) -> None:
         """The resolved configuration, as a text page."""
-        self._writer.add_text("config", "\n".join("    " + line for line in to_toml(config).splitlines()), 0)
+        with self._storage():
+            self._writer.add_text("config", "\n".join("    " + line for line in to_toml(config).splitlines()), 0)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One row of `metrics.jsonl`, and one point of each scalar chart."""
         # JSON has no NaN; null keeps the row readable by every parser.
         row = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        try:
+        with self._storage():
             self._metrics.write(json.dumps({"step": step, **row}) + "\n")
             self._metrics.flush()
-        except OSError as error:
-            raise storage_error(self._path, error) from error
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
 
     def histograms(self, step: int, net: nn.Module) -> None:
         """The distribution of each weight, scale and shift, by layer: `conv1/weight`, `conv1/scale`, ….
@@ -86,26 +91,36 @@ class RunLog:
         for name, parameter in net.named_parameters():
             # TensorBoard's bins end at 1e20, and it refuses a histogram with nothing in it.
             values = parameter.detach().float().clamp(-1e19, 1e19).cpu().numpy()
-            self._writer.add_histogram(name.replace(".", "/"), values, step)
+            with self._storage():
+                self._writer.add_histogram(name.replace(".", "/"), values, step)
 
     def pictures(self, step: int, tag: str, pictures: Tensor, captions: Iterable[str]) -> None:
         """Pictures `[N, 3, H, W]` in [0, 1] (clamped), each below `tag/caption` with a slider over the steps."""
         scaled = (pictures.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
         for picture, caption in zip(scaled, captions, strict=True):
-            self._writer.add_image(f"{tag}/{caption}", picture, step)
+            with self._storage():
+                self._writer.add_image(f"{tag}/{caption}", picture, step)
 
     def flush(self) -> None:
         """Hand everything to the operating system, so that a log is never behind its checkpoint."""
-        try:
+        with self._storage():
             self._metrics.flush()
             self._writer.flush()
-        except OSError as error:
-            raise storage_error(self._path, error) from error
 
     def close(self) -> None:
         """Flush and close both files."""
-        self._metrics.close()
-        self._writer.close()
+        threading.excepthook = self._excepthook
+        with self._storage():
+            self._metrics.close()
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        """TensorBoard writes in a thread of its own, whose error comes up in the next call."""
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(self._path.parent, error) from error
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -127,3 +142,9 @@ def _drop_rows_after(path: Path, step: int) -> None:
     except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a metrics file of fastnst; move it away to resume") from error
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _quiet_about_event_files(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread would print a traceback; its error is raised again where it can be handled."""
+    if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(args)
