@@ -64,13 +64,10 @@ def _backward_on_aten(
     values, g, weight, bias = (t.to(mean.dtype) for t in (x, dy, weight, bias))
     if relu:
         g = normalization_aten.masked_by_sign(g, values, weight, bias, mean, rstd)
-    sum_g, sum_gx = normalization_aten.sums(g, values, mean, rstd)
-    if batch_statistics:
-        count = x.numel() // x.shape[1]
-        dx = normalization_aten.input_gradient(g, values, weight, mean, rstd, sum_g, sum_gx, count)
-    else:
-        dx = g * (weight * rstd)[normalization_aten.PER_CHANNEL]
-    return dx.to(x.dtype), sum_gx, sum_g
+    dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+        g, values, weight, mean, rstd.pow(-2), mean, rstd, batch_statistics, 0.0, [True, True, True]
+    )
+    return dx.to(x.dtype), d_weight, d_bias
 
 
 @torch.library.custom_op("fastnst::batch_norm_moments", mutates_args=("running_mean", "running_var"))

@@ -30,12 +30,18 @@ from fastnst_kernels.runtime import ceil_div, jit, power_of_two, tl
 def gram_matrix_reference(features: Tensor) -> Tensor:
     """The formula in differentiable PyTorch, in fp32 (fp64 for fp64); same argument as `gram_matrix`."""
     f = _positions_by_channels(features.to(runtime.statistics_dtype(features)))
-    return torch.bmm(f.mT, f) / (f.shape[1] * f.shape[2])
+    return _bmm(f.mT, f) / (f.shape[1] * f.shape[2])
 
 
 def style_loss_reference(features: Tensor, target_gram: Tensor) -> Tensor:
     """The formula in differentiable PyTorch, in fp32 (fp64 for fp64); same arguments as `style_loss`."""
     return (gram_matrix_reference(features) - target_gram).square().sum((1, 2))
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """The batched product in the operands' own type: autocast would take it in 16 bits, which fp16's range ends."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a, b)
 
 
 def _positions_by_channels(features: Tensor) -> Tensor:
@@ -242,7 +248,7 @@ def _gram_backward(features: Tensor, matrix: Tensor, factor: Tensor | None) -> T
     if factor is not None:
         a *= factor.view(-1, 1, 1)
     d_features = runtime.allocate_like(features)
-    d_features.copy_(torch.bmm(f, a).mT.reshape(features.shape))
+    d_features.copy_(_bmm(f, a).mT.reshape(features.shape))
     return d_features
 
 

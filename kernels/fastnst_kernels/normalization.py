@@ -97,7 +97,7 @@ def _merge_moments_kernel(
     b_mean = b_pivot + b_shift
     b_var = b_squares / count
     tl.store(mean + o_g, b_mean, mask=m_g)
-    tl.store(rstd + o_g, 1.0 / tl.sqrt(b_var + eps), mask=m_g)
+    tl.store(rstd + o_g, tl.div_rn(1.0, tl.sqrt_rn(b_var + eps)), mask=m_g)
     if UPDATE:
         b_old = tl.load(running_mean + o_g, mask=m_g, other=0.0).to(tl.float32)
         tl.store(running_mean + o_g, b_old + momentum * (b_mean - b_old), mask=m_g)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PER_CHANNEL = (None, slice(None), None, None)
-
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance `[C]` over the samples and positions of `values [N, C, H, W]`, fp32 or fp64.
@@ -47,7 +45,7 @@ def apply(
 
 def masked_by_sign(g: Tensor, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """`g` where `(values − mean)·rstd·weight + bias` is positive, else 0; `mean` and `rstd` are `[N, C]` or `[C]`."""
-    z = (values - _planes(mean)) * _planes(rstd * weight) + bias[PER_CHANNEL]
+    z = (values - _planes(mean)) * _planes(rstd * weight) + _planes(bias)
     return torch.ops.aten.threshold_backward(g, z, 0)
 
 

@@ -161,3 +161,14 @@ def test_traced_in_one_graph():
 )
 def test_bad_input(change, message):
     check_bad_input(style_loss, {"features": torch.zeros(2, 3, 4, 5), "target_gram": torch.eye(3)} | change, message)
+
+
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_does_not_reach_the_sums(tier, autocast):
+    features = randn((2, 5, 7, 9), torch.float32, tier.device) * 3000
+    target, dy = torch.zeros(5, 5, device=tier.device), torch.ones(2, device=tier.device)
+    plain = gradients(lambda f: style_loss(f, target), [features], dy)
+    with torch.autocast(tier.device.type, dtype=autocast):
+        under = gradients(lambda f: style_loss(f, target), [features], dy)
+    assert torch.equal(under[0], plain[0])
+    assert torch.equal(under[1][0], plain[1][0])
