@@ -63,7 +63,7 @@ def _backward_on_aten(
 ) -> tuple[Tensor, Tensor, Tensor]:
     values, g, weight, bias = (t.to(mean.dtype) for t in (x, dy, weight, bias))
     if relu:
-        g = normalization_aten.masked_by_sign(g, values, weight, bias, mean, rstd)
+        g = normalization_aten.masked(g, values, weight, bias, mean, rstd)
     dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
         g, values, weight, mean, rstd.pow(-2), mean, rstd, batch_statistics, 0.0, [True, True, True]
     )

@@ -56,17 +56,21 @@ def _forward_on_aten(
 
 
 def _backward_on_aten(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, relu: bool
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, g, weight, bias = (t.to(mean.dtype) for t in (x, dy, weight, bias))
-    if relu:
-        g = normalization_aten.masked_by_sign(g, values, weight, bias, mean, rstd)
+    values, grad, weight, bias = (t.to(mean.dtype) for t in (x, dy, weight, bias))
+    dx = runtime.allocate_like(values)
     sum_g, sum_gx = runtime.allocate(mean.shape, mean), runtime.allocate(mean.shape, mean)
     for i in range(x.shape[0]):
         one = slice(i, i + 1)
-        sum_g[i], sum_gx[i] = normalization_aten.sums(g[one], values[one], mean[i], rstd[i])
-    count = x.shape[2] * x.shape[3]
-    dx = normalization_aten.input_gradient(g, values, weight, mean, rstd, sum_g, sum_gx, count)
+        g = grad[one]
+        if y is not None:
+            g = torch.ops.aten.threshold_backward(g, y[one], 0)
+        elif relu:
+            g = normalization_aten.masked(g, values[one], weight, bias, mean[i], rstd[i])
+        statistics = mean[i], rstd[i]
+        sum_g[i], sum_gx[i] = normalization_aten.sums(g, values[one], *statistics)
+        normalization_aten.input_gradient(g, values[one], weight, *statistics, sum_g[i], sum_gx[i], out=dx[one])
     return dx.to(x.dtype), sum_gx.sum(0), sum_g.sum(0)
 
 
@@ -93,13 +97,13 @@ def _(
 
 @torch.library.custom_op("fastnst::instance_norm_backward", mutates_args=())
 def _instance_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, relu: bool
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dx, d_weight, d_bias)`; with `relu`, `dy` is masked where the recomputed z is not positive."""
+    """`(dx, d_weight, d_bias)`; with `relu`, `dy` counts where y is positive; without y that is recomputed."""
     x = runtime.dense(x)
     dy = runtime.dense(dy, like=x)
     if runtime.implementation(x) == "reference":
-        dx, d_weight, d_bias = _backward_on_aten(dy, x, weight, bias, mean, rstd, relu)
+        dx, d_weight, d_bias = _backward_on_aten(dy, x, weight, bias, mean, rstd, y, relu)
     else:
         dx, sums = normalization.backward(dy, x, weight, bias, mean, rstd, relu, True)
         d_bias, d_weight = sums.sum(1)
@@ -108,26 +112,27 @@ def _instance_norm_backward(
 
 @_instance_norm_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, relu: bool
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return runtime.allocate_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, residual, _, relu = inputs
+    x, weight, bias, residual, _, ctx.relu = inputs
     y, mean, rstd = output
     ctx.residual_dtype = None if residual is None else residual.dtype
-    keep_y = relu and (residual is not None or runtime.implementation(x) == "reference")
-    ctx.recompute = relu and not keep_y
+    keep_y = ctx.relu and (residual is not None or runtime.implementation(x) == "reference")
     ctx.save_for_backward(x, weight, bias, mean, rstd, y if keep_y else None)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, rstd, y = ctx.saved_tensors
-    if y is not None:
-        dy = torch.ops.aten.threshold_backward(dy, y, 0)
-    dx, d_weight, d_bias = torch.ops.fastnst.instance_norm_backward(dy, x, weight, bias, mean, rstd, ctx.recompute)
-    d_residual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
+    relu, d_residual = ctx.relu, None
+    if ctx.residual_dtype is not None:
+        if relu:
+            dy, y, relu = torch.ops.aten.threshold_backward(dy, y, 0), None, False
+        d_residual = dy.to(ctx.residual_dtype)
+    dx, d_weight, d_bias = torch.ops.fastnst.instance_norm_backward(dy, x, weight, bias, mean, rstd, y, relu)
     return dx, d_weight, d_bias, d_residual, None, None
 
 

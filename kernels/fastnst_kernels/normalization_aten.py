@@ -43,8 +43,8 @@ def apply(
         out.relu_()
 
 
-def masked_by_sign(g: Tensor, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """`g` where `(values − mean)·rstd·weight + bias` is positive, else 0; `mean` and `rstd` are `[N, C]` or `[C]`."""
+def masked(g: Tensor, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """`g` where `(values − mean)·rstd·weight + bias` is positive, else 0; statistics `[C]`."""
     z = (values - _planes(mean)) * _planes(rstd * weight) + _planes(bias)
     return torch.ops.aten.threshold_backward(g, z, 0)
 
@@ -58,16 +58,16 @@ def sums(g: Tensor, values: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor,
 
 
 def input_gradient(
-    g: Tensor, values: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, sum_g: Tensor, sum_gx: Tensor, count: int
-) -> Tensor:
-    """`weight·rstd·(g − sum_g/count − x̂·sum_gx/count)`, as `g·α + values·β + γ` in two passes; the statistics are
-    `[N, C]` or `[C]`."""
+    g: Tensor, values: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, sum_g: Tensor, sum_gx: Tensor, out: Tensor
+) -> None:
+    """Writes `weight·rstd·(g − sum_g/M − x̂·sum_gx/M)` into `out`, as `values·β + γ + g·α` in two passes."""
+    count = values.numel() // values.shape[1]
     alpha = weight * rstd
     beta = -alpha * rstd * sum_gx / count
     gamma = -alpha * sum_g / count - beta * mean
-    return torch.addcmul(_planes(gamma), values, _planes(beta)).addcmul_(g, _planes(alpha))
+    torch.addcmul(_planes(gamma), values, _planes(beta), out=out).addcmul_(g, _planes(alpha))
 
 
 def _planes(statistics: Tensor) -> Tensor:
-    """`[N, C]` or `[C]` so that it broadcasts against `[N, C, H, W]`."""
-    return statistics[..., None, None]
+    """`[C]` so that it broadcasts against `[N, C, H, W]`."""
+    return statistics[:, None, None]

@@ -149,8 +149,8 @@ def test_mask_recomputed_or_kept_is_the_same(tier):
     weight, bias = parameters(3, tier.device)
     y, mean, rstd = torch.ops.fastnst.instance_norm(x, weight, bias, None, 1e-5, True)
     dy = randn(x.shape, x.dtype, tier.device, seed=4)
-    recomputed = torch.ops.fastnst.instance_norm_backward(dy, x, weight, bias, mean, rstd, True)
-    kept = torch.ops.fastnst.instance_norm_backward(dy * (y > 0), x, weight, bias, mean, rstd, False)
+    recomputed = torch.ops.fastnst.instance_norm_backward(dy, x, weight, bias, mean, rstd, None, True)
+    kept = torch.ops.fastnst.instance_norm_backward(dy * (y > 0), x, weight, bias, mean, rstd, None, False)
     assert all(torch.equal(a, b) for a, b in zip(recomputed, kept, strict=True))
 
 
@@ -183,8 +183,8 @@ def test_registered_as_pytorch_demands(tier, relu):
     torch.library.opcheck(torch.ops.fastnst.instance_norm, (x, weight, bias, residual, 1e-5, relu))
     with torch.no_grad():
         _, mean, rstd = torch.ops.fastnst.instance_norm(x, weight, bias, None, 1e-5, relu)
-        arguments = (randn(x.shape, x.dtype, tier.device), x.detach(), weight.detach(), bias.detach(), mean, rstd, relu)
-        torch.library.opcheck(torch.ops.fastnst.instance_norm_backward, arguments)
+        arguments = [t.detach() for t in (randn(x.shape, x.dtype, tier.device), x, weight, bias, mean, rstd)]
+        torch.library.opcheck(torch.ops.fastnst.instance_norm_backward, (*arguments, None, relu))
 
 
 @pytest.mark.parametrize("fn", [instance_norm, instance_norm_reference])
