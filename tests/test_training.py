@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     # Adam's first step moves each weight by the learning rate: this one overflows fp32 within a few.
     wild = configure("train.steps=9", "train.learning_rate=1e30")
     (out / "config.toml").write_text(
-        (out / "config.toml").read_text().replace("learning_rate = 0.001", "learning_rate = 1e30")
+        (out / "config.toml").read_text().replace("learning_rate = 0.003", "learning_rate = 1e30")
     )
     with pytest.raises(DivergedError, match=r"not finite.*step_00000002.*lower learning rate") as raised:
         run(wild, out, resume=True)
@@ -249,10 +249,10 @@ def test_resuming_names_what_differs(configure: Configure, tmp_path: Path, photo
     out = tmp_path / "run"
     run(configure("train.steps=2"), out)
     with pytest.raises(
-        UserError, match=r"train.learning_rate was 0.001, is now 0.01; *|loss.content_weight was"
+        UserError, match=r"train.learning_rate was 0.003, is now 0.01; *|loss.content_weight was"
     ) as raised:
         run(configure("train.learning_rate=0.01", "loss.content_weight=3"), out, resume=True)
-    assert "loss.content_weight was 1.0, is now 3.0" in str(raised.value)
+    assert "loss.content_weight was 2.0, is now 3.0" in str(raised.value)
     (photo_folder / "picture_03.jpg").unlink()
     with pytest.raises(DataError, match="the pictures in the data folder changed"):
         run(configure("train.steps=3"), out, resume=True)
