@@ -249,10 +249,9 @@ def test_resuming_names_what_differs(configure: Configure, tmp_path: Path, photo
     out = tmp_path / "run"
     run(configure("train.steps=2"), out)
     with pytest.raises(
-        UserError, match=r"train.learning_rate was 0.003, is now 0.01; *|loss.content_weight was"
-    ) as raised:
+        UserError, match=r"content_weight was 2.0, is now 3.0; train.learning_rate was 0.003, is now 0.01"
+    ):
         run(configure("train.learning_rate=0.01", "loss.content_weight=3"), out, resume=True)
-    assert "loss.content_weight was 2.0, is now 3.0" in str(raised.value)
     (photo_folder / "picture_03.jpg").unlink()
     with pytest.raises(DataError, match="the pictures in the data folder changed"):
         run(configure("train.steps=3"), out, resume=True)
