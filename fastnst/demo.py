@@ -22,6 +22,14 @@ SHOWN = "chelsea"
 IMAGE_SIZE = 128
 STEPS = 150
 
+# Features of random weights are of one size in all layers, and their Grams closer to one another than trained ones'.
+RANDOM_WEIGHTS = (
+    "loss.style_layer_weights=[2.0, 7.0, 50.0, 50.0]",
+    "loss.style_weight=5.0",
+    "loss.content_weight=3.0",
+    "loss.tv_weight=2.0",
+)
+
 _PALETTE = ("#0b1e3f", "#123c69", "#1f6f8b", "#3fa7a3", "#e8c547", "#f2e3bc", "#d1603d", "#7a1e2c")
 
 
@@ -66,6 +74,8 @@ def run_demo(
         except WeightsUnavailable as error:
             notify(f"{error}\nThe demo goes on with random VGG19 weights: textures and colours still carry over.")
             vgg = "random"
+    if vgg == "random":
+        assignments += RANDOM_WEIGHTS
     config = load_config(preset="vgg-conv3", assignments=assignments, options=options | {"loss.vgg": vgg})
     model = train(config, out, notify=notify, stop=stop)
     shown = next(path for path in photos if path.stem == SHOWN)

@@ -1,6 +1,14 @@
 #!/usr/bin/env bash
-# Set up, then train a small style and paint a picture with it. Arguments go to `fastnst demo`.
+# Make the environment if need be, then train a small style and paint a picture with it.
+#
+#   scripts/demo.sh [DEMO ARGUMENT…]      for example: scripts/demo.sh --out runs/second --vgg random
+#
+# Paths are relative to the project's root. FASTNST_VENV and PYTHON: see setup.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-./scripts/setup.sh demo
-exec "${FASTNST_VENV:-.venv}/bin/fastnst" demo "$@"
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=${FASTNST_VENV:-$root/.venv}
+[[ $venv == /* ]] || venv=$PWD/$venv
+FASTNST_VENV=$venv "$root/scripts/setup.sh" demo
+cd -- "$root"
+exec "$venv/bin/fastnst" demo "$@"
