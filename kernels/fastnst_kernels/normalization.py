@@ -23,7 +23,7 @@ from torch import Tensor
 from fastnst_kernels import runtime
 from fastnst_kernels.runtime import ceil_div, jit, power_of_two, tl
 
-_TILE_ELEMENTS = 4096
+_TILE_ELEMENTS = 2048
 _MERGE_ROWS = 64
 
 
