@@ -161,6 +161,7 @@ def _strides(features: Tensor) -> tuple[int, int]:
     return features.shape[2] * features.shape[3], 1
 
 
+@runtime.launches_on_its_device
 def _gram_on_triton(features: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`(G, None)`, or `(G − target, loss)` with a target."""
     n, c, h, w = features.shape
@@ -188,6 +189,7 @@ def _gram_on_triton(features: Tensor, target: Tensor | None) -> tuple[Tensor, Te
     return result, None if loss is None else loss.sum(1)
 
 
+@runtime.launches_on_its_device
 def _backward_on_triton(features: Tensor, matrix: Tensor, factor: Tensor | None) -> Tensor:
     n, c, h, w = features.shape
     k = h * w

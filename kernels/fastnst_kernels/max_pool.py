@@ -164,8 +164,17 @@ def _gather_kernel(
     tl.store(y + o_y, tl.load(x + o_x, mask=m_x, other=0.0), mask=m_e)
 
 
-def _launch(kernel: Any, large: Tensor, small: Tensor, tensors: tuple[Tensor, ...], kernel_size: int, stride: int,
-            *, over_large: bool) -> None:  # fmt: skip
+@runtime.launches_on_its_device
+def _launch(
+    large: Tensor,
+    small: Tensor,
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    kernel_size: int,
+    stride: int,
+    *,
+    over_large: bool,
+) -> None:
     """Runs `kernel` over the rows of `large [N, C, H, W]` or of `small [N, C, OH, OW]`, both dense in one format."""
     p, _, q = runtime.as_prq(large)
     height, width = (large if over_large else small).shape[2:]
@@ -190,7 +199,7 @@ def _max_pool(x: Tensor, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]
         return runtime.dense(y, like=x), runtime.dense(switches, like=x)
     shape = _pooled_shape(x, kernel_size, stride)
     y, switches = runtime.allocate_like(x, shape), runtime.allocate_like(x, shape, torch.uint8)
-    _launch(_pool_kernel, x, y, (x, y, switches), kernel_size, stride, over_large=False)
+    _launch(x, y, _pool_kernel, (x, y, switches), kernel_size, stride, over_large=False)
     return y, switches
 
 
@@ -206,7 +215,7 @@ def _max_unpool(y: Tensor, switches: Tensor, height: int, width: int, kernel_siz
     y = runtime.dense(y, like=switches)
     x = runtime.allocate_like(switches, (*y.shape[:2], height, width), y.dtype)
     if runtime.implementation(y) == "triton":
-        _launch(_unpool_kernel, x, y, (y, switches, x), kernel_size, stride, over_large=True)
+        _launch(x, y, _unpool_kernel, (y, switches, x), kernel_size, stride, over_large=True)
         return x
     index = _plane_index(switches, width, kernel_size, stride)
     if stride >= kernel_size:
@@ -230,7 +239,7 @@ def _gather(x: Tensor, switches: Tensor, kernel_size: int, stride: int) -> Tenso
     if runtime.implementation(x) == "reference":
         return gather_switches_reference(x, switches, kernel_size, stride)
     y = runtime.allocate_like(switches, dtype=x.dtype)
-    _launch(_gather_kernel, x, y, (x, switches, y), kernel_size, stride, over_large=False)
+    _launch(x, y, _gather_kernel, (x, switches, y), kernel_size, stride, over_large=False)
     return y
 
 

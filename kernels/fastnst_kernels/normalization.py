@@ -228,6 +228,7 @@ def _input_gradient_kernel(
     tl.store(dx + first + o_x, b_dx, mask=m_x)
 
 
+@runtime.launches_on_its_device
 def moments(
     x: Tensor,
     *,
@@ -258,6 +259,7 @@ def moments(
     return mean, rstd
 
 
+@runtime.launches_on_its_device
 def apply(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
@@ -273,6 +275,7 @@ def apply(
     return y
 
 
+@runtime.launches_on_its_device
 def backward(
     dy: Tensor,
     x: Tensor,

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, Literal
+from functools import cache, wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ except ImportError:  # Triton exists for Linux only; the references run everywhe
     tl = None
 
 Implementation = Literal["reference", "triton"]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -47,6 +49,17 @@ TARGET_PROGRAMS = 512
 def jit(fn: Callable[..., Any]) -> Any:
     """`triton.jit`, or the bare function where Triton is missing and the kernel will never be launched."""
     return fn if triton is None else triton.jit(fn)
+
+
+def launches_on_its_device(fn: Callable[Concatenate[Tensor, Arguments], Result]) -> Callable[..., Result]:
+    """Makes the device of `fn`'s first argument the current one, on which Triton launches whatever the tensors' own."""
+
+    @wraps(fn)
+    def launcher(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.cuda.device_of(x):  # changes nothing for a tensor on the CPU
+            return fn(x, *args, **kwargs)
+
+    return launcher
 
 
 def implementation(tensor: Tensor) -> Implementation:
