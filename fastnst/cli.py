@@ -145,7 +145,7 @@ def tensorboard(run: Path, port: int, host: str) -> None:
         raise DataError(f"{run} holds no TensorBoard log; give a run directory that fastnst train has written")
     # TensorBoard takes this process's place, so that signals and its exit code are its own. It keeps 10 pictures per
     # tag unless told otherwise, and the sliders want them all.
-    keep = "images=1000,histograms=1000,scalars=0"
+    keep = "images=1000,histograms=1000,scalars=10000"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--samples_per_plugin", keep]
     os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])
 

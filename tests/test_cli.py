@@ -1,9 +1,15 @@
 """The command line as a user meets it: help, plans, results, and what it says about bad input."""
 
+import contextlib
+import json
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +17,7 @@ from PIL import Image
 
 from fastnst import cli
 from fastnst.progress import byte_count
+from fastnst.summaries import RunLog
 
 
 @pytest.fixture
@@ -248,6 +255,40 @@ def test_stylize_says_what_is_wrong(fastnst: Fastnst, tmp_path: Path, photo_fold
         assert str(model) in err
         assert out == ""
         assert not (tmp_path / "out.png").exists()
+
+
+def test_tensorboard_shows_every_point_and_picture(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        for step in range(30):
+            log.metrics(step, {"loss/total": float(step)})
+            log.pictures(step, "stylised", torch.rand(1, 3, 16, 16), ["cat"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fastnst", "tensorboard", str(tmp_path), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    plugin = f"http://localhost:{port}/data/plugin"
+    try:
+        points = _json_when_ready(f"{plugin}/scalars/scalars?tag=loss%2Ftotal&run=.", 30, process)
+        pictures = _json_when_ready(f"{plugin}/images/images?tag=stylised%2Fcat&run=.&sample=0", 30, process)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+    assert [step for _, step, _ in points] == list(range(30))
+    assert [picture["step"] for picture in pictures] == list(range(30))
+
+
+def _json_when_ready(url: str, count: int, process: subprocess.Popen[bytes]) -> list[Any]:
+    """The list at `url` once it has `count` entries, or what it is after a minute."""
+    deadline = time.monotonic() + 60
+    found: list[Any] = []
+    while len(found) < count and time.monotonic() < deadline:
+        assert process.poll() is None, f"TensorBoard ended with code {process.returncode}"
+        # TensorBoard answers 404 until it has read the log, and refuses before it listens.
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10) as response:
+            found = json.load(response)
+        time.sleep(0.2)
+    return found
 
 
 def test_tensorboard_needs_a_log(fastnst: Fastnst, tmp_path: Path) -> None:
