@@ -20,14 +20,14 @@ from fastnst.training.signals import StopRequest
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
 SHOWN = "chelsea"
 IMAGE_SIZE = 128
-STEPS = 150
+STEPS = 120
 
 # Features of random weights are of one size in all layers, and their Grams closer to one another than trained ones'.
 RANDOM_WEIGHTS = (
-    "loss.style_layer_weights=[2.0, 7.0, 50.0, 50.0]",
+    "loss.style_layer_weights=[3.0, 7.0, 30.0, 30.0]",
     "loss.style_weight=5.0",
-    "loss.content_weight=3.0",
-    "loss.tv_weight=2.0",
+    "loss.content_weight=25.0",
+    "loss.tv_weight=4.0",
 )
 
 _PALETTE = ("#0b1e3f", "#123c69", "#1f6f8b", "#3fa7a3", "#e8c547", "#f2e3bc", "#d1603d", "#7a1e2c")
