@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastnst.config import Config, load_config
 from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
-from fastnst.summaries import read_metrics
+from fastnst.summaries import RunLog, read_metrics
 from fastnst.training.checkpoint import latest_checkpoint
 from fastnst.training.inputs import total_steps
 from fastnst.training.loop import train
@@ -257,9 +257,33 @@ def test_resuming_names_what_differs(configure: Configure, tmp_path: Path, photo
         run(configure("train.steps=3"), out, resume=True)
 
 
+def test_a_signal_during_the_last_part_of_a_step_ends_the_next_one(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the moment, the message "which is saved" is true."""
+    stop = StopRequest()
+    original = RunLog.histograms
+
+    def interrupted(self: RunLog, step: int, net: torch.nn.Module) -> None:
+        original(self, step, net)
+        if step == 3:
+            stop.signum = signal.SIGTERM
+
+    monkeypatch.setattr(RunLog, "histograms", interrupted)
+    with pytest.raises(StoppedBySignal, match="stopped at step 4 of 6, which is saved") as stopped:
+        run(configure(), tmp_path / "run", stop=stop)
+    assert stopped.value.exit_code == 143
+    checkpoint = latest_checkpoint(tmp_path / "run", print)
+    assert checkpoint is not None
+    assert checkpoint.step == 4
+
+
 def test_a_longer_run_goes_on_where_the_shorter_one_ended(configure: Configure, tmp_path: Path) -> None:
     run(configure("train.steps=3"), tmp_path / "run")
     run(configure("train.steps=5"), tmp_path / "run", resume=True)
+    assert load_config(file=tmp_path / "run" / "config.toml", environment={}).train.steps == 5
+    (message,) = [text for text in run(configure("train.steps=5"), tmp_path / "run", resume=True) if "steps" in text]
+    assert message.startswith("nothing to do: 5 of 5 steps are done")
     run(configure("train.steps=5"), tmp_path / "whole")
     models = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])

@@ -92,9 +92,11 @@ class _Run:
 
     def go(self, *, resume: bool) -> Path:
         done = self._restore() if resume else 0
-        if not resume:
-            write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
+        write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
         write_rejections(self.inputs.manifest, self.out / REJECTED_NAME)
+        if done >= self.inputs.steps:
+            self.notify(f"nothing to do: {done} of {self.inputs.steps} steps are done; set more with --steps")
+            return self.out / MODEL_NAME
         self.notify(self._announcement(done))
         with RunLog(self.out, start_step=done) as log:
             if not done:
@@ -102,8 +104,7 @@ class _Run:
                 log.pictures(0, "style", self.inputs.style, ["picture"])
                 log.pictures(0, "content", self.samples, self.sample_names)
                 self._look(log, 0)
-            if done < self.inputs.steps:
-                self._steps(log, done)
+            self._steps(log, done)
         return self.out / MODEL_NAME
 
     def _steps(self, log: RunLog, done: int) -> None:
@@ -124,7 +125,9 @@ class _Run:
                     batch = next(batches)
                 terms = self.step(step, batch)
                 note = None
-                ends = step == last or self.stop.signum is not None
+                # Asked once a step: a signal that comes later than this finds the next step, which it then ends.
+                stopped_by = self.stop.signum
+                ends = step == last or stopped_by is not None
                 if ends or step == 1 or step % config.log_every == 0:
                     scalars = loss_scalars(terms)
                     self._check_health()
@@ -142,9 +145,9 @@ class _Run:
                     if saves:
                         self._save(log, step)
                 progress.advance(note=note)
-                if self.stop.signum is not None and step < last:
+                if stopped_by is not None and step < last:
                     raise StoppedBySignal(
-                        self.stop.signum,
+                        stopped_by,
                         f"stopped at step {step} of {last}, which is saved; "
                         f"go on with: fastnst train --resume --out {self.out}",
                     )
