@@ -1,0 +1,63 @@
+"""The README's promises that can be checked without carrying them out: its commands parse, its links lead somewhere."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from fastnst.cli import cli
+from fastnst.config import preset_names
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("fastnst ")])
+def test_command_parses(command: str) -> None:
+    _, *words = shlex.split(command)
+    parser: click.Command = cli
+    while isinstance(parser, click.Group):
+        name, *words = words
+        assert name in parser.commands, f"{command!r}: there is no command {name!r}"
+        parser = parser.commands[name]
+    parser.make_context(command, words).close()
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("fastnst ")])
+def test_script_is_there(command: str) -> None:
+    script = next(word for word in shlex.split(command) if word not in ("python", "bash"))
+    assert (ROOT / script).is_file(), command
+
+
+def test_there_are_commands_of_both_kinds() -> None:
+    assert len([command for command in COMMANDS if command.startswith("fastnst ")]) >= 6
+    assert "./scripts/demo.sh" in COMMANDS
+    assert "./scripts/test.sh" in COMMANDS
+
+
+def test_links_and_files_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    named = re.findall(r"`((?:tests|benchmarks|kernels|scripts)/[^`*… ]+)`", README)
+    assert links
+    assert named
+    missing = [name for name in links + named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_every_preset_is_described() -> None:
+    described = re.findall(r"^\| `([a-z][a-z0-9-]+)`", README, flags=re.MULTILINE)
+    assert sorted(described) == sorted(preset_names())
+
+
+def test_the_measured_claim_is_in_the_results() -> None:
+    claim = re.search(r"delivers ([\d.]+) times as many.*?`(benchmarks/results/[^`]+)`", README, flags=re.DOTALL)
+    assert claim is not None
+    rows = json.loads((ROOT / claim[2]).read_text("utf-8"))["rows"]
+    speed = {row["name"]: row["pictures_per_second"] for row in rows}
+    ratio = speed["DALI loader, 2 threads, cpu"] / speed["Pillow, one process, no loader"]
+    assert float(claim[1]) == pytest.approx(ratio, abs=0.05)
