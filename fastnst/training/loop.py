@@ -16,7 +16,7 @@ from fastnst.config import Config, TrainConfig, to_toml
 from fastnst.data import open_loader
 from fastnst.data.manifest import write_rejections
 from fastnst.data.order import RunOrder
-from fastnst.device import ran_out_of_memory
+from fastnst.device import ran_out_of_memory, resolve_device
 from fastnst.errors import DeviceError, DivergedError, StoppedBySignal
 from fastnst.images import read_image, to_tensor
 from fastnst.losses import PerceptualLoss
@@ -301,9 +301,11 @@ def _memory_errors(config: Config) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
+        # On a CPU the 16-bit types take more memory, not less.
+        on_gpu_in_fp32 = config.train.precision == "fp32" and resolve_device(config.train.device).type == "cuda"
         raise DeviceError(
             f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
-            f"{config.data.image_size}; lower one of them, or use --precision bf16"
+            f"{config.data.image_size}; lower one of them{', or use --precision bf16' if on_gpu_in_fp32 else ''}"
         ) from error
 
 
