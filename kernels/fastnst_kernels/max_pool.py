@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
-# (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
 """Max pooling that records where each maximum lay in one byte, and its adjoint, unpooling.
 
 Source: the switches of Zeiler, Fergus 2014, "Visualizing and Understanding Convolutional Networks", §2.1.
@@ -15,17 +13,22 @@ Pooling picks elements, y = S x with a 0/1 matrix S given by the switches, so
     pool backward: dx = Sᵀ dy       unpool: Sᵀ y (overlaps add)       unpool backward: S dx, a gather; and so on
 
 The three ops below, pool, unpool (Sᵀ) and gather (S), are each other's derivatives to any order.
+
+A switch of k² or more points at nothing. Where finding one costs no waiting, on the CPU and in PyTorch's path, it is an
+error; the kernels on a GPU drop its value, or gather 0, and never touch memory outside the tensors. With
+`FASTNST_KERNELS_CHECK=1` in the environment, read at every call, it is an error there, too, for the price of waiting
+for the GPU before each unpooling.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnst_kernels import runtime
-from fastnst_kernels.runtime import ceil_div, jit, power_of_two, tl
+from fastnst_kernels import max_pool_kernels, runtime
 
 
 def max_pool2d_switches_reference(x: Tensor, kernel_size: int = 2, stride: int = 2) -> tuple[Tensor, Tensor]:
@@ -60,130 +63,37 @@ def gather_switches_reference(x: Tensor, switches: Tensor, kernel_size: int = 2,
 
 
 def _corners(pooled: Tensor, width: int, stride: int) -> Tensor:
-    """`[OH, OW]` int32: where each window of a plane `width` wide begins."""
-    rows = torch.arange(pooled.shape[2], dtype=torch.int32, device=pooled.device) * (stride * width)
-    columns = torch.arange(pooled.shape[3], dtype=torch.int32, device=pooled.device) * stride
-    return rows[:, None] + columns
+    """`[OH, OW]`: where each window of a plane `width` wide begins. In int32, which is faster, where that suffices."""
+    oh, ow = pooled.shape[2:]
+    dtype = torch.int32 if (oh + 1) * stride * width < 2**31 else torch.int64
+    rows = torch.arange(oh, dtype=dtype, device=pooled.device) * (stride * width)
+    return rows[:, None] + torch.arange(ow, dtype=dtype, device=pooled.device) * stride
 
 
 def _plane_index(switches: Tensor, width: int, kernel_size: int, stride: int) -> Tensor:
-    """`[N, C, OH, OW]` int64: the switches as positions within a plane `width` wide."""
+    """`[N, C, OH, OW]` int64: the switches as positions within a plane `width` wide; ValueError if out of range."""
+    _check_range(switches, kernel_size)
     if kernel_size & (kernel_size - 1) == 0:
         row = switches >> (kernel_size.bit_length() - 1)  # the division below is several times slower
     else:
         row = torch.div(switches, kernel_size, rounding_mode="floor")
-    index = switches.to(torch.int32).add_(row, alpha=width - kernel_size)
-    return index.add_(_corners(switches, width, stride)).to(torch.int64)
+    corners = _corners(switches, width, stride)
+    index = switches.to(corners.dtype).add_(row, alpha=width - kernel_size)
+    return index.add_(corners).to(torch.int64)
 
 
-@jit
-def _pool_kernel(
-    x, y, switches, H, W, Q, OH, OW, n_blocks,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y and switches of one block of one output row. Grid: P·OH × blocks of OW·Q.
-
-    Moves H·W in, OH·OW out per plane in x's dtype, and OH·OW bytes of switches. Limit: W·Q < 2³¹.
-    """
-    pid = tl.program_id(0)
-    i_row = pid // n_blocks
-    i_p = (i_row // OH).to(tl.int64)
-    i_h = i_row % OH
-    o_e = pid % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    m_e = o_e < OW * Q
-    o_x = o_e // Q * STRIDE * Q + o_e % Q
-    p_x = x + (i_p * H + i_h * STRIDE) * W * Q
-    b_max = tl.full([BLOCK], float("-inf"), tl.float32)
-    b_switch = tl.zeros([BLOCK], tl.int32)
-    for d in range(KERNEL * KERNEL):
-        b_x = tl.load(p_x + (d // KERNEL * W + d % KERNEL) * Q + o_x, mask=m_e, other=0.0).to(tl.float32)
-        larger = (b_x > b_max) | (b_x != b_x)
-        b_max = tl.where(larger, b_x, b_max)
-        b_switch = tl.where(larger, d, b_switch)
-    o_y = i_row.to(tl.int64) * OW * Q + o_e
-    tl.store(y + o_y, b_max, mask=m_e)
-    tl.store(switches + o_y, b_switch.to(tl.uint8), mask=m_e)
+def _check_range(switches: Tensor, kernel_size: int) -> None:
+    largest = int(switches.amax())
+    if largest >= kernel_size**2:
+        raise ValueError(
+            f"switches reach {largest}, but a window of {kernel_size}×{kernel_size} has 0 to {kernel_size**2 - 1}: "
+            "pass what max_pool2d_switches returned for the same kernel_size"
+        )
 
 
-@jit
-def _unpool_kernel(
-    y, switches, x, H, W, Q, OH, OW, n_blocks,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """x = Sᵀy, one block of one output row of x. Grid: P·H × blocks of W·Q.
-
-    Each position asks the windows that cover it, nearest first, whether they point at it: no atomics, the same bits
-    every time. Moves OH·OW in with as many bytes of switches, H·W out per plane. Limit: W·Q < 2³¹.
-    """
-    pid = tl.program_id(0)
-    i_row = pid // n_blocks
-    i_p = (i_row // H).to(tl.int64)
-    i_h = i_row % H
-    o_e = pid % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    m_e = o_e < W * Q
-    o_w = o_e // Q
-    o_q = o_e % Q
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    COVER: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
-    for d in range(COVER * COVER):
-        i_oh = i_h // STRIDE - d // COVER
-        o_ow = o_w // STRIDE - d % COVER
-        row = i_h - i_oh * STRIDE
-        o_column = o_w - o_ow * STRIDE
-        m_row = (i_oh >= 0) & (i_oh < OH) & (row < KERNEL)
-        m_y = m_e & m_row & (o_ow >= 0) & (o_ow < OW) & (o_column < KERNEL)
-        o_y = (i_p * OH + i_oh) * OW * Q + o_ow * Q + o_q
-        b_switch = tl.load(switches + o_y, mask=m_y, other=0).to(tl.int32)
-        b_y = tl.load(y + o_y, mask=m_y, other=0.0).to(tl.float32)
-        b_sum += tl.where(m_y & (b_switch == row * KERNEL + o_column), b_y, 0.0)
-    tl.store(x + i_row.to(tl.int64) * W * Q + o_e, b_sum, mask=m_e)
-
-
-@jit
-def _gather_kernel(
-    x, switches, y, H, W, Q, OH, OW, n_blocks,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y = S x, one block of one row of y. Grid: P·OH × blocks of OW·Q.
-
-    Moves at most H·W in, OH·OW out per plane, and OH·OW bytes of switches. A switch beyond the window gives 0 instead
-    of a read out of bounds. Limit: W·Q < 2³¹.
-    """
-    pid = tl.program_id(0)
-    i_row = pid // n_blocks
-    i_p = (i_row // OH).to(tl.int64)
-    i_h = i_row % OH
-    o_e = pid % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    m_e = o_e < OW * Q
-    o_y = i_row.to(tl.int64) * OW * Q + o_e
-    b_switch = tl.load(switches + o_y, mask=m_e, other=0).to(tl.int32)
-    m_x = m_e & (b_switch < KERNEL * KERNEL)
-    o_h = i_h * STRIDE + b_switch // KERNEL
-    o_w = o_e // Q * STRIDE + b_switch % KERNEL
-    o_x = (i_p * H + o_h) * W * Q + o_w * Q + o_e % Q
-    tl.store(y + o_y, tl.load(x + o_x, mask=m_x, other=0.0), mask=m_e)
-
-
-@runtime.launches_on_its_device
-def _launch(
-    large: Tensor,
-    small: Tensor,
-    kernel: Any,
-    tensors: tuple[Tensor, ...],
-    kernel_size: int,
-    stride: int,
-    *,
-    over_large: bool,
-) -> None:
-    """Runs `kernel` over the rows of `large [N, C, H, W]` or of `small [N, C, OH, OW]`, both dense in one format."""
-    p, _, q = runtime.as_prq(large)
-    height, width = (large if over_large else small).shape[2:]
-    block = min(1024, power_of_two(width * q))
-    n_blocks = ceil_div(width * q, block)
-    kernel[(p * height * n_blocks,)](
-        *tensors, large.shape[2], large.shape[3], q, small.shape[2], small.shape[3], n_blocks,
-        KERNEL=kernel_size, STRIDE=stride, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+def _check_range_unless_slow(switches: Tensor, kernel_size: int) -> None:
+    if not switches.is_cuda or os.environ.get("FASTNST_KERNELS_CHECK") == "1":
+        _check_range(switches, kernel_size)
 
 
 def _pooled_shape(x: Tensor, kernel_size: int, stride: int) -> tuple[int, int, int, int]:
@@ -199,7 +109,7 @@ def _max_pool(x: Tensor, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]
         return runtime.dense(y, like=x), runtime.dense(switches, like=x)
     shape = _pooled_shape(x, kernel_size, stride)
     y, switches = runtime.allocate_like(x, shape), runtime.allocate_like(x, shape, torch.uint8)
-    _launch(x, y, _pool_kernel, (x, y, switches), kernel_size, stride, over_large=False)
+    max_pool_kernels.pool(x, y, switches, kernel_size, stride)
     return y, switches
 
 
@@ -215,13 +125,13 @@ def _max_unpool(y: Tensor, switches: Tensor, height: int, width: int, kernel_siz
     y = runtime.dense(y, like=switches)
     x = runtime.allocate_like(switches, (*y.shape[:2], height, width), y.dtype)
     if runtime.implementation(y) == "triton":
-        _launch(x, y, _unpool_kernel, (y, switches, x), kernel_size, stride, over_large=True)
+        _check_range_unless_slow(switches, kernel_size)
+        max_pool_kernels.unpool(y, switches, x, kernel_size, stride)
         return x
     index = _plane_index(switches, width, kernel_size, stride)
-    if stride >= kernel_size:
-        return runtime.dense(torch.ops.aten.max_unpool2d(y, index, [height, width]), like=x)
-    # ATen's unpool would overwrite where windows overlap; its pooling backward adds, in the dtype that it is given.
-    dtype = runtime.statistics_dtype(y)
+    # ATen's pooling backward adds where windows overlap, in the dtype that it is given. Its unpool would overwrite, and
+    # takes longer. Of x only the shape and the format matter.
+    dtype = y.dtype if stride >= kernel_size else runtime.statistics_dtype(y)
     return torch.ops.aten.max_pool2d_with_indices_backward(
         y.to(dtype), x.to(dtype), [kernel_size] * 2, [stride] * 2, [0, 0], [1, 1], False, index
     ).to(y.dtype)
@@ -238,8 +148,9 @@ def _gather(x: Tensor, switches: Tensor, kernel_size: int, stride: int) -> Tenso
     x = runtime.dense(x, like=switches)
     if runtime.implementation(x) == "reference":
         return gather_switches_reference(x, switches, kernel_size, stride)
+    _check_range_unless_slow(switches, kernel_size)
     y = runtime.allocate_like(switches, dtype=x.dtype)
-    _launch(x, y, _gather_kernel, (x, switches, y), kernel_size, stride, over_large=False)
+    max_pool_kernels.gather(x, switches, y, kernel_size, stride)
     return y
 
 
@@ -322,7 +233,8 @@ def max_unpool2d_switches(
 
     Args:
         y: `[N, C, OH, OW]`, float32, float16, bfloat16 (float64 on the reference path); any memory format.
-        switches: `[N, C, OH, OW]` uint8, from `max_pool2d_switches`.
+        switches: `[N, C, OH, OW]` uint8, from `max_pool2d_switches`. On a GPU a switch out of range is not an error:
+            its value is dropped; see `FASTNST_KERNELS_CHECK` in this file's docstring.
         output_size: `(H, W)` of what was pooled.
         kernel_size: as in the pooling.
         stride: as in the pooling.
@@ -331,7 +243,8 @@ def max_unpool2d_switches(
         `[N, C, H, W]` in y's dtype and the switches' memory format, which is that of what was pooled.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not go together, or pooling `output_size` would not give `y`.
+        ValueError: shapes, dtypes or devices do not go together, pooling `output_size` would not give `y`, or (not on a
+            GPU) a switch is out of range.
     """
     runtime.check_images("y", y)
     _check_window(kernel_size, stride)
@@ -340,6 +253,8 @@ def max_unpool2d_switches(
     if switches.dtype != torch.uint8:
         raise ValueError(f"switches are {switches.dtype}, expected torch.uint8")
     runtime.check_same_device("switches", switches, "y", y)
+    if len(output_size) != 2:
+        raise ValueError(f"output_size is {tuple(output_size)}, expected (height, width)")
     height, width = output_size
     pooled = tuple((side - kernel_size) // stride + 1 for side in (height, width))
     if pooled != tuple(y.shape[2:]):
