@@ -1,0 +1,117 @@
+"""Nothing is timed that computes something else: each provider's result and gradients against fp64, on the same inputs.
+
+The truth is the PyTorch formulation in fp64 (fp32 where memory would not do) on the inputs as they are, rounded to
+their dtype. Two rules, both of which NaN breaks:
+
+    ‖a − t‖ / ‖t‖ ≤ NORM[dtype]         and for every element        |a − t| ≤ ELEMENT[dtype]·(|t| + rms(t))
+
+They are wide enough for a few roundings to the dtype in a row, as eager PyTorch does between ops, and far too narrow
+for a wrong formula, a missed border or an element that nobody wrote. Where x lies so near a ReLU's kink that rounding
+decides on which side, its gradient may be either value and is not compared; the sums over it, the gradients of weight
+and bias, hardly notice. The tests of the kernels themselves (`tests/kernels`) are stricter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernel_bench.ops import BACKWARD, Inputs, Op
+
+NORM = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+ELEMENT = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+_MEMORY_SHARE = 0.5  # of what is free, for an fp64 computation of the truth
+_COPIES = 8  # tensors of the larger of input and output that such a computation holds at once, roughly
+
+
+class WrongResult(AssertionError):
+    """A provider computes something else than the truth."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Output, gradients per leaf and fixed tensors after one call, all in high precision, and where x is undecided."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]
+    fixed: dict[str, Tensor]
+    undecided: Tensor | None
+
+
+def truth_of(op: Op, inputs: Inputs, dy: Tensor, dtype: torch.dtype) -> Truth:
+    """What `op` must give for `inputs` in `dtype` and the upstream gradient `dy`."""
+    high = _precision(inputs, dy)
+    leaves = {name: leaf.detach().to(high) for name, leaf in inputs.leaves.items()}
+    fixed = {name: value.to(high) if value.is_floating_point() else value for name, value in inputs.fixed.items()}
+    fixed = {name: value.clone() for name, value in fixed.items()}
+    epsilon = max(torch.finfo(dtype).eps, 2.0**-16)
+    with torch.no_grad():
+        undecided = op.undecided(Inputs(leaves, fixed), epsilon) if op.undecided else None
+    if BACKWARD not in op.directions():
+        with torch.no_grad():
+            return Truth(op.eager(*leaves.values(), *fixed.values()), {}, fixed, undecided)
+    wanted = [leaf.requires_grad_() for leaf in leaves.values()]
+    output = op.eager(*wanted, *fixed.values())
+    gradients = torch.autograd.grad(output, wanted, dy.to(output.dtype))
+    return Truth(output.detach(), dict(zip(leaves, gradients, strict=True)), fixed, undecided)
+
+
+def check(truth: Truth, dtype: torch.dtype, output: Tensor, gradients: dict[str, Tensor], fixed: dict[str, Tensor]):
+    """Compares everything that a provider computed with the truth.
+
+    Raises:
+        WrongResult: something is off; names it, its error and what is allowed.
+    """
+    faults = list(_faults("the result", output, truth.output, None, dtype))
+    for name, gradient in gradients.items():
+        expected = truth.gradients[name]
+        undecided = truth.undecided if truth.undecided is not None and expected.dim() == 4 else None
+        faults += _faults(f"the gradient of {name}", gradient, expected, undecided, dtype)
+    for name, value in fixed.items():
+        if value.is_floating_point():
+            faults += _faults(f"{name} after the call", value, truth.fixed[name], None, dtype)
+    if faults:
+        raise WrongResult("; ".join(faults))
+
+
+def _faults(what: str, actual: Tensor, truth: Tensor, undecided: Tensor | None, dtype: torch.dtype) -> Iterator[str]:
+    if actual.shape != truth.shape:
+        yield f"{what} has shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+        return
+    error = (actual.detach().to(truth.dtype) - truth).abs()
+    if undecided is not None:
+        error = error.masked_fill(undecided, 0.0)
+    rms = truth.square().mean().sqrt()
+    relative = (error.square().mean().sqrt() / rms).item()
+    if not relative <= NORM[dtype]:
+        yield f"{what} errs by {relative:.2e} of its norm, allowed {NORM[dtype]:.0e}"
+    worst = (error / (truth.abs() + rms)).max().item()
+    if not worst <= ELEMENT[dtype]:
+        yield f"one element of {what} errs by {worst:.2e} of its size, allowed {ELEMENT[dtype]:.0e}"
+
+
+def _precision(inputs: Inputs, dy: Tensor) -> torch.dtype:
+    """fp64 where its temporaries fit beside what is there."""
+    if dy.device.type != "cuda":
+        return torch.float64
+    elements = max(tensor.numel() for tensor in (*inputs.all(), dy))
+    free, _ = torch.cuda.mem_get_info(dy.device)
+    return torch.float64 if _COPIES * 8 * elements <= _MEMORY_SHARE * free else torch.float32
+
+
+Function = Callable[..., Tensor]
+
+
+def run(op: Op, function: Function, inputs: Inputs, dy: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Output, gradients, and `dy` in the memory format of the output, in which it would come back to each provider."""
+    names, leaves = list(inputs.leaves), list(inputs.leaves.values())
+    output = function(*leaves, *inputs.fixed.values())
+    own_dy = torch.empty_like(output.detach()).copy_(dy)
+    if BACKWARD not in op.directions():
+        return output.detach(), {}, own_dy
+    gradients: Sequence[Tensor] = torch.autograd.grad(output, leaves, own_dy)
+    return output.detach(), dict(zip(names, gradients, strict=True)), own_dy

@@ -1,0 +1,141 @@
+"""What the loss network's layers need beside convolutions: Gram matrices, style losses, pooling, gradients at taps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastnst_kernels as fk
+from fastnst_kernels import cost
+from fastnst_kernels.cost import Cost
+from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
+
+LAYER_SIZES: tuple[Size, ...] = ((64, 256, 256), (128, 128, 128), (256, 64, 64), (512, 32, 32), (512, 16, 16))
+SMALL_LAYER_SIZES: tuple[Size, ...] = ((16, 32, 32), (32, 16, 16))
+
+
+def _features(draw: Draw, shape: Shape) -> Inputs:
+    return Inputs({"features": draw.images(shape).relu_()})
+
+
+def _features_and_target(draw: Draw, shape: Shape) -> Inputs:
+    _, c, h, w = shape
+    painting = draw.vector((c, h * w), deviation=1.5).relu_()
+    return Inputs(_features(draw, shape).leaves, {"target": painting @ painting.mT / (c * h * w)})
+
+
+def _eager_gram(features: Tensor) -> Tensor:
+    """The product in the features' dtype, as cuBLAS does it; the rest in fp32.
+
+    `torch.bmm` can also write its sums in fp32 (`out_dtype`), but autograd has no derivative for that.
+    """
+    f = features.flatten(2)  # a view in both memory formats
+    gram = torch.bmm(f, f.mT)
+    return gram.to(torch.promote_types(gram.dtype, torch.float32)) / (f.shape[1] * f.shape[2])
+
+
+def _eager_style_loss(features: Tensor, target: Tensor) -> Tensor:
+    return (_eager_gram(features) - target).square().sum((1, 2))
+
+
+def _gram_gradient(draw: Draw, y: Tensor, shape: Shape) -> Tensor:
+    """Large, as under loss scaling: fp16 could not hold the features' gradient otherwise."""
+    return draw.vector(tuple(y.shape), deviation=shape[2] * shape[3] / 32)
+
+
+def _loss_gradient(draw: Draw, y: Tensor, shape: Shape) -> Tensor:
+    return draw.vector(tuple(y.shape), mean=1.0, deviation=0.1) * (shape[1] * shape[2] * shape[3] / 8)
+
+
+def _gram_op(
+    name: str,
+    inputs: Callable[[Draw, Shape], Inputs],
+    calls: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    least: tuple[Callable[..., Cost], Callable[..., Cost]],
+    upstream: Callable[[Draw, Tensor, Shape], Tensor],
+) -> Op:
+    def costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
+        return {FORWARD: least[0](shape, dtype), BACKWARD: least[1](shape, dtype)}
+
+    return Op(name, LAYER_SIZES, SMALL_LAYER_SIZES, inputs, *calls, costs, upstream, has_matrix_product=True)
+
+
+# Pooling.
+
+
+def _pool_inputs(draw: Draw, shape: Shape) -> Inputs:
+    return Inputs({"x": draw.images(shape)})
+
+
+def _eager_pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2, 2, return_indices=True)[0]
+
+
+def _fastnst_pool(x: Tensor) -> Tensor:
+    return fk.max_pool2d_switches(x)[0]
+
+
+def _unpool_inputs(draw: Draw, shape: Shape) -> Inputs:
+    """`shape` is that of the output; switches and PyTorch's indices say the same."""
+    pooled = draw.images(shape)
+    _, indices = F.max_pool2d(pooled, 2, 2, return_indices=True)
+    switches = fk.max_pool2d_switches_reference(pooled)[1].contiguous(memory_format=draw.memory_format)
+    n, c, h, w = shape
+    y = draw.images((n, c, h // 2, w // 2))
+    return Inputs({"y": y}, {"switches": switches, "indices": indices})
+
+
+def _eager_unpool(y: Tensor, _switches: Tensor, indices: Tensor) -> Tensor:
+    return F.max_unpool2d(y, indices, 2, 2)
+
+
+def _fastnst_unpool(y: Tensor, switches: Tensor, _indices: Tensor) -> Tensor:
+    return fk.max_unpool2d_switches(y, switches, (2 * y.shape[2], 2 * y.shape[3]))
+
+
+def _pool_costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
+    return {FORWARD: cost.max_pool2d_switches(shape, dtype), BACKWARD: cost.max_unpool2d_switches(shape, dtype)}
+
+
+def _unpool_costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
+    backward = cost.max_unpool2d_switches_backward(shape, dtype)
+    return {FORWARD: cost.max_unpool2d_switches(shape, dtype), BACKWARD: backward}
+
+
+GRAM_MATRIX = _gram_op(
+    "gram_matrix",
+    _features,
+    (fk.gram_matrix, _eager_gram),
+    (cost.gram_matrix, cost.gram_matrix_backward),
+    _gram_gradient,
+)
+STYLE_LOSS = _gram_op(
+    "style_loss",
+    _features_and_target,
+    (fk.style_loss, _eager_style_loss),
+    (cost.style_loss, cost.style_loss_backward),
+    _loss_gradient,
+)
+MAX_POOL = Op(
+    "max_pool2d_switches",
+    LAYER_SIZES,
+    SMALL_LAYER_SIZES,
+    _pool_inputs,
+    _fastnst_pool,
+    _eager_pool,
+    _pool_costs,
+    image_gradient,
+)
+MAX_UNPOOL = Op(
+    "max_unpool2d_switches",
+    LAYER_SIZES,
+    SMALL_LAYER_SIZES,
+    _unpool_inputs,
+    _fastnst_unpool,
+    _eager_unpool,
+    _unpool_costs,
+    image_gradient,
+)

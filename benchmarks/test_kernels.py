@@ -1,0 +1,57 @@
+"""Every op of fastnst_kernels, forward and backward, for every provider: `pytest benchmarks/`.
+
+    pytest benchmarks/ --benchmark-json kernels.json        then: python benchmarks/report.py kernels.json
+    pytest benchmarks/ -k "instance_norm and 16x32x256"     one shape
+    pytest benchmarks/ --help                               the options are under "kernel benchmarks"
+
+One test is one provider in one direction. All that are asked for of one op and shape are checked and timed together, in
+turns, when the first of them runs; each then hands its own repetitions to pytest-benchmark. A provider whose result is
+wrong fails and has no row.
+"""
+
+from __future__ import annotations
+
+import pytest
+from kernel_bench import options
+from kernel_bench.catalogue import OPS
+from kernel_bench.providers import COPY
+from kernel_bench.session import OutOfTime, Session, extra_info
+from kernel_bench.timing import Clock
+
+_CLOCK = Clock()
+_PARAMETERS = ("op", "shape", "direction", "provider")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    settings = metafunc.config.stash[options.SETTINGS]
+    rows = [
+        pytest.param(name, shape, direction, provider, id=f"{name}-{'x'.join(map(str, shape))}-{direction}-{provider}")
+        for name, op in OPS.items()
+        for shape in settings.shapes(op)
+        for direction in op.directions()
+        for provider in settings.providers_of(op)
+    ]
+    metafunc.parametrize(_PARAMETERS, rows)
+
+
+def _asked_for(request: pytest.FixtureRequest, op: str, shape: tuple[int, ...]) -> set[tuple[str, str]]:
+    """Provider and direction of all selected tests of this op and shape."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return {(p["provider"], p["direction"]) for p in parameters if p.get("op") == op and p.get("shape") == shape}
+
+
+@pytest.mark.benchmark(timer=_CLOCK)
+def test_kernel(benchmark, session: Session, request, op: str, shape, direction: str, provider: str) -> None:
+    wanted = _asked_for(request, op, shape)
+    try:
+        outcome = session.outcome(OPS[op], shape, provider, direction, wanted)
+    except OutOfTime as spent:
+        pytest.skip(str(spent))
+    if isinstance(outcome, Exception):
+        raise outcome
+    if not benchmark.enabled and provider == COPY:
+        pytest.skip("a copy has no result to check, and timing is disabled")
+    benchmark.group = f"{op} {list(shape)} {direction}"
+    benchmark.extra_info.update(extra_info(session, OPS[op], shape, provider, direction, outcome))
+    seconds = outcome.timing.seconds
+    benchmark.pedantic(_CLOCK.replay(seconds), rounds=len(seconds))

@@ -1,0 +1,272 @@
+"""What each op costs at least: the bytes that must move and the floating-point operations that must be done.
+
+Both are counted from shapes and dtypes alone, so that a measured time can be held against a limit that no design can
+pass, on any GPU: bytes over the bandwidth of a plain copy, operations over the rate of the arithmetic units.
+
+Bytes: each input of the op is read once and each output written once, per-channel vectors and statistics included;
+nothing is re-read, and what stays on chip between two steps costs nothing. A backward is an op of its own: its inputs
+are the upstream gradient and what the formula needs from the forward, its outputs the gradients. Statistics are
+float32 (float64 for float64), Gram matrices, too; parameters are `parameter_dtype`.
+
+Operations: an addition, a subtraction, a multiplication, a comparison, a division and a square root count one each, a
+fused multiply-add therefore two. Matrix products are counted in full, 2·M·N·K, although a Gram matrix is symmetric:
+matrix units cannot skip half of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations, and the fewest bytes read and written together."""
+
+    flops: int
+    minimum_bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        """One op after the other, with nothing kept on chip between them."""
+        return Cost(self.flops + other.flops, self.minimum_bytes + other.minimum_bytes)
+
+
+def _elements(shape: Sequence[int]) -> int:
+    n, c, h, w = shape
+    return n * c * h * w
+
+
+def _statistics_size(dtype: torch.dtype) -> int:
+    return max(4, dtype.itemsize)
+
+
+def enlarged_elements(shape: Sequence[int], upsample: int = 1, padding: int = 0) -> int:
+    """Elements of `[N, C, upsample·H + 2·padding, upsample·W + 2·padding]` for `shape` `[N, C, H, W]`."""
+    n, c, h, w = shape
+    return n * c * (upsample * h + 2 * padding) * (upsample * w + 2 * padding)
+
+
+def instance_norm(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    relu: bool = False,
+    upsample: int = 1,
+    padding: int = 0,
+    parameter_dtype: torch.dtype = torch.float32,
+) -> Cost:
+    """`relu?((x − μ)·r·w + b + residual)`, μ and r per sample and channel, then repeated and padded.
+
+    Bytes: x and the residual in, y out at its own size; w and b in, μ and r out for the backward.
+    Operations per element: mean 1, variance 3, one multiply-add with folded scale and shift, residual 1, ReLU 1; per
+    group of one μ and r: 8 to get and fold them. Upsampling and padding copy.
+
+    Args:
+        shape: `[N, C, H, W]` of x.
+        dtype: of x, the residual and y.
+        residual: whether one is added.
+        relu: whether negative values become 0.
+        upsample: how often each pixel is repeated in both directions.
+        padding: width of the border.
+        parameter_dtype: of weight and bias.
+
+    Returns:
+        the cost of one forward pass.
+    """
+    return _norm(shape, dtype, shape[0] * shape[1], True, 0, residual, relu, upsample, padding, parameter_dtype)
+
+
+def batch_norm(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    residual: bool = False,
+    relu: bool = False,
+    upsample: int = 1,
+    padding: int = 0,
+    parameter_dtype: torch.dtype = torch.float32,
+) -> Cost:
+    """As `instance_norm`, with μ and r per channel.
+
+    Training also reads and writes both running statistics (float32). Inference reads them and has neither mean and
+    variance (4 operations per element) nor their divisions to compute, nor statistics to keep.
+    """
+    vectors = 4 if training else 2
+    return _norm(shape, dtype, shape[1], training, vectors, residual, relu, upsample, padding, parameter_dtype)
+
+
+def _norm(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    groups: int,
+    batch_statistics: bool,
+    running_vectors: int,
+    residual: bool,
+    relu: bool,
+    upsample: int,
+    padding: int,
+    parameter_dtype: torch.dtype,
+) -> Cost:
+    elements, statistics = _elements(shape), _statistics_size(dtype)
+    moved = (elements * (1 + residual) + enlarged_elements(shape, upsample, padding)) * dtype.itemsize
+    moved += 2 * shape[1] * parameter_dtype.itemsize + running_vectors * shape[1] * statistics
+    moved += 2 * groups * statistics if batch_statistics else 0
+    # r = 1/√(σ² + ε) is 3, scale w·r and shift b − μ·w·r are 3, the two divisions by M 2
+    per_group = 8 if batch_statistics else 6
+    per_element = (4 if batch_statistics else 0) + 2 + residual + relu
+    return Cost(elements * per_element + groups * per_group, moved)
+
+
+def instance_norm_backward(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    relu: bool = False,
+    upsample: int = 1,
+    padding: int = 0,
+    parameter_dtype: torch.dtype = torch.float32,
+) -> Cost:
+    """`dx = w·r·(g − Σg/M − x̂·Σ(g·x̂)/M)`, `d_weight`, `d_bias` and, where there was one, `d_residual = g`.
+
+    Bytes: dy (of y's size) and x in, dx out; w, μ, r in, `d_weight` and `d_bias` out. The ReLU's mask follows from x,
+    w, b, μ, r, unless a residual was added: then one more tensor of x's size tells the sign. `d_residual` is written
+    where it differs from dy: behind a ReLU, a padding or an upsampling.
+    Operations per element: x̂ 2, Σg 1, Σg·x̂ 2, dx 4; the mask 1, and 2 for recomputing what it tests. Undoing the
+    upsampling adds upsample² − 1 values per element, undoing the padding one per element of the border.
+
+    Args and Returns: as for `instance_norm`.
+    """
+    groups = shape[0] * shape[1]
+    return _norm_backward(shape, dtype, groups, True, residual, relu, upsample, padding, parameter_dtype)
+
+
+def batch_norm_backward(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    residual: bool = False,
+    relu: bool = False,
+    upsample: int = 1,
+    padding: int = 0,
+    parameter_dtype: torch.dtype = torch.float32,
+) -> Cost:
+    """As `instance_norm_backward`. With running statistics dx = w·r·g, one operation; `d_weight` still needs x."""
+    return _norm_backward(shape, dtype, shape[1], training, residual, relu, upsample, padding, parameter_dtype)
+
+
+def _norm_backward(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    groups: int,
+    batch_statistics: bool,
+    residual: bool,
+    relu: bool,
+    upsample: int,
+    padding: int,
+    parameter_dtype: torch.dtype,
+) -> Cost:
+    n, c, h, w = shape
+    elements, enlarged = _elements(shape), enlarged_elements(shape, upsample, padding)
+    sign_from_elsewhere = residual and relu
+    own_residual_gradient = residual and (relu or upsample > 1 or padding > 0)
+    moved = (enlarged + elements * (2 + sign_from_elsewhere + own_residual_gradient)) * dtype.itemsize
+    moved += 2 * groups * _statistics_size(dtype)
+    needs_bias = relu and not residual
+    moved += (3 + needs_bias) * c * parameter_dtype.itemsize  # weight and perhaps bias in, both gradients out
+    mask = 0 if not relu else 1 if residual else 3
+    per_element = 2 + 1 + 2 + (4 if batch_statistics else 1) + mask
+    border = enlarged - n * c * h * w * upsample**2
+    adjoint = elements * (upsample**2 - 1) + border
+    # per group: w·r, and the division by M of each sum that enters dx
+    return Cost(elements * per_element + adjoint + groups * (3 if batch_statistics else 1), moved)
+
+
+def gram_matrix(shape: Sequence[int], dtype: torch.dtype) -> Cost:
+    """`G = FᵀF / (C·H·W)`: F in, `[N, C, C]` float32 out; a product with K = H·W, and a scaling."""
+    n, c, h, w = shape
+    grams = n * c * c
+    return Cost(2 * grams * h * w + grams, _elements(shape) * dtype.itemsize + grams * _statistics_size(dtype))
+
+
+def gram_matrix_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
+    """`dF = F(dG + dGᵀ) / (C·H·W)`: F and dG in, dF out; a sum and a scaling of C × C, and a product with K = C."""
+    n, c, h, w = shape
+    grams = n * c * c
+    moved = 2 * _elements(shape) * dtype.itemsize + grams * _statistics_size(dtype)
+    return Cost(2 * grams * h * w + 2 * grams, moved)
+
+
+def style_loss(shape: Sequence[int], dtype: torch.dtype, *, shared_target: bool = True) -> Cost:
+    """`‖G − T‖²_F` per sample: F and T in, the loss and D = G − T (which the backward needs) out.
+
+    Operations on C × C beside the product: scaling, difference, square, sum.
+
+    Args:
+        shape: `[N, C, H, W]` of the features.
+        dtype: of the features.
+        shared_target: whether T is one `[C, C]` for all samples.
+
+    Returns:
+        the cost of one forward pass.
+    """
+    n, c, h, w = shape
+    grams = n * c * c
+    statistics = (grams + (c * c if shared_target else grams) + n) * _statistics_size(dtype)
+    return Cost(2 * grams * h * w + 4 * grams, _elements(shape) * dtype.itemsize + statistics)
+
+
+def style_loss_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
+    """`dF = 2·dl·F(D + Dᵀ) / (C·H·W)`: F, D and one dl per sample in, dF out; T is a constant."""
+    backward = gram_matrix_backward(shape, dtype)
+    upstream = Cost(2 * shape[0], shape[0] * _statistics_size(dtype))  # dl, doubled and scaled
+    return backward + upstream
+
+
+def _windows(shape: Sequence[int], kernel_size: int, stride: int) -> int:
+    n, c, h, w = shape
+    return n * c * ((h - kernel_size) // stride + 1) * ((w - kernel_size) // stride + 1)
+
+
+def _covered(shape: Sequence[int], kernel_size: int, stride: int) -> int:
+    """Elements that lie in at least one window: an odd last row does not, nor does what a wide stride skips."""
+    n, c, *sides = shape
+    covered = n * c
+    for side in sides:
+        count = (side - kernel_size) // stride + 1
+        covered *= count * kernel_size if stride >= kernel_size else (count - 1) * stride + kernel_size
+    return covered
+
+
+def max_pool2d_switches(shape: Sequence[int], dtype: torch.dtype, kernel_size: int = 2, stride: int = 2) -> Cost:
+    """The covered part of x `shape` in, y and one byte per window out; kernel_size² − 1 comparisons per window."""
+    windows = _windows(shape, kernel_size, stride)
+    moved = (_covered(shape, kernel_size, stride) + windows) * dtype.itemsize + windows
+    return Cost(windows * (kernel_size**2 - 1), moved)
+
+
+def max_unpool2d_switches(shape: Sequence[int], dtype: torch.dtype, kernel_size: int = 2, stride: int = 2) -> Cost:
+    """y and one byte per window in, the whole of `shape` `[N, C, H, W]` out. Also the pool's backward.
+
+    One addition per window where windows overlap; else values are only placed.
+    """
+    windows = _windows(shape, kernel_size, stride)
+    moved = (_elements(shape) + windows) * dtype.itemsize + windows
+    return Cost(windows if stride < kernel_size else 0, moved)
+
+
+def max_unpool2d_switches_backward(
+    shape: Sequence[int], dtype: torch.dtype, kernel_size: int = 2, stride: int = 2
+) -> Cost:
+    """The gradient `shape` where windows cover it and the switches in, one value per window out; no arithmetic.
+
+    Only one element per window is wanted. But memory moves in pieces of 32 bytes, and with 16-bit channels side by
+    side a piece in which no switch points is rare (0.75¹⁶ = 1%), so the covered part counts as read.
+    """
+    windows = _windows(shape, kernel_size, stride)
+    return Cost(0, (_covered(shape, kernel_size, stride) + windows) * dtype.itemsize + windows)
