@@ -5,7 +5,14 @@ the same bits every time. `runtime` says which implementation runs; `kernels/REA
 """
 
 from fastnst_kernels.batch_norm import batch_norm, batch_norm_reference
-from fastnst_kernels.gram import gram_matrix, gram_matrix_reference, style_loss, style_loss_reference
+from fastnst_kernels.gram import (
+    StyleMatrix,
+    gram_matrix,
+    gram_matrix_reference,
+    style_loss,
+    style_loss_and_matrix,
+    style_loss_reference,
+)
 from fastnst_kernels.instance_norm import instance_norm, instance_norm_reference
 from fastnst_kernels.max_pool import (
     max_pool2d_switches,
@@ -13,8 +20,10 @@ from fastnst_kernels.max_pool import (
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
+from fastnst_kernels.taps import tap_backward, tap_backward_reference
 
 __all__ = [
+    "StyleMatrix",
     "batch_norm",
     "batch_norm_reference",
     "gram_matrix",
@@ -26,5 +35,8 @@ __all__ = [
     "max_unpool2d_switches",
     "max_unpool2d_switches_reference",
     "style_loss",
+    "style_loss_and_matrix",
     "style_loss_reference",
+    "tap_backward",
+    "tap_backward_reference",
 ]
