@@ -12,6 +12,8 @@ _ALL = (
     layer_ops.STYLE_LOSS,
     layer_ops.MAX_POOL,
     layer_ops.MAX_UNPOOL,
+    layer_ops.TAP_STYLE,
+    layer_ops.TAP_CONTENT,
     layer_ops.GRAM_MATRIX,
     *(norm_ops.norm("batch_norm_training", epilogue, training=True) for epilogue in _EPILOGUES),
     *(norm_ops.norm("batch_norm_inference", epilogue, training=False) for epilogue in _EPILOGUES),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,61 @@ def _unpool_costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
     return {FORWARD: cost.max_unpool2d_switches(shape, dtype), BACKWARD: backward}
 
 
+# Gradients at tapped layers: the incoming one, the style's and the content's, through the ReLU.
+
+
+def _tap_inputs(draw: Draw, shape: Shape, *, style: bool) -> Inputs:
+    n, c, h, w = shape
+    fixed = {"features": draw.images(shape).relu_(), "incoming": draw.images(shape)}
+    if not style:
+        content = draw.images(shape).relu_()
+        return Inputs({}, fixed | {"content_target": content, "content_factor": draw.vector((n,), mean=1.0)})
+    target = draw.vector((c, c), mean=0.5 / c, deviation=0.5 / c)
+    matrix = fk.style_loss_and_matrix(fixed["features"], target)[1]
+    # The style's share comes to about the size of the incoming gradient.
+    factor = draw.vector((n,), mean=1.0, deviation=0.1) * (c * h * w)
+    return Inputs({}, fixed | {"values": matrix.values, "scale": matrix.scale, "style_factor": factor})
+
+
+def _eager_tap_style(features: Tensor, incoming: Tensor, values: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+    """The scaling meets the C × C matrix, the incoming gradient joins in the product's own epilogue."""
+    _, c, h, w = features.shape
+    matrix = (values * (scale * factor / (c * h * w)).view(-1, 1, 1)).to(features.dtype)
+    total = torch.baddbmm(incoming.flatten(2).mT, features.flatten(2).mT, matrix).mT.unflatten(2, (h, w))
+    return torch.ops.aten.threshold_backward(total, features, 0)
+
+
+def _eager_tap_content(features: Tensor, incoming: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    total = incoming + factor.to(features.dtype).view(-1, 1, 1, 1) * (features - target)
+    return torch.ops.aten.threshold_backward(total, features, 0)
+
+
+def _fastnst_tap_style(features: Tensor, incoming: Tensor, values: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+    matrix = fk.StyleMatrix(values, scale)
+    return fk.tap_backward(features, incoming=incoming, style_matrix=matrix, style_factor=factor)
+
+
+def _fastnst_tap_content(features: Tensor, incoming: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    return fk.tap_backward(features, incoming=incoming, content_target=target, content_factor=factor)
+
+
+def _tap(*, style: bool) -> Op:
+    def costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
+        return {FORWARD: cost.tap_backward(shape, dtype, style=style, content=not style)}
+
+    return Op(
+        "tap_backward+style" if style else "tap_backward+content",
+        LAYER_SIZES,
+        SMALL_LAYER_SIZES,
+        partial(_tap_inputs, style=style),
+        _fastnst_tap_style if style else _fastnst_tap_content,
+        _eager_tap_style if style else _eager_tap_content,
+        costs,
+        image_gradient,
+        has_matrix_product=style,
+    )
+
+
 GRAM_MATRIX = _gram_op(
     "gram_matrix",
     _features,
@@ -139,3 +195,5 @@ MAX_UNPOOL = Op(
     _unpool_costs,
     image_gradient,
 )
+TAP_STYLE = _tap(style=True)
+TAP_CONTENT = _tap(style=False)

@@ -90,5 +90,5 @@ class Op:
 
 
 def image_gradient(draw: Draw, y: Tensor, _: Shape) -> Tensor:
-    """Not centred, so that its sums (the gradients of weight and bias) are not mere remainders of cancelling."""
-    return draw.vector(tuple(y.shape), mean=0.5)
+    """Neither centred nor independent of `y`: else its sums, the gradients of weight and bias, would be remainders."""
+    return draw.vector(tuple(y.shape), mean=0.5).add_(y, alpha=0.5)

@@ -203,9 +203,10 @@ def gram_matrix_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
 
 
 def style_loss(shape: Sequence[int], dtype: torch.dtype, *, shared_target: bool = True) -> Cost:
-    """`‖G − T‖²_F` per sample: F and T in, the loss and D = G − T (which the backward needs) out.
+    """`‖D‖²_F`, D = G − T, per sample: F and T in, the loss and what the backward needs, D + Dᵀ and its scale, out.
 
-    Operations on C × C beside the product: scaling, difference, square, sum.
+    D + Dᵀ is kept in the features' dtype, in which it meets them again. Operations on C × C beside the product:
+    scaling, difference, square, sum, and the sum of D and Dᵀ.
 
     Args:
         shape: `[N, C, H, W]` of the features.
@@ -217,15 +218,48 @@ def style_loss(shape: Sequence[int], dtype: torch.dtype, *, shared_target: bool 
     """
     n, c, h, w = shape
     grams = n * c * c
-    statistics = (grams + (c * c if shared_target else grams) + n) * _statistics_size(dtype)
-    return Cost(2 * grams * h * w + 4 * grams, _elements(shape) * dtype.itemsize + statistics)
+    statistics = ((c * c if shared_target else grams) + 2 * n) * _statistics_size(dtype)
+    return Cost(2 * grams * h * w + 5 * grams, (_elements(shape) + grams) * dtype.itemsize + statistics)
 
 
 def style_loss_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
-    """`dF = 2·dl·F(D + Dᵀ) / (C·H·W)`: F, D and one dl per sample in, dF out; T is a constant."""
-    backward = gram_matrix_backward(shape, dtype)
-    upstream = Cost(2 * shape[0], shape[0] * _statistics_size(dtype))  # dl, doubled and scaled
-    return backward + upstream
+    """`dF = 2·dl·F(D + Dᵀ) / (C·H·W)`: F, D + Dᵀ, its scale and one dl per sample in, dF out; T is a constant.
+
+    A product with K = C, and one multiplication per element of C × C or of dF, whichever are fewer.
+    """
+    n, c, h, w = shape
+    grams = n * c * c
+    moved = (2 * _elements(shape) + grams) * dtype.itemsize + 2 * n * _statistics_size(dtype)
+    return Cost(2 * grams * h * w + min(grams, _elements(shape)), moved)
+
+
+def tap_backward(
+    shape: Sequence[int], dtype: torch.dtype, *, incoming: bool = True, style: bool = False, content: bool = False
+) -> Cost:
+    """`[F > 0]·(I + s·F(D + Dᵀ)/(C·H·W) + c·(F − X))`: F in and the result out, and what the terms need in.
+
+    Bytes: I and X are of F's size; the style adds D + Dᵀ in F's dtype, its scale and s, the content c.
+    Operations per element: the mask 1, the content 3 with its sum, I and the style one addition each, beside the
+    style's product and scaling as in `style_loss_backward`. The first term needs no addition.
+
+    Args:
+        shape: `[N, C, H, W]` of F.
+        dtype: of F, I, X and the result.
+        incoming: whether there is I.
+        style: whether there is a style term.
+        content: whether there is a content term.
+
+    Returns:
+        the cost of one call.
+    """
+    n, c, h, w = shape
+    elements, grams = _elements(shape), n * c * c
+    tensors = 2 + incoming + content
+    vectors = (2 * style + content) * n * _statistics_size(dtype)
+    product = 2 * grams * h * w + min(grams, elements) if style else 0
+    additions = incoming + style + content - 1
+    flops = elements * (1 + additions + 2 * content) + product
+    return Cost(flops, (elements * tensors + grams * style) * dtype.itemsize + vectors)
 
 
 def _windows(shape: Sequence[int], kernel_size: int, stride: int) -> int:
