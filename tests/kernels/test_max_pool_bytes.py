@@ -1,0 +1,151 @@
+"""What the 2×2 kernels move, counted, and where kernels find their elements when these outnumber 32 bits."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from byte_counter import count_bytes
+from kernel_cases import DTYPES, LAYOUTS, randn
+
+from fastnst_kernels import (
+    max_pool2d_switches,
+    max_pool2d_switches_reference,
+    max_pool_2x2,
+    max_pool_kernels,
+    max_unpool2d_switches,
+    max_unpool2d_switches_reference,
+)
+
+
+def in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs `test`, which need not ask for the fixture `tier`, in the interpreter's tier alone."""
+    test = pytest.mark.usefixtures("tier")(test)
+    return pytest.mark.parametrize("tier", ["interpreter"], indirect=True)(test)
+
+
+@in_interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("shape", [(2, 64, 4, 16), (1, 512, 2, 4), (2, 24, 4, 18), (1, 3, 9, 11)])
+def test_each_byte_moves_once(layout, shape, dtype):
+    """In one launch each, at most 5% above the minimum: x, y, and one byte per window. Odd sides leave a rest of x
+    that no window covers, which the pool need not read and the unpool must set to zero."""
+    x = LAYOUTS[layout](randn(shape, dtype))
+    windows = x[..., ::2, ::2][..., : shape[2] // 2, : shape[3] // 2].numel()
+    size = x.element_size()
+    with count_bytes() as pooling:
+        y, switches = max_pool2d_switches(x)
+    assert pooling.launches == 1
+    assert pooling.unique_loaded == pooling.loaded
+    assert pooling.total <= 1.05 * (x.numel() * size + windows * (size + 1))
+    assert pooling.unique_stored == pooling.stored == windows * (size + 1)
+    with count_bytes() as unpooling:
+        max_unpool2d_switches(y, switches, shape[2:])
+    assert unpooling.launches == 1
+    assert unpooling.unique_loaded == unpooling.loaded == windows * (size + 1)
+    assert unpooling.unique_stored == unpooling.stored == x.numel() * size
+    with count_bytes() as gathering:
+        torch.ops.fastnst.gather_switches(x, switches, 2, 2)
+    assert gathering.launches == 1
+    assert gathering.total <= 1.05 * (x.numel() * size + windows * (size + 1))
+
+
+@in_interpreter
+def test_counter_counts():
+    """By hand: windows of 2 that step by 1 read the middle column of a 2×3 picture twice, all but once is unique."""
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    with count_bytes() as traffic:
+        max_pool2d_switches(x, 2, 1)
+    assert (traffic.loaded, traffic.unique_loaded) == (8 * 4, 6 * 4)
+    assert (traffic.stored, traffic.unique_stored) == (2 * 5, 2 * 5)
+    assert (traffic.launches, traffic.total) == (1, 8 * 4 + 2 * 5)
+
+
+class _LastProgram:
+    """Stands where a kernel stood and runs the last program of its grid only."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        set_size, set_place = builder.set_grid_dim, builder.set_grid_idx
+
+        def size(*_: int) -> None:
+            set_size(*grid)
+
+        def place(*_: int) -> None:
+            set_place(*[blocks - 1 for blocks in grid])
+
+        def launch(*args: Any, **options: Any) -> None:
+            with (
+                mock.patch.object(builder, "set_grid_dim", size),
+                mock.patch.object(builder, "set_grid_idx", place),
+            ):
+                self._kernel[(1, 1, 1)](*args, **options)
+
+        return launch
+
+
+@in_interpreter
+@pytest.mark.parametrize(("side", "kernel_size"), [(3352, 2), (3351, 3)])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_more_elements_than_32_bits_count(monkeypatch, layout, side, kernel_size):
+    """Pool, gather and unpool at the last corner of 2.16·10⁹ elements, memory that nothing else touches. The last
+    program alone runs: an offset that overflowed would find other values there, or nothing at all."""
+    for module in (max_pool_2x2, max_pool_kernels):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, _LastProgram(getattr(module, name)))
+
+    def untouched(side: int, dtype: torch.dtype) -> torch.Tensor:
+        if layout == "contiguous":
+            return torch.empty((3, 64, side, side), dtype=dtype)
+        return torch.empty((3, side, side, 64), dtype=dtype).permute(0, 3, 1, 2)
+
+    pooled = (side - kernel_size) // 2 + 1
+    x, y, switches = (
+        untouched(side, torch.bfloat16),
+        untouched(pooled, torch.bfloat16),
+        untouched(pooled, torch.uint8),
+    )
+    assert x.numel() > 2**31
+    # The last three windows of the last plane, with the maxima in their last row, which ends the tensor.
+    corner = x[-1:, -1:, -kernel_size:, -(kernel_size + 4) :]
+    corner.copy_(randn(corner.shape, torch.bfloat16))
+    corner[..., -1, :] += 16
+    expected, expected_switches = max_pool2d_switches_reference(corner, kernel_size, 2)
+    last = (slice(-1, None), slice(-1, None), slice(-1, None), slice(-3, None))
+    max_pool_kernels.pool(x, y, switches, kernel_size, 2)
+    assert torch.equal(y[last], expected)
+    assert torch.equal(switches[last], expected_switches)
+    y[last] = 0
+    max_pool_kernels.gather(x, switches, y, kernel_size, 2)
+    assert torch.equal(y[last], expected)
+    max_pool_kernels.unpool(y, switches, x, kernel_size, 2)
+    spread = max_unpool2d_switches_reference(expected, expected_switches, corner.shape[2:], kernel_size, 2)
+    assert torch.equal(x[-1, -1, -1, -4:], spread[-1, -1, -1, -4:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 1, 2, 2**31), r"shape \(1, 1, 2, 2147483648\): a row holds 2147483648 elements, .* up to 2147483647"),
+        ((1, 512, 2, 2**22), r"a row holds 2147483648 elements"),
+        (
+            (2, 512, 4, 2**20),
+            r"shape \(2, 512, 4, 1048576\): it takes \(4, 524288, 1\) programs, CUDA allows \(2147483647, 65535",
+        ),
+    ],
+)
+def test_what_the_kernels_cannot_count(shape, message):
+    """Without memory, as the check comes before the launch."""
+    n, c, h, w = shape
+    x, y = (
+        torch.empty((n, rows, columns, c), device="meta").permute(0, 3, 1, 2)
+        for rows, columns in ((h, w), (h // 2, w // 2))
+    )
+    with pytest.raises(ValueError, match=message):
+        max_pool_kernels.pool(x, y, torch.empty_like(y, dtype=torch.uint8), 2, 2)
