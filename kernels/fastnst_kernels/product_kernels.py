@@ -28,7 +28,7 @@ from fastnst_kernels.runtime import ceil_div, jit, tl
 
 # Positions × channels of the result, summed over `depth` channels at a time; see `gram_kernels.GRAM_TILES`.
 PRODUCT_TILES = {
-    "C ≤ 64": Tile(128, 64, 64, 8, 1),
+    "C ≤ 64": Tile(128, 64, 64, 4, 1),
     "C ≤ 128": Tile(128, 128, 128, 8, 1),
     "C > 128": Tile(128, 128, 64, 8, 3),
     "small": Tile(64, 64, 64, 4, 4),
