@@ -13,6 +13,7 @@ from torch import Tensor
 from fastnst_kernels import runtime
 from kernel_bench import correctness
 from kernel_bench.environment import environment
+from kernel_bench.launches import count_launches
 from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape
 from kernel_bench.providers import COPY, PROVIDERS, Function
 from kernel_bench.timing import Contender, Timing, timer_for
@@ -44,11 +45,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One provider, one direction: the repetitions, and bytes that were allocated beyond what was there before."""
+    """One provider in one direction.
+
+    Attributes:
+        timing: the repetitions.
+        peak_bytes: the most that was allocated beyond what was there before; None on a CPU.
+        launches: of kernels and copies, by the profiler; None where it cannot look at the device.
+        moved_bytes: what the library's launches move if each reads or writes each of its tensors once; else None.
+    """
 
     timing: Timing
     peak_bytes: int | None
     launches: int | None
+    moved_bytes: int | None
 
 
 Outcome = Measurement | Exception
@@ -119,7 +128,7 @@ class Session:
             timings = self._timer.measure(list(calls.values()), self.settings.rounds, max(5, len(calls)))
             for (name, contender), timing in zip(calls.items(), timings, strict=True):
                 peak, launches = self._memory_and_launches(contender)
-                outcomes[name, direction] = Measurement(timing, peak, launches)
+                outcomes[name, direction] = Measurement(timing, peak, launches, _moved_bytes(contender))
         return outcomes
 
     def _checked(
@@ -171,6 +180,13 @@ class Session:
         return peak, len(on_device) or None  # without events the profiler could not look at the device
 
 
+def _moved_bytes(contender: Contender) -> int | None:
+    prepared = contender.prepare()
+    with count_launches() as traffic:
+        contender.call(prepared)
+    return traffic.operand_bytes if traffic.launches else None
+
+
 def _contender(function: Function, inputs: Inputs, dy: Tensor, direction: str) -> Contender:
     arguments, leaves = inputs.all(), list(inputs.leaves.values())
     if direction == FORWARD:
@@ -199,6 +215,7 @@ def extra_info(
         "dtype": settings.dtype,
         "layout": settings.layout,
         "minimum_bytes": cost.minimum_bytes,
+        "moved_bytes": measurement.moved_bytes if provider != COPY else cost.minimum_bytes,
         "flops": cost.flops if provider != COPY else 0,
         "p20_us": timing.percentile(20) * 1e6,
         "p50_us": median * 1e6,
