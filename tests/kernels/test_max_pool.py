@@ -9,10 +9,11 @@ from tolerances import assert_as_exact_as_torch
 from fastnst_kernels import (
     max_pool2d_switches,
     max_pool2d_switches_reference,
+    max_pool_kernels,
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
-from fastnst_kernels.max_pool import gather_switches_reference
+from fastnst_kernels.max_pool import _plane_index, gather_switches_reference
 
 # (shape, window, stride): even and odd sides, overlap, gaps between windows, one window, the largest window, stride 1.
 CASES = [
@@ -173,10 +174,11 @@ def test_second_derivative(tier):
     assert torch.equal(back, gather_switches_reference(probe, switches))
 
 
-def test_same_bits_twice(tier):
-    x = randn((2, 3, 9, 11), torch.float32, tier.device)
-    dy = randn((2, 3, 7, 9), torch.float32, tier.device, seed=1)
-    first, second = (gradients(lambda x: max_pool2d_switches(x, 3, 1)[0], [x], dy) for _ in range(2))
+@pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 1)])
+def test_same_bits_twice(tier, kernel_size, stride):
+    x = randn((1, 3, 6, 7), torch.float32, tier.device)
+    dy = randn(switches_of_torch(x, kernel_size, stride)[0].shape, torch.float32, tier.device, seed=1)
+    first, second = (gradients(lambda x: max_pool2d_switches(x, kernel_size, stride)[0], [x], dy) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1][0], second[1][0])
 
@@ -203,18 +205,79 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: gather_switches_reference(x, switches, 3, 2), [x])
 
 
-def test_traced_in_one_graph():
-    x, dy = randn((2, 3, 5, 8)), randn((2, 3, 2, 4), seed=1)
-    pool = lambda x: max_pool2d_switches(x)[0]  # noqa: E731
-    expected, actual = (gradients(f, [x], dy) for f in (pool, torch.compile(pool, backend="aot_eager", fullgraph=True)))
+def test_traced_in_one_graph(tier):
+    """Pool, unpool and both gradients, without a break."""
+    x, dy = randn((2, 3, 5, 8), device=tier.device), randn((2, 3, 5, 8), device=tier.device, seed=1)
+
+    def pool_and_back(x):
+        y, switches = max_pool2d_switches(x)
+        return max_unpool2d_switches(2 * y, switches, (5, 8))
+
+    traced = torch.compile(pool_and_back, backend="aot_eager", fullgraph=True)
+    expected, actual = (gradients(f, [x], dy) for f in (pool_and_back, traced))
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1][0], expected[1][0])
+
+
+OUT_OF_RANGE = r"switches reach {}, but a window of {}×{} has 0 to {}: pass what max_pool2d_switches returned"
+
+
+@pytest.mark.parametrize(("kernel_size", "size", "switch"), [(2, (5, 6), 4), (2, (4, 6), 255), (3, (7, 9), 9)])
+def test_switches_out_of_range(tier, monkeypatch, kernel_size, size, switch):
+    """An error, except on a GPU, which would have to be waited for, unless that is asked for."""
+    switches = torch.zeros((1, 3, 2, 3), dtype=torch.uint8, device=tier.device)
+    switches[0, 1, 1, 2] = switch
+    y = torch.ones(switches.shape, device=tier.device)
+    stride = size[0] // 2
+    if tier.device.type == "cuda":
+        dropped = max_unpool2d_switches(y, switches, size, kernel_size, stride)
+        assert dropped.sum() == y.numel() - 1
+        monkeypatch.setenv("FASTNST_KERNELS_CHECK", "1")
+    message = OUT_OF_RANGE.format(switch, kernel_size, kernel_size, kernel_size**2 - 1)
+    with pytest.raises(ValueError, match=message):
+        max_unpool2d_switches(y, switches, size, kernel_size, stride)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fastnst.gather_switches(torch.ones((1, 3, *size), device=tier.device), switches, kernel_size, stride)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize("tier", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_kernels_drop_switches_out_of_range(tier, layout, kernel_size, stride):
+    """Whatever the byte, what it points at is inside the window or nowhere: the value is dropped, 0 is gathered. x lies
+    within a larger tensor of NaN, which no read may find and no write may change."""
+    shape = (1, 5, 6, 7)
+    y_shape = (1, 5, (6 - kernel_size) // stride + 1, (7 - kernel_size) // stride + 1)
+    switches = torch.arange(5 * y_shape[2] * y_shape[3]) * 7 % 256
+    switches = LAYOUTS[layout](switches.view(y_shape).to(tier.device, torch.uint8))
+    y = LAYOUTS[layout](randn(y_shape, torch.float32, tier.device))
+    sides = (1, 6, 7, 5) if layout == "channels_last" else shape
+    around = torch.full((3, *sides), float("nan"), device=tier.device)
+    x = around[1].permute(0, 3, 1, 2) if layout == "channels_last" else around[1]
+    max_pool_kernels.unpool(y, switches, x, kernel_size, stride)
+    in_range = switches < kernel_size**2
+    assert not in_range.all()
+    expected = max_unpool2d_switches_reference(y * in_range, switches * in_range, shape[2:], kernel_size, stride)
+    assert torch.equal(x, expected)
+    assert around[::2].isnan().all()
+    picked = torch.full_like(y, float("nan"))
+    max_pool_kernels.gather(x, switches, picked, kernel_size, stride)
+    assert torch.equal(picked, gather_switches_reference(x, switches * in_range, kernel_size, stride) * in_range)
+
+
+def test_planes_beyond_32_bits():
+    """PyTorch's path finds windows beyond 2³¹ positions, too: the last of a tall column of pairs."""
+    switches = torch.tensor([2, 3], dtype=torch.uint8).repeat(2**14).view(1, 1, 2**15, 1)
+    index = _plane_index(switches, 2**17, 2, 2)
+    assert index[0, 0, -2:, 0].tolist() == [(2 * (2**15 - 2) + 1) * 2**17, (2 * (2**15 - 1) + 1) * 2**17 + 1]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 4, 5)}, r"x has shape \(3, 4, 5\), expected 4 dimensions"),
+        ({"x": torch.zeros(0, 3, 4, 5)}, r"x has shape \(0, 3, 4, 5\): it holds no elements"),
+        ({"x": torch.zeros(1, 3, 4, 5, dtype=torch.int32)}, r"x is torch.int32, expected float32"),
         ({"x": torch.zeros(1, 3, 1, 5)}, r"x has shape \(1, 3, 1, 5\): a window of 2 does not fit"),
         ({"kernel_size": 17}, r"kernel_size is 17, expected 1 to 16: a switch must fit a byte"),
         ({"kernel_size": 0}, r"kernel_size is 0, expected 1 to 16"),
@@ -235,6 +298,9 @@ def test_bad_input_to_pool(change, message):
         ),
         ({"switches": torch.zeros(1, 3, 2, 2, dtype=torch.int64)}, r"switches are torch.int64, expected torch.uint8"),
         ({"switches": torch.zeros(1, 3, 2, 2, dtype=torch.uint8, device="meta")}, r"switches is on meta, y on cpu"),
+        ({"y": torch.zeros(1, 3, 0, 2)}, r"y has shape \(1, 3, 0, 2\): it holds no elements"),
+        ({"y": torch.zeros(1, 3, 2, 2, dtype=torch.int32)}, r"y is torch.int32, expected float32"),
+        ({"output_size": (4, 5, 1)}, r"output_size is \(4, 5, 1\), expected \(height, width\)"),
         (
             {"output_size": (4, 6)},
             r"output_size \(4, 6\) with window 2 and stride 2 pools to \(2, 3\), but y has shape",
