@@ -1,0 +1,250 @@
+"""Launches of Triton kernels, noted on a machine without a GPU instead of run.
+
+Triton's own launcher specialises each on its arguments: their types, which are divisible by 16, which are 1. What was
+noted can be compiled by `inspection`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnst_kernels import runtime
+from fastnst_kernels.runtime import triton
+
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a GPU offers, as CUDA's programming guide has it (table of technical specifications per capability).
+
+    `shared_memory` is the most bytes that one program can have, `shared_memory_total` what all programs on a
+    multiprocessor share.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+    shared_memory: int
+    shared_memory_total: int
+    gpu: str
+    target: str
+
+    # Per multiprocessor, alike in all of them.
+    registers: int = 65536
+    warps: int = 64
+    programs: int = 32
+    shared_memory_reserved: int = 1 * _KIB  # of each program, by the driver
+    tensor_memory: int = 512  # columns, from sm_100 on
+
+
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("sm_80", 80, 108, 163 * _KIB, 164 * _KIB, "A100", "sm_80"),
+        Architecture("sm_90", 90, 132, 227 * _KIB, 228 * _KIB, "H100, H200", "sm_90a"),
+        Architecture("sm_100", 100, 148, 227 * _KIB, 228 * _KIB, "B200", "sm_100a"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor argument.
+
+    `written`: the launch is the first to be given this memory, fresh from `runtime.allocate`. `bytes` are 0 where an
+    earlier argument of the launch is the same memory.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    channels_last: bool
+    written: bool
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch. `configuration` holds compile-time parameters and options, `specialization` what Triton made of it."""
+
+    architecture: str
+    module: str
+    kernel: str
+    configuration: Mapping[str, Any]
+    grid: tuple[int, ...]
+    operands: tuple[Operand, ...]
+    specialization: str = field(repr=False)
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for launches that run the same machine code."""
+        text = "\n".join((self.architecture, self.module, self.kernel, self.specialization))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def programs(self) -> int:
+        return prod(self.grid)
+
+    @property
+    def bytes(self) -> int:
+        """Of all operands: what the launch moves if it reads or writes each element of each once."""
+        return sum(operand.bytes for operand in self.operands)
+
+
+@contextmanager
+def record(modules: Iterable[ModuleType], architecture: str) -> Iterator[list[Launch]]:
+    """Notes the launches of the modules' kernels for a GPU of `architecture`, instead of running them.
+
+    Within, this library's ops take their Triton path on CPU tensors; what they compute is uninitialised, or zero.
+
+    Args:
+        modules: where kernels are looked up when they are launched: each module's attributes ending in `_kernel`.
+        architecture: a key of `ARCHITECTURES`.
+
+    Yields:
+        The list that grows with each launch.
+
+    Raises:
+        ValueError: the architecture is unknown, there is no Triton, or the kernels were made for its interpreter.
+    """
+    if triton is None:
+        raise ValueError("kernels are compiled by Triton, which is not installed")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r} is unknown: use one of {', '.join(ARCHITECTURES)}")
+    if runtime.INTERPRETING:
+        raise ValueError("kernels were made for Triton's interpreter, which compiles nothing: unset TRITON_INTERPRET")
+    chip = ARCHITECTURES[architecture]
+    launches: list[Launch] = []
+    fresh: dict[int, Tensor] = {}
+    allocate = runtime.allocate
+
+    def noted_allocation(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        if not tensor.is_floating_point():
+            tensor.zero_()  # it might be asked whether it is in range, such as the switches of pooling
+        fresh[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no other tensor can have its address
+        return tensor
+
+    facts = runtime.Chip(chip.multiprocessors, divmod(chip.capability, 10))
+    changes: list[tuple[Any, str, Any]] = [
+        (runtime, "implementation", lambda _: "triton"),
+        (runtime, "chip", lambda _: facts),
+        (runtime, "allocate", noted_allocation),
+    ]
+    for module in modules:
+        for name in kernels_of(module):
+            recorder = _Recorder(getattr(module, name), (module.__name__, name), architecture, launches, fresh)
+            changes.append((module, name, recorder))
+    with _changed(changes), compiling_for(chip):
+        yield launches
+
+
+def kernels_of(module: ModuleType) -> list[str]:
+    """The names of a module's kernels."""
+    return [name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "arg_names")]
+
+
+@contextmanager
+def compiling_for(chip: Architecture) -> Iterator[None]:
+    """Within, Triton takes the GPU in use to be a `chip`."""
+    drivers = triton.runtime.driver
+    # Its public `active` would look for a GPU if no driver was in use before.
+    previous = drivers._active
+    drivers.set_active(_AbsentGpu(chip))
+    try:
+        yield
+    finally:
+        drivers.set_active(previous)
+
+
+class _Recorder:
+    """Stands where a kernel stood."""
+
+    def __init__(
+        self, kernel: Any, place: tuple[str, str], architecture: str, launches: list[Launch], fresh: dict[int, Tensor]
+    ) -> None:
+        self._kernel, self._place, self._architecture = kernel, place, architecture
+        self._launches, self._fresh = launches, fresh
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            arguments = dict(zip(self._kernel.arg_names, args, strict=False)) | options
+            specializations: list[str] = []
+
+            def note(*, compile: Mapping[str, Any], **_: Any) -> bool:  # the parameter's name is Triton's
+                specializations.append(compile["specialization_data"])
+                return True  # tells Triton not to compile now
+
+            with _changed([(triton.knobs.runtime, "jit_cache_hook", note)]):
+                self._kernel.warmup(*args, grid=grid, **options)
+            (specialization,) = specializations
+            self._launches.append(
+                Launch(
+                    architecture=self._architecture,
+                    module=self._place[0],
+                    kernel=self._place[1],
+                    configuration={name: value for name, value in options.items() if not isinstance(value, Tensor)},
+                    grid=tuple(grid(arguments) if callable(grid) else grid),
+                    operands=tuple(self._operands(arguments)),
+                    specialization=specialization,
+                )
+            )
+
+        return launch
+
+    def _operands(self, arguments: Mapping[str, Any]) -> Iterator[Operand]:
+        counted: set[int] = set()
+        for name, tensor in arguments.items():
+            if isinstance(tensor, Tensor):
+                known = tensor.data_ptr() in counted
+                counted.add(tensor.data_ptr())
+                yield Operand(
+                    name=name,
+                    dtype=tensor.dtype,
+                    shape=tuple(tensor.shape),
+                    channels_last=tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.shape[1] > 1,
+                    written=self._fresh.pop(tensor.untyped_storage().data_ptr(), None) is not None,
+                    bytes=0 if known else tensor.numel() * tensor.element_size(),
+                )
+
+
+class _AbsentGpu:
+    """As much of a Triton driver as specialising and compiling for a GPU take."""
+
+    def __init__(self, chip: Architecture) -> None:
+        self._chip = chip
+
+    def get_current_device(self) -> _AbsentGpu:
+        # Kernels keep what they compiled by device. As another device each time, this one shares nothing with GPUs in
+        # the machine, and no launch is taken for one that has been compiled and need not be announced.
+        return self
+
+    def get_current_stream(self, _: object) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", self._chip.capability, 32)
+
+
+@contextmanager
+def _changed(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within, each owner's attribute has the value given; after, the one it had."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
