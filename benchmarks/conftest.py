@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[options.SETTINGS] = options.settings(config)
+    config.addinivalue_line("markers", "xdist_group(name): the tests of one op and shape share what they compile")
     # What pytest-benchmark has to remark at the end, when no row was measured, say, is no error of its own.
     config.addinivalue_line("filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning")
     # Defaults of pytest-benchmark's table that suit what is measured here; what the command line says comes first.
@@ -63,6 +64,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """The ceiling at the beginning and at the end: how far apart they are is how far to trust the rest."""
     session = config.stash.get(_SESSION, None)
-    if session is not None:
+    if session is not None and not session.settings.check_only:
         begin, end = session.ceiling / 1e9, session.copy_bandwidth() / 1e9
-        output_json["copy_gb_per_s"] = {"begin": begin, "end": end}
+        output_json["copy_gb_per_s"] = [{"begin": begin, "end": end}]

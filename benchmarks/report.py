@@ -22,10 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="RESULTS.json")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw achieved bandwidth here")
+    parser.add_argument("--merge", type=Path, metavar="FILE.json", help="write the benchmarks of all files here")
     parser.add_argument("--batch", type=int, metavar="N", help="the batch size to draw; default: 16, else the largest")
     options = parser.parse_args(arguments)
     try:
         found = results.read(options.files)
+        if options.merge is not None:
+            results.merge(options.files, options.merge)
         batch = found.batch_to_show() if options.batch is None else options.batch
         if options.plot is not None:
             from kernel_bench.plot import draw  # matplotlib takes a second to load, which a table need not wait for

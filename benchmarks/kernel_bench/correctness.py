@@ -79,9 +79,7 @@ def check(truth: Truth, dtype: torch.dtype, output: Tensor, gradients: dict[str,
 
 
 def _faults(what: str, actual: Tensor, truth: Tensor, undecided: Tensor | None, dtype: torch.dtype) -> Iterator[str]:
-    if actual.shape != truth.shape:
-        yield f"{what} has shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-        return
+    assert actual.shape == truth.shape  # the result's was checked, the gradients' autograd sees to
     error = (actual.detach().to(truth.dtype) - truth).abs()
     if undecided is not None:
         error = error.masked_fill(undecided, 0.0)
@@ -107,9 +105,15 @@ Function = Callable[..., Tensor]
 
 
 def run(op: Op, function: Function, inputs: Inputs, dy: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Output, gradients, and `dy` in the memory format of the output, in which it would come back to each provider."""
+    """Output, gradients, and `dy` in the memory format of the output, in which it would come back to each provider.
+
+    Raises:
+        WrongResult: the output is not of `dy`'s shape.
+    """
     names, leaves = list(inputs.leaves), list(inputs.leaves.values())
     output = function(*leaves, *inputs.fixed.values())
+    if output.shape != dy.shape:
+        raise WrongResult(f"the result has shape {tuple(output.shape)}, expected {tuple(dy.shape)}")
     own_dy = torch.empty_like(output.detach()).copy_(dy)
     if BACKWARD not in op.directions():
         return output.detach(), {}, own_dy

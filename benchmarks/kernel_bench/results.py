@@ -67,31 +67,51 @@ def _key(row: Row) -> tuple[str, tuple[int, ...], str, str]:
     return row["op"], tuple(row["shape"]), row["direction"], row["provider"]
 
 
+def _load(file: Path) -> dict[str, Any]:
+    """The content of one of pytest-benchmark's JSON files; only the kernel benchmarks in it.
+
+    Raises:
+        UnusableResults: it is missing, is something else, or has none.
+    """
+    try:
+        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        content["benchmarks"] = [bench for bench in content["benchmarks"] if "op" in bench["extra_info"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UnusableResults(f"{file} is no JSON of kernel benchmarks: {error!r}") from error
+    if not content["benchmarks"]:
+        raise UnusableResults(f"{file} holds no kernel benchmarks")
+    return content
+
+
 def read(files: Iterable[Path]) -> Results:
     """The rows of pytest-benchmark's JSON files.
 
     Raises:
-        UnusableResults: a file is missing, is something else, or is of another device or dtype than the first.
+        UnusableResults: a file holds no kernel benchmarks, or is of another device, dtype or layout than the first.
     """
-    rows: list[Row] = []
-    ceilings = []
-    for file in files:
-        try:
-            content = json.loads(file.read_text("utf-8"))
-            found = [bench["extra_info"] for bench in content["benchmarks"] if "op" in bench["extra_info"]]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UnusableResults(f"{file} is no JSON of kernel benchmarks: {error!r}") from error
-        if not found:
-            raise UnusableResults(f"{file} holds no kernel benchmarks")
-        rows += found
-        copies = content.get("copy_gb_per_s", {})
-        if copies:
-            ceilings.append((copies["begin"], copies["end"]))
+    contents = [_load(file) for file in files]
+    rows = [bench["extra_info"] for content in contents for bench in content["benchmarks"]]
     for key in ("device", "dtype", "layout"):
         values = {row[key] for row in rows}
         if len(values) > 1:
             raise UnusableResults(f"the files differ in their {key}: {', '.join(sorted(values))}; report them apart")
-    return Results(rows, ceilings)
+    return Results(rows, [ends for content in contents for ends in _ceilings(content)])
+
+
+def _ceilings(content: dict[str, Any]) -> list[tuple[float, float]]:
+    return [(copy["begin"], copy["end"]) for copy in content.get("copy_gb_per_s", [])]
+
+
+def merge(files: Sequence[Path], target: Path) -> None:
+    """Writes one file with the benchmarks of all; what else a file holds is the first one's.
+
+    Raises:
+        UnusableResults: as for `read`.
+    """
+    contents = [_load(file) for file in files]
+    for key in ("benchmarks", "copy_gb_per_s"):
+        contents[0][key] = [entry for content in contents for entry in content.get(key, [])]
+    target.write_text(json.dumps(contents[0], indent=1), "utf-8")
 
 
 @dataclass(frozen=True)

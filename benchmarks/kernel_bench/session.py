@@ -18,6 +18,8 @@ from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape
 from kernel_bench.providers import COPY, PROVIDERS, Function
 from kernel_bench.timing import Contender, Timing, timer_for
 
+_PROFILING_SECONDS = 15.0  # of one run; launches are good to know, but not worth the time that figures need
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -33,7 +35,9 @@ class Settings:
     layout: str = "channels_last"
     providers: tuple[str, ...] = ("fastnst", "eager", COPY)
     rounds: int = 30
+    warm_up: int = 1
     seconds: float | None = None
+    check_only: bool = False
 
     def shapes(self, op: Op) -> list[Shape]:
         sizes = op.small_sizes if self.small else op.sizes
@@ -50,7 +54,7 @@ class Measurement:
     Attributes:
         timing: the repetitions.
         peak_bytes: the most that was allocated beyond what was there before; None on a CPU.
-        launches: of kernels and copies, by the profiler; None where it cannot look at the device.
+        launches: of kernels and copies, by the profiler; None where it cannot look at the device or had no time left.
         moved_bytes: what the library's launches move if each reads or writes each of its tensors once; else None.
     """
 
@@ -60,7 +64,7 @@ class Measurement:
     moved_bytes: int | None
 
 
-Outcome = Measurement | Exception
+Outcome = Measurement | Exception | None  # None: it is right, and times were not asked for
 
 
 class OutOfTime(Exception):
@@ -74,8 +78,9 @@ class Session:
         self.settings = settings
         self._timer = timer_for(settings.device)
         self._began = time.monotonic()
-        self.timer_overhead = self._timer.overhead()
-        self.ceiling = self.copy_bandwidth()
+        self.timer_overhead = 0.0 if settings.check_only else self._timer.overhead()
+        self.ceiling = 0.0 if settings.check_only else self.copy_bandwidth()
+        self._profiled = 0.0
         self._case: tuple[str, Shape] | None = None
         self._outcomes: dict[tuple[str, str], Outcome] = {}
 
@@ -115,6 +120,8 @@ class Session:
         inputs = op.inputs(draw, shape)
         names = [name for name in self.settings.providers_of(op) if name != COPY and name in {p for p, _ in wanted}]
         right, outcomes = self._checked(op, inputs, shape, draw, names, wanted)
+        if self.settings.check_only:
+            return dict.fromkeys(wanted) | outcomes
         for direction in op.directions():
             calls = {
                 name: _contender(function, inputs, dy, direction)
@@ -125,7 +132,7 @@ class Session:
                 calls[COPY] = self._copy(op.cost(shape, dtype, direction).minimum_bytes)
             if not calls:
                 continue
-            timings = self._timer.measure(list(calls.values()), self.settings.rounds, max(5, len(calls)))
+            timings = self._timer.measure(list(calls.values()), self.settings.rounds, self.settings.warm_up)
             for (name, contender), timing in zip(calls.items(), timings, strict=True):
                 peak, launches = self._memory_and_launches(contender)
                 outcomes[name, direction] = Measurement(timing, peak, launches, _moved_bytes(contender))
@@ -171,11 +178,15 @@ class Session:
         contender.call(contender.prepare())
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
+        if self._profiled > _PROFILING_SECONDS:
+            return peak, None
+        began = time.monotonic()
         prepared = contender.prepare()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             contender.call(prepared)
             torch.cuda.synchronize()
+        self._profiled += time.monotonic() - began
         on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return peak, len(on_device) or None  # without events the profiler could not look at the device
 

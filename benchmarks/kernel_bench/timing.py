@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-_CPU_CACHE_BYTES = 64 << 20
+_CPU_CACHE_BYTES = 32 << 20
 _LEAST_FLUSH_BYTES = 256 << 20
 _MOST_FLUSHES = 512  # about 30 ms on an H200; a call that takes the host longer waits for the device itself
 
