@@ -53,9 +53,8 @@ INFERENCE: dict[str, Any] = {"training": False}
 NORM_CASES: dict[str, tuple[tuple[dict[str, Any], Shape, str, str], ...]] = {
     "instance_norm": (
         (ADD, (16, 32, 256, 256), "bf16", "channels_last"),
-        (ADD, (16, 64, 128, 128), "bf16", "channels_last"),
-        (ADD, (16, 128, 64, 64), "bf16", "channels_last"),
-        (ENLARGE, (4, 64, 128, 128), "bf16", "channels_last"),
+        (ENLARGE, (16, 64, 128, 128), "bf16", "channels_last"),
+        (ADD, (4, 128, 64, 64), "bf16", "channels_last"),
         (ADD, (16, 128, 64, 64), "fp16", "channels_last"),
         (ADD, (16, 64, 128, 128), "fp32", "channels_last"),
         (ENLARGE, (16, 64, 128, 128), "bf16", "contiguous"),
@@ -93,7 +92,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        words = [name if value is True else f"{name}={value}" for name, value in self.options.items() if value]
+        options = dict(self.options)
+        words = ["inference"] if options.get("training") is False else []
+        words += [name if value is True else f"{name}={value}" for name, value in options.items() if value]
         return " ".join([self.op, *words])
 
 
@@ -230,10 +231,15 @@ def cases(op: str, thorough: bool = False) -> Iterator[Case]:
 
 
 def record_calls(
-    architecture: str, ops: Iterable[str] = OPS, dtypes: Iterable[str] = DTYPES, *, thorough: bool = False
+    architecture: str,
+    ops: Iterable[str] = OPS,
+    dtypes: Iterable[str] = DTYPES,
+    *,
+    thorough: bool = False,
+    only: Callable[[Case], bool] = lambda _: True,
 ) -> list[Call]:
     """The calls of every case of `ops`, as they would be launched on `architecture`."""
-    chosen = [case for op in ops for case in cases(op, thorough) if case.dtype in dtypes]
+    chosen = [case for op in ops for case in cases(op, thorough) if case.dtype in dtypes and only(case)]
     calls = []
     products = torch.backends.cuda.matmul
     precision = products.fp32_precision

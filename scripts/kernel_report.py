@@ -1,7 +1,7 @@
 """What every kernel compiles to, for GPUs that need not be there, and whether that is as it should be.
 
     python scripts/kernel_report.py [--architecture sm_80,sm_90,sm_100] [--dtype bf16,fp16,fp32] [--op OP,…]
-                                    [--json FILE] [--markdown FILE] [--jobs N]
+                                    [--thorough] [--json FILE] [--markdown FILE] [--bytes FILE] [--jobs N]
 
 Records the launches of all public ops, forward and backward, at the shapes that count and at odd ones; compiles each
 distinct kernel with each of its configurations; prints registers, spills, shared memory, programs that fit on a
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,19 @@ from typing import Any
 import click
 import torch
 import triton
-from kernel_calls import DTYPES, OPS, Call, broken_rules, describe, record_calls
+from kernel_calls import (
+    ADD,
+    DTYPES,
+    ENLARGE,
+    LAYER_SHAPES,
+    NORM_SHAPES,
+    OPS,
+    Call,
+    Case,
+    broken_rules,
+    describe,
+    record_calls,
+)
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -31,21 +43,8 @@ from rich.table import Table
 from fastnst_kernels.disassembly import BULK
 from fastnst_kernels.inspection import ARCHITECTURES, CompiledKernel, compile_launches
 
-COLUMNS = (
-    "kernel",
-    "type, layout",
-    "configuration",
-    "registers",
-    "spilled",
-    "shared",
-    "programs/SM",
-    "warps",
-    "stages",
-    "loads",
-    "stores",
-    "matrix",
-    "code",
-)
+BEGIN = "<!-- written by python scripts/kernel_report.py --bytes kernels/README.md -->"
+END = "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,17 @@ def make_report(
     ops: Sequence[str] = tuple(OPS),
     dtypes: Sequence[str] = tuple(DTYPES),
     jobs: int = 1,
+    *,
+    thorough: bool = False,
 ) -> Report:
-    """Records, compiles in `jobs` processes, and judges.
+    """Records (`thorough`: every combination), compiles in `jobs` processes, and judges.
 
     Raises:
         RuntimeError: a kernel does not compile.
     """
-    calls = [call for architecture in architectures for call in record_calls(architecture, ops, dtypes)]
+    calls = [
+        call for architecture in architectures for call in record_calls(architecture, ops, dtypes, thorough=thorough)
+    ]
     kernels = compile_launches([launch for call in calls for launch in call.launches], jobs)
     kernels.sort(key=lambda kernel: (kernel.module, kernel.kernel, kernel.architecture.capability))
     return Report(calls, kernels, broken_rules(kernels, calls))
@@ -110,60 +113,100 @@ def _counted(counts: Any, name: Callable[[Any], str]) -> str:
     return ", ".join(f"{name(key)} ×{number}" for key, number in sorted(counts.items(), reverse=True))
 
 
-def traffic_rows(calls: Sequence[Call]) -> list[dict[str, str]]:
-    """Launches and bytes of the hot calls in bf16 channels_last at one batch size; alike calls share a row."""
-    rows: dict[tuple[str, str, str], list[Call]] = {}
+def traffic_rows(calls: Sequence[Call], shapes: Sequence[tuple[int, int, int]]) -> list[dict[str, str]]:
+    """Bytes moved over the minimum, and launches in brackets, of calls that `is_in_tables`."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for call in calls:
-        if call.case.hot and (call.case.dtype, call.case.layout, call.case.shape[0]) == ("bf16", "channels_last", 16):
-            rows.setdefault((call.case.name, call.direction, call.architecture), []).append(call)
-    return [
-        {
-            "op": name,
-            "direction": direction,
-            "architecture": architecture,
-            "launches": _range([len(call.launches) for call in group], "d"),
-            "moved/minimum": _range([call.bytes / call.minimum_bytes for call in group], ".3f"),
-        }
-        for (name, direction, architecture), group in rows.items()
-    ]
+        case = call.case
+        if is_in_tables(case) and case.shape[1:] in shapes:
+            row = rows.setdefault((case.name, call.direction), {"op": f"`{case.name}`", "": call.direction})
+            ratio = call.bytes / call.minimum_bytes
+            row["×".join(map(str, case.shape[1:]))] = f"{ratio:.3f} ({len(call.launches)})"
+    return list(rows.values())
 
 
-def _range(values: Sequence[float], form: str) -> str:
-    low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low} … {high}"
+def is_in_tables(case: Case) -> bool:
+    """Whether the tables of bytes tell of it: bf16, channels_last, N = 16; of the norms' epilogues, the ends."""
+    epilogue = {name: value for name, value in case.options.items() if name != "training"}
+    kind = (case.dtype, case.layout, case.shape[0], case.hot)
+    return kind == ("bf16", "channels_last", 16, True) and (
+        not case.op.endswith("norm") or epilogue in ({}, ADD, ENLARGE)
+    )
+
+
+def bytes_section() -> str:
+    """The tables of bytes in `kernels/README.md`. Nothing need be compiled for them."""
+    calls = record_calls("sm_90", thorough=True, only=is_in_tables)
+    norms = [call for call in calls if call.case.op.endswith("norm")]
+    layers = [call for call in calls if not call.case.op.endswith("norm")]
+    tables = [_markdown_table(traffic_rows(norms, NORM_SHAPES)), _markdown_table(traffic_rows(layers, LAYER_SHAPES))]
+    return "\n\n".join("\n".join(table) for table in tables)
+
+
+def with_bytes_section(text: str) -> str:
+    """`text` with its section of bytes written anew.
+
+    Raises:
+        ValueError: it has no such section.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"there is no {BEGIN} … {END} to write between")
+    return f"{head}{begin}\n{bytes_section()}\n{end}{tail}"
 
 
 def as_markdown(report: Report) -> str:
-    """The report as a file to keep beside the kernels, where a change of one shows what it did to the machine code."""
+    """The report as a file: two of them, before and after a change, show what it did to the machine code."""
     lines = [
-        "# Kernel report",
+        "# What the kernels compile to",
         "",
-        "Written by `python scripts/kernel_report.py --markdown kernels/REPORT.md`, without a GPU; "
-        f"Triton {triton.__version__}. Nothing here is a measurement of time.",
+        f"Written by `scripts/kernel_report.py`, without a GPU; Triton {triton.__version__}.",
         "",
-        "## Bytes",
-        "",
-        "All operands of a call's launches, each counted once per launch, against the least that any design moves "
-        "(`fastnst_kernels/cost.py`). bf16, channels_last, N = 16, over the shapes that count.",
-        "",
-        *_markdown_table(traffic_rows(report.calls)),
-        "",
-        "## Machine code",
+        "A cell: registers per thread, programs that fit on a multiprocessor, shared memory of a program, bits of the "
+        "widest global load and store, matrix instructions; spilled bytes if there are any.",
     ]
-    for architecture in ARCHITECTURES.values():
-        rows = [kernel_row(kernel) for kernel in report.kernels if kernel.architecture is architecture]
-        unique = list({tuple(row.values()): row for row in rows}.values())
-        if rows:
-            lines += ["", f"### {architecture.name} ({architecture.gpu})", "", *_markdown_table(unique)]
+    kinds: dict[tuple[str, str], list[CompiledKernel]] = {}
+    for kernel in report.kernels:
+        kinds.setdefault((kernel.module.rpartition(".")[2], kernel.kernel), []).append(kernel)
+    for (module, name), kernels in kinds.items():
+        rows: dict[tuple[str, str], dict[str, str]] = {}
+        for kernel in kernels:
+            kind, configuration = kernel_row(kernel)["type, layout"], f"`{_shortened(kernel.configuration)}`"
+            row = rows.setdefault((kind, configuration), {"type, layout": kind, "configuration": configuration})
+            # Kernels of one configuration may differ in which of their arguments are multiples of 16.
+            known = row.get(kernel.architecture.name, "").split("<br>")
+            row[kernel.architecture.name] = "<br>".join(sorted({*known, _cell(kernel)} - {""}))
+        lines += ["", f"## `{module}.{name}`", "", *_markdown_table(list(rows.values()))]
     lines += ["", "## Broken rules", "", *([f"- {line}" for line in report.broken] or ["None."]), ""]
     return "\n".join(lines)
 
 
+def _shortened(configuration: Mapping[str, Any]) -> str:
+    """Without what is off."""
+    return describe({name: value for name, value in configuration.items() if value not in (False, None, 0)})
+
+
+def _cell(kernel: CompiledKernel) -> str:
+    words = [
+        f"{kernel.registers} reg",
+        f"{kernel.programs_per_multiprocessor}/SM",
+        f"{kernel.shared_memory / 1024:.3g} KiB",
+        f"{kernel.widest_load}/{kernel.widest_store}",
+        _counted(kernel.matrix, str),
+        f"{kernel.stack + kernel.local} spilled" if kernel.stack + kernel.local else "",
+    ]
+    return " · ".join(word for word in words if word)
+
+
 def _markdown_table(rows: Sequence[dict[str, str]]) -> list[str]:
-    if not rows:
-        return ["Nothing was recorded."]
-    header = list(rows[0])
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *(row.values() for row in rows))]
+    header = _header(rows)
+    cells = [[row.get(name, "") for name in header] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *cells)]
+
+
+def _header(rows: Sequence[dict[str, str]]) -> list[str]:
+    return list({name: None for row in rows for name in row})
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -216,7 +259,10 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def show(report: Report, console: Console) -> None:
     """Tables for a terminal."""
-    _print_table(console, "Bytes moved against the minimum (bf16, channels_last, N = 16)", traffic_rows(report.calls))
+    calls = [call for call in report.calls if call.architecture == report.calls[0].architecture]
+    for shapes in (NORM_SHAPES, LAYER_SHAPES):
+        title = "Bytes moved over the minimum (launches); bf16, channels_last, N = 16"
+        _print_table(console, title, traffic_rows(calls, shapes))
     for architecture in ARCHITECTURES.values():
         rows = [kernel_row(kernel) for kernel in report.kernels if kernel.architecture is architecture]
         _print_table(console, f"{architecture.name} ({architecture.gpu})", rows)
@@ -229,11 +275,11 @@ def _print_table(console: Console, title: str, rows: Sequence[dict[str, str]]) -
     if not rows:
         return
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    numbers = ("registers", "spilled", "programs/SM", "warps", "stages", "code", "launches", "moved/minimum")
-    for name in rows[0]:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for name in _header(rows):
+        numeric = name in ("registers", "spilled", "programs/SM", "warps", "stages", "code")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in {tuple(row.values()): row for row in rows}.values():
-        table.add_row(*row.values())
+        table.add_row(*(row.get(name, "") for name in _header(rows)))
     console.print(table, markup=False, highlight=False)
 
 
@@ -257,23 +303,33 @@ def _choice(name: str, choices: Sequence[str], text: str) -> Any:
     return click.option(name, type=_Choices(choices), default=",".join(choices), show_default=True, help=text)
 
 
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
 @click.command()
 @_choice("--architecture", list(ARCHITECTURES), "GPUs to compile for.")
 @_choice("--dtype", list(DTYPES), "Types of the pictures.")
 @_choice("--op", list(OPS), "Ops to record.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
-@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write the tables here.")
+@click.option("--thorough", is_flag=True, help="Every combination, instead of one for each way through the dispatch.")
+@click.option("--json", "json_file", type=_FILE, help="Write all figures here.")
+@click.option("--markdown", type=_FILE, help="Write tables here.")
+@click.option("--bytes", "readme", type=_FILE, help="Write the tables of bytes into this file; compile nothing.")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default="cores", help="Processes that compile.")
 def main(
     architecture: tuple[str, ...],
     dtype: tuple[str, ...],
     op: tuple[str, ...],
+    thorough: bool,
     json_file: Path | None,
     markdown: Path | None,
+    readme: Path | None,
     jobs: int,
 ) -> None:
     """Compile every kernel without a GPU; print registers, spills, shared memory, access widths and the like."""
-    report = make_report(architecture, op, dtype, jobs)
+    if readme is not None:
+        readme.write_text(with_bytes_section(readme.read_text("utf-8")), "utf-8")
+        return
+    report = make_report(architecture, op, dtype, jobs, thorough=thorough)
     # Into a file or a pipe, lines as wide as the tables are.
     console = Console(width=None if sys.stdout.isatty() else 320)
     show(report, console)
