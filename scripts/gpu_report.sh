@@ -114,13 +114,14 @@ else
     benchmarks tap 40 tap_backward
     benchmarks batch_norm 80 batch_norm
 fi
+found=("$parts/…")
 if [[ -z $dry ]]; then
-    shopt -s nullglob
-    found=("$parts"/*.json)
-else
-    found=("$parts/…")
+    found=()
+    for file in "$parts"/*.json; do
+        [[ ! -s $file ]] || found+=("$file") # what was killed may have left an empty one
+    done
 fi
-step "report" 60 "$python" benchmarks/report.py "${found[@]}" --merge "$out/kernels.json" \
+step "report" 60 "$python" benchmarks/report.py ${found[@]+"${found[@]}"} --merge "$out/kernels.json" \
     --markdown "$out/kernels.md" --plot "$out/kernels.png"
 [[ -z $dry ]] || exit 0
 

@@ -60,7 +60,9 @@ def truth_of(op: Op, inputs: Inputs, dy: Tensor, dtype: torch.dtype) -> Truth:
     return Truth(output.detach(), dict(zip(leaves, gradients, strict=True)), fixed, undecided)
 
 
-def check(truth: Truth, dtype: torch.dtype, output: Tensor, gradients: dict[str, Tensor], fixed: dict[str, Tensor]):
+def check(
+    truth: Truth, dtype: torch.dtype, output: Tensor, gradients: dict[str, Tensor], fixed: dict[str, Tensor]
+) -> None:
     """Compares everything that a provider computed with the truth.
 
     Raises:

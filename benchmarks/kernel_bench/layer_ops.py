@@ -90,7 +90,7 @@ def _unpool_inputs(draw: Draw, shape: Shape) -> Inputs:
 
 
 def _eager_unpool(y: Tensor, _switches: Tensor, indices: Tensor) -> Tensor:
-    return F.max_unpool2d(y, indices, 2, 2)
+    return F.max_unpool2d(y, indices, [2, 2], [2, 2])
 
 
 def _fastnst_unpool(y: Tensor, switches: Tensor, _indices: Tensor) -> Tensor:

@@ -101,11 +101,11 @@ def norm(name: str, epilogue: str, training: bool | None = None) -> Op:
     options = dict(EPILOGUES[epilogue])
     residual = options.pop("residual", False)
     mode: dict[str, Any] = {} if training is None else {"training": training}
-    eager, fastnst = (_eager_instance_norm, _fastnst_instance_norm)
-    least = (cost.instance_norm, cost.instance_norm_backward)
+    eager: Callable[..., Tensor] = _eager_instance_norm if training is None else _eager_batch_norm
+    fastnst: Callable[..., Tensor] = _fastnst_instance_norm if training is None else _fastnst_batch_norm
+    least: list[Callable[..., Cost]] = [cost.instance_norm, cost.instance_norm_backward]
     if training is not None:
-        eager, fastnst = _eager_batch_norm, _fastnst_batch_norm
-        least = (cost.batch_norm, cost.batch_norm_backward)
+        least = [cost.batch_norm, cost.batch_norm_backward]
 
     def costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
         forward, backward = (each(shape, dtype, residual=residual, **mode, **options) for each in least)

@@ -103,7 +103,9 @@ def _panel(ax: Axes, results: Results, places: dict[Any, float], direction: str,
             style = _STYLES.get(row["provider"], _OTHER)
             if row["provider"] != COPY:
                 ax.plot(ends, [y, y], color=style["color"], linewidth=2.2, alpha=0.45, zorder=style["zorder"] - 0.2)
-            edge = {} if row["provider"] == COPY else {"markeredgecolor": "white", "markeredgewidth": 0.7}
+            edge: dict[str, Any] = (
+                {} if row["provider"] == COPY else {"markeredgecolor": "white", "markeredgewidth": 0.7}
+            )
             ax.plot(row["gb_per_s"], y, linestyle="none", **edge, **style)
 
 
