@@ -1,4 +1,4 @@
-"""Batch normalisation with affine, residual and ReLU in one op.
+"""Batch normalisation with affine, residual, ReLU, enlargement and border in one op.
 
 Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithm 1; running statistics as in PyTorch.
 
@@ -8,23 +8,28 @@ Legend: N samples, C channels, M = N·H·W positions; sums run over all position
                 running_mean ← (1 − m)·running_mean + m·μ
                 running_var  ← (1 − m)·running_var  + m·σ²·M / (M − 1)
     inference:  μ, σ² = running_mean, running_var
-    x̂ = (x − μ) / √(σ² + ε)        z = x̂·w + b + residual        y = max(z, 0) with ReLU, else z
+    x̂ = (x − μ) / √(σ² + ε)        z = x̂·w + b + residual        a = max(z, 0) with ReLU, else z
+    y = place(a): nearest ×2 enlargement and a border, see `placement.py`; a itself by default
 
-Backward, with g = dy·[z > 0] (g = dy without ReLU):
+Backward, with g = placeᵀ(dy)·[z > 0] (without the mask if there is no ReLU):
 
     d_bias = Σg      d_weight = Σ g·x̂      d_residual = g
     training:   dx = w / √(σ² + ε) · (g − Σg / M − x̂·Σ(g·x̂) / M)
     inference:  dx = w / √(σ² + ε) · g
+
+What is kept for the backward is what `instance_norm.py` keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnst_kernels import normalization, normalization_aten, runtime
+from fastnst_kernels import normalization, normalization_aten, placement, runtime
+from fastnst_kernels.placement import Placement
 
 
 def batch_norm_reference(
@@ -39,61 +44,43 @@ def batch_norm_reference(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = False,
+    upsample: int = 1,
+    padding: int | Sequence[int] = 0,
+    padding_mode: str = "reflect",
 ) -> Tensor:
     """The formula in differentiable PyTorch, statistics in fp32 (fp64 for fp64); same arguments as `batch_norm`."""
     values = x.to(runtime.statistics_dtype(x))
     if training:
         mean = values.mean((0, 2, 3))
         variance = (values - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
-        count = x.numel() // x.shape[1]
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+        _update_running(running_mean, running_var, mean.detach(), variance.detach(), x, momentum)
     else:
         mean, variance = running_mean.to(values.dtype), running_var.to(values.dtype)
     rstd = (variance + eps).rsqrt()
     z = (values - mean.view(1, -1, 1, 1)) * (rstd * weight).view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
     if residual is not None:
-        z = z + residual
-    return (z.relu() if relu else z).to(x.dtype)
+        z = z + placement.inside(residual, x.shape[2:])
+    y = (z.relu() if relu else z).to(x.dtype)
+    return placement.place_reference(y, Placement(*placement.parse(x, upsample, padding, padding_mode)))
 
 
-def _backward_on_aten(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, batch_statistics: bool, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    values, g, weight, bias = (t.to(mean.dtype) for t in (x, dy, weight, bias))
-    if relu:
-        g = normalization_aten.masked(g, values, weight, bias, mean, rstd)
-    dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-        g, values, weight, mean, rstd.pow(-2), mean, rstd, batch_statistics, 0.0, [True, True, True]
-    )
-    return dx.to(x.dtype), d_weight, d_bias
-
-
-@torch.library.custom_op("fastnst::batch_norm_moments", mutates_args=("running_mean", "running_var"))
-def _batch_norm_moments(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """μ and 1/√(σ² + ε) of this batch, `[C]`; moves the running statistics.
-
-    An op of its own, because an op that changes its arguments cannot have a gradient: `fastnst::batch_norm`, which
-    takes the result, has the whole one.
-    """
-    x = runtime.dense(x)
-    if runtime.implementation(x) == "triton":
-        running = (running_mean, running_var)
-        return normalization.moments(x, per_sample=False, eps=eps, running=running, momentum=momentum)
-    mean, variance = normalization_aten.moments(x.to(runtime.statistics_dtype(x)))
+def _update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, x: Tensor, momentum: float
+) -> None:
+    """Moves the running statistics by `momentum` towards this batch's, the variance made unbiased first."""
     count = x.numel() // x.shape[1]
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
-    return mean, variance.add_(eps).rsqrt_()
 
 
-@_batch_norm_moments.register_fake
-def _(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty(x.shape[1:2], dtype=runtime.statistics_dtype(x))
-    return mean, torch.empty_like(mean)
+def _backward_on_aten(
+    g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, constant: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, grad, scale = (t.to(mean.dtype) for t in (x, g, weight))
+    dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, values, scale, mean, rstd.pow(-2), mean, rstd, not constant, 0.0, [True, True, True]
+    )
+    return dx.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
 
 @torch.library.custom_op("fastnst::batch_norm", mutates_args=())
@@ -101,21 +88,43 @@ def _batch_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    constants: Sequence[Tensor],
     residual: Tensor | None,
-    batch_statistics: bool,
+    eps: float,
     relu: bool,
-) -> Tensor:
-    """y; `batch_statistics` says that mean and rstd are x's own, which the gradient must take into account."""
+    upsample: int,
+    padding: Sequence[int],
+    padding_mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(y, mean, rstd, var)`, all but y `[C]`; with `constants` (mean, rstd), of which y is made, they are empty.
+
+    The running statistics move outside: an op that changes its arguments cannot have a gradient.
+    """
     x = runtime.dense(x)
-    residual = None if residual is None else runtime.dense(residual, like=x)
+    place = Placement(upsample, tuple(padding), padding_mode)
     if runtime.implementation(x) == "triton":
-        return normalization.apply(x, weight, bias, mean, rstd, residual, relu)
-    values, weight, bias = (t.to(mean.dtype) for t in (x, weight, bias))
+        residual = None if residual is None else runtime.dense(residual, like=x)
+        if constants:
+            y = normalization.apply(x, weight, bias, *constants, residual, place, relu)
+            return y, *_nothing(constants[0])
+        y, mean, rstd, var = normalization.forward(
+            x, weight, bias, residual, place, per_sample=False, eps=eps, relu=relu
+        )
+        assert var is not None
+        return y, mean, rstd, var
+    values = x.to(runtime.statistics_dtype(x))
+    if constants:
+        mean, rstd = constants
+        saved = _nothing(mean)
+    else:
+        mean, var = normalization_aten.moments(values)
+        rstd = (var + eps).rsqrt_()
+        saved = (mean, rstd, var)
+    weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+    residual = None if residual is None else placement.inside(residual, x.shape[2:])
     y = runtime.allocate_like(values)
     normalization_aten.apply(values, weight, bias, mean, rstd, residual, relu, out=y)
-    return y.to(x.dtype)
+    return placement.place(y.to(x.dtype), place), *saved
 
 
 @_batch_norm.register_fake
@@ -123,54 +132,104 @@ def _(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    constants: Sequence[Tensor],
     residual: Tensor | None,
-    batch_statistics: bool,
+    eps: float,
     relu: bool,
-) -> Tensor:
-    return runtime.allocate_like(x)
+    upsample: int,
+    padding: Sequence[int],
+    padding_mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = runtime.allocate_like(x, Placement(upsample, tuple(padding), padding_mode).shape(x))
+    mean = x.new_empty(0 if constants else x.shape[1], dtype=runtime.statistics_dtype(x))
+    return y, mean, torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands for the statistics where none are computed: three tensors, since an op's results may not be one."""
+    return like.new_empty(0), like.new_empty(0), like.new_empty(0)
 
 
 @torch.library.custom_op("fastnst::batch_norm_backward", mutates_args=())
 def _batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, batch_statistics: bool, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dx, d_weight, d_bias)`; with `relu`, `dy` is masked where the recomputed z is not positive."""
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    y: Tensor | None,
+    constant: bool,
+    relu: bool,
+    upsample: int,
+    padding: Sequence[int],
+    padding_mode: str,
+    residual_border: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(dx, d_weight, d_bias, d_residual)`; `constant` says that mean and rstd do not depend on x.
+
+    With `relu`, dy counts where y is positive, if that is given, else where the recomputed z is. `residual_border` is
+    -1 if no gradient of the residual is asked for; then d_residual is empty.
+    """
     x = runtime.dense(x)
     dy = runtime.dense(dy, like=x)
-    if runtime.implementation(x) == "reference":
-        dx, d_weight, d_bias = _backward_on_aten(dy, x, weight, bias, mean, rstd, batch_statistics, relu)
-    else:
-        dx, sums = normalization.backward(dy, x, weight, bias, mean, rstd, relu, batch_statistics)
-        d_bias, d_weight = sums
-    return dx, d_weight.to(weight.dtype, copy=True), d_bias.to(bias.dtype, copy=True)
+    place = Placement(upsample, tuple(padding), padding_mode)
+    if runtime.implementation(x) == "triton":
+        residual = None if residual is None else runtime.dense(residual, like=x)
+        return normalization.backward(
+            dy, x, weight, bias, mean, rstd, residual, place, relu, constant=constant, residual_border=residual_border
+        )
+    g = placement.place_adjoint(dy, place)
+    if relu:
+        assert y is not None
+        g = torch.ops.aten.threshold_backward(g, placement.own_places(y, place, x.shape[2:]), 0)
+    d_residual = normalization_aten.residual_gradient(g, residual_border)
+    return *_backward_on_aten(g, x, weight, bias, mean, rstd, constant), d_residual
 
 
 @_batch_norm_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, batch_statistics: bool, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return runtime.allocate_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    y: Tensor | None,
+    constant: bool,
+    relu: bool,
+    upsample: int,
+    padding: Sequence[int],
+    padding_mode: str,
+    residual_border: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return normalization.fake_gradients(x, weight, bias, residual_border)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, mean, rstd, residual, ctx.batch_statistics, relu = inputs
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    keep_y = relu and (residual is not None or runtime.implementation(x) == "reference")
-    ctx.recompute = relu and not keep_y
-    ctx.save_for_backward(x, weight, bias, mean, rstd, output if keep_y else None)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, rstd, y = ctx.saved_tensors
-    if y is not None:
-        dy = torch.ops.aten.threshold_backward(dy, y, 0)
-    dx, d_weight, d_bias = torch.ops.fastnst.batch_norm_backward(
-        dy, x, weight, bias, mean, rstd, ctx.batch_statistics, ctx.recompute
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, constants, residual, _, ctx.relu, *ctx.place = inputs
+    y, mean, rstd, _ = output
+    ctx.constant = bool(constants)
+    if constants:
+        mean, rstd = constants
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.residual_like = None if residual is None else (residual.dtype, placement.border_around(residual, x))
+    on_aten = runtime.implementation(x) == "reference"
+    ctx.save_for_backward(
+        x, weight, bias, mean, rstd, residual if ctx.relu and not on_aten else None, y if ctx.relu and on_aten else None
     )
-    d_residual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
-    return dx, d_weight, d_bias, None, None, d_residual, None, None
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    x, weight, bias, mean, rstd, residual, y = ctx.saved_tensors
+    border = normalization.residual_border(ctx, ctx.needs_input_grad[4])
+    dx, d_weight, d_bias, d_residual = torch.ops.fastnst.batch_norm_backward(
+        dy, x, weight, bias, mean, rstd, residual, y, ctx.constant, ctx.relu, *ctx.place, border
+    )
+    d_residual = normalization.finish_residual_gradient(ctx, dy, d_residual, border, ctx.needs_input_grad[4])
+    return dx, d_weight, d_bias, [None, None] if ctx.constant else [], d_residual, None, None, None, None, None
 
 
 torch.library.register_autograd("fastnst::batch_norm", _backward, setup_context=_setup_context)
@@ -188,8 +247,11 @@ def batch_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = False,
+    upsample: int = 1,
+    padding: int | Sequence[int] = 0,
+    padding_mode: str = "reflect",
 ) -> Tensor:
-    """`relu?((x − μ) / √(σ² + eps) · weight + bias + residual)`, μ and σ² per channel (Ioffe, Szegedy 2015).
+    """`place(relu?((x − μ) / √(σ² + eps) · weight + bias + residual))`, μ and σ² per channel (Ioffe, Szegedy 2015).
 
     Args:
         x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on the reference path); any memory format.
@@ -200,14 +262,21 @@ def batch_norm(
         training: whether μ and σ² are this batch's (else the running ones).
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
-        residual: `[N, C, H, W]`, added after the affine map, before the ReLU.
+        residual: `[N, C, H, W]`, added after the affine map, before the ReLU; or larger by the same border at all four
+            sides, of which it counts what lies inside: a picture that was padded for a convolution, say.
         relu: whether negative values become 0.
+        upsample: 2 repeats each pixel of the result twice in both directions (nearest neighbour).
+        padding: border in pixels around the (enlarged) result, one number or (left, right, top, bottom), so that the
+            next convolution can run unpadded.
+        padding_mode: "reflect" mirrors about the border pixel, "symmetric" repeats that, too (for one pixel PyTorch's
+            "replicate"), "zeros".
 
     Returns:
-        `[N, C, H, W]` in x's dtype and memory format.
+        `[N, C, upsample·H + top + bottom, upsample·W + left + right]` in x's dtype and memory format.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not go together, or training on a single value per channel.
+        ValueError: shapes, dtypes or devices do not go together, the border is wider than what it mirrors, or training
+            on a single value per channel.
     """
     runtime.check_images("x", x)
     per_channel = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
@@ -216,10 +285,14 @@ def batch_norm(
     runtime.check_residual(residual, x)
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x has shape {tuple(x.shape)}: training needs more than one value per channel")
-    if training:
-        mean, rstd = torch.ops.fastnst.batch_norm_moments(x.detach(), running_mean, running_var, momentum, eps)
-    else:
+    place = placement.parse(x, upsample, padding, padding_mode)
+    constants = []
+    if not training:
         dtype = runtime.statistics_dtype(x)
-        mean, rstd = running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()
-    y: Tensor = torch.ops.fastnst.batch_norm(x, weight, bias, mean, rstd, residual, training, relu)
+        constants = [running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()]
+    y: Tensor
+    y, mean, _, var = torch.ops.fastnst.batch_norm(x, weight, bias, constants, residual, eps, relu, *place)
+    if training:
+        with torch.no_grad():
+            _update_running(running_mean, running_var, mean, var, x, momentum)
     return y

@@ -58,7 +58,7 @@ def style_matrix_reference(difference: Tensor, dtype: torch.dtype) -> StyleMatri
         # The largest element comes to lie in [2¹⁴, 2¹⁵), far from both of fp16's ends; 2ᵉ and 2⁻ᵉ stay normal numbers.
         largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(1, 2))
         exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent.sub_(15).clamp_(min=-126), exponent)
-    scale = torch.ldexp(matrix.new_ones(()), exponent)
+    scale = torch.ldexp(matrix.new_ones(matrix.shape[0]), exponent)
     return StyleMatrix((matrix / scale.view(-1, 1, 1)).to(dtype), scale)
 
 
@@ -103,7 +103,7 @@ def _style_loss(features: Tensor, target_gram: Tensor) -> tuple[Tensor, Tensor, 
     features = runtime.dense(features)
     if runtime.implementation(features) == "reference":
         difference = gram_matrix_reference(features).sub_(target_gram)
-        loss = torch.linalg.vector_norm(difference, dim=(1, 2)).square_()
+        loss = torch.linalg.vector_norm(difference, dim=2).square_().sum(1)  # by rows, which rounds less
         return loss, *style_matrix_reference(difference, features.dtype)
     values, scale, loss = gram_on_triton(features, target_gram.contiguous())
     assert scale is not None

@@ -265,7 +265,7 @@ def _gram_kernel(
         _write_pair(b_gram, result + o_n * C * C, p_target, p_loss, i_i, i_j, C, 1.0, STYLE, BLOCK_C)
     else:
         if BOUNDS:
-            tl.store(bounds + pid, tl.max(tl.max(tl.abs(b_gram), 1), 0))
+            tl.store(bounds + pid, tl.max(tl.abs(b_gram)))
         m_upper = (i_i != i_j) | (o_r[:, None] // MERGE <= o_r[None, :] // MERGE)
         p_out = result + pid.to(tl.int64) * BLOCK_C * BLOCK_C
         tl.store(p_out + o_r[:, None] * BLOCK_C + o_r[None, :], b_gram, mask=m_upper)

@@ -1,278 +1,180 @@
-# mypy: disable-error-code="no-untyped-def"
-# (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""What instance and batch norm share on the GPU: moments, the affine-residual-ReLU map, and the backward's sums.
+"""How the norms run on a GPU: one pass where a group fits on chip, else two launches; and what either is given.
 
-Legend: x is a dense `[P, R, Q]` (see `runtime`); C channels; a group is the set of positions that share μ and σ², M of
-them, G groups: instance norm has G = N·C, batch norm G = C. In both memory formats (p, q) belongs to the channel
-`(p·Q + q) mod C` and to the group `(p·Q + q) mod G`. The formulas stand in `instance_norm.py` and `batch_norm.py`.
-
-Each reduction has two launches: partial results per chunk of rows, then a merge in fixed order. No atomics, and the
-chunks depend on the shape alone, so the same input gives the same bits on every run. Forward reads x twice and writes
-y; backward reads x and dy twice and writes dx.
-
-Variance (Chan, Golub, LeVeque 1983): every tile's sum of squares is taken about its own mean, and triples (n, μ, S) are
-merged by S = S₁ + S₂ + (μ₂ − μ₁)²·n₁n₂/(n₁ + n₂). Values enter relative to the first of their chunk, so that a large
-common mean costs no digits.
+The kernels stand in `normalization_one_pass.py` and `normalization_kernels.py`, the formulas in `instance_norm.py` and
+`batch_norm.py`. `one_pass` is the dispatch.
 """
 
 from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnst_kernels import runtime
-from fastnst_kernels.runtime import ceil_div, jit, power_of_two, tl
+from fastnst_kernels.normalization_kernels import (
+    apply_kernel,
+    gradient_kernel,
+    merge_moments_kernel,
+    merge_sums_kernel,
+    parameter_gradients_kernel,
+    partial_moments_kernel,
+)
+from fastnst_kernels.normalization_one_pass import (
+    one_pass_backward_kernel,
+    one_pass_forward_kernel,
+    one_pass_placed_backward_kernel,
+)
+from fastnst_kernels.placement import Placement, place, place_adjoint
+from fastnst_kernels.runtime import ceil_div, power_of_two
 
-_TILE_ELEMENTS = 2048
+# One pass: two programs of 128 threads are resident per multiprocessor, each with 255 registers a thread, of which up
+# to 80 hold its chunk, in parts of 4 KiB; or, in the backward that holds nothing, it walks tiles of that size.
+_RESIDENT = 2
+_PART_BYTES = 4096
+_FORWARD_PARTS = (1, 2, 4, 8, 10)
+_BACKWARD_PARTS = (1, 2, 4, 8)
+_ONE_PASS_OPTIONS = {"num_warps": 4, "maxnreg": 255, "launch_cooperative_grid": True}
+# The share of L2 that the groups under way may take, where they are read twice.
+_L2_SHARE = 0.5
+# Beyond this many bytes, a program reads its share of the partial results instead of all of them.
+_MERGE_BYTES = 32768
+# Two launches.
+_TILE_ELEMENTS = 4096
+_MERGE_ELEMENTS = 512
 _MERGE_ROWS = 64
 
 
-@jit
-def _partial_moments_kernel(
-    x, partial, P, R, Q, chunk, n_q, total,
-    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """partial[0, s, p, q] = mean, partial[1, s, p, q] = sum of squares about it, over the rows of chunk s.
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
-    Grid: splits × P × blocks of Q. Moves P·R·Q elements in; `total` = splits·P·Q. Limit: R < 2³¹.
+
+@dataclass(frozen=True)
+class OnePass:
+    """A one-pass launch: `members` programs share a group, `teams` groups are under way at once."""
+
+    parts: int
+    sub: int
+    block_q: int
+    chunks: int
+    members: int
+    units: int
+    plane_words: int
+    plane_step: int
+    teams: int
+    shared: bool
+    merge_q: int
+
+    def constants(self) -> dict[str, int]:
+        columns = self.merge_q if self.shared else self.block_q
+        return {
+            "SHARED": self.shared,
+            "PARTS": self.parts,
+            "SUB": self.sub,
+            "BLOCK_Q": self.block_q,
+            "BLOCK_S": min(power_of_two(self.members), max(1, _MERGE_ELEMENTS // columns)),
+            "MERGE_Q": self.merge_q,
+        }
+
+
+def one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held: bool = True) -> OnePass | None:
+    """How one pass would go over dense `x` (and `dy`), or None where it cannot and two launches do it.
+
+    It cannot without a GPU that may launch cooperatively (`FASTNST_COOPERATIVE=0` forbids it), where 16-byte accesses
+    would straddle rows or memory is not aligned for them, and where a group is larger than what all multiprocessors
+    hold (`held`) or than L2's share. Chunks are as small as they may be while all groups are under way at once, else as
+    large as they can be.
     """
-    pid = tl.program_id(0)
-    i_p = (pid // n_q % P).to(tl.int64)
-    i_s = pid // n_q // P
-    o_q = pid % n_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_r = tl.arange(0, BLOCK_R)
-    m_q = o_q < Q
-    first = i_s * chunk
-    last = tl.minimum(first + chunk, R)
-    b_pivot = tl.load(x + (i_p * R + first) * Q + o_q, mask=m_q, other=0.0).to(tl.float32)
-    b_mean = tl.zeros([BLOCK_Q], tl.float32)
-    b_squares = tl.zeros([BLOCK_Q], tl.float32)
-    count = 0.0
-    for r in range(first, last, BLOCK_R):
-        m_x = (r + o_r < last)[:, None] & m_q[None, :]
-        p_x = x + (i_p * R + r) * Q + o_r[:, None] * Q + o_q[None, :]
-        b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32) - b_pivot[None, :]
-        n = tl.minimum(last - r, BLOCK_R).to(tl.float32)
-        b_tile_mean = tl.sum(tl.where(m_x, b_x, 0.0), 0) / n
-        b_centred = tl.where(m_x, b_x - b_tile_mean[None, :], 0.0)
-        b_delta = b_tile_mean - b_mean
-        b_mean += b_delta * (n / (count + n))
-        b_squares += tl.sum(b_centred * b_centred, 0) + b_delta * b_delta * (count * n / (count + n))
-        count += n
-    p_out = partial + (i_s.to(tl.int64) * P + i_p) * Q + o_q
-    tl.store(p_out, b_mean + b_pivot, mask=m_q)
-    tl.store(p_out + total, b_squares, mask=m_q)
-
-
-@jit
-def _merge_moments_kernel(
-    partial, mean, rstd, running_mean, running_var, rows, G, R, chunk, repeat, total, count, unbias, eps, momentum,
-    UPDATE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """μ and 1/√(σ² + ε) of a block of groups from `rows` partial results each; with UPDATE the running statistics too.
-
-    Grid: blocks of G. Row s belongs to chunk s // repeat: for batch norm in contiguous format every sample has its own
-    chunks. Moves 2·rows·G·4 bytes in (twice, the second time from L2).
-    """
-    o_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    o_s = tl.arange(0, BLOCK_S)
-    m_g = o_g < G
-    b_pivot = tl.load(partial + o_g, mask=m_g, other=0.0)
-    b_shift = tl.zeros([BLOCK_G], tl.float32)
-    for s in range(0, rows, BLOCK_S):
-        m_p = (s + o_s < rows)[:, None] & m_g[None, :]
-        b_n = tl.minimum(R - (s + o_s) // repeat * chunk, chunk).to(tl.float32)[:, None]
-        p_mean = partial + (s + o_s).to(tl.int64)[:, None] * G + o_g[None, :]
-        b_mean = tl.load(p_mean, mask=m_p, other=0.0)
-        b_shift += tl.sum(tl.where(m_p, b_n * (b_mean - b_pivot[None, :]), 0.0), 0)
-    b_shift /= count
-    b_squares = tl.zeros([BLOCK_G], tl.float32)
-    for s in range(0, rows, BLOCK_S):
-        m_p = (s + o_s < rows)[:, None] & m_g[None, :]
-        b_n = tl.minimum(R - (s + o_s) // repeat * chunk, chunk).to(tl.float32)[:, None]
-        p_mean = partial + (s + o_s).to(tl.int64)[:, None] * G + o_g[None, :]
-        b_delta = tl.load(p_mean, mask=m_p, other=0.0) - b_pivot[None, :] - b_shift[None, :]
-        b_part = tl.load(p_mean + total, mask=m_p, other=0.0)
-        b_squares += tl.sum(tl.where(m_p, b_part + b_n * b_delta * b_delta, 0.0), 0)
-    b_mean = b_pivot + b_shift
-    b_var = b_squares / count
-    tl.store(mean + o_g, b_mean, mask=m_g)
-    tl.store(rstd + o_g, tl.div_rn(1.0, tl.sqrt_rn(b_var + eps)), mask=m_g)
-    if UPDATE:
-        b_old = tl.load(running_mean + o_g, mask=m_g, other=0.0).to(tl.float32)
-        tl.store(running_mean + o_g, b_old + momentum * (b_mean - b_old), mask=m_g)
-        b_old = tl.load(running_var + o_g, mask=m_g, other=0.0).to(tl.float32)
-        tl.store(running_var + o_g, b_old + momentum * (b_var * unbias - b_old), mask=m_g)
-
-
-@jit
-def _apply_kernel(
-    x, weight, bias, mean, rstd, residual, y, R, Q, C, G, n_r, n_q,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """y = relu?((x − μ)·rstd·w + b + residual). Grid: P × blocks of R × blocks of Q.
-
-    Moves P·R·Q elements in (twice that with a residual) and out. A NaN stays a NaN through the ReLU, as in PyTorch.
-    """
-    pid = tl.program_id(0)
-    i_p = (pid // n_q // n_r).to(tl.int64)
-    i_r = pid // n_q % n_r * BLOCK_R
-    o_q = pid % n_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_r = tl.arange(0, BLOCK_R)
-    m_q = o_q < Q
-    o_pq = i_p * Q + o_q
-    b_mean = tl.load(mean + o_pq % G, mask=m_q, other=0.0)
-    b_rstd = tl.load(rstd + o_pq % G, mask=m_q, other=0.0)
-    b_weight = tl.load(weight + o_pq % C, mask=m_q, other=0.0).to(tl.float32)
-    b_bias = tl.load(bias + o_pq % C, mask=m_q, other=0.0).to(tl.float32)
-    m_x = (i_r + o_r < R)[:, None] & m_q[None, :]
-    first = (i_p * R + i_r) * Q
-    o_x = o_r[:, None] * Q + o_q[None, :]
-    b_x = tl.load(x + first + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_y = (b_x - b_mean[None, :]) * b_rstd[None, :] * b_weight[None, :] + b_bias[None, :]
-    if RESIDUAL:
-        b_y += tl.load(residual + first + o_x, mask=m_x, other=0.0).to(tl.float32)
-    if RELU:
-        b_y = tl.where(b_y < 0.0, 0.0, b_y)
-    tl.store(y + first + o_x, b_y, mask=m_x)
-
-
-@jit
-def _load_normalized(x, dy, mean, rstd, weight, bias, first, o_x, m_x, o_pq, m_q, C, G, RELU: tl.constexpr):
-    """One tile of x̂ and of g (dy, masked by the recomputed z with RELU), with rstd and w per column."""
-    b_mean = tl.load(mean + o_pq % G, mask=m_q, other=0.0)
-    b_rstd = tl.load(rstd + o_pq % G, mask=m_q, other=0.0)
-    b_weight = tl.load(weight + o_pq % C, mask=m_q, other=0.0).to(tl.float32)
-    b_x = tl.load(x + first + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_g = tl.load(dy + first + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_normalized = (b_x - b_mean[None, :]) * b_rstd[None, :]
-    if RELU:
-        b_bias = tl.load(bias + o_pq % C, mask=m_q, other=0.0).to(tl.float32)
-        b_g = tl.where(b_normalized * b_weight[None, :] + b_bias[None, :] <= 0.0, 0.0, b_g)
-    return b_normalized, b_g, b_rstd, b_weight
-
-
-@jit
-def _partial_sums_kernel(
-    x, dy, weight, bias, mean, rstd, partial, P, R, Q, C, G, chunk, n_q, total,
-    RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """partial[0, s, p, q] = Σg, partial[1, s, p, q] = Σ g·x̂ over the rows of chunk s.
-
-    Grid: splits × P × blocks of Q. Moves 2·P·R·Q elements in; `total` = splits·P·Q. Limit: R < 2³¹.
-    """
-    pid = tl.program_id(0)
-    i_p = (pid // n_q % P).to(tl.int64)
-    i_s = pid // n_q // P
-    o_q = pid % n_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_r = tl.arange(0, BLOCK_R)
-    m_q = o_q < Q
-    first = i_s * chunk
-    last = tl.minimum(first + chunk, R)
-    b_sum_g = tl.zeros([BLOCK_Q], tl.float32)
-    b_sum_gx = tl.zeros([BLOCK_Q], tl.float32)
-    for r in range(first, last, BLOCK_R):
-        m_x = (r + o_r < last)[:, None] & m_q[None, :]
-        o_x = o_r[:, None] * Q + o_q[None, :]
-        b_normalized, b_g, _, _ = _load_normalized(
-            x, dy, mean, rstd, weight, bias, (i_p * R + r) * Q, o_x, m_x, i_p * Q + o_q, m_q, C, G, RELU
-        )
-        b_sum_g += tl.sum(tl.where(m_x, b_g, 0.0), 0)
-        b_sum_gx += tl.sum(tl.where(m_x, b_g * b_normalized, 0.0), 0)
-    p_out = partial + (i_s.to(tl.int64) * P + i_p) * Q + o_q
-    tl.store(p_out, b_sum_g, mask=m_q)
-    tl.store(p_out + total, b_sum_gx, mask=m_q)
-
-
-@jit
-def _merge_sums_kernel(partial, sums, rows, G, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr):
-    """sums[v, g] = Σ_s partial[v, s, g] for v = 0, 1, in fixed order. Grid: 2 × blocks of G. Moves 2·rows·G·4 bytes."""
-    n_g = tl.num_programs(0) // 2
-    i_v = (tl.program_id(0) // n_g).to(tl.int64)
-    o_g = tl.program_id(0) % n_g * BLOCK_G + tl.arange(0, BLOCK_G)
-    o_s = tl.arange(0, BLOCK_S)
-    m_g = o_g < G
-    b_sum = tl.zeros([BLOCK_G], tl.float32)
-    for s in range(0, rows, BLOCK_S):
-        p_part = partial + (i_v * rows + s + o_s)[:, None] * G + o_g[None, :]
-        b_sum += tl.sum(tl.load(p_part, mask=(s + o_s < rows)[:, None] & m_g[None, :], other=0.0), 0)
-    tl.store(sums + i_v * G + o_g, b_sum, mask=m_g)
-
-
-@jit
-def _input_gradient_kernel(
-    x, dy, weight, bias, mean, rstd, sums, dx, R, Q, C, G, inverse_count, n_r, n_q,
-    RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """dx = w·rstd·(g − Σg/M − x̂·Σ(g·x̂)/M). Grid: P × blocks of R × blocks of Q.
-
-    `inverse_count` is 1/M, or 0 where μ and σ² are constants (batch norm's inference). Moves 2·P·R·Q elements in,
-    P·R·Q out.
-    """
-    pid = tl.program_id(0)
-    i_p = (pid // n_q // n_r).to(tl.int64)
-    i_r = pid // n_q % n_r * BLOCK_R
-    o_q = pid % n_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_r = tl.arange(0, BLOCK_R)
-    m_q = o_q < Q
-    m_x = (i_r + o_r < R)[:, None] & m_q[None, :]
-    first = (i_p * R + i_r) * Q
-    o_x = o_r[:, None] * Q + o_q[None, :]
-    o_pq = i_p * Q + o_q
-    b_normalized, b_g, b_rstd, b_weight = _load_normalized(
-        x, dy, mean, rstd, weight, bias, first, o_x, m_x, o_pq, m_q, C, G, RELU
-    )
-    b_mean_g = tl.load(sums + o_pq % G, mask=m_q, other=0.0) * inverse_count
-    b_mean_gx = tl.load(sums + G + o_pq % G, mask=m_q, other=0.0) * inverse_count
-    b_dx = (b_weight * b_rstd)[None, :] * (b_g - b_mean_g[None, :] - b_normalized * b_mean_gx[None, :])
-    tl.store(dx + first + o_x, b_dx, mask=m_x)
+    chip = runtime.chip(x)
+    if chip is None or os.environ.get("FASTNST_COOPERATIVE", "1") == "0":
+        return None
+    p, r, q = runtime.as_prq(x)
+    vector = 16 // x.element_size()
+    aligned = all(t.data_ptr() % 16 == 0 for t in (x, dy) if t is not None)
+    if (r if q == 1 else q) % vector or not aligned or q > _PART_BYTES // 8:
+        return None
+    block_q = power_of_two(q)
+    sub = min(_PART_BYTES // x.element_size() // block_q, max(vector, power_of_two(r)))
+    samples = 1 if per_sample else x.shape[0]
+    units = p // samples
+    resident = _RESIDENT * chip.multiprocessors
+    teams = units
+    if dy is not None:
+        read_twice = (2 * x.numel() + (0 if held else dy.numel())) * x.element_size()  # with dx, which L2 takes in, too
+        teams = min(units, int(chip.l2_bytes * _L2_SHARE * units // read_twice))
+        if teams == 0:
+            return None
+    sizes = _FORWARD_PARTS if dy is None else _BACKWARD_PARTS
+    if held:
+        parts = next((n for n in sizes if teams * samples * ceil_div(r, n * sub) <= resident), sizes[-1])
+    else:
+        parts = ceil_div(r, sub * max(1, resident // (teams * samples)))
+    chunks = ceil_div(r, parts * sub)
+    members = samples * chunks
+    if members > resident:
+        return None
+    shared = members * block_q * 8 > _MERGE_BYTES
+    merge_q = min(block_q, max(8, power_of_two(ceil_div(q, members))))
+    return OnePass(
+        parts=parts, sub=sub, block_q=block_q, chunks=chunks, members=members, units=units,
+        plane_words=r * q * x.element_size() // 4, plane_step=0 if per_sample else units,
+        teams=min(teams, resident // members), shared=shared, merge_q=merge_q,
+    )  # fmt: skip
 
 
 @runtime.launches_on_its_device
-def moments(
+def forward(
     x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    placement: Placement,
     *,
     per_sample: bool,
     eps: float,
-    running: tuple[Tensor, Tensor] | None = None,
-    momentum: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Mean and 1/√(σ² + eps) of dense `x`, both fp32 `[N, C]` (`per_sample`) or `[C]`; moves `running` (mean, var)."""
-    p, r, q = runtime.as_prq(x)
-    block_r, block_q, n_q, chunk, splits = _split(p, r, q)
-    partial = runtime.allocate((2, splits, p, q), x, torch.float32)
-    _partial_moments_kernel[(splits * p * n_q,)](
-        x, partial, p, r, q, chunk, n_q, splits * p * q, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=4
-    )  # fmt: skip
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`(y, mean, rstd, var)`; the statistics are fp32 `[N, C]` (`per_sample`, without var) or `[C]`.
+
+    x is dense, `residual` dense in x's format, by the same border larger than x at each side.
+    """
+    _check_size(x, placement)
     shape = x.shape[:2] if per_sample else x.shape[1:2]
-    mean, rstd = runtime.allocate(shape, x, torch.float32), runtime.allocate(shape, x, torch.float32)
-    groups = mean.numel()
-    rows = splits * p * q // groups
-    count = x.numel() // groups
-    block_g = min(64, power_of_two(groups))
-    running_mean, running_var = (None, None) if running is None else running
-    _merge_moments_kernel[(ceil_div(groups, block_g),)](
-        partial, mean, rstd, running_mean, running_var, rows, groups, r, chunk, rows // splits, splits * p * q,
-        float(count), count / max(1, count - 1), eps, momentum,
-        UPDATE=running is not None, BLOCK_S=_MERGE_ROWS, BLOCK_G=block_g, num_warps=4,
+    mean, rstd = (runtime.allocate(shape, x, torch.float32) for _ in range(2))
+    var = None if per_sample else runtime.allocate(shape, x, torch.float32)
+    plan = one_pass(x, per_sample=per_sample)
+    if plan is None:
+        partial = _moments(x, mean, rstd, var, eps)
+        return _apply(x, weight, bias, mean, rstd, residual, placement, relu, partial, eps), mean, rstd, var
+    within, residual, border = _within(x, residual, placement)
+    y = runtime.allocate_like(x, within.shape(x))
+    _, _, q = runtime.as_prq(x)
+    partial = runtime.allocate((plan.units, 2, plan.members, q), x, torch.float32)
+    arrived = torch.zeros(2 * plan.units, dtype=torch.int32, device=x.device)
+    one_pass_forward_kernel[(plan.teams * plan.members,)](
+        x, weight.contiguous(), bias.contiguous(), residual, y, mean, rstd, var, partial, arrived,
+        x.shape[2], x.shape[3], x.shape[1], plan.plane_words, plan.chunks, plan.members, plan.plane_step,
+        plan.units, plan.teams, float(x.numel() // mean.numel()), eps, 0, Q=q, RESIDUAL=residual is not None, BORDER=border, RELU=relu,
+        **within.constants(), **plan.constants(), **_ONE_PASS_OPTIONS,
     )  # fmt: skip
-    return mean, rstd
+    return (y if within is placement else place(y, placement)), mean, rstd, var
 
 
 @runtime.launches_on_its_device
 def apply(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    placement: Placement,
+    relu: bool,
 ) -> Tensor:
-    """`relu?((x − mean)·rstd·weight + bias + residual)` in x's dtype and format; `residual` dense in that format."""
-    p, r, q = runtime.as_prq(x)
-    block_r, block_q = _tile(r, q)
-    n_r, n_q = ceil_div(r, block_r), ceil_div(q, block_q)
-    y = runtime.allocate_like(x)
-    _apply_kernel[(p * n_r * n_q,)](
-        x, weight.contiguous(), bias.contiguous(), mean, rstd, residual, y, r, q, x.shape[1], mean.numel(), n_r, n_q,
-        RESIDUAL=residual is not None, RELU=relu, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=4,
-    )  # fmt: skip
-    return y
+    """`place(relu?((x − mean)·rstd·weight + bias + residual))` in x's dtype and format, with given statistics."""
+    _check_size(x, placement)
+    return _apply(x, weight, bias, mean, rstd, residual, placement, relu, None, 0.0)
 
 
 @runtime.launches_on_its_device
@@ -283,35 +185,202 @@ def backward(
     bias: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    residual: Tensor | None,
+    placement: Placement,
     relu: bool,
-    batch_statistics: bool,
-) -> tuple[Tensor, Tensor]:
-    """dx in x's dtype and format, and fp32 `[2, *mean.shape]`: Σg and Σ g·x̂ of each group.
+    *,
+    constant: bool,
+    residual_border: int,
+) -> _Gradients:
+    """`(dx, d_weight, d_bias, d_residual)`, the last in x's dtype, empty where `residual_border` is -1.
 
-    `dy` is dense in x's format; without `batch_statistics`, mean and rstd count as constants.
+    `dy` is dense in x's format; `constant` says that mean and rstd do not depend on x.
     """
-    p, r, q = runtime.as_prq(x)
     weight, bias = weight.contiguous(), bias.contiguous()
-    block_r, block_q, n_q, chunk, splits = _split(p, r, q)
-    groups = mean.numel()
-    partial = runtime.allocate((2, splits, p, q), x, torch.float32)
-    _partial_sums_kernel[(splits * p * n_q,)](
-        x, dy, weight, bias, mean, rstd, partial, p, r, q, x.shape[1], groups, chunk, n_q, splits * p * q,
-        RELU=relu, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=4,
-    )  # fmt: skip
+    _check_size(x, placement)
+    within, residual, border = _within(x, residual, placement)
+    if within is not placement:
+        dy = place_adjoint(dy, placement)
+    # Recomputing the mask and writing the residual's gradient go over the same border, or one of them has none.
+    border = max(border, residual_border if 2 * residual_border <= min(x.shape[2:]) else 0)
+    d_residual = None
+    if residual_border >= 0:
+        around = Placement(1, (border,) * 4, "zeros")
+        d_residual = runtime.allocate_like(x, around.shape(x))
     sums = runtime.allocate((2, *mean.shape), x, torch.float32)
-    block_g = min(64, power_of_two(groups))
-    _merge_sums_kernel[(2 * ceil_div(groups, block_g),)](
-        partial, sums, splits * p * q // groups, groups, BLOCK_S=_MERGE_ROWS, BLOCK_G=block_g, num_warps=4
-    )  # fmt: skip
     dx = runtime.allocate_like(x)
-    n_r = ceil_div(r, block_r)
-    _input_gradient_kernel[(p * n_r * n_q,)](
-        x, dy, weight, bias, mean, rstd, sums, dx, r, q, x.shape[1], groups,
-        groups / x.numel() if batch_statistics else 0.0, n_r, n_q,
-        RELU=relu, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=4,
+    flags: dict[str, Any] = {
+        "RESIDUAL": residual is not None, "BORDER": border, "RELU": relu, **within.constants()
+    }  # fmt: skip
+    whole = within.trivial and residual is None and d_residual is None and dy.dtype == x.dtype
+    plan = None if constant else one_pass(x, dy, per_sample=mean.dim() == 2, held=whole)
+    if plan is None:
+        _gradient(x, dy, weight, bias, mean, rstd, residual, sums, dx, d_residual, constant, flags)
+    else:
+        _, _, q = runtime.as_prq(x)
+        partial = runtime.allocate((plan.units, 2, plan.members, q), x, torch.float32)
+        arrived = torch.zeros(2 * plan.units, dtype=torch.int32, device=x.device)
+        inverse_count = mean.numel() / x.numel()
+        if whole:
+            one_pass_backward_kernel[(plan.teams * plan.members,)](
+                x, dy, weight, bias, mean, rstd, dx, sums, partial, arrived,
+                x.shape[2], x.shape[3], x.shape[1], plan.plane_words, plan.chunks, plan.members, plan.plane_step,
+                plan.units, plan.teams, inverse_count, 0, Q=q, RELU=relu, **plan.constants(), **_ONE_PASS_OPTIONS,
+            )  # fmt: skip
+        else:
+            constants = plan.constants()
+            block_r = constants.pop("SUB")
+            chunk = constants.pop("PARTS") * block_r
+            one_pass_placed_backward_kernel[(plan.teams * plan.members,)](
+                x, dy, weight, bias, mean, rstd, residual, dx, d_residual, sums, partial, arrived,
+                x.shape[2], x.shape[3], x.shape[1], chunk, plan.chunks, plan.members, plan.plane_step,
+                plan.units, plan.teams, inverse_count, Q=q, BLOCK_R=block_r, **flags, **constants, **_ONE_PASS_OPTIONS,
+            )  # fmt: skip
+    n, c = sums.numel() // (2 * x.shape[1]), x.shape[1]
+    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
+    block_g = min(64, power_of_two(c))
+    parameter_gradients_kernel[(ceil_div(c, block_g),)](
+        sums, d_weight, d_bias, n, c, BLOCK_S=min(_MERGE_ROWS, power_of_two(n)), BLOCK_G=block_g, num_warps=4
+    )
+    if d_residual is None:
+        return dx, d_weight, d_bias, x.new_empty(0)
+    missing = residual_border - border
+    return dx, d_weight, d_bias, place(d_residual, Placement(1, (missing,) * 4, "zeros"))
+
+
+def fake_gradients(x: Tensor, weight: Tensor, bias: Tensor, residual_border: int) -> _Gradients:
+    """The fake results of a norm's backward."""
+    d_residual = x.new_empty(0)
+    if residual_border >= 0:
+        d_residual = runtime.allocate_like(x, Placement(1, (residual_border,) * 4, "zeros").shape(x))
+    return runtime.allocate_like(x), torch.empty_like(weight), torch.empty_like(bias), d_residual
+
+
+def residual_border(ctx: Any, needed: bool) -> int:
+    """The border of the residual's gradient, or -1 if the backward need not write it, since it is dy itself."""
+    if not needed:
+        return -1
+    border: int = ctx.residual_like[1]
+    upsample, padding, mode = ctx.place
+    placement = Placement(upsample, tuple(padding), mode)
+    return border if border or ctx.relu or not placement.trivial else -1
+
+
+def finish_residual_gradient(ctx: Any, dy: Tensor, d_residual: Tensor, border: int, needed: bool) -> Tensor | None:
+    """The residual's gradient in its dtype."""
+    if not needed:
+        return None
+    return (dy if border < 0 else d_residual).to(ctx.residual_like[0])
+
+
+def _moments(x: Tensor, mean: Tensor, rstd: Tensor, var: Tensor | None, eps: float) -> Tensor | None:
+    """First launch of the forward; its partial results, or None where a second one has merged them already."""
+    p, r, q = runtime.as_prq(x)
+    block_r, block_q, n_q, chunk, splits = _split(p, r, q)
+    partial = runtime.allocate((2, splits, p, q), x, torch.float32)
+    total = splits * p * q
+    partial_moments_kernel[(splits * p * n_q,)](
+        x, partial, p, r, q, chunk, n_q, total, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=4
+    )
+    if var is None:
+        return partial
+    groups = mean.numel()
+    rows = total // groups
+    block_g = min(16, power_of_two(groups))
+    merge_moments_kernel[(ceil_div(groups, block_g),)](
+        partial, mean, rstd, var, rows, groups, r, chunk, rows // splits, total, float(x.numel() // groups), eps,
+        BLOCK_S=_MERGE_ROWS, BLOCK_G=block_g, num_warps=4,
     )  # fmt: skip
-    return dx, sums
+    return None
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    placement: Placement,
+    relu: bool,
+    partial: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Second launch of the forward; with `partial` it computes and stores mean and rstd, too."""
+    within, residual, border = _within(x, residual, placement)
+    p, r, q = runtime.as_prq(x)
+    block_r, block_q, n_q, chunk, splits = _split(p, r, q)
+    y = runtime.allocate_like(x, within.shape(x))
+    apply_kernel[(splits * p * n_q,)](
+        x, weight.contiguous(), bias.contiguous(), mean, rstd, partial, residual, y, p, r, q, x.shape[1], mean.numel(),
+        x.shape[2], x.shape[3], chunk, n_q, splits * p * q, splits, float(r), eps,
+        MERGE=partial is not None, RESIDUAL=residual is not None, BORDER=border, RELU=relu, **within.constants(),
+        BLOCK_R=block_r, BLOCK_Q=block_q, BLOCK_S=min(_MERGE_ROWS, power_of_two(splits)), num_warps=4,
+    )  # fmt: skip
+    return y if within is placement else place(y, placement)
+
+
+def _gradient(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    sums: Tensor,
+    dx: Tensor,
+    d_residual: Tensor | None,
+    constant: bool,
+    flags: dict[str, Any],
+) -> None:
+    """The backward's launches: one with constant statistics, two per sample, three for batch norm in training."""
+    p, r, q = runtime.as_prq(x)
+    block_r, block_q, n_q, chunk, splits = _split(p, r, q)
+    total, groups = splits * p * q, mean.numel()
+    partial = runtime.allocate((2, splits, p, q), x, torch.float32)
+    per_sample = mean.dim() == 2
+
+    def launch(step: str, d_residual: Tensor | None) -> None:
+        gradient_kernel[(splits * p * n_q,)](
+            x, dy, weight, bias, mean, rstd, residual, partial, sums, dx, d_residual,
+            p, r, q, x.shape[1], groups, x.shape[2], x.shape[3], chunk, n_q, total, splits, groups / x.numel(),
+            STEP=step, BLOCK_R=block_r, BLOCK_Q=block_q, BLOCK_S=min(_MERGE_ROWS, power_of_two(splits)), num_warps=4,
+            **flags,
+        )  # fmt: skip
+
+    launch("constant" if constant else "sums", d_residual)
+    if not per_sample:
+        block_g = min(16, power_of_two(groups))
+        merge_sums_kernel[(2 * ceil_div(groups, block_g),)](
+            partial, sums, total // groups, groups, BLOCK_S=_MERGE_ROWS, BLOCK_G=block_g, num_warps=4
+        )
+    if not constant:
+        launch("merge" if per_sample else "map", None)
+
+
+def _within(x: Tensor, residual: Tensor | None, placement: Placement) -> tuple[Placement, Tensor | None, int]:
+    """What the kernels can do of `placement`: all or nothing; and the residual with the border that they can skip."""
+    height, width = x.shape[2:]
+    within = placement if placement.fits_kernels(height, width) else Placement()
+    if residual is None:
+        return within, None, 0
+    border = (residual.shape[2] - height) // 2
+    if 2 * border <= min(height, width):
+        return within, residual, border
+    inside = residual[:, :, border : border + height, border : border + width]
+    return within, runtime.dense(inside, like=x), 0
+
+
+def _check_size(x: Tensor, placement: Placement) -> None:
+    """The kernels count within a sample in 32 bits."""
+    height, width = placement.size(x.shape[2], x.shape[3])
+    largest = max(height * width, x.shape[2] * x.shape[3]) * x.shape[1]
+    if largest >= 2**31:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: {largest} elements per sample, but the kernels take less than {2**31}; "
+            "use FASTNST_KERNELS=reference or a smaller picture"
+        )
 
 
 def _tile(r: int, q: int) -> tuple[int, int]:
@@ -321,7 +390,7 @@ def _tile(r: int, q: int) -> tuple[int, int]:
 
 
 def _split(p: int, r: int, q: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_R, BLOCK_Q, blocks of Q, rows per chunk and number of chunks for the two reductions."""
+    """BLOCK_R, BLOCK_Q, blocks of Q, rows per chunk and number of chunks, for all launches over the whole of x."""
     block_r, block_q = _tile(r, q)
     n_q = ceil_div(q, block_q)
     wanted = max(1, runtime.TARGET_PROGRAMS // (p * n_q))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastnst_kernels.placement import Placement, place
+
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance `[C]` over the samples and positions of `values [N, C, H, W]`, fp32 or fp64.
@@ -43,12 +45,6 @@ def apply(
         out.relu_()
 
 
-def masked(g: Tensor, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """`g` where `(values − mean)·rstd·weight + bias` is positive, else 0; statistics `[C]`."""
-    z = (values - _planes(mean)) * _planes(rstd * weight) + _planes(bias)
-    return torch.ops.aten.threshold_backward(g, z, 0)
-
-
 def sums(g: Tensor, values: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """`Σg` and `Σ g·x̂`, both `[C]`, over the samples and positions of `values [N, C, H, W]`."""
     _, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
@@ -66,6 +62,11 @@ def input_gradient(
     beta = -alpha * rstd * sum_gx / count
     gamma = -alpha * sum_g / count - beta * mean
     torch.addcmul(_planes(gamma), values, _planes(beta), out=out).addcmul_(g, _planes(alpha))
+
+
+def residual_gradient(g: Tensor, border: int) -> Tensor:
+    """`g` with `border` zeros around it; empty for a border of -1."""
+    return g.new_empty(0) if border < 0 else place(g, Placement(1, (border,) * 4, "zeros"))
 
 
 def _planes(statistics: Tensor) -> Tensor:

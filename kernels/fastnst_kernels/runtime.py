@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -95,6 +96,26 @@ def _obstacle(tensor: Tensor) -> str | None:
         return "there is no CUDA device"
     capability = _compute_capability(tensor.device.index or 0)
     return None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What kernels need to know of a GPU: its multiprocessors, its compute capability, the size of its L2 cache."""
+
+    multiprocessors: int
+    capability: tuple[int, int]
+    l2_bytes: int = 40 * 2**20
+
+
+def chip(tensor: Tensor) -> Chip | None:
+    """The GPU that holds `tensor`; None for the CPU, where programs run one after another."""
+    return _chip(tensor.device.index or 0) if tensor.device.type == "cuda" else None
+
+
+@cache
+def _chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    return Chip(properties.multi_processor_count, _compute_capability(index), properties.L2_cache_size)
 
 
 @cache
@@ -177,18 +198,26 @@ def check_per_channel(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:
-    """`residual`, where given, is floating and of `x`'s shape and device.
+    """`residual`, where given, is floating, on `x`'s device and of its shape, or larger by one border at all sides.
 
     Raises:
         ValueError: it is not.
     """
     if residual is None:
         return
-    if residual.shape != x.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}, expected x's {tuple(x.shape)}")
+    if residual.dim() != 4 or residual.shape[:2] != x.shape[:2] or not _surrounds(residual.shape[2:], x.shape[2:]):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}, expected x's {tuple(x.shape)}, "
+            "or height and width larger by the same even number, for a border that is left out"
+        )
     if not residual.is_floating_point():
         raise ValueError(f"residual is {residual.dtype}, expected a floating type such as {x.dtype}")
     check_same_device("residual", residual, "x", x)
+
+
+def _surrounds(outer: Sequence[int], inner: Sequence[int]) -> bool:
+    rows, columns = outer[0] - inner[0], outer[1] - inner[1]
+    return rows == columns and rows >= 0 and rows % 2 == 0
 
 
 def check_same_device(name: str, a: Tensor, other_name: str, b: Tensor) -> None:
