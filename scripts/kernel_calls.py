@@ -296,8 +296,8 @@ def _narrow_accesses(kernel: CompiledKernel) -> list[str]:
         for operand in launch.operands
         if operand.channels_last and operand.dtype.itemsize == 2 and operand.shape[1] % 8 == 0
     ]
-    read = sorted({operand.name for operand in pictures if not operand.written})
-    written = sorted({operand.name for operand in pictures if operand.written})
+    names = {operand.name for operand in pictures}
+    read, written = sorted(names & kernel.reads), sorted(names & kernel.writes)
     found = []
     if read and kernel.widest_load < 128:
         found.append(f"reads {', '.join(read)} in pieces of at most {kernel.widest_load} bits")

@@ -11,7 +11,9 @@ is inspected is what a launch would run, for any kernel that is launched as `mod
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +24,16 @@ from fastnst_kernels import disassembly
 from fastnst_kernels.recording import ARCHITECTURES, Architecture, Launch, Operand, compiling_for, record
 from fastnst_kernels.runtime import ceil_div
 
-__all__ = ["ARCHITECTURES", "Architecture", "CompiledKernel", "Launch", "Operand", "compile_launches", "record"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "CompiledKernel",
+    "Launch",
+    "Operand",
+    "compile_launches",
+    "record",
+    "touched_arguments",
+]
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class CompiledKernel:
     Registers, stack and local memory are of a thread, shared and tensor memory of a program; memory is in bytes, tensor
     memory in columns. `loads` and `stores` map the bits that a thread moves at once to the number of global accesses of
     that width, `matrix` the mnemonics of matrix instructions to their number (see `disassembly.Instructions`);
-    `multiplies_matrices` tells whether the source has a `tl.dot`.
+    `multiplies_matrices` tells whether the source has a `tl.dot`; `reads` and `writes` name the tensors that are loaded
+    from and stored to.
     """
 
     launches: tuple[Launch, ...]
@@ -49,6 +61,8 @@ class CompiledKernel:
     stores: Mapping[int, int]
     matrix: Mapping[str, int]
     multiplies_matrices: bool
+    reads: frozenset[str]
+    writes: frozenset[str]
 
     @property
     def kernel(self) -> str:
@@ -88,8 +102,8 @@ class CompiledKernel:
         return min(limits)
 
     def faults(self) -> list[str]:
-        """Why it could not start, or would be slow whatever it does: too much of a limited resource, spills, a barrier
-        that would wait for ever."""
+        """What is wrong whatever the kernel is for: spills, too much of a limited resource, a barrier without room, a
+        tensor that is passed for nothing (`Launch.bytes` would count it)."""
         chip = self.architecture
         found = []
         if self.stack or self.local:
@@ -99,6 +113,9 @@ class CompiledKernel:
         if self.tensor_memory > chip.tensor_memory:
             found.append(f"needs {self.tensor_memory} columns of tensor memory; {chip.name} has {chip.tensor_memory}")
         room = self.programs_per_multiprocessor * chip.multiprocessors
+        passed = {operand.name for launch in self.launches for operand in launch.operands}
+        if idle := sorted(passed - self.reads - self.writes):
+            found.append(f"neither reads nor writes {', '.join(idle)}, which it is given: pass None")
         programs = max(launch.programs for launch in self.launches)
         if self.configuration.get("launch_cooperative_grid") and programs > room:
             found.append(f"waits for all of its {programs} programs at a barrier; {room} fit on {chip.name} at a time")
@@ -116,6 +133,8 @@ class _Code:
     num_warps: int
     num_stages: int
     multiplies_matrices: bool
+    reads: frozenset[str]
+    writes: frozenset[str]
 
 
 def compile_launches(launches: Sequence[Launch], jobs: int = 1) -> list[CompiledKernel]:
@@ -153,7 +172,9 @@ def _compile(launch: Launch) -> _Code:
         except Exception as error:  # Triton's, LLVM's or the assembler's, which have no ancestor of their own
             case = f"{launch.module}.{launch.kernel} {dict(launch.configuration)} for {launch.architecture}"
             raise RuntimeError(f"{case} does not compile: {error}") from error
-    cubin, metadata = compiled.asm["cubin"], compiled.metadata
+    cubin, metadata, source = compiled.asm["cubin"], compiled.metadata, compiled.asm["ttir"]
+    signature = json.loads(launch.specialization)["signature"]
+    reads, writes = touched_arguments(source, [name for name, kind in signature.items() if kind != "constexpr"])
     return _Code(
         code=disassembly.machine_code(cubin),
         resources=disassembly.resources(cubin),
@@ -161,7 +182,9 @@ def _compile(launch: Launch) -> _Code:
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
         num_warps=metadata.num_warps,
         num_stages=metadata.num_stages,
-        multiplies_matrices="tt.dot" in compiled.asm["ttir"],
+        multiplies_matrices="tt.dot" in source,
+        reads=reads,
+        writes=writes,
     )
 
 
@@ -181,4 +204,34 @@ def _figures(launches: tuple[Launch, ...], code: _Code, counts: disassembly.Inst
         stores=dict(sorted(counts.stores.items())),
         matrix=dict(sorted(counts.matrix.items())),
         multiplies_matrices=code.multiplies_matrices,
+        reads=code.reads,
+        writes=code.writes,
     )
+
+
+def touched_arguments(source: str, names: Sequence[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Which pointer arguments a kernel loads from, and which it stores to.
+
+    Args:
+        source: its Triton IR, after inlining.
+        names: its run-time arguments in order.
+    """
+    head, _, body = source[source.index("tt.func public") :].partition("\n")
+    # What each value of the IR points into: arguments themselves, then whatever is computed from pointers.
+    origins = {value: {name} for value, name in zip(re.findall(r"(%[\w.]+): ", head), names, strict=True)}
+    reads: set[str] = set()
+    writes: set[str] = set()
+    for line in body.splitlines():
+        result, operation = line.split(" = ", 1) if line.lstrip().startswith("%") else ("", line)
+        for inner, outer in re.findall(r"(%[\w.]+) = (%[\w.]+)", operation):  # what a loop carries
+            origins[inner] = set(origins.get(outer, ()))
+        operands = [origins.get(value, set()) for value in re.findall(r"%[\w.]+", operation)]
+        word = operation.split(maxsplit=1)[0] if operation.strip() else ""
+        if word in ("tt.load", "tt.atomic_rmw", "tt.atomic_cas"):
+            reads |= operands[0]
+        if word in ("tt.store", "tt.atomic_rmw", "tt.atomic_cas"):
+            writes |= operands[0]
+        if "!tt.ptr" in operation and word not in ("tt.load", "tt.atomic_rmw", "tt.atomic_cas"):
+            for value in re.findall(r"%[\w.]+", result):
+                origins[value] = set().union(*operands)
+    return frozenset(reads), frozenset(writes)

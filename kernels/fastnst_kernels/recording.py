@@ -60,23 +60,18 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor argument.
-
-    `written`: the launch is the first to be given this memory, fresh from `runtime.allocate`. `bytes` are 0 where an
-    earlier argument of the launch is the same memory.
-    """
+    """A tensor argument. `bytes` are 0 where an earlier argument of the launch is the same memory."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     channels_last: bool
-    written: bool
     bytes: int
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. `configuration` holds compile-time parameters and options, `specialization` what Triton made of it."""
+    """One launch. `configuration`: compile-time parameters and options; `specialization`: what Triton makes of them."""
 
     architecture: str
     module: str
@@ -126,25 +121,22 @@ def record(modules: Iterable[ModuleType], architecture: str) -> Iterator[list[La
         raise ValueError("kernels were made for Triton's interpreter, which compiles nothing: unset TRITON_INTERPRET")
     chip = ARCHITECTURES[architecture]
     launches: list[Launch] = []
-    fresh: dict[int, Tensor] = {}
     allocate = runtime.allocate
 
-    def noted_allocation(*args: Any, **kwargs: Any) -> Tensor:
+    def harmless_allocation(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
-        if not tensor.is_floating_point():
-            tensor.zero_()  # it might be asked whether it is in range, such as the switches of pooling
-        fresh[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no other tensor can have its address
-        return tensor
+        # Integers, such as the switches of pooling, might be asked whether they are in range.
+        return tensor if tensor.is_floating_point() else tensor.zero_()
 
     facts = runtime.Chip(chip.multiprocessors, divmod(chip.capability, 10))
     changes: list[tuple[Any, str, Any]] = [
         (runtime, "implementation", lambda _: "triton"),
         (runtime, "chip", lambda _: facts),
-        (runtime, "allocate", noted_allocation),
+        (runtime, "allocate", harmless_allocation),
     ]
     for module in modules:
         for name in kernels_of(module):
-            recorder = _Recorder(getattr(module, name), (module.__name__, name), architecture, launches, fresh)
+            recorder = _Recorder(getattr(module, name), (module.__name__, name), architecture, launches)
             changes.append((module, name, recorder))
     with _changed(changes), compiling_for(chip):
         yield launches
@@ -171,11 +163,8 @@ def compiling_for(chip: Architecture) -> Iterator[None]:
 class _Recorder:
     """Stands where a kernel stood."""
 
-    def __init__(
-        self, kernel: Any, place: tuple[str, str], architecture: str, launches: list[Launch], fresh: dict[int, Tensor]
-    ) -> None:
-        self._kernel, self._place, self._architecture = kernel, place, architecture
-        self._launches, self._fresh = launches, fresh
+    def __init__(self, kernel: Any, place: tuple[str, str], architecture: str, launches: list[Launch]) -> None:
+        self._kernel, self._place, self._architecture, self._launches = kernel, place, architecture, launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
@@ -196,27 +185,27 @@ class _Recorder:
                     kernel=self._place[1],
                     configuration={name: value for name, value in options.items() if not isinstance(value, Tensor)},
                     grid=tuple(grid(arguments) if callable(grid) else grid),
-                    operands=tuple(self._operands(arguments)),
+                    operands=tuple(_operands(arguments)),
                     specialization=specialization,
                 )
             )
 
         return launch
 
-    def _operands(self, arguments: Mapping[str, Any]) -> Iterator[Operand]:
-        counted: set[int] = set()
-        for name, tensor in arguments.items():
-            if isinstance(tensor, Tensor):
-                known = tensor.data_ptr() in counted
-                counted.add(tensor.data_ptr())
-                yield Operand(
-                    name=name,
-                    dtype=tensor.dtype,
-                    shape=tuple(tensor.shape),
-                    channels_last=tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.shape[1] > 1,
-                    written=self._fresh.pop(tensor.untyped_storage().data_ptr(), None) is not None,
-                    bytes=0 if known else tensor.numel() * tensor.element_size(),
-                )
+
+def _operands(arguments: Mapping[str, Any]) -> Iterator[Operand]:
+    counted: set[int] = set()
+    for name, tensor in arguments.items():
+        if isinstance(tensor, Tensor):
+            known = tensor.data_ptr() in counted
+            counted.add(tensor.data_ptr())
+            yield Operand(
+                name=name,
+                dtype=tensor.dtype,
+                shape=tuple(tensor.shape),
+                channels_last=tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.shape[1] > 1,
+                bytes=0 if known else tensor.numel() * tensor.element_size(),
+            )
 
 
 class _AbsentGpu:

@@ -53,6 +53,17 @@ def product_kernel(a, b, c, k, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEP
 
 
 @jit
+def walking_kernel(x, y, idle, n, BLOCK: tl.constexpr):  # noqa: ARG001
+    """Its pointers move; where it stores depends on what it loads."""
+    p_x = x + tl.arange(0, BLOCK)
+    for _ in range(n):
+        if n > 3:
+            tl.store(y + tl.load(p_x), 1)
+        p_x += BLOCK
+    tl.atomic_add(y, 1)
+
+
+@jit
 def wrong_kernel(x, BLOCK: tl.constexpr):
     tl.store(x + tl.arange(0, BLOCK), tl.arange(0, BLOCK + 1))
 
@@ -95,11 +106,10 @@ def test_a_launch_is_noted_with_its_operands() -> None:
     first, second, in_place = launches
     assert (first.kernel, first.grid, first.programs) == ("copy_kernel", (32,), 32)
     assert dict(first.configuration) == {"BLOCK": 1024, "num_warps": 4}
-    assert [(one.name, one.written, one.channels_last) for one in first.operands] == [
-        ("x", False, True),
-        ("y", True, True),
+    assert [(one.name, one.dtype, one.shape, one.channels_last) for one in first.operands] == [
+        ("x", x.dtype, x.shape, True),
+        ("y", x.dtype, x.shape, True),
     ]
-    assert not any(one.written for one in second.operands)
     assert first.identity == second.identity
     assert (first.bytes, in_place.bytes) == (2 * x.nbytes, x.nbytes)
 
@@ -150,6 +160,17 @@ def test_a_plain_copy_has_no_faults(architecture: str) -> None:
     assert 0 < kernel.instructions * 16 <= kernel.code_size
     assert kernel.faults() == []
     assert kernel_calls.broken_rules([kernel], [call_of(kernel, "instance_norm", "bf16")]) == []
+
+
+def test_what_is_read_and_written_is_known() -> None:
+    kernel = copied()
+    assert (kernel.reads, kernel.writes) == ({"x"}, {"y"})
+    x = torch.zeros(1024, dtype=torch.int32)
+    with record([THIS], "sm_90") as launches:
+        walking_kernel[(1,)](x, x, x, 8, BLOCK=128, num_warps=4)
+    (kernel,) = compile_launches(launches)
+    assert (kernel.reads, kernel.writes) == ({"x", "y"}, {"y"})
+    assert kernel.faults() == ["neither reads nor writes idle, which it is given: pass None"]
 
 
 def test_narrow_accesses_break_a_rule_where_it_matters() -> None:
@@ -284,13 +305,27 @@ def test_the_command_writes_all_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
     assert {kernel["architecture"] for kernel in data["kernels"]} == {"sm_90"}
     assert all(kernel["stack"] == kernel["local"] == 0 < kernel["registers"] for kernel in data["kernels"])
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "| max_pool2d_switches | forward | sm_90 | 1 | 1.000 |" in text
-    assert "### sm_90" in text
-    assert "### sm_80" not in text
+    assert "## `max_pool_2x2._pool_columns_kernel`" in text
+    assert "| type, layout | configuration | sm_90 |" in text
+    assert "None." in text
     monkeypatch.setattr(kernel_report, "broken_rules", lambda *_: ["sm_90 some_kernel: [slow]"])
     done = CliRunner().invoke(kernel_report.main, arguments)
     assert done.exit_code == 1
     assert "broken: sm_90 some_kernel: [slow]" in done.output
+
+
+def test_bytes_are_held_against_the_minimum() -> None:
+    calls = kernel_calls.record_calls("sm_90", ["max_unpool2d_switches"], ["bf16"])
+    rows = kernel_report.traffic_rows(calls, kernel_calls.LAYER_SHAPES)
+    assert [(row["op"], row[""]) for row in rows] == [
+        ("`max_unpool2d_switches`", "forward"),
+        ("`max_unpool2d_switches`", "backward"),
+    ]
+    for row in rows:
+        assert [row["×".join(map(str, shape))] for shape in kernel_calls.LAYER_SHAPES] == ["1.000 (1)"] * 5
+    (call, *_) = calls
+    twice = replace(call, launches=call.launches * 2)
+    assert twice.bytes == 2 * call.bytes == 2 * call.minimum_bytes
 
 
 def test_the_command_knows_its_choices() -> None:
