@@ -1,5 +1,6 @@
 """The transform net: three architectures against plain PyTorch, any size, layout, and a published model's picture."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnst.errors import DataError, UserError
-from fastnst.models.padding import reflect_pad, replicate_pad_one
+from fastnst.models import transform_net
+from fastnst.models.padding import reflect_pad
 from fastnst.models.published import load_lengstrom_npz
 from fastnst.models.transform_net import ARCHITECTURES, ConvLayer, TransformNet, UpLayer
 
@@ -176,7 +179,7 @@ def test_same_padding_is_tensorflows(size: int, expected: list[float]) -> None:
         layer.weight.zero_()
         layer.weight[0, 0, 1, :] = 1
         x = torch.arange(1.0, size + 1).expand(1, 1, 3, size)
-        assert layer(x)[0, 0, 1].tolist() == expected
+        assert layer(F.pad(x, layer.wants(x).padding))[0, 0, 1].tolist() == expected
 
 
 def test_transposed_convolution_is_cut_as_tensorflow_cuts_it() -> None:
@@ -202,19 +205,67 @@ def test_reflect_pad_is_numpys(height: int, width: int, pad: int) -> None:
 def test_padding_has_the_gradient_of_its_own_formula(pad: int) -> None:
     x = _pictures(1, 2, 5, 6, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: reflect_pad(x, pad), x)
-    assert torch.autograd.gradcheck(replicate_pad_one, x)
 
 
-@pytest.mark.parametrize("arguments", [(3, 3, 1), (1, 1, 0), (0, 2, 1), (2, 0, 1)])
-def test_padding_is_a_sound_operator(arguments: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("arguments", [(3, 3), (1, 1), (0, 2), (2, 0)])
+def test_padding_is_a_sound_operator(arguments: tuple[int, int]) -> None:
     x = _pictures(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
     torch.library.opcheck(torch.ops.fastnst.mirror_pad.default, (x, *arguments))
 
 
-def test_replicate_pad_repeats_the_border() -> None:
-    x = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    rows = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
-    assert replicate_pad_one(x)[0, 0].tolist() == rows
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_enlarging_in_the_norm_is_the_same_network(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes, a norm that doubles and reflects and a plain convolution, against what a CPU does."""
+    net = _net("johnson", norm).double()
+    x = _pictures(2, 3, 20, 24, dtype=torch.float64)
+    dy = _pictures(2, 3, 20, 24, dtype=torch.float64)
+    outcomes = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(transform_net, "_enlarges_in_norm", lambda _, on_gpu=on_gpu: on_gpu)
+        y = net(x)
+        outcomes.append((y, *torch.autograd.grad(y, list(net.parameters()), dy)))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+class _Passes(TorchDispatchMode):
+    """Notes every operator that makes a feature map: more channels than a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, tuple | list) else result
+        if isinstance(first, Tensor) and first.ndim == 4 and first.shape[1] > 3 and not func.is_view:
+            self.names[func.overloadpacket.__name__] += 1
+        return result
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cut"),
+    [("johnson", 0), ("hwalsuklee", 2), ("lengstrom", 2)],  # transposed convolutions are cut as TensorFlow cuts them
+)
+def test_between_layers_nothing_runs_but_convolutions_and_norms(
+    architecture: str, cut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pad, addition, ReLU or enlargement; in the backward the gradients of a fork are added, once per block."""
+    monkeypatch.setattr(transform_net, "_enlarges_in_norm", lambda _: True)
+    net = _net(architecture)
+    x = _pictures(1, 3, 32, 32)
+    with _Passes() as forward:
+        y = net(x)
+    copies = {"clone": cut} if cut else {}
+    # The first is counted with them, the last, which makes a picture, is not.
+    assert forward.names == {"convolution": 15, "instance_norm": 15, **copies}
+    with _Passes() as backward:
+        y.sum().backward()
+    assert backward.names["instance_norm_backward"] == 15
+    assert backward.names["convolution_backward"] == 15
+    others = set(backward.names) - {"instance_norm_backward", "convolution_backward", "add"}
+    assert not others & {"constant_pad_nd", "reflection_pad2d_backward", "threshold_backward", "upsample_nearest2d"}
+    assert backward.names["add"] <= 5
 
 
 @pytest.mark.parametrize(

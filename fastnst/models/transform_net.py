@@ -16,20 +16,37 @@ TF "SAME" at stride 2 pads nothing before and one zero after an even side; weigh
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnst.errors import DataError, UserError
-from fastnst.models.padding import reflect_pad, replicate_pad_one
+from fastnst.models.padding import reflect_pad
 from fastnst_kernels import batch_norm, instance_norm
 
 ARCHITECTURES = ("hwalsuklee", "lengstrom", "johnson")
 NORMS = ("instance", "batch")
 LAYER_NAMES = ("conv1", "conv2", "conv3", "res1", "res2", "res3", "res4", "res5", "up1", "up2", "out")
 SMALLEST_SIDE = 16
+
+
+class Placing(NamedTuple):
+    """How a layer wants its input: what the norm before it does to its result as it writes it."""
+
+    upsample: int = 1
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    padding_mode: str = "reflect"
+
+
+_Wants = Callable[[Tensor], Placing]
+
+
+def _as_it_is(x: Tensor) -> Placing:  # noqa: ARG001
+    return Placing()
 
 
 class TransformNet(nn.Module):
@@ -123,8 +140,13 @@ class TransformNet(nn.Module):
             x = reflect_pad(x, 40)
         elif self.architecture == "johnson":
             x = x * 255.0
-        for name in LAYER_NAMES:
-            x = self.get_submodule(name)(x)
+        layers = [self.get_submodule(name) for name in LAYER_NAMES]
+        placing = layers[0].wants(x)  # type: ignore[operator]
+        if max(placing.padding):
+            x = reflect_pad(x, placing.padding[0])
+        for layer, following in pairwise(layers):
+            x = layer(x, following.wants)
+        x = layers[-1](x)
         x = _at_least_fp32(x[:, :, *self._inside(x.shape[2:], (height, width))])
         x = x.contiguous(memory_format=torch.channels_last)
         match self.architecture:
@@ -186,12 +208,13 @@ class _NormedLayer(nn.Module):
             self.register_buffer("running_mean", torch.zeros(channels))
             self.register_buffer("running_var", torch.ones(channels))
 
-    def normalise(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """relu?(norm(x)·scale + shift + residual); x itself where the layer has no norm."""
+    def normalise(self, x: Tensor, wants: _Wants, residual: Tensor | None = None) -> Tensor:
+        """relu?(norm(x)·scale + shift + residual) as the next layer wants it; x itself where the layer has no norm."""
         if self.norm is None:
             return x
+        placing = wants(x)._asdict()
         if self.norm == "instance":
-            return instance_norm(x, self.scale, self.shift, eps=self.eps, residual=residual, relu=self.relu)
+            return instance_norm(x, self.scale, self.shift, eps=self.eps, residual=residual, relu=self.relu, **placing)
         return batch_norm(
             x,
             self.scale,
@@ -202,11 +225,16 @@ class _NormedLayer(nn.Module):
             eps=self.eps,
             residual=residual,
             relu=self.relu,
+            **placing,
         )
 
 
 class ConvLayer(_NormedLayer):
-    """Convolution, then norm and ReLU: `[N, in, H, W]` → `[N, out, H', W']`, H' = ⌈H / stride⌉ unless unpadded."""
+    """Convolution, then norm and ReLU: `[N, in, H, W]` → `[N, out, H', W']`, H' = ⌈H / stride⌉ unless unpadded.
+
+    The input comes as `wants` says, and the result goes as the next layer's `wants` says: borders are written by the
+    norm before, in its own pass. Only zeros that are alike at both sides, which cost nothing, are the convolution's.
+    """
 
     def __init__(
         self,
@@ -223,34 +251,36 @@ class ConvLayer(_NormedLayer):
         super().__init__((outputs, inputs, kernel, kernel), outputs, norm=norm, eps=eps, relu=relu)
         self.stride, self.padding = stride, padding
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def wants(self, x: Tensor) -> Placing:
         kernel = self.weight.shape[-1]
-        around = 0
         if self.padding == "reflect":
-            x = reflect_pad(x, kernel // 2)
-        elif self.padding == "same":
+            return Placing(padding=(kernel // 2,) * 4)
+        if self.padding == "same" and self.stride > 1:
             top, bottom = _same_padding(x.shape[2], kernel, self.stride)
             left, right = _same_padding(x.shape[3], kernel, self.stride)
-            if top == bottom == left == right:
-                around = top
-            else:
-                x = F.pad(x, (left, right, top, bottom))
-        return self.normalise(F.conv2d(x, self.weight, self.bias, self.stride, around), residual)
+            return Placing(padding=(left, right, top, bottom), padding_mode="zeros")
+        return Placing()
+
+    def forward(self, x: Tensor, wants: _Wants = _as_it_is, residual: Tensor | None = None) -> Tensor:
+        around = self.weight.shape[-1] // 2 if self.padding == "same" and self.stride == 1 else 0
+        return self.normalise(F.conv2d(x, self.weight, self.bias, self.stride, around), wants, residual)
 
 
 class ResidualBlock(nn.Module):
-    """x + norm(conv(relu(norm(conv(x))))); unpadded, the blocks' input is cropped by 2 at each side to fit."""
+    """x + norm(conv(relu(norm(conv(x))))), where x counts as far as the result reaches: without the border that it was
+    given for the first convolution, and, where the convolutions are unpadded, without 2 pixels at each side.
+    """
 
     def __init__(self, channels: int, *, padding: str, norm: str, eps: float) -> None:
         super().__init__()
         self.conv1 = ConvLayer(channels, channels, 3, padding=padding, norm=norm, eps=eps)
         self.conv2 = ConvLayer(channels, channels, 3, padding=padding, norm=norm, eps=eps, relu=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        skip = x
-        if self.conv1.padding == "valid":
-            skip = x[:, :, 2:-2, 2:-2].contiguous(memory_format=torch.channels_last)
-        out: Tensor = self.conv2(self.conv1(x), skip)
+    def wants(self, x: Tensor) -> Placing:
+        return self.conv1.wants(x)
+
+    def forward(self, x: Tensor, wants: _Wants = _as_it_is) -> Tensor:
+        out: Tensor = self.conv2(self.conv1(x, self.conv2.wants), wants, x)
         return out
 
 
@@ -258,10 +288,11 @@ class UpLayer(_NormedLayer):
     """×2 upsampling, 3×3, then norm and ReLU: `[N, in, H, W]` → `[N, out, 2H, 2W]`.
 
     `nearest=False`: transposed convolution as TF "SAME" cuts it, weight `[in, out, 3, 3]`.
-    `nearest=True`: nearest-neighbour ×2, reflected by 1, convolved, weight `[out, in, 3, 3]`. A pixel repeated twice
-    and convolved with w is one pixel transposed-convolved at stride 2 with the 4×4 kernel w ⊛ 1₂ₓ₂: the same sums, in
-    16 instead of 36 multiplications per input pixel and channel, and neither the enlarged nor the padded picture is
-    ever written. Reflecting the enlarged picture by one repeats the border pixel of the small one.
+    `nearest=True`: nearest-neighbour ×2, reflected by 1, convolved, weight `[out, in, 3, 3]`. On a GPU the norm before
+    writes the enlarged, reflected picture. On a CPU a multiplication costs more than memory: a pixel repeated twice and
+    convolved with w is one pixel transposed-convolved at stride 2 with the 4×4 kernel w ⊛ 1₂ₓ₂, the same sums in 16
+    instead of 36 multiplications per input pixel and channel. Reflecting the enlarged picture by one repeats the border
+    pixel of the small one, which is what it wants there.
     """
 
     def __init__(self, inputs: int, outputs: int, *, nearest: bool, norm: str, eps: float) -> None:
@@ -269,13 +300,26 @@ class UpLayer(_NormedLayer):
         super().__init__(shape, outputs, norm=norm, eps=eps, relu=True)
         self.nearest = nearest
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.nearest:
-            x = F.conv_transpose2d(replicate_pad_one(x), _doubling_kernel(self.weight), stride=2, padding=3)
-        else:
+    def wants(self, x: Tensor) -> Placing:
+        if not self.nearest:
+            return Placing()
+        if _enlarges_in_norm(x):
+            return Placing(upsample=2, padding=(1, 1, 1, 1))
+        return Placing(padding=(1, 1, 1, 1), padding_mode="symmetric")
+
+    def forward(self, x: Tensor, wants: _Wants = _as_it_is) -> Tensor:
+        if not self.nearest:
             x = F.conv_transpose2d(x, self.weight, stride=2)[:, :, :-1, :-1]
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.normalise(x)
+        elif _enlarges_in_norm(x):
+            x = F.conv2d(x, self.weight)
+        else:
+            x = F.conv_transpose2d(x, _doubling_kernel(self.weight), stride=2, padding=3)
+        return self.normalise(x, wants)
+
+
+def _enlarges_in_norm(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _doubling_kernel(weight: Tensor) -> Tensor:

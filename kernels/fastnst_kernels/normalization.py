@@ -156,7 +156,8 @@ def forward(
         x, weight.contiguous(), bias.contiguous(), residual, y, mean, rstd, var, partial, arrived,
         x.shape[2], x.shape[3], x.shape[1], plan.plane_words, plan.chunks, plan.members, plan.plane_step,
         plan.units, plan.teams, float(x.numel() // mean.numel()), eps, 0,
-        Q=q, RESIDUAL=residual is not None, BORDER=border, RELU=relu, **within.constants(), **plan.constants(), **_ONE_PASS_OPTIONS,
+        Q=q, RESIDUAL=residual is not None, BORDER=border, RELU=relu,
+        **within.constants(), **plan.constants(), **_ONE_PASS_OPTIONS,
     )  # fmt: skip
     return (y if within is placement else place(y, placement)), mean, rstd, var
 
