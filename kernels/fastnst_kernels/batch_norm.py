@@ -184,7 +184,7 @@ def _batch_norm_backward(
     if relu:
         assert y is not None
         g = torch.ops.aten.threshold_backward(g, placement.own_places(y, place, x.shape[2:]), 0)
-    d_residual = normalization_aten.residual_gradient(g, residual_border)
+    d_residual = normalization_aten.residual_gradient(g, dy, residual_border)
     return *_backward_on_aten(g, x, weight, bias, mean, rstd, constant), d_residual
 
 

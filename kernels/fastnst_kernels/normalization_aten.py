@@ -64,9 +64,13 @@ def input_gradient(
     torch.addcmul(_planes(gamma), values, _planes(beta), out=out).addcmul_(g, _planes(alpha))
 
 
-def residual_gradient(g: Tensor, border: int) -> Tensor:
-    """`g` with `border` zeros around it; empty for a border of -1."""
-    return g.new_empty(0) if border < 0 else place(g, Placement(1, (border,) * 4, "zeros"))
+def residual_gradient(g: Tensor, dy: Tensor, border: int) -> Tensor:
+    """`g` with `border` zeros around it; empty for a border of -1. Never `dy`'s memory: an op may not return its input."""
+    if border < 0:
+        return g.new_empty(0)
+    d_residual = place(g, Placement(1, (border,) * 4, "zeros"))
+    shared = d_residual.untyped_storage().data_ptr() == dy.untyped_storage().data_ptr()
+    return d_residual.clone() if shared else d_residual
 
 
 def _planes(statistics: Tensor) -> Tensor:

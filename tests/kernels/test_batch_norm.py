@@ -11,6 +11,9 @@ from fastnst_kernels import batch_norm, batch_norm_reference, normalization, run
 SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 2, 1), (4, 3, 1, 1)]
 CASES = [("channels_last", shape) for shape in SHAPES] + [(layout, SHAPES[0]) for layout in LAYOUTS]
 VARIANTS = [(False, False), (False, True), (True, False), (True, True)]
+UNPLACED = (1, [0, 0, 0, 0], "reflect")  # the op's own arguments: no enlargement, no border
+# A residual's border and where the result goes.
+PLACEMENTS = [(0, {}), (1, {"upsample": 2, "padding": (1, 2, 0, 3)}), (2, {"padding": 1, "padding_mode": "zeros"})]
 
 
 def torch_batch_norm(x, weight, bias, running_mean, running_var, *, training, momentum=0.1, eps=1e-5, residual=None,
@@ -165,45 +168,56 @@ def test_under_autocast(tier):
     assert weight.grad.dtype == mean.dtype == torch.float32
 
 
-@pytest.mark.parametrize("batch_statistics", [True, False])
-def test_registered_as_pytorch_demands(tier, batch_statistics):
-    x = LAYOUTS["channels_last"](randn((2, 3, 5, 7), device=tier.device)).requires_grad_()
+@pytest.mark.parametrize(
+    ("training", "border", "wanted", "place"),
+    [(False, 0, -1, UNPLACED), (True, 1, 1, (2, [1, 0, 0, 1], "symmetric"))],
+)
+def test_registered_as_pytorch_demands(tier, training, border, wanted, place):
+    x = LAYOUTS["channels_last"](randn((1, 3, 3, 2), device=tier.device)).requires_grad_()
     weight, bias = (p.requires_grad_() for p in parameters(3, tier.device))
+    residual = randn((1, 3, 3 + 2 * border, 2 + 2 * border), x.dtype, tier.device, seed=2).requires_grad_()
     ops = torch.ops.fastnst
-    running = running_statistics(3, tier.device)
-    torch.library.opcheck(ops.batch_norm_moments, (x.detach(), *running, 0.1, 1e-5))
-    mean, rstd = ops.batch_norm_moments(x.detach(), *running, 0.1, 1e-5)
-    torch.library.opcheck(ops.batch_norm, (x, weight, bias, mean, rstd, x.detach(), batch_statistics, True))
-    arguments = [t.detach() for t in (randn(x.shape, device=tier.device), x, weight, bias, mean, rstd)]
-    torch.library.opcheck(ops.batch_norm_backward, (*arguments, batch_statistics, True))
+    constants = [] if training else list(running_statistics(3, tier.device))
+    torch.library.opcheck(ops.batch_norm, (x, weight, bias, constants, residual, 1e-5, True, *place))
+    with torch.no_grad():
+        y, *statistics = ops.batch_norm(x, weight, bias, constants, residual, 1e-5, True, *place)
+    assert all(t.numel() == (3 if training else 0) for t in statistics)
+    saved = [x, weight, bias, *(constants or statistics[:2]), residual, y]
+    arguments = [t.detach() for t in (randn(y.shape, device=tier.device), *saved)]
+    torch.library.opcheck(ops.batch_norm_backward, (*arguments, not training, True, *place, wanted))
 
 
 @pytest.mark.parametrize("fn", [batch_norm, batch_norm_reference])
 @pytest.mark.parametrize(("with_residual", "relu"), VARIANTS)
 @pytest.mark.parametrize("training", [True, False])
-def test_gradcheck(fn, with_residual, relu, training):
-    x, residual = (randn((2, 3, 3, 4), torch.float64, seed=s).requires_grad_() for s in (1, 2))
+@pytest.mark.parametrize(("border", "place"), PLACEMENTS)
+def test_gradcheck(fn, with_residual, relu, training, border, place):
+    x = randn((2, 3, 3, 4), torch.float64, seed=1).requires_grad_()
+    residual = randn((2, 3, 3 + 2 * border, 4 + 2 * border), torch.float64, seed=2).requires_grad_()
     weight, bias = (p.double().requires_grad_() for p in parameters(3))
 
     def call(x, weight, bias, residual=None):
         running = (t.double() for t in running_statistics(3, "cpu"))
-        return fn(x, weight, bias, *running, training=training, residual=residual, relu=relu)
+        return fn(x, weight, bias, *running, training=training, residual=residual, relu=relu, **place)
 
     assert torch.autograd.gradcheck(call, [x, weight, bias, residual] if with_residual else [x, weight, bias])
 
 
-def test_traced_in_one_graph_with_its_mutation():
-    x, dy = randn((2, 3, 5, 7)), randn((2, 3, 5, 7), seed=1)
+@pytest.mark.parametrize(("border", "place"), PLACEMENTS)
+def test_traced_in_one_graph_with_its_mutation(border, place):
+    x = randn((2, 3, 5, 7))
+    residual = randn((2, 3, 5 + 2 * border, 7 + 2 * border), seed=2)
     weight, bias = parameters(3)
 
-    def run(x, mean, var):
-        return batch_norm(x, weight, bias, mean, var, training=True, relu=True)
+    def run(x, residual, mean, var):
+        return batch_norm(x, weight, bias, mean, var, training=True, residual=residual, relu=True, **place)
 
+    dy = randn(run(x, residual, *running_statistics(3, "cpu")).shape, seed=1)
     outcomes = []
     for fn in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
         running = running_statistics(3, "cpu")
-        y, (dx,) = gradients(lambda x, fn=fn, running=running: fn(x, *running), [x], dy)
-        outcomes.append((y, dx, *running))
+        y, grads = gradients(lambda *inputs, fn=fn, running=running: fn(*inputs, *running), [x, residual], dy)
+        outcomes.append((y, *grads, *running))
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 

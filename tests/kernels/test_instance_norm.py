@@ -14,6 +14,9 @@ from fastnst_kernels import instance_norm, instance_norm_reference, normalizatio
 SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 2, 1)]
 CASES = [("channels_last", shape) for shape in SHAPES] + [(layout, SHAPES[0]) for layout in LAYOUTS]
 VARIANTS = [(False, False), (False, True), (True, False), (True, True)]
+UNPLACED = (1, [0, 0, 0, 0], "reflect")  # the op's own arguments: no enlargement, no border
+# A residual's border and where the result goes.
+PLACEMENTS = [(0, {}), (1, {"upsample": 2, "padding": (1, 2, 0, 3)}), (2, {"padding": 1, "padding_mode": "zeros"})]
 
 
 def torch_instance_norm(x, weight, bias, *, eps=1e-5, residual=None, relu=False):
@@ -145,13 +148,16 @@ def test_backward_twice(tier):
 
 
 def test_mask_recomputed_or_kept_is_the_same(tier):
+    """The GPU recomputes the ReLU's mask, the CPU takes it from y; both are what masking dy beforehand gives."""
     x = randn((2, 3, 9, 7), torch.float32, tier.device)
     weight, bias = parameters(3, tier.device)
-    y, mean, rstd = torch.ops.fastnst.instance_norm(x, weight, bias, None, 1e-5, True)
+    y, mean, rstd = torch.ops.fastnst.instance_norm(x, weight, bias, None, 1e-5, True, *UNPLACED)
     dy = randn(x.shape, x.dtype, tier.device, seed=4)
-    recomputed = torch.ops.fastnst.instance_norm_backward(dy, x, weight, bias, mean, rstd, None, True)
-    kept = torch.ops.fastnst.instance_norm_backward(dy * (y > 0), x, weight, bias, mean, rstd, None, False)
-    assert all(torch.equal(a, b) for a, b in zip(recomputed, kept, strict=True))
+    backward, saved = torch.ops.fastnst.instance_norm_backward, (x, weight, bias, mean, rstd, None)
+    masked = backward(dy, *saved, y if tier.implementation == "reference" else None, True, *UNPLACED, 0)
+    kept = backward(dy * (y > 0), *saved, None, False, *UNPLACED, 0)
+    assert all(torch.equal(a, b) for a, b in zip(masked, kept, strict=True))
+    assert torch.equal(masked[3], dy * (y > 0))
 
 
 def test_under_autocast(tier):
@@ -175,39 +181,48 @@ def test_parameters_and_residual_of_any_layout(tier):
     check(tier, x, weight, bias, residual=randn(x.shape, x.dtype, tier.device, seed=6))
 
 
-@pytest.mark.parametrize("relu", [False, True])
-def test_registered_as_pytorch_demands(tier, relu):
-    x = LAYOUTS["channels_last"](randn((2, 3, 5, 7), torch.float32, tier.device)).requires_grad_()
-    weight, bias = (p.requires_grad_() for p in parameters(3, tier.device))
-    residual = randn(x.shape, x.dtype, tier.device, seed=2).requires_grad_()
-    torch.library.opcheck(torch.ops.fastnst.instance_norm, (x, weight, bias, residual, 1e-5, relu))
+@pytest.mark.parametrize(
+    ("relu", "border", "wanted", "place"),
+    [(False, 0, -1, UNPLACED), (True, 1, 1, (2, [1, 0, 0, 1], "symmetric"))],
+)
+def test_registered_as_pytorch_demands(tier, relu, border, wanted, place):
+    x = LAYOUTS["channels_last"](randn((1, 2, 3, 2), torch.float32, tier.device)).requires_grad_()
+    weight, bias = (p.requires_grad_() for p in parameters(2, tier.device))
+    residual = randn((1, 2, 3 + 2 * border, 2 + 2 * border), x.dtype, tier.device, seed=2).requires_grad_()
+    torch.library.opcheck(torch.ops.fastnst.instance_norm, (x, weight, bias, residual, 1e-5, relu, *place))
     with torch.no_grad():
-        _, mean, rstd = torch.ops.fastnst.instance_norm(x, weight, bias, None, 1e-5, relu)
-        arguments = [t.detach() for t in (randn(x.shape, x.dtype, tier.device), x, weight, bias, mean, rstd)]
-        torch.library.opcheck(torch.ops.fastnst.instance_norm_backward, (*arguments, None, relu))
+        y, mean, rstd = torch.ops.fastnst.instance_norm(x, weight, bias, residual, 1e-5, relu, *place)
+        saved = [t.detach() for t in (randn(y.shape, x.dtype, tier.device), x, weight, bias, mean, rstd, residual, y)]
+        torch.library.opcheck(torch.ops.fastnst.instance_norm_backward, (*saved, relu, *place, wanted))
 
 
 @pytest.mark.parametrize("fn", [instance_norm, instance_norm_reference])
 @pytest.mark.parametrize(("with_residual", "relu"), VARIANTS)
-def test_gradcheck(fn, with_residual, relu):
-    x, residual = (randn((2, 3, 3, 4), torch.float64, seed=s).requires_grad_() for s in (1, 2))
+@pytest.mark.parametrize(("border", "place"), PLACEMENTS)
+def test_gradcheck(fn, with_residual, relu, border, place):
+    x = randn((2, 3, 3, 4), torch.float64, seed=1).requires_grad_()
+    residual = randn((2, 3, 3 + 2 * border, 4 + 2 * border), torch.float64, seed=2).requires_grad_()
     weight, bias = (p.double().requires_grad_() for p in parameters(3))
     inputs = [x, weight, bias, residual] if with_residual else [x, weight, bias]
     assert torch.autograd.gradcheck(
-        lambda x, weight, bias, residual=None: fn(x, weight, bias, residual=residual, relu=relu), inputs
+        lambda x, weight, bias, residual=None: fn(x, weight, bias, residual=residual, relu=relu, **place), inputs
     )
 
 
-def test_traced_in_one_graph():
+@pytest.mark.parametrize(("border", "place"), PLACEMENTS)
+def test_traced_in_one_graph(border, place):
     x = LAYOUTS["channels_last"](randn((2, 3, 5, 7), torch.float32)).requires_grad_()
+    residual = randn((2, 3, 5 + 2 * border, 7 + 2 * border), seed=2).requires_grad_()
     weight, bias = parameters(3)
-    compiled = torch.compile(lambda x: instance_norm(x, weight, bias, relu=True), backend="aot_eager", fullgraph=True)
-    dy = randn(x.shape, x.dtype, seed=3)
-    expected, actual = (
-        gradients(fn, [x], dy) for fn in (lambda x: instance_norm(x, weight, bias, relu=True), compiled)
-    )
+
+    def run(x, residual):
+        return instance_norm(x, weight, bias, residual=residual, relu=True, **place)
+
+    dy = randn(run(x, residual).shape, x.dtype, seed=3)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    expected, actual = (gradients(fn, [x, residual], dy) for fn in (run, compiled))
     assert torch.equal(actual[0], expected[0])
-    assert torch.equal(actual[1][0], expected[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(actual[1], expected[1], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +235,10 @@ def test_traced_in_one_graph():
         ({"bias": torch.zeros(3, 1)}, r"bias has shape \(3, 1\), expected \(3,\)"),
         ({"bias": torch.zeros(3, dtype=torch.int64)}, r"bias is torch.int64, expected a floating type"),
         ({"weight": torch.zeros(3, device="meta")}, r"weight is on meta, x on cpu"),
-        ({"residual": torch.zeros(2, 3, 4, 6)}, r"residual has shape \(2, 3, 4, 6\), expected x's \(2, 3, 4, 5\)"),
+        ({"residual": torch.zeros(2, 3, 4, 6)}, r"residual has shape \(2, 3, 4, 6\), expected x's \(2, 3, 4, 5\), or "),
+        ({"residual": torch.zeros(2, 3, 5, 6)}, r"larger by the same even number, for a border that is left out"),
+        ({"residual": torch.zeros(2, 3, 2, 3)}, r"residual has shape \(2, 3, 2, 3\), expected x's"),
+        ({"residual": torch.zeros(2, 4, 4, 5)}, r"residual has shape \(2, 4, 4, 5\), expected x's"),
     ],
 )
 def test_bad_input(change, message):
