@@ -6,6 +6,7 @@ The kernels stand in `normalization_one_pass.py` and `normalization_kernels.py`,
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ _PART_BYTES = 4096
 _FORWARD_PARTS = (1, 2, 4, 8, 10)
 _BACKWARD_PARTS = (1, 2, 4, 8)
 _ONE_PASS_OPTIONS = {"num_warps": 4, "maxnreg": 255, "launch_cooperative_grid": True}
+# What the partial results may add to the bytes of the forward, written once and read once by all.
+_STATISTICS_SHARE = 0.05
 # The share of L2 that the groups under way may take, where they are read twice.
 _L2_SHARE = 0.5
 # Beyond this many bytes, a program reads its share of the partial results instead of all of them.
@@ -83,8 +86,8 @@ def one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held: boo
 
     It cannot without a GPU that may launch cooperatively (`FASTNST_COOPERATIVE=0` forbids it), where 16-byte accesses
     would straddle rows or memory is not aligned for them, and where a group is larger than what all multiprocessors
-    hold (`held`) or than L2's share. Chunks are as small as they may be while all groups are under way at once, else as
-    large as they can be.
+    hold (`held`) or than L2's share. Chunks are as small as they may be, for the weight of their partial results, while
+    all groups are under way at once, else as large as they can be.
     """
     chip = runtime.chip(x)
     if chip is None or os.environ.get("FASTNST_COOPERATIVE", "1") == "0":
@@ -106,10 +109,12 @@ def one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held: boo
         if teams == 0:
             return None
     sizes = _FORWARD_PARTS if dy is None else _BACKWARD_PARTS
+    fewest = min(sizes[-1], math.ceil(16 * q / (2 * _PART_BYTES * _STATISTICS_SHARE)))
     if held:
-        parts = next((n for n in sizes if teams * samples * ceil_div(r, n * sub) <= resident), sizes[-1])
+        fitting = (n for n in sizes if n >= fewest and teams * samples * ceil_div(r, n * sub) <= resident)
+        parts = next(fitting, sizes[-1])
     else:
-        parts = ceil_div(r, sub * max(1, resident // (teams * samples)))
+        parts = max(fewest, ceil_div(r, sub * max(1, resident // (teams * samples))))
     chunks = ceil_div(r, parts * sub)
     members = samples * chunks
     if members > resident:
