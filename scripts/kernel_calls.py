@@ -278,6 +278,8 @@ def broken_rules(kernels: Sequence[CompiledKernel], calls: Sequence[Call]) -> li
         faults = kernel.faults()
         if kernel.launches[0].identity in hot:
             faults += _narrow_accesses(kernel)
+            if kernel.untouched:
+                faults.append(f"neither reads nor writes {', '.join(sorted(kernel.untouched))}: pass None")
         name = f"{kernel.architecture.name} {kernel.kernel} {describe(kernel.configuration)}"
         found += [f"{name}: {fault}" for fault in faults]
     return found + slow_products(kernels, calls)

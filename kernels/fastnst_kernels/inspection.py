@@ -89,6 +89,16 @@ class CompiledKernel:
         return max(self.stores, default=0)
 
     @property
+    def untouched(self) -> frozenset[str]:
+        """Tensors of more than 1% of a launch's bytes that are passed for nothing; `Launch.bytes` counts them."""
+        return frozenset(
+            operand.name
+            for launch in self.launches
+            for operand in launch.operands
+            if operand.name not in self.reads | self.writes and operand.bytes > 0.01 * launch.bytes
+        )
+
+    @property
     def programs_per_multiprocessor(self) -> int:
         """How many programs fit on one multiprocessor at a time."""
         chip = self.architecture
@@ -102,8 +112,7 @@ class CompiledKernel:
         return min(limits)
 
     def faults(self) -> list[str]:
-        """What is wrong whatever the kernel is for: spills, too much of a limited resource, a barrier without room, a
-        tensor that is passed for nothing (`Launch.bytes` would count it)."""
+        """What is wrong whatever the kernel is for: spills, too much of a limited resource, a barrier without room."""
         chip = self.architecture
         found = []
         if self.stack or self.local:
@@ -113,9 +122,6 @@ class CompiledKernel:
         if self.tensor_memory > chip.tensor_memory:
             found.append(f"needs {self.tensor_memory} columns of tensor memory; {chip.name} has {chip.tensor_memory}")
         room = self.programs_per_multiprocessor * chip.multiprocessors
-        passed = {operand.name for launch in self.launches for operand in launch.operands}
-        if idle := sorted(passed - self.reads - self.writes):
-            found.append(f"neither reads nor writes {', '.join(idle)}, which it is given: pass None")
         programs = max(launch.programs for launch in self.launches)
         if self.configuration.get("launch_cooperative_grid") and programs > room:
             found.append(f"waits for all of its {programs} programs at a barrier; {room} fit on {chip.name} at a time")

@@ -167,10 +167,15 @@ def test_what_is_read_and_written_is_known() -> None:
     assert (kernel.reads, kernel.writes) == ({"x"}, {"y"})
     x = torch.zeros(1024, dtype=torch.int32)
     with record([THIS], "sm_90") as launches:
-        walking_kernel[(1,)](x, x, x, 8, BLOCK=128, num_warps=4)
+        for idle in (x.clone(), x[:4].clone(), x):
+            walking_kernel[(1,)](x, x, idle, 8, BLOCK=128, num_warps=4)
     (kernel,) = compile_launches(launches)
     assert (kernel.reads, kernel.writes) == ({"x", "y"}, {"y"})
-    assert kernel.faults() == ["neither reads nor writes idle, which it is given: pass None"]
+    large, small, same = (replace(kernel, launches=(launch,)) for launch in launches)
+    assert (large.untouched, small.untouched, same.untouched) == ({"idle"}, frozenset(), frozenset())
+    (line,) = kernel_calls.broken_rules([large], [call_of(large, "instance_norm", "fp32")])
+    assert line.endswith("neither reads nor writes idle: pass None")
+    assert kernel_calls.broken_rules([large], [call_of(large, "instance_norm", "fp32", hot=False)]) == []
 
 
 def test_narrow_accesses_break_a_rule_where_it_matters() -> None:
