@@ -5,11 +5,23 @@ import torch
 from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, randn, same_format, spread_like
 from tolerances import assert_as_exact_as_torch
 
-from fastnst_kernels import gram_matrix, gram_matrix_reference, runtime, style_loss, style_loss_reference
+from fastnst_kernels import (
+    gram_kernels,
+    gram_matrix,
+    gram_matrix_reference,
+    product_kernels,
+    runtime,
+    style_loss,
+    style_loss_and_matrix,
+    style_loss_reference,
+)
+from fastnst_kernels.gram import style_matrix_reference
 
-# One position; C = 3, 17 and 32, and one that takes two tiles with a remainder; primes; more positions than a chunk.
-SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 1, 1), (1, 67, 3, 5)]
+# One position; C = 3, 17 and 32; several tiles of 64, with a remainder, in aligned and in odd rows; primes; more
+# positions than a chunk. Tiles of 128 need more positions than an interpreter likes: see `test_every_configuration`.
+SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 1, 1), (1, 67, 3, 5), (1, 72, 4, 6)]
 CASES = [("channels_last", shape) for shape in SHAPES] + [(layout, SHAPES[0]) for layout in LAYOUTS]
+CASES += [("contiguous", SHAPES[5])]
 
 
 def torch_gram(features):
@@ -58,12 +70,81 @@ def test_style_loss_agrees_with_torch(tier, dtype, layout, shape, shared):
     assert grads[0].dtype == dtype
 
 
-@pytest.mark.parametrize("programs", [1, 3, 512])
-def test_any_split_of_the_positions(tier, programs, monkeypatch):
-    monkeypatch.setattr(runtime, "TARGET_PROGRAMS", programs)
-    features = LAYOUTS["channels_last"](randn((1, 5, 17, 19), torch.float32, tier.device))
-    dy = randn((1, 5, 5), torch.float32, tier.device, seed=2)
-    check(gram_matrix, torch_gram, gram_matrix_reference, [features], dy, torch.float32)
+@pytest.mark.parametrize("chunk", [128, 384, 2048])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_split_of_the_positions(tier, chunk, dtype, monkeypatch):
+    """One, several and more than eight partial sums, which the merge adds eight at a time; the last one shorter."""
+    monkeypatch.setattr(gram_kernels, "positions_per_split", lambda *_: chunk)
+    features = LAYOUTS["channels_last"](randn((2, 5, 37, 41), dtype, tier.device))
+    target = torch.eye(5, device=tier.device)
+    dy = randn((2,), torch.bfloat16, tier.device, seed=2).float()
+    check(style_loss, torch_style_loss, style_loss_reference, [features, target], dy, dtype)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("name", gram_kernels.GRAM_TILES)
+def test_every_configuration_of_the_gram(tier, name, layout, monkeypatch):
+    """Each tile at a size that it would not be chosen for: 136 channels take two of 128, with a remainder."""
+    tile = gram_kernels.GRAM_TILES[name]
+    monkeypatch.setattr(gram_kernels, "gram_tile", lambda _: tile)
+    features = LAYOUTS[layout](randn((1, 136, 3, 50), torch.bfloat16, tier.device))
+    target = randn((136, 136), torch.bfloat16, tier.device, seed=4).float() / 16
+    check(style_loss, torch_style_loss, style_loss_reference, [features, target], torch.ones(1), torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("name", product_kernels.PRODUCT_TILES)
+def test_every_configuration_of_the_backward(tier, name, layout, monkeypatch):
+    tile = product_kernels.PRODUCT_TILES[name]
+    monkeypatch.setattr(product_kernels, "product_tile", lambda _: tile)
+    features = LAYOUTS[layout](randn((1, 136, 3, 50), torch.bfloat16, tier.device))
+    dy = randn((1, 136, 136), torch.bfloat16, tier.device, seed=9).float()
+    check(gram_matrix, torch_gram, gram_matrix_reference, [features], dy, torch.bfloat16)
+
+
+def test_configurations_by_shape(monkeypatch):
+    """Every entry of both tables is what some shape, type and format leads to; before Hopper no tile is shared."""
+
+    def empty(shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+
+    shapes = [(16, 64, 256, 256), (16, 128, 128, 128), (16, 256, 64, 64), (16, 512, 32, 32), (4, 512, 16, 16)]
+    features = [empty(shape) for shape in shapes] + [empty((1, 17, 9, 9)), empty((1, 8, 9, 9), torch.float32)]
+    chosen = {}
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        monkeypatch.setattr(runtime, "chip", lambda _, capability=capability: runtime.Chip(108, capability))
+        chosen[capability] = [gram_kernels.gram_tile(f) for f in features]
+    tiles = gram_kernels.GRAM_TILES
+    names = ["64 shared", "128 shared", "128", "128", "64 small", "narrow", "ieee"]
+    assert chosen[9, 0] == chosen[10, 0] == [tiles[name] for name in names]
+    assert chosen[8, 0] == [tiles[name] for name in ["64 small", "128", *names[2:]]]
+    names = ["C ≤ 64", "C ≤ 128", "C > 128", "C > 128", "small", "narrow", "ieee"]
+    assert [product_kernels.product_tile(f) for f in features] == [product_kernels.PRODUCT_TILES[n] for n in names]
+
+
+def test_splits_depend_on_the_work_alone():
+    """Chunks of 128 positions that cover all; one where many programs share the work; about 128 programs elsewhere."""
+    for programs, positions in ((1, 1), (1, 127), (16, 65536), (4, 65536), (48, 4096), (160, 1024), (576, 256)):
+        chunk = gram_kernels.positions_per_split(programs, positions, 64)
+        splits = -(-positions // chunk)
+        assert chunk % 128 == 0
+        assert splits * chunk >= positions > (splits - 1) * chunk
+        assert programs * splits <= max(programs, 256)
+    assert gram_kernels.positions_per_split(16, 65536, 64) == 65536 // 8
+    assert gram_kernels.positions_per_split(160, 1024, 128) == 1024
+
+
+def test_tf32_where_pytorch_multiplies_so():
+    wide, narrow = randn((1, 3, 2, 2)), randn((1, 3, 2, 2), torch.bfloat16)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert gram_kernels.precision_of(wide) == "tf32"
+        assert gram_kernels.precision_of(narrow) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert gram_kernels.precision_of(wide) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_hand_computed(tier):
@@ -85,6 +166,83 @@ def test_fp16_features_do_not_overflow(tier):
     true_loss, (true_grad, _) = gradients(style_loss_reference, [features, zeros], dy, torch.float64)
     torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(grad.double(), true_grad, rtol=2e-3, atol=2e-3 * true_grad.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("target", [0.0, 1e-12, 1.0, 1e12])
+def test_any_magnitude(tier, dtype, scale, target):
+    """From a black picture to features of thousands, met by targets far below and far above their Gram matrix.
+
+    The gradient's factor keeps the result's largest element near 1, whatever D is: only D's own range is at stake.
+    """
+    features = LAYOUTS["channels_last"](randn((2, 5, 6, 7), torch.float32, tier.device) * scale).to(dtype)
+    # One sample's features dwarf the other's, which must not lose its digits to a common scale.
+    features[1] *= 1e-2
+    target_gram = randn((5, 5), torch.float32, tier.device, seed=4).abs() * target
+    f = features.double().flatten(2).mT
+    difference = gram_matrix_reference(features.double()) - target_gram
+    matrix = difference + difference.mT
+    terms = torch.bmm(f.abs(), matrix.abs()).amax((1, 2)) / 210
+    dy = (1 / terms.clamp(min=1e-15)).float() / 2
+    loss, (grad,) = gradients(lambda f: style_loss(f, target_gram), [features], dy)
+    expected = torch.bmm(f, matrix) * (dy.double() / 105).view(-1, 1, 1)
+    torch.testing.assert_close(loss.double(), difference.square().sum((1, 2)), rtol=1e-5, atol=1e-30)
+    # The operand is rounded once and the result once (by the interpreter towards zero, which errs twice as much); each
+    # sum's terms add up to 1 at most, and their sum's rounding is fp32's.
+    error = (grad.double().flatten(2).mT - expected).abs().amax().item()
+    assert error <= 2 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, which the interpreter multiplies with
+def test_nan_and_inf_stay_visible(tier):
+    for dtype in DTYPES:
+        features = torch.ones((3, 4, 3, 5), dtype=dtype, device=tier.device)
+        features[0, 1, 2, 3] = float("nan")
+        features[1, 1, 2, 3] = float("inf")
+        target, dy = torch.eye(4, device=tier.device), torch.ones(3, device=tier.device)
+        loss, (grad, _) = gradients(style_loss, [features, target], dy)
+        assert loss[0].isnan()
+        assert not loss[1].isfinite()
+        assert loss[2].isfinite()
+        assert grad[0].isnan().any()
+        assert not grad[1].isfinite().all()
+        assert grad[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3, 9, 5), (1, 72, 4, 6)], ids=str)
+def test_gram_is_symmetric_to_the_bit(tier, dtype, shape):
+    gram = gram_matrix(LAYOUTS["channels_last"](randn(shape, dtype, tier.device)))
+    assert torch.equal(gram, gram.mT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_means_and_constants(tier, dtype):
+    """Means of 10⁴ with unit variance, and a constant picture."""
+    for features in (randn((2, 17, 9, 13), torch.float32, tier.device) + 1e4, torch.full((1, 3, 8, 8), 7.0)):
+        features = LAYOUTS["channels_last"](features.to(tier.device, dtype))
+        gram = gram_matrix(features)
+        torch.testing.assert_close(gram.double(), gram_matrix_reference(features.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrix_beside_the_loss(tier, dtype):
+    """scale·values is D + Dᵀ to the operand's precision, the scale a power of two, 1 where it need not be another."""
+    features = randn((2, 7, 5, 6), dtype, tier.device)
+    target = randn((7, 7), torch.float32, tier.device, seed=3)
+    loss, matrix = style_loss_and_matrix(features.requires_grad_(), target)
+    assert torch.equal(loss, style_loss(features, target))
+    assert not loss.requires_grad
+    assert not matrix.values.requires_grad
+    assert matrix.values.dtype == dtype
+    difference = gram_matrix(features.detach()) - target
+    expected = style_matrix_reference(difference, torch.float32).values
+    close = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(matrix.values.float() * matrix.scale.view(-1, 1, 1), expected, **close)
+    assert torch.equal(torch.frexp(matrix.scale)[0], torch.full_like(matrix.scale, 0.5))
+    if dtype != torch.float16:
+        assert torch.equal(matrix.scale, torch.ones_like(matrix.scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,8 +281,10 @@ def test_registered_as_pytorch_demands(tier):
     torch.library.opcheck(torch.ops.fastnst.gram_matrix, (features,))
     torch.library.opcheck(torch.ops.fastnst.style_loss, (features, target))
     matrix, factor = (randn(s, torch.float32, tier.device, seed=2) for s in ((2, 3, 3), (2,)))
-    for arguments in ((features.detach(), matrix, factor), (features.detach(), matrix, None)):
-        torch.library.opcheck(torch.ops.fastnst.gram_backward, arguments)
+    for dtype in DTYPES:
+        plain = features.detach().to(dtype)
+        torch.library.opcheck(torch.ops.fastnst.gram_backward, (plain, matrix))
+        torch.library.opcheck(torch.ops.fastnst.style_backward, (plain, matrix.to(dtype), factor, factor))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
