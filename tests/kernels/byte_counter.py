@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 
 class Traffic:
@@ -41,6 +42,23 @@ class Traffic:
     def unique_stored(self) -> int:
         """Bytes stored, likewise."""
         return _unique(self._written)
+
+    def add(self, other: "Traffic") -> None:
+        """Counts the loads and stores of `other`, too: of a process that ran a part of a launch."""
+        self.loaded += other.loaded
+        self.stored += other.stored
+        for mine, theirs in ((self._read, other._read), (self._written, other._written)):
+            for size, found in theirs.items():
+                mine[size].extend(found)
+
+    def loaded_within(self, tensor: torch.Tensor) -> int:
+        """Of the bytes loaded, those in `tensor`'s memory."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.untyped_storage().nbytes()
+        return sum(
+            size * int(((addresses >= start) & (addresses < end)).sum())
+            for size, found in self._read.items()
+            for addresses in found
+        )
 
     def _load(self, pointers: Any, mask: Any) -> None:
         active, size = _active(pointers, mask)
