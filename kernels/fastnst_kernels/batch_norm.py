@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnst_kernels import normalization, normalization_aten, placement, runtime
+from fastnst_kernels import normalization, normalization_aten, normalization_autograd, placement, runtime
 from fastnst_kernels.placement import Placement
 
 
@@ -205,7 +205,7 @@ def _(
     padding_mode: str,
     residual_border: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return normalization.fake_gradients(x, weight, bias, residual_border)
+    return normalization_autograd.fake_gradients(x, weight, bias, residual_border)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -224,11 +224,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     x, weight, bias, mean, rstd, residual, y = ctx.saved_tensors
-    border = normalization.residual_border(ctx, ctx.needs_input_grad[4])
+    border = normalization_autograd.residual_border(ctx, ctx.needs_input_grad[4])
     dx, d_weight, d_bias, d_residual = torch.ops.fastnst.batch_norm_backward(
         dy, x, weight, bias, mean, rstd, residual, y, ctx.constant, ctx.relu, *ctx.place, border
     )
-    d_residual = normalization.finish_residual_gradient(ctx, dy, d_residual, border, ctx.needs_input_grad[4])
+    d_residual = normalization_autograd.finish_residual_gradient(ctx, dy, d_residual, border, ctx.needs_input_grad[4])
     return dx, d_weight, d_bias, [None, None] if ctx.constant else [], d_residual, None, None, None, None, None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastnst_kernels import runtime
+from fastnst_kernels.normalization_autograd import Gradients
 from fastnst_kernels.normalization_kernels import (
     apply_kernel,
     gradient_kernel,
@@ -46,11 +47,9 @@ _L2_SHARE = 0.5
 _MERGE_BYTES = 32768
 # Two launches.
 _TILE_ELEMENTS = 4096
+_GRADIENT_TILE_ELEMENTS = 2048
 _MERGE_ELEMENTS = 512
 _MERGE_ROWS = 64
-
-
-_Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held: boo
         teams = min(units, int(chip.l2_bytes * _L2_SHARE * units // read_twice))
         if teams == 0:
             return None
-    sizes = _FORWARD_PARTS if dy is None else _BACKWARD_PARTS
+    sizes = _FORWARD_PARTS if dy is None and q > 1 else _BACKWARD_PARTS
     fewest = min(sizes[-1], math.ceil(16 * q / (2 * _PART_BYTES * _STATISTICS_SHARE)))
     if held:
         fitting = (n for n in sizes if n >= fewest and teams * samples * ceil_div(r, n * sub) <= resident)
@@ -197,7 +196,7 @@ def backward(
     *,
     constant: bool,
     residual_border: int,
-) -> _Gradients:
+) -> Gradients:
     """`(dx, d_weight, d_bias, d_residual)`, the last in x's dtype, empty where `residual_border` is -1.
 
     `dy` is dense in x's format; `constant` says that mean and rstd do not depend on x.
@@ -254,35 +253,10 @@ def backward(
     return dx, d_weight, d_bias, place(d_residual, Placement(1, (missing,) * 4, "zeros"))
 
 
-def fake_gradients(x: Tensor, weight: Tensor, bias: Tensor, residual_border: int) -> _Gradients:
-    """The fake results of a norm's backward."""
-    d_residual = x.new_empty(0)
-    if residual_border >= 0:
-        d_residual = runtime.allocate_like(x, Placement(1, (residual_border,) * 4, "zeros").shape(x))
-    return runtime.allocate_like(x), torch.empty_like(weight), torch.empty_like(bias), d_residual
-
-
-def residual_border(ctx: Any, needed: bool) -> int:
-    """The border of the residual's gradient, or -1 if the backward need not write it, since it is dy itself."""
-    if not needed:
-        return -1
-    border: int = ctx.residual_like[1]
-    upsample, padding, mode = ctx.place
-    placement = Placement(upsample, tuple(padding), mode)
-    return border if border or ctx.relu or not placement.trivial else -1
-
-
-def finish_residual_gradient(ctx: Any, dy: Tensor, d_residual: Tensor, border: int, needed: bool) -> Tensor | None:
-    """The residual's gradient in its dtype."""
-    if not needed:
-        return None
-    return (dy if border < 0 else d_residual).to(ctx.residual_like[0])
-
-
 def _moments(x: Tensor, mean: Tensor, rstd: Tensor, var: Tensor | None, eps: float) -> Tensor | None:
     """First launch of the forward; its partial results, or None where a second one has merged them already."""
     p, r, q = runtime.as_prq(x)
-    block_r, block_q, n_q, chunk, splits = _split(p, r, q)
+    block_r, block_q, n_q, chunk, splits = _split(p, r, q, _TILE_ELEMENTS)
     partial = runtime.allocate((2, splits, p, q), x, torch.float32)
     total = splits * p * q
     partial_moments_kernel[(splits * p * n_q,)](
@@ -315,7 +289,7 @@ def _apply(
     """Second launch of the forward; with `partial` it computes and stores mean and rstd, too."""
     within, residual, border = _within(x, residual, placement)
     p, r, q = runtime.as_prq(x)
-    block_r, block_q, n_q, chunk, splits = _split(p, r, q)
+    block_r, block_q, n_q, chunk, splits = _split(p, r, q, _TILE_ELEMENTS)
     y = runtime.allocate_like(x, within.shape(x))
     apply_kernel[(splits * p * n_q,)](
         x, weight.contiguous(), bias.contiguous(), mean, rstd, partial, residual, y, p, r, q, x.shape[1], mean.numel(),
@@ -342,14 +316,16 @@ def _gradient(
 ) -> None:
     """The backward's launches: one with constant statistics, two per sample, three for batch norm in training."""
     p, r, q = runtime.as_prq(x)
-    block_r, block_q, n_q, chunk, splits = _split(p, r, q)
+    block_r, block_q, n_q, chunk, splits = _split(p, r, q, _GRADIENT_TILE_ELEMENTS)
     total, groups = splits * p * q, mean.numel()
     partial = runtime.allocate((2, splits, p, q), x, torch.float32)
     per_sample = mean.dim() == 2
 
     def launch(step: str, d_residual: Tensor | None) -> None:
+        sums_only, from_partial = step == "sums", step != "map"
         gradient_kernel[(splits * p * n_q,)](
-            x, dy, weight, bias, mean, rstd, residual, partial, sums, dx, d_residual,
+            x, dy, weight, bias, mean, rstd, residual, partial if from_partial else None,
+            sums if step in ("merge", "map") else None, None if sums_only else dx, d_residual,
             p, r, q, x.shape[1], groups, x.shape[2], x.shape[3], chunk, n_q, total, splits, groups / x.numel(),
             STEP=step, BLOCK_R=block_r, BLOCK_Q=block_q, BLOCK_S=min(_MERGE_ROWS, power_of_two(splits)), num_warps=4,
             **flags,
@@ -389,15 +365,15 @@ def _check_size(x: Tensor, placement: Placement) -> None:
         )
 
 
-def _tile(r: int, q: int) -> tuple[int, int]:
+def _tile(r: int, q: int, elements: int) -> tuple[int, int]:
     """Rows and columns of a tile: 64 columns make rows of at least 128 bytes, which a warp reads in whole sectors."""
     block_q = min(64, power_of_two(q))
-    return min(_TILE_ELEMENTS // block_q, power_of_two(r)), block_q
+    return min(elements // block_q, power_of_two(r)), block_q
 
 
-def _split(p: int, r: int, q: int) -> tuple[int, int, int, int, int]:
+def _split(p: int, r: int, q: int, elements: int) -> tuple[int, int, int, int, int]:
     """BLOCK_R, BLOCK_Q, blocks of Q, rows per chunk and number of chunks, for all launches over the whole of x."""
-    block_r, block_q = _tile(r, q)
+    block_r, block_q = _tile(r, q, elements)
     n_q = ceil_div(q, block_q)
     wanted = max(1, runtime.TARGET_PROGRAMS // (p * n_q))
     chunk = ceil_div(ceil_div(r, wanted), block_r) * block_r

@@ -65,7 +65,7 @@ def input_gradient(
 
 
 def residual_gradient(g: Tensor, dy: Tensor, border: int) -> Tensor:
-    """`g` with `border` zeros around it; empty for a border of -1. Never `dy`'s memory: an op may not return its input."""
+    """`g` with `border` zeros around it, never `g` itself, which may be the caller's dy; empty for a border of -1."""
     if border < 0:
         return g.new_empty(0)
     d_residual = place(g, Placement(1, (border,) * 4, "zeros"))

@@ -252,7 +252,9 @@ def gradient_kernel(
     b_weight = tl.load(weight + o_pq % C, mask=m_q, other=0.0).to(tl.float32)
     b_bias = tl.load(bias + o_pq % C, mask=m_q, other=0.0).to(tl.float32)
     p_x = x + i_p * R * Q
-    p_dx = dx + i_p * R * Q
+    p_dx = dx
+    if dx is not None:
+        p_dx = dx + i_p * R * Q
     p_dy = dy + i_p * (H * UP + TOP + BOTTOM) * ((W * UP + LEFT + RIGHT) * Q)
     o_plane = i_p * (H + 2 * BORDER) * ((W + 2 * BORDER) * Q)
     p_residual = residual
