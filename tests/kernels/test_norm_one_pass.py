@@ -52,6 +52,7 @@ class Case:
         monkeypatch.setattr(normalization, "_PART_BYTES", self.part_bytes)
         monkeypatch.setattr(normalization, "_FORWARD_PARTS", (1, 2))
         monkeypatch.setattr(normalization, "_BACKWARD_PARTS", (1, 2))
+        monkeypatch.setattr(normalization, "_STATISTICS_SHARE", 1.0)
         if self.shared:
             monkeypatch.setattr(normalization, "_MERGE_BYTES", 0)
 
@@ -93,23 +94,28 @@ PLACED = [
 @in_interpreter
 @pytest.mark.parametrize(("name", "options"), [*((name, RELU) for name in CASES), ("teams", PLAIN), *PLACED])
 def test_agrees_with_torch(name, options, monkeypatch):
-    """Forward and backward by the rule, the same bits twice, and closely what two launches give."""
+    """Forward and backward by the rule; the same bits twice, and closely what two launches give.
+
+    The last two for one placed case only: in the interpreter, gathering over all images takes long.
+    """
     case, (border, options) = CASES[name], options
     x = case.tensor(offset=3.0)
-    two_launches = run(OPS[case.norm], x, residual_for(x, border), **options)
-    case.on_chip(monkeypatch)
     whole = "padding" not in options
+    twice = whole or name == "shared"
+    others = [run(OPS[case.norm], x, residual_for(x, border), **options)] if twice else []
+    case.on_chip(monkeypatch)
     for dy in [None, torch.empty_like(x)] if whole else [None]:
         case.check_plan(x, dy)
     with programs_at_once() as launched:
         y, grads = check(case.norm, x, border, **options)
         assert launched == [FORWARD, BACKWARD if whole else PLACED_BACKWARD]
-        again = run(OPS[case.norm], x, residual_for(x, border), **options)
-    names = ("y", "dx", "d_weight", "d_bias", "d_residual")
-    for what, first, *others in zip(names, (y, *grads), *((a, *b) for a, b in (again, two_launches)), strict=False):
-        assert torch.equal(first, others[0]), what
-        tolerance = 2.0**-19 if x.dtype == torch.float32 else 2.0**-7
-        torch.testing.assert_close(first, others[1], rtol=0, atol=tolerance * first.abs().max().item(), msg=what)
+        if twice:
+            again, again_grads = run(OPS[case.norm], x, residual_for(x, border), **options)
+            assert all(torch.equal(a, b) for a, b in zip((y, *grads), (again, *again_grads), strict=True))
+    tolerance = 2.0**-19 if x.dtype == torch.float32 else 2.0**-7
+    for other, other_grads in others:
+        for a, b in zip((y, *grads), (other, *other_grads), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item())
 
 
 @in_interpreter

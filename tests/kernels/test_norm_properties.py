@@ -1,4 +1,4 @@
-"""Both norms for any shape, type, layout and options: always PyTorch's result and gradients, and symmetries of theirs."""
+"""Both norms for any shape, type, layout and options: PyTorch's result and gradients, and symmetries of theirs."""
 
 import pytest
 import torch
