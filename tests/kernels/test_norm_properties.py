@@ -50,7 +50,7 @@ def test_any_input(tier, case):
 
 
 @pytest.mark.parametrize("tier", ["interpreter"], indirect=True)
-@settings(cases, max_examples=16)
+@settings(cases, max_examples=10)
 @given(case=norms())
 def test_any_input_in_the_interpreter(tier, case):
     """Fewer of the same: the interpreter takes about a second for each."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import LAYOUTS, check_bad_input, randn, same_format
-from norm_cases import OPS, check, place_by_torch, run
+from norm_cases import check, place_by_torch, run
 
 from fastnst_kernels import batch_norm, instance_norm, normalization, placement
 from fastnst_kernels.placement import Placement, place, place_adjoint, place_reference
