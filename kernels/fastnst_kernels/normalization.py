@@ -33,11 +33,11 @@ from fastnst_kernels.placement import Placement, place, place_adjoint
 from fastnst_kernels.runtime import ceil_div, power_of_two
 
 # One pass: two programs of 128 threads are resident per multiprocessor, each with 255 registers a thread, of which up
-# to 80 hold its chunk, in parts of 4 KiB; or, in the backward that holds nothing, it walks tiles of that size.
+# to 64 hold its chunk, in parts of 4 KiB; or, in the backward that holds nothing, it walks tiles of that size.
 _RESIDENT = 2
 _PART_BYTES = 4096
-_FORWARD_PARTS = (1, 2, 4, 8, 10)
-_BACKWARD_PARTS = (1, 2, 4, 8)
+_PARTS = (1, 2, 4, 6, 8)
+_PLANE_PARTS = (1, 2, 4)  # contiguous format
 _ONE_PASS_OPTIONS = {"num_warps": 4, "maxnreg": 255, "launch_cooperative_grid": True}
 # What the partial results may add to the bytes of the forward, written once and read once by all.
 _STATISTICS_SHARE = 0.05
@@ -107,7 +107,7 @@ def one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held: boo
         teams = min(units, int(chip.l2_bytes * _L2_SHARE * units // read_twice))
         if teams == 0:
             return None
-    sizes = _FORWARD_PARTS if dy is None and q > 1 else _BACKWARD_PARTS
+    sizes = _PLANE_PARTS if q == 1 else _PARTS
     fewest = min(sizes[-1], math.ceil(16 * q / (2 * _PART_BYTES * _STATISTICS_SHARE)))
     if held:
         fitting = (n for n in sizes if n >= fewest and teams * samples * ceil_div(r, n * sub) <= resident)
@@ -217,7 +217,7 @@ def backward(
     flags: dict[str, Any] = {
         "RESIDUAL": residual is not None, "BORDER": border, "RELU": relu, **within.constants()
     }  # fmt: skip
-    whole = within.trivial and residual is None and d_residual is None and dy.dtype == x.dtype
+    whole = _held_by_backward(x, dy, within, residual if d_residual is None else d_residual)
     plan = None if constant else one_pass(x, dy, per_sample=mean.dim() == 2, held=whole)
     if plan is None:
         _gradient(x, dy, weight, bias, mean, rstd, residual, sums, dx, d_residual, constant, flags)
@@ -251,6 +251,16 @@ def backward(
         return dx, d_weight, d_bias, x.new_empty(0)
     missing = residual_border - border
     return dx, d_weight, d_bias, place(d_residual, Placement(1, (missing,) * 4, "zeros"))
+
+
+def _held_by_backward(x: Tensor, dy: Tensor, placement: Placement, third: Tensor | None) -> bool:
+    """Whether registers hold g across the barrier: where it is dy itself, masked, and there is no third tensor.
+
+    Not from compute capability 10.0 on, for which the kernel that holds it needs more registers than there are.
+    """
+    chip = runtime.chip(x)
+    small = chip is not None and chip.capability < (10, 0)
+    return small and placement.trivial and third is None and dy.dtype == x.dtype
 
 
 def _moments(x: Tensor, mean: Tensor, rstd: Tensor, var: Tensor | None, eps: float) -> Tensor | None:
