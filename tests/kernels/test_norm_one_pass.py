@@ -50,8 +50,8 @@ class Case:
         chip = runtime.Chip(self.multiprocessors, (9, 0))
         monkeypatch.setattr(runtime, "chip", lambda _: chip)
         monkeypatch.setattr(normalization, "_PART_BYTES", self.part_bytes)
-        monkeypatch.setattr(normalization, "_FORWARD_PARTS", (1, 2))
-        monkeypatch.setattr(normalization, "_BACKWARD_PARTS", (1, 2))
+        monkeypatch.setattr(normalization, "_PARTS", (1, 2))
+        monkeypatch.setattr(normalization, "_PLANE_PARTS", (1, 2))
         monkeypatch.setattr(normalization, "_STATISTICS_SHARE", 1.0)
         if self.shared:
             monkeypatch.setattr(normalization, "_MERGE_BYTES", 0)
@@ -189,8 +189,8 @@ def test_each_byte_moves_once(members, monkeypatch):
     """
     monkeypatch.setattr(runtime, "chip", lambda _: runtime.Chip(2, (9, 0)))
     if members == 1:
-        monkeypatch.setattr(normalization, "_FORWARD_PARTS", (10,))
-    x = LAYOUTS["channels_last"](randn((1, 16, 40, 32), torch.bfloat16))
+        monkeypatch.setattr(normalization, "_PARTS", (8,))
+    x = LAYOUTS["channels_last"](randn((1, 16, 32 if members == 1 else 40, 32), torch.bfloat16))
     plan = normalization.one_pass(x, per_sample=True)
     assert plan is not None
     assert (plan.members, plan.sub) == (members, 128)
