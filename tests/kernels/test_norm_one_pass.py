@@ -15,6 +15,7 @@ from norm_cases import OPS, check, residual_for, run
 from resident_programs import programs_at_once
 
 from fastnst_kernels import instance_norm, normalization, runtime
+from fastnst_kernels.placement import Placement
 
 H200 = runtime.Chip(multiprocessors=132, capability=(9, 0), l2_bytes=50 * 2**20)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -322,3 +323,14 @@ def test_any_network_shape_has_a_plan_on_any_large_gpu():
         chip = runtime.Chip(multiprocessors, (9, 0))
         with mock.patch.object(runtime, "chip", return_value=chip):
             assert normalization.one_pass(_meta((1, 128, 64, 64)), per_sample=False) is not None
+
+
+@pytest.mark.parametrize(("capability", "holds"), [((8, 0), True), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
+def test_when_the_backward_holds_its_gradient(capability, holds, monkeypatch):
+    """From 10.0 on never: there the kernel that holds it would spill. Nor where dy was placed or more is under way."""
+    monkeypatch.setattr(runtime, "chip", lambda _: runtime.Chip(148, capability))
+    x = LAYOUTS["channels_last"](randn((2, 32, 8, 8), BF16))
+    assert normalization._held_by_backward(x, x, Placement(), None) == holds
+    assert not normalization._held_by_backward(x, x, Placement(border=(1, 1, 1, 1)), None)
+    assert not normalization._held_by_backward(x, x, Placement(), x)
+    assert not normalization._held_by_backward(x, x.float(), Placement(), None)
