@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 
 
 # For FᵀF. 64 rows are the least that Hopper's matrix unit takes, 128 × 128 with 8 warps the most that leaves room for
-# two programs per multiprocessor; each keeps 48 KiB or more of features on their way, within 99 KiB of shared memory.
+# two programs per multiprocessor. The first four keep 64 KiB of features on their way, within 99 KiB of shared memory.
 # "shared": one tile holds all channels and feeds both operands. "small": too little work for many tiles of 128.
 # "narrow": rows without a common alignment of 16 bytes, which are read element by element, through registers.
 GRAM_TILES = {
@@ -46,7 +46,7 @@ GRAM_TILES = {
     "64 small": Tile(64, 64, 64, 4, 5),
     "128 shared": Tile(128, 128, 128, 8, 3),
     "128": Tile(128, 128, 64, 8, 3),
-    "narrow": Tile(64, 64, 32, 4, 2),
+    "narrow": Tile(64, 64, 32, 8, 2),
     "tf32": Tile(64, 64, 32, 4, 3),
     "ieee": Tile(64, 64, 32, 8, 2),
 }
@@ -155,28 +155,21 @@ def _sum_of_products(
     """`[BLOCK_C, BLOCK_C]` fp32: leftᵀ·right over the positions first…last − 1; a tile with itself is loaded once."""
     o_k = tl.arange(0, BLOCK_K)
     o_c = tl.arange(0, BLOCK_C)
-    if CHANNELS_LAST:  # tiles [BLOCK_K, BLOCK_C]
-        o_tile = o_k[:, None] * C + o_c[None, :]
-    else:  # tiles [BLOCK_C, BLOCK_K]; a plane of K elements can pass 2³¹ within a tile
-        o_tile = o_c.to(tl.int64)[:, None] * K + o_k[None, :]
+    if CHANNELS_LAST:
+        o_left = o_c[:, None] + o_k[None, :] * C
+        o_right = o_k[:, None] * C + o_c[None, :]
+    else:  # a plane of K elements can pass 2³¹ within a tile
+        o_left = o_c.to(tl.int64)[:, None] * K + o_k[None, :]
+        o_right = o_k[:, None] + o_c.to(tl.int64)[None, :] * K
     b_sum = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for k in range(first, last, BLOCK_K):
         m_k = o_k < last - k
-        o_first = tl.cast(k, tl.int64) * C if CHANNELS_LAST else tl.cast(k, tl.int64)
-        if CHANNELS_LAST:
-            b_left = tl.load(p_left + o_first + o_tile, mask=m_k[:, None] & m_left[None, :], other=0.0)
-            if SAME:
-                b_right = b_left
-            else:
-                b_right = tl.load(p_right + o_first + o_tile, mask=m_k[:, None] & m_right[None, :], other=0.0)
-            b_left = tl.trans(b_left)
+        o_first = tl.cast(k, tl.int64) * (C if CHANNELS_LAST else 1)
+        b_right = tl.load(p_right + o_first + o_right, mask=m_k[:, None] & m_right[None, :], other=0.0)
+        if SAME:
+            b_left = tl.trans(b_right)
         else:
-            b_left = tl.load(p_left + o_first + o_tile, mask=m_left[:, None] & m_k[None, :], other=0.0)
-            if SAME:
-                b_right = b_left
-            else:
-                b_right = tl.load(p_right + o_first + o_tile, mask=m_right[:, None] & m_k[None, :], other=0.0)
-            b_right = tl.trans(b_right)
+            b_left = tl.load(p_left + o_first + o_left, mask=m_left[:, None] & m_k[None, :], other=0.0)
         if WIDEN:
             b_left = b_left.to(tl.float32)
             b_right = b_right.to(tl.float32)
@@ -245,9 +238,9 @@ def _gram_kernel(
     p_sample = features + i_n.to(tl.int64) * C * K
     p_i = p_sample + (i_i * BLOCK_C).to(tl.int64) * stride
     p_j = p_sample + (i_j * BLOCK_C).to(tl.int64) * stride
-    if ONE_TILE or i_i == i_j:
+    if SHARE and (ONE_TILE or i_i == i_j):
         b_gram = _sum_of_products(
-            p_i, p_i, first, last, C, K, m_i, m_i, SHARE, CHANNELS_LAST, WIDEN, PRECISION, BLOCK_C, BLOCK_K
+            p_i, p_i, first, last, C, K, m_i, m_i, True, CHANNELS_LAST, WIDEN, PRECISION, BLOCK_C, BLOCK_K
         )
     else:
         b_gram = _sum_of_products(
@@ -328,8 +321,10 @@ def gram_on_triton(features: Tensor, target: Tensor | None) -> tuple[Tensor, Ten
     splits = ceil_div(k, chunk)
     style = target is not None
     bounds = style and features.dtype == torch.float16
-    # One program finishes its own pair where there is nothing to merge; a tile of 128 would not fit into registers.
-    whole = splits == 1 and tile.rows == 64 and not bounds
+    # One program finishes its own pair where there is nothing to merge; a tile of 128, or one multiplied without the
+    # matrix unit, would not fit into registers.
+    multiplies_plainly = tile == GRAM_TILES["ieee"]
+    whole = splits == 1 and tile.rows == 64 and not multiplies_plainly and not bounds
     n_tiles = pairs(c, MERGE_TILE)
     target_stride = 0 if target is None or target.dim() == 2 else c * c
     result = runtime.allocate((n, c, c), features, None if style else torch.float32)

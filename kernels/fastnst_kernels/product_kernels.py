@@ -34,7 +34,7 @@ PRODUCT_TILES = {
     "small": Tile(64, 64, 64, 4, 4),
     "narrow": Tile(64, 64, 32, 8, 2),
     "tf32": Tile(64, 64, 32, 8, 3),
-    "ieee": Tile(64, 64, 32, 8, 3),
+    "ieee": Tile(64, 64, 16, 8, 3),
 }
 
 
