@@ -59,12 +59,9 @@ NORM_CASES: dict[str, tuple[tuple[dict[str, Any], Shape, str, str], ...]] = {
         (ADD, (16, 64, 128, 128), "fp32", "channels_last"),
         (ENLARGE, (16, 64, 128, 128), "bf16", "contiguous"),
         # What johnson's transform net launches besides.
-        ({"relu": True, "padding": 1}, (4, 32, 256, 256), "bf16", "channels_last"),
-        ({"relu": True, "padding": 4}, (16, 32, 256, 256), "fp16", "channels_last"),
         ({"relu": True, "padding": 1}, (16, 64, 128, 128), "bf16", "channels_last"),
         ({"residual": True, "padding": 1}, (16, 128, 64, 64), "bf16", "channels_last"),
         ({"relu": True}, (16, 32, 256, 256), "bf16", "channels_last"),
-        ({"relu": True}, (16, 128, 64, 64), "fp16", "channels_last"),
     ),
     "batch_norm": (
         (TRAINING | ADD, (16, 32, 256, 256), "bf16", "channels_last"),
