@@ -106,7 +106,8 @@ def test_the_estimate_counts_what_autograd_keeps() -> None:
     loss = PerceptualLoss(vgg, config.loss)
     loss.set_style(torch.rand(1, 3, 32, 32))
     kept: dict[int, torch.Tensor] = {}
-    weights = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *vgg.parameters()]}
+    fixed = [*net.parameters(), *loss.parameters(), *loss.buffers()]  # the style's Gram matrices are buffers
+    weights = {tensor.untyped_storage().data_ptr() for tensor in fixed}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:

@@ -31,7 +31,7 @@ from fastnst_kernels.normalization_kernels import (
 from fastnst_kernels.placement import store_placed
 from fastnst_kernels.runtime import INTERPRETING, jit, tl
 
-_COMPILED = tl.constexpr(not INTERPRETING)
+_COMPILED = None if tl is None else tl.constexpr(not INTERPRETING)  # without Triton nothing is launched
 
 
 @jit

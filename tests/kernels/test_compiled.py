@@ -6,6 +6,7 @@ launcher would, for each architecture. `scripts/kernel_report.py` shows the figu
 
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,13 @@ def test_there_are_kernels() -> None:
     assert len(KERNELS) >= 10
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", KERNELS)
+# The norms' backward that holds its gradient in registers would spill there; another one takes its place.
+NOT_LAUNCHED = [("one_pass_backward_kernel", "sm_100")]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "architecture"), [pair for pair in product(KERNELS, ARCHITECTURES) if pair not in NOT_LAUNCHED]
+)
 def test_keeps_the_rules(kernel: str, architecture: str, report: kernel_report.Report) -> None:
     compiled = [one for one in report.kernels if (one.kernel, one.architecture.name) == (kernel, architecture)]
     assert compiled, "no public op launches it at any of the recorded shapes"
