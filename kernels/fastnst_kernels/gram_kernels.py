@@ -334,8 +334,8 @@ def gram_on_triton(features: Tensor, target: Tensor | None) -> tuple[Tensor, Ten
     partial = None if whole else runtime.allocate((splits, n, n_pairs, side, side), features, torch.float32)
     largest = runtime.allocate((splits, n, n_pairs), features, torch.float32) if bounds else None
     _gram_kernel[(splits * n * n_pairs,)](
-        features, target if whole else None, result if whole else partial, loss, largest, scale, n, c, k, chunk, n_pairs,
-        target_stride, 1 / (c * k),
+        features, target if whole else None, result if whole else partial, loss, largest, scale, n, c, k, chunk,
+        n_pairs, target_stride, 1 / (c * k),
         WHOLE=whole, STYLE=style, BOUNDS=bounds, ONE_TILE=n_pairs == 1, SHARE=shares_tiles(features),
         CHANNELS_LAST=is_channels_last(features), ALIGN_C=alignment(c), ALIGN_K=alignment(k),
         WIDEN=runtime.INTERPRETING, PRECISION=precision_of(features),
