@@ -53,7 +53,8 @@ class LossTerms:
 class PerceptualLoss(nn.Module):
     """What a stylised batch costs; `set_style` first.
 
-    Runs under autocast: the matrix work of φ in its type, Grams, sums and losses in fp32.
+    Runs under autocast: the matrix work of φ in its type, Grams, sums and losses in fp32. Each term is a module:
+    `content` and `style` hold one per layer (`loss.style["relu1_1"]`, its Gram the buffer `gram`), `tv`, and `total`.
 
     Args:
         vgg: the frozen loss network, at least as deep as the deepest layer of `config`.
@@ -76,18 +77,23 @@ class PerceptualLoss(nn.Module):
         own_scale = "0-255" if vgg.flavour == "caffe" else "unit"
         to_255 = UNIT_TO_255 if own_scale == "unit" else 1.0 / UNIT_TO_255
         scale = 1.0 if config.feature_scale == own_scale else to_255
-        self._content_factor = config.content_weight * scale**2
+        self.content = LayerTerms(
+            {layer: ContentTerm(config.content_weight * scale**2) for layer in config.content_layers}
+        )
         per_layer = config.style_layer_weights or (1.0,) * len(config.style_layers)
-        self._style_factors = {
-            layer: config.style_weight * weight * scale**4
-            for layer, weight in zip(config.style_layers, per_layer, strict=True)
-        }
+        self.style = LayerTerms(
+            {
+                layer: StyleTerm(config.style_weight * weight * scale**4, config.style_reduction)
+                for layer, weight in zip(config.style_layers, per_layer, strict=True)
+            }
+        )
         pixel_scale = 255.0 if config.feature_scale == "0-255" else 1.0
-        self._tv_factor = config.tv_weight * pixel_scale**2
+        self.tv = TotalVariationTerm(config.tv_weight * pixel_scale**2, config.tv_reduction)
+        self.total = Total()
 
     @torch.no_grad()
     def set_style(self, style: Tensor) -> None:
-        """Take the style picture's Grams, in fp32 whatever autocast says; they stay as buffers `gram_<layer>`.
+        """Take the style picture's Grams, in fp32 whatever autocast says.
 
         Args:
             style: `[1, 3, H, W]`, RGB in [0, 1], any size that reaches the deepest style layer.
@@ -97,13 +103,11 @@ class PerceptualLoss(nn.Module):
         """
         if style.ndim != 4 or style.shape[:2] != (1, 3):
             raise UserError(f"the style is one picture [1, 3, H, W], got {list(style.shape)}")
-        if not self._style_factors:
+        if not self.style:
             return
         with torch.autocast(style.device.type, enabled=False):
-            features = self.vgg(_at_least_fp32(style), tuple(self._style_factors))
-            for layer, activation in features.items():
-                # Not persistent: they follow from the style picture, which a run takes anew whenever it starts.
-                self.register_buffer(f"gram_{layer}", gram_matrix(activation)[0], persistent=False)
+            for layer, activation in self.vgg(_at_least_fp32(style), tuple(self.style)).items():
+                self.style[layer].gram = gram_matrix(activation)[0]
 
     def forward(self, stylized: Tensor, content: Tensor) -> LossTerms:
         """The loss of a batch; differentiable with respect to `stylized`.
@@ -124,33 +128,92 @@ class PerceptualLoss(nn.Module):
                 f"stylized {list(stylized.shape)} and content {list(content.shape)} differ in shape; "
                 "give the pictures that were stylised"
             )
-        if any(not hasattr(self, f"gram_{layer}") for layer in self._style_factors):
-            raise ValueError("the loss has no style yet; call set_style with the style picture first")
-        content_layers = self.config.content_layers
-        features = self.vgg(stylized, tuple(dict.fromkeys((*content_layers, *self._style_factors))))
+        features = self.vgg(stylized, self.layers)
         with torch.no_grad():
-            targets = self.vgg(content, content_layers) if content_layers else {}
+            targets = self.vgg(content, self.config.content_layers) if self.content else {}
+        return self.terms(stylized, features, targets)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of φ that the stylised pictures pass on to the loss."""
+        return tuple(dict.fromkeys((*self.config.content_layers, *self.config.style_layers)))
+
+    def terms(self, stylized: Tensor, features: dict[str, Tensor], targets: dict[str, Tensor]) -> LossTerms:
+        """The loss from activations that are there already.
+
+        Args:
+            stylized: `[N, 3, H, W]`, RGB in [0, 1].
+            features: φ of `stylized`, by layer: all of `layers`.
+            targets: φ of the content, by layer: all content layers.
+
+        Raises:
+            ValueError: `set_style` was not called.
+        """
         # On a CPU autocast would take squared errors, too, in its low precision.
         with torch.autocast(stylized.device.type, enabled=False):
-            return self._terms(stylized, features, targets)
+            zero = torch.zeros((), dtype=_at_least_fp32(stylized).dtype, device=stylized.device)
+            content, content_layers = self.content(zero, features, targets)
+            style, style_layers = self.style(zero, features)
+            tv = self.tv(stylized) if self.tv.factor else zero
+            layers = {f"content/{layer}": term for layer, term in content_layers.items()}
+            layers |= {f"style/{layer}": term for layer, term in style_layers.items()}
+            return LossTerms(self.total(content, style, tv), content, style, tv, layers)
 
-    def _terms(self, stylized: Tensor, features: dict[str, Tensor], targets: dict[str, Tensor]) -> LossTerms:
-        zero = torch.zeros((), dtype=_at_least_fp32(stylized).dtype, device=stylized.device)
-        layers: dict[str, Tensor] = {}
-        for layer in self.config.content_layers:
-            difference = F.mse_loss(_at_least_fp32(features[layer]), _at_least_fp32(targets[layer]))
-            layers[f"content/{layer}"] = self._content_factor * difference
-        for layer, factor in self._style_factors.items():
-            layers[f"style/{layer}"] = factor * self._style_term(features[layer], layer)
-        content_term = sum((term for name, term in layers.items() if name.startswith("content/")), zero)
-        style_term = sum((term for name, term in layers.items() if name.startswith("style/")), zero)
-        tv_term = self._tv_factor * total_variation(stylized, self.config.tv_reduction) if self._tv_factor else zero
-        return LossTerms(content_term + style_term + tv_term, content_term, style_term, tv_term, layers)
 
-    def _style_term(self, activation: Tensor, layer: str) -> Tensor:
-        target: Tensor = self.get_buffer(f"gram_{layer}")
-        term = style_loss(activation, target).mean()
-        return term / target.numel() if self.config.style_reduction == "mean" else term
+class LayerTerms(nn.ModuleDict):
+    """One term per layer of φ, and their sum."""
+
+    def forward(self, zero: Tensor, *features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`zero` plus the terms, and the terms by layer; each takes its own layer out of each of `features`."""
+        terms = {layer: term(*(activations[layer] for activations in features)) for layer, term in self.items()}
+        return sum(terms.values(), zero), terms
+
+
+class ContentTerm(nn.Module):
+    """factor · mean over the batch of ‖φ(ŷ) − φ(x)‖² / (C·H·W) (eq. 2); both `[N, C, H, W]` → 0-d."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, activation: Tensor, target: Tensor) -> Tensor:
+        return self.factor * F.mse_loss(_at_least_fp32(activation), _at_least_fp32(target))
+
+
+class StyleTerm(nn.Module):
+    """factor · mean over the batch of ‖G(ŷ) − G(s)‖²_F (eq. 4), or of its mean over the C² entries; → 0-d."""
+
+    gram: Tensor | None
+
+    def __init__(self, factor: float, reduction: str) -> None:
+        super().__init__()
+        self.factor, self.reduction = factor, reduction
+        # Not persistent: it follows from the style picture, which a run takes anew whenever it starts.
+        self.register_buffer("gram", None, persistent=False)
+
+    def forward(self, activation: Tensor) -> Tensor:
+        if self.gram is None:
+            raise ValueError("the loss has no style yet; call set_style with the style picture first")
+        term = self.factor * style_loss(activation, self.gram).mean()
+        return term / self.gram.numel() if self.reduction == "mean" else term
+
+
+class TotalVariationTerm(nn.Module):
+    """factor · `total_variation` of `[N, 3, H, W]` → 0-d."""
+
+    def __init__(self, factor: float, reduction: str) -> None:
+        super().__init__()
+        self.factor, self.reduction = factor, reduction
+
+    def forward(self, stylized: Tensor) -> Tensor:
+        return self.factor * total_variation(stylized, self.reduction)
+
+
+class Total(nn.Module):
+    """content + style + tv."""
+
+    def forward(self, content: Tensor, style: Tensor, tv: Tensor) -> Tensor:
+        return content + style + tv
 
 
 def total_variation(pictures: Tensor, reduction: str = "mean") -> Tensor:

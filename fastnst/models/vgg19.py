@@ -55,8 +55,9 @@ LAYERS = tuple(name for name, _ in _layers())
 class VGG19(nn.Module):
     """VGG19 up to `last_layer`; the layers behind it do not exist.
 
-    Layers are modules of their own (`net.conv1_1`, …, `net.fc8`); ReLU and pooling have no module. All parameters are
-    frozen. A new network has He-initialised weights (He et al. 2015); `models.weights.load_vgg19` loads trained ones.
+    Each layer is a module by its own name (`net.conv1_1`, `net.relu1_1`, …, `net.fc8`), which may be hooked or applied
+    by itself. All parameters are frozen. A new network has He-initialised weights (He et al. 2015);
+    `models.weights.load_vgg19` loads trained ones.
 
     Args:
         last_layer: the deepest layer that will be asked for.
@@ -90,8 +91,7 @@ class VGG19(nn.Module):
         self.register_buffer("mean", torch.tensor(_MEAN[flavour]).reshape(3, 1, 1), persistent=False)
         self.register_buffer("gain", torch.tensor(_GAIN[flavour]).reshape(3, 1, 1), persistent=False)
         for name in self.layers:
-            if name in WEIGHT_SHAPES:
-                self.add_module(name, _weight_layer(WEIGHT_SHAPES[name], generator))
+            self.add_module(name, _layer(name, generator))
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval()
@@ -121,15 +121,11 @@ class VGG19(nn.Module):
         outputs: dict[str, Tensor] = {}
         x = self.preprocess(x)
         for name in self.layers[: depth + 1]:
-            if name.startswith("relu"):
-                x = F.relu(x) if any(output is x for output in outputs.values()) else F.relu_(x)
-            elif name.startswith("pool"):
-                x = _pool(x)
+            layer = self.get_submodule(name)
+            if isinstance(layer, ReLU):
+                x = layer(x, inplace=not any(output is x for output in outputs.values()))
             else:
-                if name == "fc6":
-                    # torchvision flattens [C, 7, 7] in this order, whatever the memory layout.
-                    x = F.adaptive_avg_pool2d(x, 7).flatten(1)
-                x = self.get_submodule(name)(x)
+                x = layer(x)
             if name in wanted:
                 outputs[name] = x
         return outputs
@@ -176,21 +172,44 @@ def check_layer(name: str) -> None:
         raise UserError(f"no VGG19 layer is named {name!r}{hint}")
 
 
-def _weight_layer(shape: tuple[int, ...], generator: torch.Generator | None) -> nn.Module:
+class ReLU(nn.Module):
+    """max(x, 0)."""
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """`inplace` overwrites x, for callers that know that nobody else wants it."""
+        return F.relu_(x) if inplace else F.relu(x)
+
+
+class MaxPool(nn.Module):
+    """2×2 windows at stride 2; an odd side loses its last row or column."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # On a GPU the backward takes the switches, a byte each, instead of PyTorch's 64-bit indices.
+        return max_pool2d_switches(x)[0] if x.is_cuda else F.max_pool2d(x, 2)
+
+
+class FirstLinear(nn.Linear):
+    """fc6: `[N, 512, H, W]`, averaged to 7×7, → `[N, 4096]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torchvision flattens [C, 7, 7] in this order, whatever the memory layout.
+        return super().forward(F.adaptive_avg_pool2d(x, 7).flatten(1))
+
+
+def _layer(name: str, generator: torch.Generator | None) -> nn.Module:
+    if name.startswith("relu"):
+        return ReLU()
+    if name.startswith("pool"):
+        return MaxPool()
     # Built without PyTorch's own initialisation, which would draw from the global generator.
     layer: nn.Conv2d | nn.Linear
-    if len(shape) == 4:
+    shape = WEIGHT_SHAPES[name]
+    if name.startswith("conv"):
         layer = nn.utils.skip_init(nn.Conv2d, shape[1], shape[0], 3, padding=1)
     else:
-        layer = nn.utils.skip_init(nn.Linear, shape[1], shape[0])
+        layer = nn.utils.skip_init(FirstLinear if name == "fc6" else nn.Linear, shape[1], shape[0])
     assert layer.bias is not None
     with torch.no_grad():
         layer.weight.normal_(0.0, math.sqrt(2.0 / math.prod(shape[1:])), generator=generator)
         layer.bias.zero_()
     return layer
-
-
-def _pool(x: Tensor) -> Tensor:
-    if x.is_cuda:
-        return max_pool2d_switches(x)[0]
-    return F.max_pool2d(x, 2)
