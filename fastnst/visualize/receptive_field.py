@@ -1,0 +1,45 @@
+"""Which pixels of a picture an activation of VGG19 sees."""
+
+from dataclasses import dataclass
+
+from fastnst.errors import UserError
+from fastnst.models.vgg19 import LAYERS, check_layer
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """A square of pixels per position of a layer's map, alike for rows and columns.
+
+    The activation at position p sees the pixels [start + p·jump, start + p·jump + size), those outside the picture
+    being zero padding. Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning", derive the steps.
+
+    Attributes:
+        size: side of the square, in pixels.
+        jump: pixels between the squares of neighbouring positions.
+        start: first pixel of position 0, 0 or negative.
+    """
+
+    size: int
+    jump: int
+    start: int
+
+
+def receptive_field(layer: str) -> ReceptiveField:
+    """The receptive field of one of VGG19's convolutional layers.
+
+    Raises:
+        UserError: unknown layer, or a fully connected one, which sees the whole picture whatever its size.
+    """
+    check_layer(layer)
+    depth = LAYERS.index(layer)
+    if depth >= LAYERS.index("fc6"):
+        raise UserError(
+            f"{layer} sees the whole picture and has no receptive field of a fixed size; choose a layer up to pool5"
+        )
+    size, jump, start = 1, 1, 0
+    for name in LAYERS[: depth + 1]:
+        if name.startswith("conv"):
+            size, start = size + 2 * jump, start - jump
+        elif name.startswith("pool"):
+            size, jump = size + jump, 2 * jump
+    return ReceptiveField(size, jump, start)
