@@ -116,7 +116,7 @@ class VGG19(nn.Module):
         Raises:
             UserError: a layer is unknown or lies behind `last_layer`, or the picture is too small for the deepest.
         """
-        depth = self._check(x, layers)
+        depth = self.check(x, layers)
         wanted = set(layers)
         outputs: dict[str, Tensor] = {}
         x = self.preprocess(x)
@@ -130,8 +130,8 @@ class VGG19(nn.Module):
                 outputs[name] = x
         return outputs
 
-    def _check(self, x: Tensor, layers: Sequence[str]) -> int:
-        """Index of the deepest asked layer; UserError where it cannot be had."""
+    def check(self, x: Tensor, layers: Sequence[str]) -> int:
+        """Index of the deepest asked layer; UserError, as `forward` raises it, where it cannot be had from x."""
         if not layers:
             raise UserError("no VGG19 layer is asked for; name at least one")
         deepest = deepest_layer(layers)
