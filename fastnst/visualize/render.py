@@ -1,0 +1,293 @@
+"""How what the networks see is drawn: numbers to colours, and pictures to sheets with captions.
+
+A projection or a heat map has no colours of its own. Here zero is always the same colour (mid-grey, black or white),
+one scale holds for all pictures that are to be compared, and the caller states it on the sheet.
+"""
+
+import functools
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fastnst.images import to_array
+
+# Nine colours of matplotlib's "inferno" (CC0), evenly spaced: lightness grows evenly from black to pale yellow.
+_HEAT = ("000004", "210c4a", "57106e", "8a226a", "bc3754", "e45a31", "f98e09", "f9cb35", "fcffa4")
+_SIGNED = ("0b2a6b", "2f6fb7", "9cc3e3", "ffffff", "f3b296", "cb4335", "7a1020")
+
+_TILE_SIDES = (96, 512)  # pixels of a tile's longer side: below it is enlarged, above reduced, by whole factors
+_MOSAIC_SIDES = (64, 128)
+_MARGIN, _GAP, _LINE_GAP = 24, 10, 3
+_NARROWEST = 320  # of the part within the margins, so that a title over one small picture need not be a column
+_CAPTION_LINES = 3
+_INK, _FAINT = (28, 28, 30), (104, 104, 110)
+# Signs that Pillow's own font lacks, and what is read in their place.
+_IN_PLACE = str.maketrans(
+    {"×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "æ": "ae"}
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a contact sheet."""
+
+    pictures: Sequence[Tensor]
+    """Each `[3, H, W]` or `[1, 3, H, W]`, RGB in [0, 1]; sizes may differ."""
+    captions: Sequence[str]
+    """One for each picture; may be empty."""
+    label: str = ""
+    """A line above the row."""
+
+
+def colour_scale(projections: Tensor) -> float:
+    """The value that black and white stand for: the 99.9th percentile of |x| over the entries that are not 0.
+
+    A few outliers would make everything else grey, and most of a projection is exactly 0: neither shall decide. What
+    is to be compared goes in together. Where everything is 0 the scale is 1.
+    """
+    magnitudes = projections.detach().flatten().abs()
+    magnitudes = magnitudes[magnitudes > 0]
+    if not magnitudes.numel():
+        return 1.0
+    rank = math.ceil(0.999 * magnitudes.numel())
+    return float(magnitudes.double().kthvalue(rank).values)
+
+
+def about_grey(projections: Tensor, scale: float) -> Tensor:
+    """Projections as pictures: 0 is mid-grey, −scale black and +scale white, per colour channel.
+
+    Args:
+        projections: `[..., 3, H, W]`, in any unit.
+        scale: in the same unit, above 0; `colour_scale` finds it.
+
+    Returns:
+        The same shape, in [0, 1]; 0 becomes exactly 0.5.
+    """
+    assert scale > 0, scale
+    return (0.5 + projections / (2 * scale)).clamp(0, 1)
+
+
+def heat_map(values: Tensor, *, signed: bool = False, scale: float | None = None) -> Tensor:
+    """Values as colours.
+
+    Args:
+        values: `[N, H, W]`, in any unit.
+        signed: blue for −scale, white for 0, dark red for +scale. Otherwise black for 0 and below, then violet, red and
+            orange to pale yellow for the scale, lighter by even steps.
+        scale: the value of the last colour, in the unit of the values; None: `colour_scale(values)`.
+
+    Returns:
+        RGB in [0, 1], `[N, 3, H, W]`.
+    """
+    scale = colour_scale(values) if scale is None else scale
+    ramp = torch.tensor([[int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)] for colour in _ramp(signed)])
+    ramp = ramp.to(values.device, values.dtype)
+    position = values / scale
+    position = (0.5 + 0.5 * position).clamp(0, 1) if signed else position.clamp(0, 1)
+    position = position * (len(ramp) - 1)
+    # A NaN has no colour; it is kept, for whoever writes the picture to refuse.
+    below = position.nan_to_num(0).floor().clamp(max=len(ramp) - 2)
+    share = (position - below).unsqueeze(-1)
+    index = below.long()
+    return (ramp[index] * (1 - share) + ramp[index + 1] * share).permute(0, 3, 1, 2)
+
+
+def overlay(pictures: Tensor, heat: Tensor, *, opacity: float = 0.6) -> Tensor:
+    """Heat over the grey version of a photo.
+
+    Args:
+        pictures: RGB in [0, 1], `[N, 3, H, W]`.
+        heat: `heat_map`'s result, the same shape.
+        opacity: share of the heat in the result.
+
+    Returns:
+        RGB in [0, 1], `[N, 3, H, W]`.
+    """
+    luma = torch.tensor([0.299, 0.587, 0.114], device=pictures.device, dtype=pictures.dtype).reshape(3, 1, 1)
+    grey = (pictures * luma).sum(1, keepdim=True)
+    return grey * (1 - opacity) + heat * opacity
+
+
+def mosaic(pictures: Tensor, columns: int = 3) -> Tensor:
+    """Small pictures as one, in rows, brought to a size at which they can be seen.
+
+    Args:
+        pictures: RGB in [0, 1], `[K, 3, h, w]`.
+        columns: pictures in a row; the last row is filled up with white.
+
+    Returns:
+        RGB in [0, 1], `[3, H, W]`, with white lines between the pictures.
+    """
+    tiles = [_sized(picture, *_MOSAIC_SIDES) for picture in pictures]
+    height, width = tiles[0].shape[1:]
+    rows, line = -(-len(tiles) // columns), 3
+    whole = tiles[0].new_ones(3, rows * (height + line) - line, columns * (width + line) - line)
+    for index, tile in enumerate(tiles):
+        top, left = index // columns * (height + line), index % columns * (width + line)
+        whole[:, top : top + height, left : left + width] = tile
+    return whole
+
+
+def strip(pictures: Sequence[Tensor], captions: Sequence[str], *, title: str = "", note: str = "") -> np.ndarray:
+    """Pictures in one row with their names on top, as in the paper's Figure 2; arguments as in `contact_sheet`."""
+    return contact_sheet([Row(pictures, captions)], title=title, note=note, captions_on_top=True)
+
+
+def contact_sheet(rows: Sequence[Row], *, title: str = "", note: str = "", captions_on_top: bool = False) -> np.ndarray:
+    """Pictures in rows and columns on white, with captions.
+
+    Small pictures are enlarged by a whole factor, pixel by pixel; large ones reduced by averaging. Captions are broken
+    into up to three lines as wide as their column, and shortened in the middle where that is too little. Letters that
+    Pillow's own font lacks lose their accents, or become question marks.
+
+    Args:
+        rows: at least one, each with at least one picture.
+        title: above all, in larger type.
+        note: below all, in smaller type: what the colours stand for.
+        captions_on_top: above their pictures instead of below.
+
+    Returns:
+        uint8 `[H, W, 3]`.
+
+    Raises:
+        DataError: a picture holds NaN.
+    """
+    tiles = [[to_array(_sized(_one(picture), *_TILE_SIDES)) for picture in row.pictures] for row in rows]
+    count = max(len(row) for row in tiles)
+    narrowest = min(_TILE_SIDES[0], max(tile.shape[1] for row in tiles for tile in row))
+    widths = [max([narrowest, *(row[c].shape[1] for row in tiles if len(row) > c)]) for c in range(count)]
+    inner = max(sum(widths) + _GAP * (count - 1), _NARROWEST)
+    canvas = _Canvas(inner)
+    canvas.paragraph(title, 18, _INK, after=_GAP)
+    for row, row_tiles in zip(rows, tiles, strict=True):
+        canvas.paragraph(row.label, 14, _INK, after=4)
+        cells = list(zip(widths, row_tiles, row.captions, strict=False))
+        assert len(cells) == len(row.captions) == len(row.pictures), "one caption for each picture"
+        canvas.row(cells, captions_on_top)
+    canvas.paragraph(note, 12, _FAINT, after=0)
+    return canvas.draw()
+
+
+class _Canvas:
+    """Collects what is to be drawn from top to bottom; the height is known when all is placed."""
+
+    def __init__(self, inner: int) -> None:
+        self.inner, self.y = inner, _MARGIN
+        self.texts: list[tuple[tuple[int, int], str, str, int, tuple[int, int, int]]] = []
+        self.pictures: list[tuple[tuple[int, int], np.ndarray]] = []
+
+    def paragraph(self, text: str, size: int, ink: tuple[int, int, int], *, after: int) -> None:
+        lines = list(_wrapped(drawable(text), size, self.inner))
+        for line in lines:
+            self.texts.append(((_MARGIN, self.y), "la", line, size, ink))
+            self.y += _line_height(size)
+        self.y += after if lines else 0
+
+    def row(self, cells: Sequence[tuple[int, np.ndarray, str]], captions_on_top: bool) -> None:
+        captions = [_caption(caption, 13, width) for width, _, caption in cells]
+        text_height = max(len(lines) for lines in captions) * _line_height(13)
+        picture_height = max(tile.shape[0] for _, tile, _ in cells)
+        x = _MARGIN
+        for (width, tile, _), lines in zip(cells, captions, strict=True):
+            top = self.y + (text_height + 4 if captions_on_top and text_height else 0)
+            top += picture_height - tile.shape[0] if captions_on_top else 0
+            self.pictures.append(((x + (width - tile.shape[1]) // 2, top), tile))
+            # A caption stays with its picture: the shorter ones lean towards it.
+            first = self.y + text_height - len(lines) * _line_height(13) if captions_on_top else top + tile.shape[0] + 4
+            for index, line in enumerate(lines):
+                place = (x + width // 2, first + index * _line_height(13))
+                self.texts.append((place, "ma", line, 13, _INK))
+            x += width + _GAP
+        self.y += picture_height + (text_height + 4 if text_height else 0) + _GAP + 2
+
+    def draw(self) -> np.ndarray:
+        sheet = Image.new("RGB", (self.inner + 2 * _MARGIN, self.y + _MARGIN - _GAP), "white")
+        for place, tile in self.pictures:
+            sheet.paste(Image.fromarray(tile), place)
+        pen = ImageDraw.Draw(sheet)
+        for place, anchor, line, size, ink in self.texts:
+            pen.text(place, line, fill=ink, font=_font(size), anchor=anchor)
+        return np.array(sheet)
+
+
+def drawable(text: str) -> str:
+    """`text` in letters that Pillow's own font has."""
+    plain = unicodedata.normalize("NFKC", text).translate(_IN_PLACE)
+    return "".join(_drawable_sign(sign) for sign in plain)
+
+
+def _ramp(signed: bool) -> tuple[str, ...]:
+    return _SIGNED if signed else _HEAT
+
+
+def _one(picture: Tensor) -> Tensor:
+    return picture[0] if picture.ndim == 4 else picture
+
+
+def _sized(picture: Tensor, smallest: int, largest: int) -> Tensor:
+    """`[3, H, W]`, enlarged or reduced by a whole factor so that the longer side lies within the bounds, if it can."""
+    side = max(picture.shape[1:])
+    if side < smallest:
+        factor = -(-smallest // side)
+        return picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    if side > largest:
+        factor = -(-side // largest)
+        return F.avg_pool2d(picture[None], factor, ceil_mode=True)[0]
+    return picture
+
+
+def _caption(text: str, size: int, width: int) -> list[str]:
+    """At most `_CAPTION_LINES` lines, at most `width` pixels wide; the middle gives way to an ellipsis."""
+    text = drawable(text)
+    lines = list(_wrapped(text, size, width))
+    kept = len(text)
+    while len(lines) > _CAPTION_LINES:
+        kept -= 1
+        lines = list(_wrapped(f"{text[: -(-kept // 2)]}…{text[len(text) - kept // 2 :]}", size, width))
+    return lines
+
+
+def _wrapped(text: str, size: int, width: int) -> Iterator[str]:
+    """Lines of whole words, each at most `width` pixels wide; a word that is wider is broken."""
+    font, line = _font(size), ""
+    for word in text.split():
+        longer = f"{line} {word}" if line else word
+        if font.getlength(longer) <= width:
+            line = longer
+            continue
+        if line:
+            yield line
+        while font.getlength(word) > width and len(word) > 1:
+            end = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
+            yield word[:end]
+            word = word[end:]
+        line = word
+    if line:
+        yield line
+
+
+def _line_height(size: int) -> int:
+    return size + 1 + _LINE_GAP
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+@functools.cache
+def _drawable_sign(sign: str) -> str:
+    font = _font(13)
+    missing = bytes(font.getmask("\uffff"))
+    if sign.isspace():
+        return " "
+    # An accented letter is its letter, then accents of its own, which are let go.
+    base = unicodedata.normalize("NFKD", sign)[:1]
+    return next((found for found in (sign, base) if found.isprintable() and bytes(font.getmask(found)) != missing), "?")
