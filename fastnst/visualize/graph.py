@@ -1,0 +1,300 @@
+"""The graph of a computation for TensorBoard's graph page: blocks, layers, operators, and the tensors between them.
+
+A recorder watches PyTorch's dispatcher while the computation runs on fake tensors, which have a shape and no values:
+nothing is computed and no memory is taken, whatever the sizes. It gives for a PyTorch program what the paper's Figures
+4 and 5 show of a TensorFlow graph: each operator a node within the scopes in which it ran, each edge a tensor.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from tensorboard.compat.proto.node_def_pb2 import NodeDef
+
+_DTYPES = {
+    torch.float32: 1,
+    torch.float64: 2,
+    torch.int32: 3,
+    torch.uint8: 4,
+    torch.int16: 5,
+    torch.int8: 6,
+    torch.int64: 9,
+    torch.bool: 10,
+    torch.bfloat16: 14,
+    torch.float16: 19,
+}
+"""TensorFlow's numbers for tensor types, `tensorflow/core/framework/types.proto`."""
+
+
+@dataclass
+class _Node:
+    name: str
+    op: str
+    number: int
+    inputs: list[str]
+    outputs: list[Tensor]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """An open scope: an explicit one, or the call of the module at `name`, slashes for dots, in the tree `root`."""
+
+    path: str
+    root: int | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A parameter or buffer, and where its module stands."""
+
+    root: int
+    module: str
+    leaf: str
+    op: str
+    tensor: Tensor
+
+
+class GraphRecorder:
+    """Records what runs inside its `with` block, without computing it.
+
+    Each call of a module opens a scope with its name (`res1/conv1`), below the scope that was open before; its
+    parameters and buffers are nodes beside its operators. A module that is used in two blocks is drawn in both, with
+    its parameters: edges of shared weights would tie blocks together between which no picture flows. An operator that
+    takes a parameter outside its module's call is drawn in a scope with the module's name.
+
+    Stated limits: no gradients, no autocast, no compiled code, and no step may depend on the values of tensors.
+
+    Args:
+        roots: networks whose modules give scopes. One that lies inside another is named before it, and is then a tree
+            of its own, whose names begin at itself.
+    """
+
+    def __init__(self, *roots: nn.Module) -> None:
+        self._modules: dict[nn.Module, tuple[int, str]] = {}
+        self._owned: dict[int, _Owned] = {}
+        for root, tree in enumerate(roots):
+            for name, module in tree.named_modules():
+                if module not in self._modules:
+                    self._modules[module] = (root, name.replace(".", "/"))
+        for module, (root, name) in self._modules.items():
+            for op, tensors in (("Parameter", module.named_parameters), ("Buffer", module.named_buffers)):
+                for leaf, tensor in tensors(recurse=False):
+                    self._owned.setdefault(id(tensor), _Owned(root, name, leaf, op, tensor))
+        self._frames = [_Frame("")]
+        self._nodes: dict[str, _Node] = {}
+        self._sources: dict[int, str] = {}
+        self._writers: dict[int, str] = {}
+        self._alive: list[Tensor] = []
+        self._paused = False
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for module in self._modules:
+                stack.callback(module.register_forward_pre_hook(self._begin).remove)
+                stack.callback(module.register_forward_hook(self._end).remove)
+            stack.enter_context(torch.no_grad())
+            # Parameters stay the real tensors that they are; the operators get fakes in their place.
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(_Watch(self))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Draw what runs inside below `name`, which may hold slashes."""
+        depth = len(self._frames)
+        self._frames.append(_Frame(_join(self._frames[-1].path, name)))
+        try:
+            yield
+        finally:
+            # Modules that an error left have not said so.
+            del self._frames[depth:]
+
+    def placeholder(self, name: str, shape: Sequence[int], *, like: Tensor) -> Tensor:
+        """A node for pictures that come from outside: a tensor of that shape and of `like`'s type, channels_last."""
+        self._paused = True
+        tensor = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+        self._paused = False
+        self._add(_join(self._frames[-1].path, name), "Placeholder", [], [tensor])
+        return tensor
+
+    def graph_def(self) -> "GraphDef":
+        """What was recorded so far, in TensorFlow's format; equal computations give equal bytes."""
+        from tensorboard.compat.proto.graph_pb2 import GraphDef
+        from tensorboard.compat.proto.versions_pb2 import VersionDef
+
+        graph = GraphDef(versions=VersionDef(producer=22))
+        for node in self._nodes.values():
+            _describe(graph.node.add(name=node.name, op=node.op, input=node.inputs), node)
+        return graph
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Take down one operator that has run; what PyTorch's dispatcher calls."""
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if self._paused or not given:
+            return
+        path = self._path(taken)
+        inputs = list(dict.fromkeys(self._source(tensor, path) for tensor in taken))
+        written = _written(func, args, kwargs)
+        if len(taken) == len(given) == 1 and not written and _is_alias(func, taken[0], given[0]):
+            self._remember(given[0], inputs[0])
+            return
+        namespace, name = func._schema.name.split("::")
+        # TensorBoard draws a Const as a dot beside what reads it.
+        op = "Const" if not inputs else name if namespace == "aten" else func._schema.name
+        node = self._add(_join(path, name.strip("_")), op, inputs, given)
+        node.arguments = _plain_arguments(func, args, kwargs)
+        for tensor in written:
+            if id(tensor) not in self._owned:
+                self._remember(tensor, node.name)
+                self._writers[_memory(tensor)] = node.name
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        root, name = self._modules[module]
+        self._frames.append(_Frame(_join(self._base(root), name), root, name))
+
+    def _end(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+        ended = self._frames.pop()
+        assert (ended.root, ended.name) == self._modules[module]
+
+    def _base(self, root: int) -> str:
+        """The path at which the names of a tree begin: where the innermost scope is, less the module's own name."""
+        top = self._frames[-1]
+        if top.root != root or not top.name:
+            return top.path
+        return top.path[: -len(top.name)].rstrip("/")
+
+    def _path(self, taken: Sequence[Tensor]) -> str:
+        """The scope of an operator that takes these tensors."""
+        top = self._frames[-1]
+        for tensor in taken:
+            owned = self._owned.get(id(tensor))
+            if owned is not None and owned.root != top.root:
+                return _join(top.path, owned.module)
+        return top.path
+
+    def _source(self, tensor: Tensor, path: str) -> str:
+        """The node output that a tensor comes from; parameters and constants become nodes here."""
+        owned = self._owned.get(id(tensor))
+        if owned is not None:
+            name = _join(self._base(owned.root), owned.module, owned.leaf)
+            if name not in self._nodes:
+                self._add(name, owned.op, [], [tensor])
+            return name
+        source = self._sources.get(id(tensor))
+        if source is None:
+            return self._add(_join(path, "constant"), "Const", [], [tensor]).name
+        # Somebody may have written into the same memory through another view since.
+        writer = self._writers.get(_memory(tensor))
+        if writer is not None and self._nodes[writer].number > self._nodes[source.partition(":")[0]].number:
+            return writer
+        return source
+
+    def _add(self, name: str, op: str, inputs: list[str], outputs: list[Tensor]) -> _Node:
+        unique, count = name, 0
+        while unique in self._nodes:
+            count += 1
+            unique = f"{name}_{count}"
+        node = self._nodes[unique] = _Node(unique, op, len(self._nodes), inputs, outputs)
+        for index, tensor in enumerate(outputs):
+            self._remember(tensor, f"{unique}:{index}" if index else unique)
+        return node
+
+    def _remember(self, tensor: Tensor, source: str) -> None:
+        self._sources[id(tensor)] = source
+        # A tensor that is gone would leave its id to another one.
+        self._alive.append(tensor)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, recorder: GraphRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        result = func(*args, **(kwargs or {}))
+        self._recorder.record(func, args, kwargs or {}, result)
+        return result
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Names the memory that a tensor shares with its views."""
+    return tensor.untyped_storage()._cdata
+
+
+def _is_alias(func: Any, taken: Tensor, given: Tensor) -> bool:
+    """Whether the result is the argument by another name, which is nothing to draw: detach, or a slice of all."""
+    if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        return True
+    return (
+        _memory(taken) == _memory(given)
+        and taken.dtype == given.dtype
+        and taken.shape == given.shape
+        and taken.stride() == given.stride()
+        and taken.storage_offset() == given.storage_offset()
+    )
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that the operator overwrites."""
+    names = {argument.name for argument in func._schema.arguments if argument.is_write}
+    given = zip((argument.name for argument in func._schema.arguments), args, strict=False)
+    values = [value for name, value in [*given, *kwargs.items()] if name in names]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _plain_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The numbers, switches and words that an operator was called with, by name."""
+    names = [argument.name for argument in func._schema.arguments]
+    named = dict(zip(names, args, strict=False)) | kwargs
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, bool | int | float | str)
+        or (isinstance(value, list | tuple) and value and all(isinstance(item, int) for item in value))
+    }
+
+
+def _describe(written: "NodeDef", node: _Node) -> None:
+    """Put shapes, type and arguments where TensorBoard looks for them."""
+    shapes = written.attr["_output_shapes"].list
+    for tensor in node.outputs:
+        shape = shapes.shape.add()
+        for size in tensor.shape:
+            shape.dim.add(size=size)
+    number = _DTYPES.get(node.outputs[0].dtype)
+    if number is not None:
+        written.attr["dtype"].type = number
+    for name, value in node.arguments.items():
+        attribute = written.attr[name]
+        match value:
+            case bool():
+                attribute.b = value
+            case int():
+                attribute.i = value
+            case float():
+                attribute.f = value
+            case str():
+                attribute.s = value.encode()
+            case _:
+                attribute.list.i.extend(value)
