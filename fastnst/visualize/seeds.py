@@ -83,6 +83,11 @@ class Seeds:
         first = chosen.flatten(1).argmax(1) if chosen.ndim == 3 else torch.zeros_like(rows)
         return cls(rows, channels, torch.stack((first // width, first % width), dim=1))
 
+    def to(self, device: torch.device) -> "Seeds":
+        """The same seeds on another device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return Seeds(self.pictures.to(device), self.maps.to(device), positions)
+
     def __getitem__(self, part: slice) -> "Seeds":
         positions = None if self.positions is None else self.positions[part]
         return Seeds(self.pictures[part], self.maps[part], positions)

@@ -1,0 +1,73 @@
+"""Square windows of maps, one per seed, in a place of its own: cut out, put back, and cleared where they overhang.
+
+Legend: K windows of s×s; `corners` `[K, 2]` int64 says at which row and column of its map each begins, which may be
+negative, as a window may reach beyond the map on every side.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def clear_outside(windows: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
+    """Zero, in place, of `[K, C, s, s]` what lies outside a map of `size` (H, W)."""
+    rows, columns = _coordinates(corners, windows.shape[-1])
+    inside_rows = (rows >= 0) & (rows < size[0])
+    inside_columns = (columns >= 0) & (columns < size[1])
+    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    return windows.masked_fill_(~inside, 0)
+
+
+def cut_clamped(maps: Tensor, rows_of: Tensor, channels_of: Tensor | None, corners: Tensor, side: int) -> Tensor:
+    """Windows of `[N, C, H, W]`; what lies outside the map repeats its border, and is as good as any other value.
+
+    Args:
+        maps: what to cut from.
+        rows_of: `[K]` row in the batch of each window.
+        channels_of: `[K]` its only channel; None takes all.
+        corners: `[K, 2]`.
+        side: s.
+
+    Returns:
+        `[K, C, s, s]` channels_last, or `[K, 1, s, s]`.
+    """
+    rows, columns = _coordinates(corners, side)
+    rows, columns = rows.clamp_(0, maps.shape[2] - 1)[:, :, None], columns.clamp_(0, maps.shape[3] - 1)[:, None, :]
+    pictures = rows_of[:, None, None]
+    if channels_of is None:
+        # Whole pixels are copied, all channels of one at once.
+        return maps.permute(0, 2, 3, 1)[pictures, rows, columns].permute(0, 3, 1, 2)
+    return maps[pictures, channels_of[:, None, None], rows, columns].unsqueeze(1)
+
+
+def put_back(windows: Tensor, corners: Tensor, whole: Tensor) -> None:
+    """Write `[K, C, s, s]` into `whole` `[K, C, H, W]`; what overhangs is dropped."""
+    for index, inner, outer in _overlaps(corners, windows.shape[-1], whole.shape):
+        whole[(index, slice(None), *outer)] = windows[(index, slice(None), *inner)]
+
+
+def cut(whole: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Windows `[K, C, s, s]`, the k-th out of the k-th of `whole` `[K, C, H, W]`; 0 outside the map."""
+    windows = whole.new_zeros((*whole.shape[:2], side, side))
+    for index, inner, outer in _overlaps(corners, side, whole.shape):
+        windows[(index, slice(None), *inner)] = whole[(index, slice(None), *outer)]
+    return windows
+
+
+def _coordinates(corners: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns `[K, s]` that the windows cover."""
+    steps = torch.arange(side, device=corners.device)
+    return corners[:, :1] + steps, corners[:, 1:] + steps
+
+
+def _overlaps(
+    corners: Tensor, side: int, shape: torch.Size
+) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
+    """Of each window, which part of it lies on which part of its map."""
+    # Copies of rectangles, one by one, beat index arithmetic for every pixel of every map by far.
+    height, width = shape[-2:]
+    for index, (top, left) in enumerate(corners.tolist()):
+        rows, columns = (max(top, 0), min(top + side, height)), (max(left, 0), min(left + side, width))
+        inner = slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)
+        yield index, inner, (slice(*rows), slice(*columns))
