@@ -29,14 +29,15 @@ from fastnst.errors import UserError
 
 DEFAULT_PRESET = "hwalsuklee"
 
-# φ's layers that a loss may tap. They are spelled out here, and checked against `models.vgg19` by a test, because
-# reading a configuration must not import torch.
+# φ's layers that a loss may tap, and the transform net's. They are spelled out here, and checked against `models` by
+# tests, because reading a configuration must not import torch.
 LOSS_LAYERS = tuple(
     f"{kind}{block}_{index}"
     for block, count in enumerate((2, 2, 4, 4, 4), start=1)
     for index in range(1, count + 1)
     for kind in ("conv", "relu")
 ) + tuple(f"pool{block}" for block in range(1, 6))
+TRANSFORM_LAYERS = ("conv1", "conv2", "conv3", *(f"res{index}" for index in range(1, 6)), "up1", "up2", "out")
 
 
 class Section(BaseModel):
@@ -183,6 +184,34 @@ class TrainConfig(Section):
         return "cuda" if device == "gpu" else device
 
 
+class VisualizeConfig(Section):
+    """Projections back to pixels while training, for TensorBoard."""
+
+    every: int = Field(default=500, ge=0)
+    """Steps between two sets of projections, beside those before the first step and after the last; 0: none at all."""
+    max_percent: float = Field(default=2.0, gt=0, le=100)
+    """Most of the training time that projections may take; a set that would take more is left out."""
+    pictures: int = Field(default=2, ge=1, le=64)
+    """Fixed pictures, the first of the folder, on which the networks are watched."""
+    vgg_maps: tuple[str, ...] = ()
+    """Maps of VGG19, looking at the stylised picture: `relu3_1:17` (that map's strongest activation) or `relu3_1` (all
+    maps at once). Empty: of each layer of the loss, the map that answers the photograph most strongly."""
+    transform_maps: tuple[str, ...] = ("conv2:0", "conv3:0", "res1:0", "res3:0", "res5:0", "up1:0", "up2:0")
+    """Maps of the transform net, written alike."""
+
+    @field_validator("vgg_maps", "transform_maps")
+    @classmethod
+    def _layers_and_maps(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        layers = LOSS_LAYERS if info.field_name == "vgg_maps" else TRANSFORM_LAYERS
+        for name in names:
+            layer, colon, number = name.partition(":")
+            if layer not in layers:
+                raise ValueError(f"there is no layer {layer!r}{_nearest(layer, layers)}")
+            if colon and not number.isdecimal():
+                raise ValueError(f"{name!r} names no map; write a layer and a number, as in '{layer}:0'")
+        return names
+
+
 class Config(Section):
     """Everything that decides the outcome of a run; saved, resolved, as `config.toml` in its directory."""
 
@@ -192,6 +221,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
+    visualize: VisualizeConfig = VisualizeConfig()
 
 
 def preset_names() -> list[str]:

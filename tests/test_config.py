@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fastnst.config import (
     LOSS_LAYERS,
+    TRANSFORM_LAYERS,
     Config,
     DataConfig,
     LossConfig,
@@ -100,6 +101,27 @@ def test_loss_layers_are_the_layers_of_vgg19() -> None:
     assert len([name for name in LOSS_LAYERS if name.startswith("conv")]) == 16
     assert LOSS_LAYERS[:5] == ("conv1_1", "relu1_1", "conv1_2", "relu1_2", "conv2_1")
     assert LOSS_LAYERS[-6:] == ("relu5_4", "pool1", "pool2", "pool3", "pool4", "pool5")
+
+
+def test_watched_layers_of_the_transform_net_are_its_layers() -> None:
+    from fastnst.models.transform_net import LAYER_NAMES
+
+    assert TRANSFORM_LAYERS == LAYER_NAMES
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("visualize.vgg_maps=['relu3_5:1']", "visualize.vgg_maps: there is no layer 'relu3_5'; did you mean 'relu3_"),
+        ("visualize.transform_maps=['res6']", "visualize.transform_maps: there is no layer 'res6'; did you mean 'res"),
+        ("visualize.transform_maps=['res5:']", "'res5:' names no map; write a layer and a number, as in 'res5:0'"),
+        ("visualize.transform_maps=['res5:-1']", "'res5:-1' names no map"),
+        ("visualize.every=-1", "visualize.every is -1: input should be greater than or equal to 0"),
+        ("visualize.max_percent=0", "visualize.max_percent is 0: input should be greater than 0"),
+    ],
+)
+def test_maps_to_watch_are_checked(assignment: str, expected: str) -> None:
+    assert expected in message(assignment)
 
 
 # Precedence.

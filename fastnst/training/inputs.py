@@ -57,10 +57,11 @@ def read_inputs(config: Config, device: torch.device, notify: Callable[[str], No
     """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins."""
     style, style_sha256 = read_style(config)
     check_folder(config.data.folder)
+    watched_layers = [name.partition(":")[0] for name in config.visualize.vgg_maps]
     with counted("download VGG19", "MB", scale=1e6) as progress:
         vgg = load_vgg19(
             config.loss.vgg,
-            last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]),
+            last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers, *watched_layers]),
             flavour=config.loss.vgg_flavour,
             seed=config.train.seed,
             notify=notify,

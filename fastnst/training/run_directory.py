@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastnst.config import Config, Section, load_config
+from fastnst.config import Config, Section, VisualizeConfig, load_config
 from fastnst.errors import DataError, UserError
 from fastnst.storage import LOCK_NAME, storage_error
 
@@ -22,6 +22,7 @@ FREE_KEYS = frozenset(
         "train.keep_checkpoints",
         "data.workers",
         "data.prefetch",
+        *(f"visualize.{key}" for key in VisualizeConfig.model_fields),
     }
 )
 

@@ -1,0 +1,141 @@
+"""How what the networks see changes while the transform net learns: the same projections, step after step.
+
+Source: Zeiler & Fergus 2014, §4.1 and Figure 4: the strongest activation of a feature map, projected to pixels, through
+training. Two networks are watched on fixed photographs: VGG19, whose weights are fixed, looking at the *stylised*
+picture as that changes; and the transform net, whose weights change.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnst.config import VisualizeConfig
+from fastnst.images import to_tensor
+from fastnst.models.transform_net import LAYER_NAMES, TransformNet
+from fastnst.models.vgg19 import VGG19
+from fastnst.visualize.deconvnet import Deconvnet
+from fastnst.visualize.render import about_grey, colour_scale
+from fastnst.visualize.seeds import Seeds, check_maps
+from fastnst.visualize.strips import layer_strip
+from fastnst.visualize.transform_deconvnet import TransformDeconvnet
+
+
+class Evolution:
+    """Watches both networks on fixed pictures.
+
+    Args:
+        net: the transform net; each look sees its weights of that moment.
+        vgg: the loss network, deep enough for the watched layers.
+        config: which maps of which layers.
+        loss_layers: layers that the loss taps, in each of which the map that answers the first photograph most strongly
+            is watched, where the configuration names no map of VGG19.
+        pictures: `[P, 3, H, W]`, P ≥ 1, RGB in [0, 1], on any device.
+        names: P names, which become the ends of the tags.
+
+    Raises:
+        UserError: a layer lies behind the end of `vgg`, or has no such map.
+    """
+
+    def __init__(
+        self,
+        net: TransformNet,
+        vgg: VGG19,
+        config: VisualizeConfig,
+        *,
+        loss_layers: Sequence[str],
+        pictures: Tensor,
+        names: Sequence[str],
+    ) -> None:
+        device = next(net.parameters()).device
+        self._net = net
+        self._pictures, self._names = pictures.to(device, torch.float32), list(names)
+        self._vgg_deconvnet, self._transform_deconvnet = Deconvnet(vgg), TransformDeconvnet(net)
+        self._loss_layers = [layer for layer in vgg.layers if layer in loss_layers]
+        self._transform_maps = [_parse(name) for name in config.transform_maps]
+        self._vgg_maps = [_parse(name) for name in config.vgg_maps] or self._strongest_maps()
+        self._check(self._transform_deconvnet, self._transform_maps)
+        self._check(self._vgg_deconvnet, self._vgg_maps)
+
+    def look(self) -> Iterator[tuple[str, Tensor]]:
+        """The projections of this moment.
+
+        Yields:
+            A tag and a picture `[3, H, W]` in [0, 1] on the CPU: projections, `evolution/NETWORK/LAYER_mapN/NAME`, each
+            scaled about zero = grey by its own largest values; and per picture the strip from the photograph through
+            the transform net's layers to the painting (the paper's Figure 2), `strip/transform_net/NAME`.
+        """
+        for row, name in enumerate(self._names):
+            photo = self._pictures[row : row + 1]
+            recording = self._transform_deconvnet.record(photo, LAYER_NAMES)
+            painting = self._paint(photo)
+            projections = self._projections(self._transform_deconvnet, recording, self._transform_maps)
+            yield from ((f"evolution/transform_net/{tag}/{name}", picture) for tag, picture in projections)
+            yield f"strip/transform_net/{name}", self._strip(self._transform_deconvnet, recording, photo, painting)
+            seen = self._vgg_deconvnet.record(painting, _layers(self._vgg_maps))
+            projections = self._projections(self._vgg_deconvnet, seen, self._vgg_maps)
+            yield from ((f"evolution/vgg_transformed/{tag}/{name}", picture) for tag, picture in projections)
+
+    def content_strips(self) -> Iterator[tuple[str, Tensor]]:
+        """What VGG19's loss layers see in each photograph (the paper's Figure 3), as `strip/vgg_content/NAME`.
+
+        Training does not change it: once is enough. Yields as `look` does.
+        """
+        for row, name in enumerate(self._names):
+            photo = self._pictures[row : row + 1]
+            recording = self._vgg_deconvnet.record(photo, self._loss_layers)
+            yield f"strip/vgg_content/{name}", self._strip(self._vgg_deconvnet, recording, photo)
+
+    def _projections(
+        self, deconvnet: Deconvnet | TransformDeconvnet, recording: Any, watched: Sequence[tuple[str, int | None]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for layer, number in watched:
+            if number is None:
+                tag, projection = layer, deconvnet.project_layer(recording, layer)
+            else:
+                seeds = Seeds.strongest(recording.activations[layer], [0], [number])
+                tag, projection = f"{layer}_map{number}", deconvnet.project(recording, layer, seeds)
+            yield tag, about_grey(projection, colour_scale(projection))[0].cpu()
+
+    def _strip(
+        self,
+        deconvnet: Deconvnet | TransformDeconvnet,
+        recording: Any,
+        photo: Tensor,
+        painting: Tensor | None = None,
+    ) -> Tensor:
+        projections = {layer: deconvnet.project_layer(recording, layer) for layer in recording.activations}
+        return to_tensor(layer_strip(photo, projections, painting))[0]
+
+    def _strongest_maps(self) -> list[tuple[str, int | None]]:
+        recording = self._vgg_deconvnet.record(self._pictures[:1], self._loss_layers)
+        return [
+            (layer, int(recording.activations[layer][0].flatten(1).amax(1).argmax())) for layer in self._loss_layers
+        ]
+
+    def _check(self, deconvnet: Deconvnet | TransformDeconvnet, watched: Sequence[tuple[str, int | None]]) -> None:
+        maps: list[tuple[str, int]] = [(layer, number) for layer, number in watched if number is not None]
+        if maps:
+            recording = deconvnet.record(self._pictures[:1], _layers(maps))
+            for layer, number in maps:
+                check_maps(layer, [number], recording.activations[layer].shape[1])
+
+    def _paint(self, photo: Tensor) -> Tensor:
+        was_training = self._net.training
+        self._net.eval()
+        try:
+            with torch.no_grad():
+                return self._net(photo).clamp_(0, 1)
+        finally:
+            self._net.train(was_training)
+
+
+def _parse(name: str) -> tuple[str, int | None]:
+    """`relu3_1:17` → that map of the layer; `relu3_1` → the layer and None, all of its maps."""
+    layer, _, number = name.partition(":")
+    return layer, int(number) if number else None
+
+
+def _layers(watched: Iterable[tuple[str, int | None]]) -> list[str]:
+    return list(dict.fromkeys(layer for layer, _ in watched))
