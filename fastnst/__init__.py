@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from fastnst.models.transform_net import TransformNet
     from fastnst.models.vgg19 import VGG19
     from fastnst.stylize import stylize
+    from fastnst.visualize.deconvnet import Deconvnet
 
 __version__ = "0.1.0"
 
-__all__ = ["VGG19", "PerceptualLoss", "TransformNet", "__version__", "load_style_model", "stylize"]
+__all__ = ["VGG19", "Deconvnet", "PerceptualLoss", "TransformNet", "__version__", "load_style_model", "stylize"]
 
 _HOMES = {
+    "Deconvnet": "fastnst.visualize.deconvnet",
     "PerceptualLoss": "fastnst.losses",
     "TransformNet": "fastnst.models.transform_net",
     "VGG19": "fastnst.models.vgg19",
