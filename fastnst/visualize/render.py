@@ -140,7 +140,15 @@ def strip(pictures: Sequence[Tensor], captions: Sequence[str], *, title: str = "
     return contact_sheet([Row(pictures, captions)], title=title, note=note, captions_on_top=True)
 
 
-def contact_sheet(rows: Sequence[Row], *, title: str = "", note: str = "", captions_on_top: bool = False) -> np.ndarray:
+def contact_sheet(
+    rows: Sequence[Row],
+    *,
+    title: str = "",
+    note: str = "",
+    captions_on_top: bool = False,
+    largest: int = _TILE_SIDES[1],
+    gap: int = 10,
+) -> np.ndarray:
     """Pictures in rows and columns on white, with captions.
 
     Small pictures are enlarged by a whole factor, pixel by pixel; large ones reduced by averaging. Captions are broken
@@ -152,6 +160,8 @@ def contact_sheet(rows: Sequence[Row], *, title: str = "", note: str = "", capti
         title: above all, in larger type.
         note: below all, in smaller type: what the colours stand for.
         captions_on_top: above their pictures instead of below.
+        largest: pixels of a longer side above which a picture is reduced.
+        gap: pixels between columns.
 
     Returns:
         uint8 `[H, W, 3]`.
@@ -159,12 +169,12 @@ def contact_sheet(rows: Sequence[Row], *, title: str = "", note: str = "", capti
     Raises:
         DataError: a picture holds NaN.
     """
-    tiles = [[to_array(_sized(_one(picture), *_TILE_SIDES)) for picture in row.pictures] for row in rows]
+    tiles = [[to_array(_sized(_one(picture), _TILE_SIDES[0], largest)) for picture in row.pictures] for row in rows]
     count = max(len(row) for row in tiles)
     narrowest = min(_TILE_SIDES[0], max(tile.shape[1] for row in tiles for tile in row))
     widths = [max([narrowest, *(row[c].shape[1] for row in tiles if len(row) > c)]) for c in range(count)]
-    inner = max(sum(widths) + _GAP * (count - 1), _NARROWEST)
-    canvas = _Canvas(inner)
+    inner = max(sum(widths) + gap * (count - 1), _NARROWEST)
+    canvas = _Canvas(inner, gap)
     canvas.paragraph(title, 18, _INK, after=_GAP)
     for row, row_tiles in zip(rows, tiles, strict=True):
         canvas.paragraph(row.label, 14, _INK, after=4)
@@ -178,8 +188,8 @@ def contact_sheet(rows: Sequence[Row], *, title: str = "", note: str = "", capti
 class _Canvas:
     """Collects what is to be drawn from top to bottom; the height is known when all is placed."""
 
-    def __init__(self, inner: int) -> None:
-        self.inner, self.y = inner, _MARGIN
+    def __init__(self, inner: int, gap: int) -> None:
+        self.inner, self.gap, self.y = inner, gap, _MARGIN
         self.texts: list[tuple[tuple[int, int], str, str, int, tuple[int, int, int]]] = []
         self.pictures: list[tuple[tuple[int, int], np.ndarray]] = []
 
@@ -204,7 +214,7 @@ class _Canvas:
             for index, line in enumerate(lines):
                 place = (x + width // 2, first + index * _line_height(13))
                 self.texts.append((place, "ma", line, 13, _INK))
-            x += width + _GAP
+            x += width + self.gap
         self.y += picture_height + (text_height + 4 if text_height else 0) + _GAP + 2
 
     def draw(self) -> np.ndarray:

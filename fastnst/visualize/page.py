@@ -1,0 +1,123 @@
+"""`index.html`: the sheets of one command side by side. One static file: no scripts, nothing from any network."""
+
+import os
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from fastnst.images import printable
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --faint: #62626a; --paper: #f6f6f7; --card: #fff; --line: #d9d9de; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececf0; --faint: #a2a2ac; --paper: #16161a; --card: #212127; --line: #3a3a42; }
+}
+body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 110rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { margin: 0 0 .3rem; font-size: 1.5rem; }
+p { max-width: 60rem; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .2rem 1.2rem .2rem 0; text-align: left; vertical-align: top; font-weight: normal;
+  overflow-wrap: anywhere; }
+th { color: var(--faint); white-space: nowrap; }
+code { font: .9em ui-monospace, monospace; }
+a { color: inherit; }
+main { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; margin-top: 1.5rem; }
+figure { margin: 0; padding: 1rem; max-width: 100%; box-sizing: border-box; background: var(--card);
+  border: 1px solid var(--line); border-radius: .5rem; }
+figure img { display: block; max-width: 100%; height: auto; background: #fff; }
+figcaption { margin-top: .6rem; font-size: .9rem; color: var(--faint); overflow-wrap: anywhere; }
+figcaption strong { color: var(--ink); }
+details { margin-top: .5rem; font-size: .85rem; }
+details th { padding-top: .4rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One sheet on the page."""
+
+    file: str
+    """Name of its PNG, which lies beside the page."""
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    caption: str
+    """What is seen."""
+    alt: str
+    """What those are told who cannot see it."""
+    downloads: Sequence[str] = ()
+    """Names of files with the numbers behind it."""
+    table: Sequence[Sequence[str]] = ()
+    """Details, the first row being the heads of the columns."""
+
+
+def build_page(title: str, about: str, settings: Mapping[str, str], figures: Sequence[Figure]) -> bytes:
+    """The page.
+
+    Args:
+        title: heading and name of the window.
+        about: what the colours and positions mean, in a sentence or two.
+        settings: name → value: the command and what it went by.
+        figures: the sheets, in order.
+
+    Returns:
+        HTML in UTF-8. Texts are escaped; file names become relative links of their bytes, whatever these are.
+    """
+    rows = "\n".join(
+        f"<tr><th scope=row>{_text(name)}</th><td>{_code(name, value)}</td></tr>" for name, value in settings.items()
+    )
+    shown = "\n".join(_figure(figure) for figure in figures)
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="fastnst visualize">
+<title>{_text(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{_text(title)}</h1>
+<p>{_text(about)}</p>
+<table>
+{rows}
+</table>
+<main>
+{shown}
+</main>
+</body>
+</html>
+"""
+    return page.encode()
+
+
+def _figure(figure: Figure) -> str:
+    link = _link(figure.file)
+    width, height = figure.size
+    parts = [
+        "<figure>",
+        f'<a href="{link}"><img src="{link}" width="{width}" height="{height}" alt="{_text(figure.alt)}"></a>',
+        f"<figcaption><strong>{_text(figure.file)}</strong><br>{_text(figure.caption)}",
+        *(f'<br><a href="{_link(name)}">{_text(name)}</a>' for name in figure.downloads),
+        "</figcaption>",
+    ]
+    if figure.table:
+        heads = "".join(f"<th scope=col>{_text(head)}</th>" for head in figure.table[0])
+        rows = ("".join(f"<td>{_text(cell)}</td>" for cell in row) for row in figure.table[1:])
+        body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+        parts.append(f"<details><summary>details</summary><table>\n<tr>{heads}</tr>\n{body}\n</table></details>")
+    return "\n".join([*parts, "</figure>"])
+
+
+def _code(name: str, value: str) -> str:
+    return f"<code>{_text(value)}</code>" if name == "command" else _text(value)
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))
+
+
+def _link(name: str) -> str:
+    # "./": a name that begins with `javascript:` or `//` is a file's name and nothing else.
+    return "./" + urllib.parse.quote(os.fsencode(name))

@@ -1,0 +1,233 @@
+"""`fastnst visualize deconvnet` and `transform`: maps of either network, projected back to pixels, on sheets."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastnst.images import printable
+from fastnst.models.transform_net import TransformNet
+from fastnst.models.vgg19 import VGG19
+from fastnst.progress import ProgressReport
+from fastnst.visualize.deconvnet import Deconvnet
+from fastnst.visualize.render import Row, about_grey, colour_scale, contact_sheet
+from fastnst.visualize.report import Report, Sheet, picture_names
+from fastnst.visualize.seeds import Seeds
+from fastnst.visualize.selection import (
+    Activation,
+    MapChoice,
+    columns_for,
+    describe_activation,
+    describe_choice,
+    strengths,
+)
+from fastnst.visualize.strips import layer_strip
+from fastnst.visualize.transform_deconvnet import TransformDeconvnet
+
+MAPS_PER_SHEET = 63
+"""With the picture itself, eight rows of eight."""
+_SEEDS_AT_ONCE = 64  # between two signs of progress
+
+_HOW_TO_READ = (
+    "Each projection shows, in the colours of the pixels, what in the picture caused the activation (Zeiler & Fergus "
+    "2014): grey is zero, brighter or darker is more or less of red, green and blue."
+)
+
+
+def deconvnet(
+    net: VGG19,
+    pictures: Sequence[Path],
+    squares: Sequence[Tensor],
+    layers: Sequence[str],
+    *,
+    maps: MapChoice,
+    activation: Activation = "strongest",
+) -> Report:
+    """Projections of VGG19's maps: a sheet per picture and layer, and over several layers a strip per picture.
+
+    Args:
+        net: as deep as the layers, on the device where it is to work.
+        pictures: the files, for names.
+        squares: their `[1, 3, H, W]`, RGB in [0, 1].
+        layers: at least one, in the order in which they are shown.
+        maps: which maps of each layer.
+        activation: `strongest`, `all`, or the row and column of one.
+
+    Raises:
+        UserError: a map or position that a layer does not have.
+    """
+    walker = Deconvnet(net)
+    sheets: list[Sheet] = []
+    with _Counter("deconvnet", len(pictures), maps) as counter:
+        for path, name, square in zip(pictures, picture_names(pictures), squares, strict=True):
+            shown = _Shown("deconvnet", "VGG19", path, name, square.to(net.mean))
+            recording = walker.record(shown.square, layers)
+            counter.begin([recording.activations[layer] for layer in layers])
+            if len(layers) > 1:
+                sheets.append(_strip(shown, walker, recording, layers))
+            for layer in layers:
+                sheets += _map_sheets(shown, walker, recording, layer, maps, activation, counter.advance)
+    settings = _settings(layers, squares[0]) | {"maps": maps.text, "activation": describe_choice(activation)}
+    return Report("What VGG19 sees: projections by its deconvnet", _HOW_TO_READ, settings, sheets)
+
+
+def transform(
+    net: TransformNet,
+    pictures: Sequence[Path],
+    squares: Sequence[Tensor],
+    layers: Sequence[str],
+    *,
+    maps: MapChoice | None = None,
+) -> Report:
+    """The transform net from photo to painting (the paper's Figure 2): a strip per picture, and single maps.
+
+    Args:
+        net: on the device where it is to work.
+        pictures: the files, for names.
+        squares: their `[1, 3, H, W]`, RGB in [0, 1].
+        layers: out of `net.layer_names`; they are shown front to back.
+        maps: whose strongest activations are projected as well; None: none.
+
+    Raises:
+        UserError: a layer that the network does not have, or a map that a layer does not have.
+    """
+    walker, weight = TransformDeconvnet(net), next(net.parameters())
+    sheets: list[Sheet] = []
+    with _Counter("transform", len(pictures), maps) as counter:
+        for path, name, square in zip(pictures, picture_names(pictures), squares, strict=True):
+            shown = _Shown("transform", "the transform net", path, name, square.to(weight))
+            recording = walker.record(shown.square, layers)
+            layers = list(recording.activations)
+            counter.begin(list(recording.activations.values()))
+            with torch.no_grad():
+                painting = net(shown.square).clamp(0, 1)
+            sheets.append(_strip(shown, walker, recording, layers, painting))
+            if maps is not None:
+                for layer in layers:
+                    sheets += _map_sheets(shown, walker, recording, layer, maps, "strongest", counter.advance)
+    settings = _settings(layers, squares[0]) | {"maps": maps.text if maps else "none but all at once"}
+    return Report("What the transform net sees: from photo to painting", _HOW_TO_READ, settings, sheets)
+
+
+class _Deconvnet(Protocol):
+    """What the deconvnets of both networks have in common."""
+
+    def record(self, pictures: Tensor, layers: Sequence[str]) -> Any: ...
+    def project(self, recording: Any, layer: str, seeds: Seeds) -> Tensor: ...
+    def project_layer(self, recording: Any, layer: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Shown:
+    command: str
+    network: str
+    path: Path
+    name: str
+    square: Tensor
+
+    @property
+    def tag(self) -> str:
+        return f"visualize/{self.command}/{printable(self.name)}"
+
+    @property
+    def file_name(self) -> str:
+        return printable(self.path.name)
+
+
+def _strip(
+    shown: _Shown, walker: _Deconvnet, recording: Any, layers: Sequence[str], painting: Tensor | None = None
+) -> Sheet:
+    projections = {layer: walker.project_layer(recording, layer) for layer in layers}
+    goal = "" if painting is None else ", and the painting"
+    return Sheet(
+        f"{shown.name}-layers",
+        f"{shown.tag}/layers",
+        layer_strip(shown.square, projections, painting),
+        f"{shown.file_name} on its way through {shown.network}: all activations of each layer together, projected "
+        "back to pixels. Each layer has a scale of its own, which stands above it.",
+        f"A row of pictures: {shown.file_name}, then its projections from {', '.join(layers)}{goal}.",
+    )
+
+
+def _map_sheets(
+    shown: _Shown,
+    walker: _Deconvnet,
+    recording: Any,
+    layer: str,
+    choice: MapChoice,
+    activation: Activation,
+    advance: Callable[[int], None],
+) -> list[Sheet]:
+    """The picture and the projections of the chosen maps, all on one scale, on as many sheets as they need."""
+    activations: Tensor = recording.activations[layer]
+    strength = strengths(layer, activations, activation)
+    maps = choice.of(layer, strength)
+    rows = [0] * len(maps)
+    if isinstance(activation, tuple):
+        seeds = Seeds.at(rows, maps, [activation] * len(maps), activations.device)
+    elif activation == "all":
+        seeds = Seeds.every_position(rows, maps, activations.device)
+    else:
+        seeds = Seeds.strongest(activations, rows, maps)
+    projections = []
+    for start in range(0, len(seeds), _SEEDS_AT_ONCE):
+        some = seeds[start : start + _SEEDS_AT_ONCE]
+        projections.append(walker.project(recording, layer, some).cpu())
+        advance(len(some))
+    scale = colour_scale(torch.cat(projections))
+    tiles = [about_grey(projection, scale) for part in projections for projection in part]
+    positions = [None] * len(maps) if seeds.positions is None else seeds.positions.tolist()
+    captions = [
+        f"map {number} · {describe_activation(activations[0, number], position)}"
+        for number, position in zip(maps, positions, strict=True)
+    ]
+    note = f"grey = 0; black/white = ±{scale:.3g}"
+    sheets = []
+    for start in range(0, len(maps), MAPS_PER_SHEET):
+        part = slice(start, start + MAPS_PER_SHEET)
+        which = f"maps {_listed(maps[part])}"
+        ending = layer if len(maps) <= MAPS_PER_SHEET else f"{layer}-{start // MAPS_PER_SHEET + 1}"
+        cells = list(zip([shown.square[0].cpu(), *tiles[part]], ["the picture", *captions[part]], strict=True))
+        columns = columns_for(len(cells))
+        grid = [cells[first : first + columns] for first in range(0, len(cells), columns)]
+        image = contact_sheet(
+            [Row([tile for tile, _ in row], [caption for _, caption in row]) for row in grid],
+            title=f"{layer} · {shown.file_name}",
+            note=f"{note}.",
+        )
+        caption = f"{layer} of {shown.network} on {shown.file_name}, {which}: {note}, for all maps of this layer alike."
+        alt = f"{shown.file_name} and its projections from {layer}, {which}."
+        sheets.append(Sheet(f"{shown.name}-{ending}", f"{shown.tag}/{ending}", image, caption, alt))
+    return sheets
+
+
+def _listed(maps: Sequence[int]) -> str:
+    listed = ", ".join(map(str, maps[:16]))
+    return listed if len(maps) <= 16 else f"{listed} and {len(maps) - 16} more"
+
+
+def _settings(layers: Sequence[str], square: Tensor) -> dict[str, str]:
+    return {"layers": ", ".join(layers), "size": f"{square.shape[3]} × {square.shape[2]} px, the middle square"}
+
+
+class _Counter(contextlib.ExitStack):
+    """Reports how many maps are projected; how many there are is known when the first picture has gone through."""
+
+    def __init__(self, label: str, pictures: int, choice: MapChoice | None) -> None:
+        super().__init__()
+        self._label, self._pictures, self._choice = label, pictures, choice
+        self._report: ProgressReport | None = None
+
+    def begin(self, activations: Sequence[Tensor]) -> None:
+        """Before the maps of each picture."""
+        if self._report is None and self._choice is not None:
+            maps = sum(self._choice.count(layer.shape[1]) for layer in activations)
+            self._report = self.enter_context(ProgressReport(self._label, self._pictures * maps, "maps"))
+
+    def advance(self, maps: int) -> None:
+        if self._report is not None:
+            self._report.advance(maps)
