@@ -183,7 +183,10 @@ class ReLU(nn.Module):
 class MaxPool(nn.Module):
     """2×2 windows at stride 2; an odd side loses its last row or column."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, switches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """`switches` gives those as well, as `max_pool2d_switches` does."""
+        if switches:
+            return max_pool2d_switches(x)
         # On a GPU the backward takes the switches, a byte each, instead of PyTorch's 64-bit indices.
         return max_pool2d_switches(x)[0] if x.is_cuda else F.max_pool2d(x, 2)
 

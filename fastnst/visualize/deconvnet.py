@@ -31,7 +31,6 @@ from fastnst.models.vgg19 import VGG19, check_layer
 from fastnst.visualize import patches, transposed
 from fastnst.visualize.receptive_field import receptive_field
 from fastnst.visualize.seeds import Seeds, check_maps
-from fastnst_kernels import max_pool2d_switches
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Deconvnet:
             if name.startswith("pool") or name == "fc6":
                 input_sizes[name] = (x.shape[2], x.shape[3])
             if name.startswith("pool"):
-                x, switches[name] = max_pool2d_switches(x)
+                x, switches[name] = self.net.get_submodule(name)(x, switches=True)
             elif name.startswith("relu") and not kept:
                 x = self.net.get_submodule(name)(x, inplace=True)
             else:
