@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.graph_pb2 import GraphDef
@@ -43,6 +43,9 @@ class _Node:
     inputs: list[str]
     outputs: list[Tensor]
     arguments: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+    since: int = -1
+    """Outside modules: the operator whose parameter put this one into `path`; -1 where none did."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class _Owned:
     module: str
     leaf: str
     op: str
-    tensor: Tensor
+    tensor: Tensor = field(repr=False)
 
 
 class GraphRecorder:
@@ -70,10 +73,13 @@ class GraphRecorder:
 
     Each call of a module opens a scope with its name (`res1/conv1`), below the scope that was open before; its
     parameters and buffers are nodes beside its operators. A module that is used in two blocks is drawn in both, with
-    its parameters: edges of shared weights would tie blocks together between which no picture flows. An operator that
-    takes a parameter outside its module's call is drawn in a scope with the module's name.
+    its parameters: edges of shared weights would tie blocks together between which no picture flows. Outside the calls
+    of modules, an operator that takes a parameter is drawn in a scope with its module's name, and so is what follows.
+    What was computed before from the same tensors is not drawn again, and views (slices, transpositions) never: an edge
+    shows the size of what they look at.
 
-    Stated limits: no gradients, no autocast, no compiled code, and no step may depend on the values of tensors.
+    Stated limits: no gradients, no autocast, no compiled code, no random numbers, and no step may depend on the values
+    of tensors.
 
     Args:
         roots: networks whose modules give scopes. One that lies inside another is named before it, and is then a tree
@@ -93,7 +99,9 @@ class GraphRecorder:
                     self._owned.setdefault(id(tensor), _Owned(root, name, leaf, op, tensor))
         self._frames = [_Frame("")]
         self._nodes: dict[str, _Node] = {}
-        self._sources: dict[int, str] = {}
+        self._known: dict[str, _Node] = {}
+        self._sources: dict[int, str | _Owned] = {}
+        self._views: dict[int, str] = {}
         self._writers: dict[int, str] = {}
         self._alive: list[Tensor] = []
         self._paused = False
@@ -130,7 +138,7 @@ class GraphRecorder:
         self._paused = True
         tensor = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
         self._paused = False
-        self._add(_join(self._frames[-1].path, name), "Placeholder", [], [tensor])
+        self._remember(tensor, self._add(_join(self._frames[-1].path, name), "Placeholder", [], [tensor]).name)
         return tensor
 
     def graph_def(self) -> "GraphDef":
@@ -149,18 +157,25 @@ class GraphRecorder:
         given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if self._paused or not given:
             return
-        path = self._path(taken)
-        inputs = list(dict.fromkeys(self._source(tensor, path) for tensor in taken))
-        written = _written(func, args, kwargs)
-        if len(taken) == len(given) == 1 and not written and _is_alias(func, taken[0], given[0]):
-            self._remember(given[0], inputs[0])
+        namespace, _, name = func._schema.name.partition("::")
+        name = name.strip("_")  # relu_ and relu differ in where the result lies, not in what it is
+        sources = [self._source(tensor) for tensor in taken]
+        views = [self._views.get(id(tensor), "") for tensor in taken]
+        key = repr((namespace, name, sources, views, tree_map(_without_tensors, (args, kwargs))))
+        if func.is_view and len(taken) == 1:
+            for index, tensor in enumerate(given):
+                self._remember(tensor, sources[0])
+                self._views[id(tensor)] = f"{key}:{index}"
             return
-        namespace, name = func._schema.name.split("::")
-        # TensorBoard draws a Const as a dot beside what reads it.
-        op = "Const" if not inputs else name if namespace == "aten" else func._schema.name
-        node = self._add(_join(path, name.strip("_")), op, inputs, given)
-        node.arguments = _plain_arguments(func, args, kwargs)
-        for tensor in written:
+        node = self._known.get(key)
+        if node is None:
+            node = self._add_operator(namespace, name, sources, given)
+            node.arguments = _plain_arguments(func, args, kwargs)
+            if sources:
+                self._known[key] = node
+        for index, tensor in enumerate(given):
+            self._remember(tensor, f"{node.name}:{index}" if index else node.name)
+        for tensor in _written(func, args, kwargs):
             if id(tensor) not in self._owned:
                 self._remember(tensor, node.name)
                 self._writers[_memory(tensor)] = node.name
@@ -180,31 +195,53 @@ class GraphRecorder:
             return top.path
         return top.path[: -len(top.name)].rstrip("/")
 
-    def _path(self, taken: Sequence[Tensor]) -> str:
-        """The scope of an operator that takes these tensors."""
-        top = self._frames[-1]
-        for tensor in taken:
-            owned = self._owned.get(id(tensor))
-            if owned is not None and owned.root != top.root:
-                return _join(top.path, owned.module)
-        return top.path
-
-    def _source(self, tensor: Tensor, path: str) -> str:
-        """The node output that a tensor comes from; parameters and constants become nodes here."""
+    def _source(self, tensor: Tensor) -> str | _Owned:
+        """What a tensor is: an output of a node, or a parameter or buffer; a tensor from nowhere becomes a node."""
         owned = self._owned.get(id(tensor))
         if owned is not None:
-            name = _join(self._base(owned.root), owned.module, owned.leaf)
-            if name not in self._nodes:
-                self._add(name, owned.op, [], [tensor])
-            return name
+            return owned
         source = self._sources.get(id(tensor))
         if source is None:
-            return self._add(_join(path, "constant"), "Const", [], [tensor]).name
+            node = self._add(_join(self._frames[-1].path, "constant"), "Const", [], [tensor])
+            self._remember(tensor, node.name)
+            return node.name
         # Somebody may have written into the same memory through another view since.
         writer = self._writers.get(_memory(tensor))
-        if writer is not None and self._nodes[writer].number > self._nodes[source.partition(":")[0]].number:
+        if writer is not None and (isinstance(source, _Owned) or self._number(writer) > self._number(source)):
             return writer
         return source
+
+    def _add_operator(self, namespace: str, name: str, sources: Sequence[str | _Owned], outputs: list[Tensor]) -> _Node:
+        path, since = self._path(sources)
+        inputs = [self._node_of(source) if isinstance(source, _Owned) else source for source in sources]
+        # TensorBoard draws a Const as a dot beside what reads it.
+        op = "Const" if not inputs else name if namespace == "aten" else f"{namespace}::{name}"
+        node = self._add(_join(path, name), op, list(dict.fromkeys(inputs)), outputs)
+        node.path, node.since = path, since
+        return node
+
+    def _path(self, sources: Sequence[str | _Owned]) -> tuple[str, int]:
+        """The scope of an operator that takes these, and since which operator things go there."""
+        top = self._frames[-1]
+        if top.root is not None:
+            return top.path, -1
+        for source in sources:
+            if isinstance(source, _Owned):
+                return _join(top.path, source.module), len(self._nodes)
+        before = [self._nodes[source.partition(":")[0]] for source in sources if isinstance(source, str)]
+        before = [node for node in before if node.since >= 0 and node.path.startswith(top.path)]
+        latest = max(before, key=lambda node: node.since, default=None)
+        return (top.path, -1) if latest is None else (latest.path, latest.since)
+
+    def _node_of(self, owned: _Owned) -> str:
+        """The node of a parameter or buffer in the block that is open."""
+        name = _join(self._base(owned.root), owned.module, owned.leaf)
+        if name not in self._nodes:
+            self._add(name, owned.op, [], [owned.tensor])
+        return name
+
+    def _number(self, source: str) -> int:
+        return self._nodes[source.partition(":")[0]].number
 
     def _add(self, name: str, op: str, inputs: list[str], outputs: list[Tensor]) -> _Node:
         unique, count = name, 0
@@ -212,11 +249,9 @@ class GraphRecorder:
             count += 1
             unique = f"{name}_{count}"
         node = self._nodes[unique] = _Node(unique, op, len(self._nodes), inputs, outputs)
-        for index, tensor in enumerate(outputs):
-            self._remember(tensor, f"{unique}:{index}" if index else unique)
         return node
 
-    def _remember(self, tensor: Tensor, source: str) -> None:
+    def _remember(self, tensor: Tensor, source: str | _Owned) -> None:
         self._sources[id(tensor)] = source
         # A tensor that is gone would leave its id to another one.
         self._alive.append(tensor)
@@ -227,7 +262,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self._recorder = recorder
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self._recorder.record(func, args, kwargs or {}, result)
         return result
@@ -242,17 +277,8 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _is_alias(func: Any, taken: Tensor, given: Tensor) -> bool:
-    """Whether the result is the argument by another name, which is nothing to draw: detach, or a slice of all."""
-    if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-        return True
-    return (
-        _memory(taken) == _memory(given)
-        and taken.dtype == given.dtype
-        and taken.shape == given.shape
-        and taken.stride() == given.stride()
-        and taken.storage_offset() == given.storage_offset()
-    )
+def _without_tensors(leaf: Any) -> Any:
+    return "tensor" if isinstance(leaf, Tensor) else leaf
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
