@@ -1,22 +1,32 @@
-"""What a run leaves to look at: `metrics.jsonl`, and scalars, histograms, pictures and text for TensorBoard."""
+"""What a run leaves to look at: `metrics.jsonl`; for TensorBoard the graph, scalars, histograms, pictures and text."""
 
 import contextlib
 import json
 import math
 import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastnst import summary_protos
 from fastnst.config import Config, to_toml
 from fastnst.errors import DataError
-from fastnst.losses import LossTerms
+from fastnst.losses import LossTerms, PerceptualLoss
+from fastnst.models.transform_net import TransformNet
 from fastnst.storage import storage_error, write_atomic
+from fastnst.visualize.deconvnet import Deconvnet
+from fastnst.visualize.graph import GraphRecorder
+from fastnst.visualize.transform_deconvnet import TransformDeconvnet
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -33,6 +43,43 @@ def loss_scalars(terms: LossTerms) -> dict[str, float]:
     return dict(zip(named, values, strict=True))
 
 
+def training_graph(net: TransformNet, loss: PerceptualLoss, *, image_size: int, batch_size: int = 4) -> "GraphDef":
+    """One training step's forward pass, and both deconvnets, as TensorBoard's graph (the paper's Figures 4 and 5).
+
+    At the top level are `X_content`, `transform_net`, `vgg_transformed`, `vgg_content`, `loss` (in it content, style,
+    tv and total, as far as they are weighted) and `visualization`; each opens down to layers. Nothing is computed, and
+    neither network is changed.
+
+    Args:
+        net: in the mode in which it trains.
+        loss: its style is set.
+        image_size: side of the square training pictures.
+        batch_size: of a step.
+
+    Raises:
+        UserError: the pictures are too small for a layer of the loss.
+    """
+    vgg_deconvnet, transform_deconvnet = Deconvnet(loss.vgg), TransformDeconvnet(net)
+    deepest = max(loss.layers, key=loss.vgg.layers.index)
+    with GraphRecorder(net, loss.vgg, loss) as graph:
+        content = graph.placeholder("X_content", (batch_size, 3, image_size, image_size), like=net.conv1.weight)
+        with graph.scope("transform_net"):
+            stylized = net(content)
+        with graph.scope("vgg_transformed"):
+            recording = vgg_deconvnet.record(stylized, loss.layers)
+        with graph.scope("vgg_content"):
+            targets = loss.vgg(content, loss.config.content_layers) if loss.content else {}
+        with graph.scope("loss"):
+            loss.terms(stylized, recording.activations, targets)
+        with graph.scope("visualization/vgg_transformed"):
+            vgg_deconvnet.project_layer(recording, deepest, batch_size=batch_size)
+        with graph.scope("visualization/recording"):
+            painted = transform_deconvnet.record(content, net.layer_names[-1:])
+        with graph.scope("visualization/transform_net"):
+            transform_deconvnet.project_layer(painted, net.layer_names[-1], batch_size=batch_size)
+    return graph.graph_def()
+
+
 class RunLog:
     """The metrics and the TensorBoard log of one run directory; a context manager.
 
@@ -43,16 +90,12 @@ class RunLog:
     """
 
     def __init__(self, run: Path, *, start_step: int = 0) -> None:
-        # TensorBoard is slow to import, and a program that only looks at a configuration has no use for it.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from torch.utils.tensorboard import SummaryWriter
-
         self._path = run / METRICS_NAME
         _drop_rows_after(self._path, start_step)
-        with self._storage():
+        with _storage(run):
             self._metrics: TextIO = self._path.open("a", encoding="utf-8")
-            self._writer = SummaryWriter(str(run), purge_step=start_step + 1 if start_step else None, flush_secs=30)
+            self._writer = _summary_writer(run, purge_step=start_step + 1 if start_step else None, flush_secs=30)
+        self._has_hyper_parameters = start_step > 0
         self._excepthook, threading.excepthook = threading.excepthook, _quiet_about_event_files
 
     def __enter__(self) -> Self:
@@ -62,6 +105,9 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
+            if self._has_hyper_parameters:
+                with self._storage():
+                    self._writer.file_writer.add_summary(summary_protos.session_end(time.time()))
             self.close()
         else:
             # What went wrong first is what matters; the end of the log may fail for the same reason.
@@ -69,9 +115,24 @@ class RunLog:
                 self.close()
 
     def config(self, config: Config) -> None:
-        """The resolved configuration, as a text page."""
+        """The resolved configuration, as a text page and as hyper-parameters."""
+        self._has_hyper_parameters = True
         with self._storage():
             self._writer.add_text("config", "\n".join("    " + line for line in to_toml(config).splitlines()), 0)
+            for summary in summary_protos.session_start(summary_protos.hyper_parameters(config), time.time()):
+                self._writer.file_writer.add_summary(summary, 0)
+
+    def graph(self, graph: "GraphDef") -> None:
+        """The networks' graph: see `training_graph`."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        with self._storage():
+            self._writer.file_writer.add_event(Event(graph_def=graph.SerializeToString()), 0)
+
+    def layout(self, layers: Sequence[str]) -> None:
+        """The custom-scalars page: all loss terms in one chart, then the terms of `layers`, then speed."""
+        with self._storage():
+            self._writer.add_custom_scalars(summary_protos.chart_layout(layers))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One row of `metrics.jsonl`, and one point of each scalar chart."""
@@ -89,17 +150,21 @@ class RunLog:
         Source: the paper's Figures 9 and 10.
         """
         for name, parameter in net.named_parameters():
-            # TensorBoard's bins end at 1e20, and it refuses a histogram with nothing in it.
-            values = parameter.detach().float().clamp(-1e19, 1e19).cpu().numpy()
-            with self._storage():
-                self._writer.add_histogram(name.replace(".", "/"), values, step)
+            values = summary_protos.histogram(parameter.detach().float().cpu().numpy())
+            if values is not None:
+                with self._storage():
+                    self._writer.add_histogram_raw(name.replace(".", "/"), **values, global_step=step)
 
     def pictures(self, step: int, tag: str, pictures: Tensor, captions: Iterable[str]) -> None:
         """Pictures `[N, 3, H, W]` in [0, 1] (clamped), each below `tag/caption` with a slider over the steps."""
-        scaled = (pictures.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        for picture, caption in zip(scaled, captions, strict=True):
-            with self._storage():
-                self._writer.add_image(f"{tag}/{caption}", picture, step)
+        for picture, caption in zip(pictures, captions, strict=True):
+            self.picture(step, f"{tag}/{caption}", picture)
+
+    def picture(self, step: int, tag: str, picture: Tensor) -> None:
+        """One picture `[3, H, W]` in [0, 1] (clamped), below `tag` with a slider over the steps."""
+        scaled = (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        with self._storage():
+            self._writer.add_image(tag, scaled, step)
 
     def flush(self) -> None:
         """Hand everything to the operating system, so that a log is never behind its checkpoint."""
@@ -114,13 +179,31 @@ class RunLog:
             self._metrics.close()
             self._writer.close()
 
-    @contextlib.contextmanager
-    def _storage(self) -> Iterator[None]:
-        """TensorBoard writes in a thread of its own, whose error comes up in the next call."""
-        try:
-            yield
-        except OSError as error:
-            raise storage_error(self._path.parent, error) from error
+    def _storage(self) -> contextlib.AbstractContextManager[None]:
+        return _storage(self._path.parent)
+
+
+def log_visualization(run: Path, sheets: Mapping[str, np.ndarray], *, step: int, text: str) -> None:
+    """Add pictures to the TensorBoard log of a run, in a file of their own: one that trains on is not disturbed.
+
+    Args:
+        run: the run directory.
+        sheets: tag → uint8 `[H, W, 3]`.
+        step: of training, at which the networks were as the pictures show them.
+        text: what is to be known of them, Markdown, under each of the tags.
+
+    Raises:
+        DataError: the storage refuses.
+    """
+    excepthook, threading.excepthook = threading.excepthook, _quiet_about_event_files
+    try:
+        # Without `purge_step`: it would hide what the training has written about later steps.
+        with _storage(run), contextlib.closing(_summary_writer(run, filename_suffix=".visualize")) as writer:
+            for tag, sheet in sheets.items():
+                writer.add_image(tag, sheet, step, dataformats="HWC")
+                writer.add_text(tag, text, step)
+    finally:
+        threading.excepthook = excepthook
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -132,6 +215,23 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _summary_writer(run: Path, **options: Any) -> Any:
+    # TensorBoard is slow to import, and a program that only looks at a configuration has no use for it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(run), **options)
+
+
+@contextlib.contextmanager
+def _storage(run: Path) -> Iterator[None]:
+    """TensorBoard writes in a thread of its own, whose error comes up in the next call."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(run, error) from error
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
