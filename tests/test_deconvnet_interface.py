@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastnst.errors import UserError
 from fastnst.images import read_image, to_tensor
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import load_vgg19
+from fastnst.visualize import transposed
 from fastnst.visualize.deconvnet import Deconvnet, Recording
 from fastnst.visualize.receptive_field import receptive_field
 from fastnst.visualize.seeds import Seeds
@@ -109,6 +111,25 @@ def test_a_patch_lies_where_it_says(net: VGG19, recording: Recording) -> None:
     assert not cropped[1, :, :, 7:].any()
 
 
+def test_a_seed_is_carried_in_a_window_no_larger_than_what_it_sees(net: VGG19, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    def watched(signal: transposed.Signal, weight: Tensor) -> transposed.Signal:
+        result = convolution(signal, weight)
+        sizes.append(tuple(result.values.shape[2:]))
+        return result
+
+    convolution = transposed.convolution
+    monkeypatch.setattr(transposed, "convolution", watched)
+    deconvnet = Deconvnet(net)
+    deconvnet(_pictures(1, 3, 30, 40).double(), "conv2_1", [5])
+    assert sizes == [(3, 3), (8, 8), (10, 10)]
+    sizes.clear()
+    # 3×3 is still smaller than the pool's 4×5; the next window, 8×8, is not smaller than the picture of 8×7.
+    deconvnet(_pictures(1, 3, 8, 7).double(), "conv2_1", [5])
+    assert sizes == [(3, 3), (8, 7), (8, 7)]
+
+
 def test_no_seeds_give_no_projections(net: VGG19, recording: Recording) -> None:
     deconvnet, none = Deconvnet(net), Seeds.at([], [], [])
     assert tuple(deconvnet.project(recording, "relu2_1", none).shape) == (0, 3, 18, 23)
@@ -149,6 +170,9 @@ def test_net_pictures_recording_and_random_numbers_stay_as_they_were(net: VGG19)
         results += deconvnet.project_patches(recording, layer, seeds)
         assert not any(result.requires_grad for result in results)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in recording.activations.items())
+    negative = {"relu2_1": -1 - kept["relu2_1"]}
+    deconvnet.project_layer(replace(recording, activations=negative), "relu2_1")
+    assert torch.equal(negative["relu2_1"], -1 - kept["relu2_1"])
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(pictures.detach(), before_pictures)
     assert pictures.grad is None
@@ -224,9 +248,7 @@ def test_real_weights_on_a_photograph(weights: Path, content: Path) -> None:
         alone = torch.zeros_like(activations)
         place = (0, int(maps[index]), *seeds.positions[index].tolist())
         alone[place] = activations[place]
-        by_all = deconvnet.project_layer(
-            Recording({"relu3_4": alone}, recording.size, recording.switches, recording.input_sizes), "relu3_4"
-        )[0]
+        by_all = deconvnet.project_layer(replace(recording, activations={"relu3_4": alone}), "relu3_4")[0]
         scale = float(by_all.abs().max())
         assert scale > 0
         torch.testing.assert_close(projections[index], by_all, rtol=1e-4, atol=1e-5 * scale)
