@@ -51,7 +51,8 @@ def occlusion(
 
     The first occluder lies in the top left corner; those at the right and bottom are cut off by the picture's edge, so
     that every pixel is covered: ⌈(side − size) / stride⌉ + 1 positions along each side. Only one batch of occluded
-    copies is held at a time.
+    copies is held at a time. An occluder's own edges excite maps that look for edges, above all a grey one's on a
+    shallow layer; their heat is negative then, and `blur` says more.
 
     Args:
         net: VGG19, loaded at least up to the target's layer.
