@@ -11,7 +11,7 @@ from fastnst.images import printable, to_array
 from fastnst.models.vgg19 import VGG19
 from fastnst.progress import ProgressReport, counted
 from fastnst.visualize.occlusion import occlusion as measure_occlusion
-from fastnst.visualize.render import Row, colour_scale, contact_sheet, heat_map, overlay
+from fastnst.visualize.render import Row, colour_scale, contact_sheet, heat_map, number, overlay
 from fastnst.visualize.report import Report, Sheet, picture_names
 from fastnst.visualize.saliency import saliency as measure_saliency
 from fastnst.visualize.targets import Target, check_choice, score
@@ -68,8 +68,8 @@ def saliency(
                     f"{name}-saliency",
                     square,
                     values.float().cpu(),
-                    title=f"{method} saliency of {target.name}, score {base:.4g}",
-                    note=f"black = 0; palest = {scale:.3g} and more, per unit of a pixel",
+                    title=f"{method} saliency of {target.name}, score {number(base)}",
+                    note=f"black = 0; palest = {number(scale)} and more, per unit of a pixel",
                 )
             )
             progress.advance()
@@ -118,8 +118,8 @@ def occlusion(
                 square,
                 measured.heat.float().cpu(),
                 signed=True,
-                title=f"{patch} × {patch} px {fill} occluder, {target.name}, score {float(measured.base):.4g}",
-                note=f"white = 0; dark red = the score falls by {scale:.3g} and more; dark blue = it rises by that",
+                title=f"{patch} × {patch} px {fill} occluder, {target.name}, score {number(float(measured.base))}",
+                note=f"white = 0; dark red = the score falls by {number(scale)} and more; dark blue = it rises by that",
                 arrays={"-scores.npy": measured.scores[0].float().cpu().numpy()},
             )
         )
@@ -149,7 +149,7 @@ def _sheet(
     height = square.shape[2]
     steps = torch.linspace(1, -1 if signed else 0, height).reshape(1, height, 1).expand(-1, -1, _LEGEND_WIDTH)
     legend = heat_map(steps, signed=signed, scale=1.0)
-    ends = f"top {scale:.3g}, bottom {-scale if signed else 0:.3g}"
+    ends = f"{number(-scale if signed else 0)} to {number(scale)}"
     file_name = printable(path.name)
     image = contact_sheet(
         [Row([square, laid_over, heat, legend], [file_name, "over the picture", "heat map", ends])],

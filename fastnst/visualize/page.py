@@ -27,6 +27,9 @@ main { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; mar
 figure { margin: 0; padding: 1rem; max-width: 100%; box-sizing: border-box; background: var(--card);
   border: 1px solid var(--line); border-radius: .5rem; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; }
+figure { min-width: min(100%, 24rem); }
+/* Texts are as wide as the sheet, not the sheet's frame as wide as the texts. */
+figcaption, details { contain: inline-size; }
 figcaption { margin-top: .6rem; font-size: .9rem; color: var(--faint); overflow-wrap: anywhere; }
 figcaption strong { color: var(--ink); }
 details { margin-top: .5rem; font-size: .85rem; }

@@ -14,7 +14,8 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19
 from fastnst.progress import ProgressReport
 from fastnst.visualize.deconvnet import Deconvnet
-from fastnst.visualize.render import Row, about_grey, colour_scale, contact_sheet
+from fastnst.visualize.receptive_field import ReceptiveField, receptive_field
+from fastnst.visualize.render import Row, about_grey, colour_scale, contact_sheet, mosaic, number
 from fastnst.visualize.report import Report, Sheet, picture_names
 from fastnst.visualize.seeds import Seeds
 from fastnst.visualize.selection import (
@@ -23,6 +24,7 @@ from fastnst.visualize.selection import (
     columns_for,
     describe_activation,
     describe_choice,
+    field_of,
     strengths,
 )
 from fastnst.visualize.strips import layer_strip
@@ -137,6 +139,13 @@ class _Shown:
     def file_name(self) -> str:
         return printable(self.path.name)
 
+    def field(self, layer: str) -> ReceptiveField | None:
+        """What an activation sees, where that is a small part of the picture and worth a closer look."""
+        if self.network != "VGG19" or field_of(layer) is None:
+            return None
+        field = receptive_field(layer)
+        return field if 2 * field.size <= min(self.square.shape[2:]) else None
+
 
 def _strip(
     shown: _Shown, walker: _Deconvnet, recording: Any, layers: Sequence[str], painting: Tensor | None = None
@@ -182,27 +191,58 @@ def _map_sheets(
     tiles = [about_grey(projection, scale) for part in projections for projection in part]
     positions = [None] * len(maps) if seeds.positions is None else seeds.positions.tolist()
     captions = [
-        f"map {number} · {describe_activation(activations[0, number], position)}"
-        for number, position in zip(maps, positions, strict=True)
+        f"map {channel} · {describe_activation(activations[0, channel], position)}"
+        for channel, position in zip(maps, positions, strict=True)
     ]
-    note = f"grey = 0; black/white = ±{scale:.3g}"
     sheets = []
     for start in range(0, len(maps), MAPS_PER_SHEET):
         part = slice(start, start + MAPS_PER_SHEET)
-        which = f"maps {_listed(maps[part])}"
         ending = layer if len(maps) <= MAPS_PER_SHEET else f"{layer}-{start // MAPS_PER_SHEET + 1}"
-        cells = list(zip([shown.square[0].cpu(), *tiles[part]], ["the picture", *captions[part]], strict=True))
-        columns = columns_for(len(cells))
-        grid = [cells[first : first + columns] for first in range(0, len(cells), columns)]
-        image = contact_sheet(
-            [Row([tile for tile, _ in row], [caption for _, caption in row]) for row in grid],
-            title=f"{layer} · {shown.file_name}",
-            note=f"{note}.",
-        )
-        caption = f"{layer} of {shown.network} on {shown.file_name}, {which}: {note}, for all maps of this layer alike."
-        alt = f"{shown.file_name} and its projections from {layer}, {which}."
-        sheets.append(Sheet(f"{shown.name}-{ending}", f"{shown.tag}/{ending}", image, caption, alt))
+        words = _Words(shown, layer, maps[part], f"grey = 0; black/white = ±{number(scale)}")
+        photo = shown.square[0].cpu()
+        sheets.append(words.sheet(ending, [photo, *tiles[part]], ["the picture", *captions[part]]))
+        field = shown.field(layer)
+        if field is not None and seeds.positions is not None:
+            corners = (seeds.positions[part] * field.jump + field.start).tolist()
+            pairs = [
+                mosaic(torch.stack([_cut(tile, corner, field.size), _cut(photo, corner, field.size)]), 2, smallest=96)
+                for tile, corner in zip(tiles[part], corners, strict=True)
+            ]
+            sheets.append(words.sheet(f"{ending}-close", pairs, captions[part]))
     return sheets
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What is said on and about the sheets of some maps of a layer."""
+
+    shown: _Shown
+    layer: str
+    maps: Sequence[int]
+    note: str
+
+    def sheet(self, ending: str, pictures: Sequence[Tensor], captions: Sequence[str]) -> Sheet:
+        columns = columns_for(len(pictures))
+        rows = [
+            Row(pictures[start : start + columns], captions[start : start + columns])
+            for start in range(0, len(pictures), columns)
+        ]
+        shown, which = self.shown, f"maps {_listed(self.maps)}"
+        close = "; left the projection, right all that the activation sees" if ending.endswith("-close") else ""
+        return Sheet(
+            f"{shown.name}-{ending}",
+            f"{shown.tag}/{ending}",
+            contact_sheet(rows, title=f"{self.layer} · {shown.file_name}", note=f"{self.note}{close}."),
+            f"{self.layer} of {shown.network} on {shown.file_name}, {which}: {self.note}, for all maps alike{close}.",
+            f"{shown.file_name} and its projections from {self.layer}, {which}.",
+        )
+
+
+def _cut(picture: Tensor, corner: Sequence[int], side: int) -> Tensor:
+    """A square of `[3, H, W]`, mid-grey where it reaches beyond the picture."""
+    around = torch.nn.functional.pad(picture, (side,) * 4, value=0.5)
+    top, left = (min(max(place + side, 0), around.shape[axis] - side) for axis, place in enumerate(corner, start=1))
+    return around[:, top : top + side, left : left + side]
 
 
 def _listed(maps: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ _HEAT = ("000004", "210c4a", "57106e", "8a226a", "bc3754", "e45a31", "f98e09", "
 _SIGNED = ("0b2a6b", "2f6fb7", "9cc3e3", "ffffff", "f3b296", "cb4335", "7a1020")
 
 _TILE_SIDES = (96, 512)  # pixels of a tile's longer side: below it is enlarged, above reduced, by whole factors
-_MOSAIC_SIDES = (64, 128)
+_MOSAIC_LARGEST = 128
 _MARGIN, _GAP, _LINE_GAP = 24, 10, 3
 _NARROWEST = 320  # of the part within the margins, so that a title over one small picture need not be a column
 _CAPTION_LINES = 3
@@ -115,17 +115,18 @@ def overlay(pictures: Tensor, heat: Tensor, *, opacity: float = 0.6) -> Tensor:
     return grey * (1 - opacity) + heat * opacity
 
 
-def mosaic(pictures: Tensor, columns: int = 3) -> Tensor:
+def mosaic(pictures: Tensor, columns: int = 3, *, smallest: int = 64) -> Tensor:
     """Small pictures as one, in rows, brought to a size at which they can be seen.
 
     Args:
         pictures: RGB in [0, 1], `[K, 3, h, w]`.
         columns: pictures in a row; the last row is filled up with white.
+        smallest: pixels of a longer side below which the pictures are enlarged.
 
     Returns:
         RGB in [0, 1], `[3, H, W]`, with white lines between the pictures.
     """
-    tiles = [_sized(picture, *_MOSAIC_SIDES) for picture in pictures]
+    tiles = [_sized(picture, smallest, _MOSAIC_LARGEST) for picture in pictures]
     height, width = tiles[0].shape[1:]
     rows, line = -(-len(tiles) // columns), 3
     whole = tiles[0].new_ones(3, rows * (height + line) - line, columns * (width + line) - line)
@@ -225,6 +226,15 @@ class _Canvas:
         for place, anchor, line, size, ink in self.texts:
             pen.text(place, line, fill=ink, font=_font(size), anchor=anchor)
         return np.array(sheet)
+
+
+def number(value: float) -> str:
+    """Three digits for people: 0.0123, 12.3, 9010, 1.1e5."""
+    if value and not 1e-3 <= abs(value) < 99_950:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{float(f'{value:.3g}'):.{digits}f}" if digits == 0 else f"{float(f'{value:.{digits}f}'):g}"
 
 
 def drawable(text: str) -> str:

@@ -16,6 +16,7 @@ from fastnst.images import MIN_SIDE, printable, read_image, to_tensor
 from fastnst.models.vgg19 import LAYERS, WEIGHT_SHAPES, check_layer
 from fastnst.visualize.pictures import LARGEST_SIDE
 from fastnst.visualize.receptive_field import receptive_field
+from fastnst.visualize.render import number
 from fastnst.visualize.seeds import check_maps
 from fastnst.visualize.top_activations import default_size
 
@@ -223,8 +224,8 @@ def describe_choice(activation: Activation) -> str:
 def describe_activation(chosen: Tensor, position: Sequence[int] | None) -> str:
     """`12.3 @ (14, 9)`; where a whole map `[H, W]` is projected, how much of it is active."""
     if position is None:
-        return f"{int((chosen > 0).sum())} of {chosen.numel()} active, up to {float(chosen.amax()):.3g}"
+        return f"{int((chosen > 0).sum())} of {chosen.numel()} active, up to {number(float(chosen.amax()))}"
     if chosen.ndim == 0:
-        return f"{float(chosen):.3g}"
+        return number(float(chosen))
     row, column = position
-    return f"{float(chosen[row, column]):.3g} @ ({row}, {column})"
+    return f"{number(float(chosen[row, column]))} @ ({row}, {column})"

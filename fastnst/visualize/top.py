@@ -11,7 +11,7 @@ from fastnst.images import printable
 from fastnst.models.vgg19 import VGG19
 from fastnst.progress import counted
 from fastnst.visualize.receptive_field import receptive_field
-from fastnst.visualize.render import Row, about_grey, colour_scale, contact_sheet, mosaic
+from fastnst.visualize.render import Row, about_grey, colour_scale, contact_sheet, mosaic, number
 from fastnst.visualize.report import Report, Sheet
 from fastnst.visualize.selection import MapChoice
 from fastnst.visualize.top_activations import TopActivations, TopPatches, find_top_activations, project_top
@@ -92,7 +92,7 @@ def top(
     return Report(f"What excites {layer} of VGG19", _HOW_TO_READ, settings, sheets)
 
 
-def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, number: int) -> Sheet:
+def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, ordinal: int) -> Sheet:
     cells, captions = [], []
     table = [("map", "rank", "activation", "row, column", "picture")]
     columns = math.ceil(math.sqrt(part.values.shape[1]))
@@ -103,11 +103,13 @@ def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, number
         left, right = mosaic(about_grey(projections, scale), columns), mosaic(seen, columns)
         cells.append(torch.cat([left, left.new_ones(3, left.shape[1], 8), right], dim=2))
         values = part.values[row, :held].tolist()
-        captions.append(f"map {map_number} · {values[0]:.3g} to {values[-1]:.3g} · black/white = ±{scale:.3g}")
+        captions.append(
+            f"map {map_number} · {number(values[0])} to {number(values[-1])} · black/white = ±{number(scale)}"
+        )
         for rank in range(held):
             place = ", ".join(map(str, part.positions[row, rank].tolist()))
             path = printable(manifest.images[int(part.pictures[row, rank])].path)
-            table.append((str(map_number), str(rank + 1), f"{values[rank]:.4g}", place, path))
+            table.append((str(map_number), str(rank + 1), number(values[rank]), place, path))
     rows = [
         Row(cells[start : start + _COLUMNS], captions[start : start + _COLUMNS])
         for start in range(0, len(cells), _COLUMNS)
@@ -122,7 +124,7 @@ def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, number
     listed = ", ".join(map(str, part.maps))
     caption = f"{part.layer}, maps {listed}: projections left, patches of the pictures right; scales at each map."
     alt = f"For the maps {listed} of {part.layer}: a square of projections beside a square of picture patches."
-    name = f"{part.layer}-{number}"
+    name = f"{part.layer}-{ordinal}"
     return Sheet(name, f"visualize/top/{name}", image, caption, alt, table=table)
 
 
