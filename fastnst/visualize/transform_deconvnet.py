@@ -17,21 +17,25 @@ without biases, layer by layer, until it is a picture. Every layer has its adjoi
 Layers are `conv1`, `conv2`, `conv3`, `res1` … `res5`, `up1`, `up2`, `out`. A layer's activations are what it hands on:
 after norm, addition and ReLU, without the border that the next layer asked for. Those of `out` come before tanh and
 scaling, cropped to the picture. Residual blocks and `out` end without a ReLU, so their signal keeps its sign.
+
+Rectified at every layer, all signals converge to one pattern (Sixt, Granz, Landgraf 2020, "When Explanations Lie"):
+whatever starts behind `res3` of a published network arrives as a soft blob at its strongest place. `renormalise` does
+against that what the norms do on the way up: for a signal g the norm's counterpart is (g − mean g)·scale / deviation of
+g, per seed and map. That is no adjoint any more, but it keeps shapes and strokes apart down from the last layer: the
+strip from photo to painting is made with it. A single position it surrounds with what the subtracted mean makes of the
+borders.
 """
 
-import contextlib
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastnst.errors import UserError
-from fastnst.models.transform_net import ConvLayer, Placing, ResidualBlock, TransformNet, UpLayer
+from fastnst.models.transform_net import ConvLayer, ResidualBlock, TransformNet, UpLayer
 from fastnst.visualize.adjoints import (
     conv2d_adjoint,
     crop_adjoint,
@@ -39,38 +43,17 @@ from fastnst.visualize.adjoints import (
     reflect_pad_adjoint,
 )
 from fastnst.visualize.seeds import Seeds, check_maps
-from fastnst_kernels.placement import Placement, border_around, own_places, place_adjoint
+from fastnst.visualize.transform_recording import (
+    PICTURE,
+    Passage,
+    TransformRecording,
+    mirrored_before,
+    run_and_record,
+)
+from fastnst_kernels.placement import Placement, border_around, place_adjoint
 
 # What a nearest-neighbour layer's input amounts to, whichever way the device takes from it.
 _ENLARGED = Placement(2, (1, 1, 1, 1), "reflect")
-_PICTURE = "picture"
-
-
-class _Passage(NamedTuple):
-    """What the way down needs to know of a convolution's way up, or of the picture's on its way to the first one."""
-
-    size: tuple[int, int]  # height and width of its result
-    placing: Placement  # how that was written for the next layer
-    rstd: Tensor | None = None  # 1 / √(σ² + ε), [N, C]; None without a norm
-
-    @property
-    def placed_size(self) -> tuple[int, int]:
-        return self.placing.size(*self.size)
-
-
-@dataclass(frozen=True)
-class TransformRecording:
-    """One forward pass of a transform net, as far as projecting needs it.
-
-    Attributes:
-        activations: layer → `[N, C, H', W']`, channels_last, of the layers that were asked for, front to back.
-        size: height and width of the pictures.
-    """
-
-    activations: dict[str, Tensor]
-    size: tuple[int, int]
-    # By layer, where a residual block's is that of its second convolution; `res1.conv1`, … are the first ones.
-    _passages: dict[str, _Passage] = field(repr=False)
 
 
 class TransformDeconvnet:
@@ -107,34 +90,17 @@ class TransformDeconvnet:
             self._check_layer(layer)
         if not pictures.is_floating_point():
             raise UserError(f"pictures are floats in [0, 1], got {pictures.dtype}; divide by 255 first")
-        weight = self.net.conv1.weight
-        border = 2 * self._reflected
-        size = (pictures.shape[-2], pictures.shape[-1])
-        activations: dict[str, Tensor] = {}
-        # The first layer has no norm before it: `TransformNet.forward` itself writes its border.
-        placing = self.net.conv1.wants(pictures)
-        passages = {_PICTURE: _Passage((size[0] + border, size[1] + border), Placement(*placing))}
-
-        def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: Placing, y: Tensor) -> None:
-            placement = Placement(*placing)
-            passages[layer] = _Passage((x.shape[2], x.shape[3]), placement, _rstd(module, x))
-            if layer in layers:
-                activations[layer] = own_places(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
-
-        with (
-            torch.no_grad(),
-            torch.autocast(weight.device.type, enabled=False),
-            _in_evaluation_mode(self.net),
-            _listening(self.net, note),
-        ):
-            self.net(pictures.to(weight.device, weight.dtype))
-        if "out" in activations:
-            rows, columns = self.net._inside(passages["out"].size, size)
-            activations["out"] = activations["out"][:, :, rows, columns].contiguous(memory_format=torch.channels_last)
-        return TransformRecording(activations, size, passages)
+        return run_and_record(self.net, pictures, layers)
 
     def project(
-        self, recording: TransformRecording, layer: str, seeds: Seeds, *, batch_size: int = 16, rectify: bool = True
+        self,
+        recording: TransformRecording,
+        layer: str,
+        seeds: Seeds,
+        *,
+        batch_size: int = 16,
+        rectify: bool = True,
+        renormalise: bool = False,
     ) -> Tensor:
         """Send single activations, or single feature maps, back to pixels, each for itself.
 
@@ -146,6 +112,7 @@ class TransformDeconvnet:
             batch_size: how many go down at once.
             rectify: apply the ReLUs to the signal. Without them the projection is the exact adjoint of the network in
                 which ReLUs let everything pass and the norms' statistics are constants.
+            renormalise: give each norm the signal's own statistics: see above.
 
         Returns:
             `[K, 3, H, W]`, signed, in the order of the seeds.
@@ -157,13 +124,19 @@ class TransformDeconvnet:
         _check_seeds(layer, seeds, activations)
         seeds = seeds.to(activations.device)
         parts = [
-            self._to_pixels(recording, layer, _plant(activations, part), part.pictures, rectify)
+            self._to_pixels(recording, layer, _plant(activations, part), part.pictures, rectify, renormalise)
             for part in (seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size))
         ]
         return torch.cat(parts) if parts else activations.new_zeros(0, 3, *recording.size)
 
     def project_layer(
-        self, recording: TransformRecording, layer: str, *, batch_size: int = 16, rectify: bool = True
+        self,
+        recording: TransformRecording,
+        layer: str,
+        *,
+        batch_size: int = 16,
+        rectify: bool = True,
+        renormalise: bool = False,
     ) -> Tensor:
         """Send all of a layer's activations, all maps and positions at once, back to pixels.
 
@@ -172,6 +145,7 @@ class TransformDeconvnet:
             layer: one of the recorded layers.
             batch_size: how many pictures go down at once.
             rectify: see `project`.
+            renormalise: give each norm the signal's own statistics: see above.
 
         Returns:
             `[N, 3, H, W]`, signed, one per picture.
@@ -182,12 +156,9 @@ class TransformDeconvnet:
         activations = self._recorded(recording, layer)
         pictures = torch.arange(activations.shape[0], device=activations.device)
         parts = zip(activations.split(batch_size), pictures.split(batch_size), strict=True)
-        return torch.cat([self._to_pixels(recording, layer, signal, whose, rectify) for signal, whose in parts])
-
-    @property
-    def _reflected(self) -> int:
-        """By how many pixels the network mirrors the picture at each side before it begins."""
-        return 40 if self.net.architecture == "hwalsuklee" else 0
+        return torch.cat(
+            [self._to_pixels(recording, layer, signal, whose, rectify, renormalise) for signal, whose in parts]
+        )
 
     def _check_layer(self, layer: str) -> None:
         if layer not in self.layers:
@@ -205,17 +176,25 @@ class TransformDeconvnet:
 
     @torch.no_grad()
     def _to_pixels(
-        self, recording: TransformRecording, layer: str, signal: Tensor, pictures: Tensor, rectify: bool
+        self,
+        recording: TransformRecording,
+        layer: str,
+        signal: Tensor,
+        pictures: Tensor,
+        rectify: bool,
+        renormalise: bool,
     ) -> Tensor:
         """`signal` `[K, C, H', W']` at a layer's activations → `[K, 3, H, W]`; `pictures`: whose statistics hold."""
-        passages = recording._passages
+        passages = recording.passages
 
-        def through(name: str, module: ConvLayer | UpLayer, signal: Tensor, before: _Passage) -> Tensor:
+        def through(name: str, module: ConvLayer | UpLayer, signal: Tensor, before: Passage) -> Tensor:
             """From a convolution's result, normed and rectified, to what it saw, without its border."""
             if module.relu and rectify:
                 signal = signal.relu()
             rstd = passages[name].rstd
-            if rstd is not None:
+            if rstd is not None and renormalise:
+                signal = _standardised(signal) * module.scale[:, None, None]
+            elif rstd is not None:
                 signal = signal * (module.scale * rstd[pictures])[:, :, None, None]
             if isinstance(module, UpLayer) and module.nearest:
                 before = before._replace(placing=_ENLARGED)
@@ -224,7 +203,7 @@ class TransformDeconvnet:
         if layer == "out":
             size = passages[layer].size
             signal = crop_adjoint(signal, size, self.net._inside(size, recording.size))
-        way = pairwise((_PICTURE, *self.layers[: self.layers.index(layer) + 1]))
+        way = pairwise((PICTURE, *self.layers[: self.layers.index(layer) + 1]))
         for preceding, name in reversed(list(way)):
             before = passages[preceding]
             module = self.net.get_submodule(name)
@@ -235,7 +214,7 @@ class TransformDeconvnet:
             else:
                 assert isinstance(module, ConvLayer | UpLayer)
                 signal = through(name, module, signal, before)
-        signal = reflect_pad_adjoint(signal, self._reflected)
+        signal = reflect_pad_adjoint(signal, mirrored_before(self.net))
         return signal * 255.0 if self.net.architecture == "johnson" else signal
 
 
@@ -249,13 +228,12 @@ def _convolution_adjoint(module: ConvLayer | UpLayer, signal: Tensor, size: tupl
     return conv2d_adjoint(signal, module.weight, size, stride=module.stride, padding=around)
 
 
-def _rstd(module: ConvLayer | UpLayer, x: Tensor) -> Tensor | None:
-    """1 / √(σ² + ε) `[N, C]` of the norm behind a convolution whose result is `x`."""
-    if module.norm is None:
-        return None
-    if module.norm == "batch":
-        return (module.running_var + module.eps).rsqrt().expand(x.shape[0], -1)
-    return (x.var((2, 3), correction=0) + module.eps).rsqrt()
+def _standardised(signal: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 for each map that is not flat."""
+    deviation, mean = torch.std_mean(signal, (2, 3), correction=0, keepdim=True)
+    # What rounding leaves of a flat map must not be blown up.
+    resolution = torch.finfo(signal.dtype).eps ** 0.5 * signal.abs().amax((2, 3), keepdim=True)
+    return (signal - mean) / torch.maximum(deviation, resolution).clamp_min(torch.finfo(signal.dtype).tiny)
 
 
 def _check_seeds(layer: str, seeds: Seeds, activations: Tensor) -> None:
@@ -275,55 +253,10 @@ def _check_seeds(layer: str, seeds: Seeds, activations: Tensor) -> None:
 def _plant(activations: Tensor, seeds: Seeds) -> Tensor:
     """`[K, C, H', W']`: each seed's activations in their places, zeros elsewhere."""
     one = torch.arange(len(seeds), device=activations.device)
-    signal = torch.zeros_like(activations[seeds.pictures], memory_format=torch.channels_last)
+    signal = activations.new_zeros(len(seeds), *activations.shape[1:]).contiguous(memory_format=torch.channels_last)
     if seeds.positions is None:
         signal[one, seeds.maps] = activations[seeds.pictures, seeds.maps]
     else:
         rows, columns = seeds.positions.unbind(1)
         signal[one, seeds.maps, rows, columns] = activations[seeds.pictures, seeds.maps, rows, columns]
     return signal
-
-
-@contextlib.contextmanager
-def _in_evaluation_mode(net: TransformNet) -> Iterator[None]:
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def _listening(
-    net: TransformNet, note: Callable[[str, ConvLayer | UpLayer, Tensor, Placing, Tensor], None]
-) -> Iterator[None]:
-    """Have `note` told of every convolution: its layer, itself, its result, how that is placed, normed and placed.
-
-    Between a convolution and its norm there is no module that a hook could sit on, so `normalise` is covered by one
-    that listens, on each layer for itself.
-    """
-    layers = {
-        name.removesuffix(".conv2"): module
-        for name, module in net.named_modules()
-        if isinstance(module, ConvLayer | UpLayer)
-    }
-
-    def cover(layer: str, module: ConvLayer | UpLayer) -> None:
-        normalise = module.normalise
-
-        def listening(x: Tensor, wants: Callable[[Tensor], Placing], residual: Tensor | None = None) -> Tensor:
-            y = normalise(x, wants, residual)
-            note(layer, module, x, wants(x), y)
-            return y
-
-        vars(module)["normalise"] = listening
-
-    try:
-        for layer, module in layers.items():
-            cover(layer, module)
-        yield
-    finally:
-        for module in layers.values():
-            vars(module).pop("normalise", None)

@@ -1,0 +1,143 @@
+"""One forward pass of the transform net, with what its deconvnet needs for the way back."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnst.models.transform_net import ConvLayer, Placing, TransformNet, UpLayer
+from fastnst_kernels.placement import Placement, own_places
+
+PICTURE = "picture"
+"""Whose passage is that of the picture itself."""
+
+_Wants = Callable[[Tensor], Placing]
+_Note = Callable[[str, ConvLayer | UpLayer, Tensor, Placing, Tensor], None]
+
+
+class Passage(NamedTuple):
+    """What the way down needs to know of a convolution's way up, or of the picture's on its way to the first one.
+
+    Attributes:
+        size: height and width of the result.
+        placing: how that was written for the next layer.
+        rstd: 1 / √(σ² + ε) of the norm, `[N, C]`; None without a norm.
+    """
+
+    size: tuple[int, int]
+    placing: Placement
+    rstd: Tensor | None = None
+
+    @property
+    def placed_size(self) -> tuple[int, int]:
+        return self.placing.size(*self.size)
+
+
+@dataclass(frozen=True)
+class TransformRecording:
+    """What one forward pass leaves behind for any number of projections.
+
+    Attributes:
+        activations: layer → `[N, C, H', W']`, channels_last, of the layers that were asked for, front to back.
+        size: height and width of the pictures.
+        passages: by layer, where a residual block's is that of its second convolution; `res1.conv1`, … are the first
+            ones, `picture` is the input, as the network mirrored it before it began.
+    """
+
+    activations: dict[str, Tensor]
+    size: tuple[int, int]
+    passages: dict[str, Passage]
+
+
+@torch.no_grad()
+def run_and_record(net: TransformNet, pictures: Tensor, layers: Sequence[str]) -> TransformRecording:
+    """Run `net` once, in evaluation mode and in its parameters' type; it is left as it was.
+
+    Args:
+        net: the network.
+        pictures: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
+        layers: whose activations to keep.
+
+    Raises:
+        UserError: pictures of another shape.
+    """
+    device, dtype = net.conv1.weight.device, net.conv1.weight.dtype
+    activations: dict[str, Tensor] = {}
+    passages: dict[str, Passage] = {}
+
+    def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: Placing, y: Tensor) -> None:
+        placement = Placement(*placing)
+        passages[layer] = Passage((x.shape[2], x.shape[3]), placement, _rstd(module, x))
+        if layer in layers:
+            activations[layer] = own_places(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
+
+    with torch.autocast(device.type, enabled=False), _in_evaluation_mode(net), _listening(net, note):
+        net(pictures.to(device, dtype))
+    size = (pictures.shape[2], pictures.shape[3])
+    if "out" in activations:
+        rows, columns = net._inside(passages["out"].size, size)
+        activations["out"] = activations["out"][:, :, rows, columns].contiguous(memory_format=torch.channels_last)
+    border = 2 * mirrored_before(net)
+    # The first layer has no norm before it: `TransformNet.forward` itself writes its border.
+    passages[PICTURE] = Passage((size[0] + border, size[1] + border), Placement(*net.conv1.wants(pictures)))
+    return TransformRecording(activations, size, passages)
+
+
+def mirrored_before(net: TransformNet) -> int:
+    """By how many pixels `net` mirrors a picture at each side before it begins."""
+    return 40 if net.architecture == "hwalsuklee" else 0
+
+
+def _rstd(module: ConvLayer | UpLayer, x: Tensor) -> Tensor | None:
+    """1 / √(σ² + ε) `[N, C]` of the norm behind a convolution whose result is `x`."""
+    if module.norm is None:
+        return None
+    if module.norm == "batch":
+        return (module.running_var + module.eps).rsqrt().expand(x.shape[0], -1)
+    return (x.var((2, 3), correction=0) + module.eps).rsqrt()
+
+
+@contextlib.contextmanager
+def _in_evaluation_mode(net: TransformNet) -> Iterator[None]:
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _listening(net: TransformNet, note: _Note) -> Iterator[None]:
+    """Have `note` told of every convolution: its layer, itself, its result, how that is placed, normed and placed.
+
+    Between a convolution and its norm there is no module that a hook could sit on, so `normalise` is covered by one
+    that listens, on each layer for itself.
+    """
+    layers = {
+        name.removesuffix(".conv2"): module
+        for name, module in net.named_modules()
+        if isinstance(module, ConvLayer | UpLayer)
+    }
+
+    def listener(layer: str, module: ConvLayer | UpLayer) -> Callable[..., Tensor]:
+        normalise = module.normalise
+
+        def listening(x: Tensor, wants: _Wants, residual: Tensor | None = None) -> Tensor:
+            y = normalise(x, wants, residual)
+            note(layer, module, x, wants(x), y)
+            return y
+
+        return listening
+
+    try:
+        for layer, module in layers.items():
+            vars(module)["normalise"] = listener(layer, module)
+        yield
+    finally:
+        for module in layers.values():
+            vars(module).pop("normalise", None)
