@@ -4,6 +4,7 @@ A projection or a heat map has no colours of its own. Here zero is always the sa
 one scale holds for all pictures that are to be compared, and the caller states it on the sheet.
 """
 
+import bisect
 import functools
 import math
 import unicodedata
@@ -32,6 +33,8 @@ _INK, _FAINT = (28, 28, 30), (104, 104, 110)
 _IN_PLACE = str.maketrans(
     {"×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "æ": "ae"}
 )
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ class _Canvas:
         self.y += picture_height + (text_height + 4 if text_height else 0) + _GAP + 2
 
     def draw(self) -> np.ndarray:
-        sheet = Image.new("RGB", (self.inner + 2 * _MARGIN, self.y + _MARGIN - _GAP), "white")
+        sheet = Image.new("RGB", (self.inner + 2 * _MARGIN, self.y + _MARGIN), "white")
         for place, tile in self.pictures:
             sheet.paste(Image.fromarray(tile), place)
         pen = ImageDraw.Draw(sheet)
@@ -266,12 +269,18 @@ def _sized(picture: Tensor, smallest: int, largest: int) -> Tensor:
 def _caption(text: str, size: int, width: int) -> list[str]:
     """At most `_CAPTION_LINES` lines, at most `width` pixels wide; the middle gives way to an ellipsis."""
     text = drawable(text)
+
+    def shortened(left_out: int) -> list[str]:
+        kept = len(text) - left_out
+        return list(_wrapped(f"{text[: -(-kept // 2)]}…{text[len(text) - kept // 2 :]}", size, width))
+
     lines = list(_wrapped(text, size, width))
-    kept = len(text)
-    while len(lines) > _CAPTION_LINES:
-        kept -= 1
-        lines = list(_wrapped(f"{text[: -(-kept // 2)]}…{text[len(text) - kept // 2 :]}", size, width))
-    return lines
+    if len(lines) <= _CAPTION_LINES:
+        return lines
+    few_enough = range(1, len(text) + 1)
+    return shortened(
+        few_enough[bisect.bisect_left(few_enough, True, key=lambda n: len(shortened(n)) <= _CAPTION_LINES)]
+    )
 
 
 def _wrapped(text: str, size: int, width: int) -> Iterator[str]:
@@ -284,8 +293,8 @@ def _wrapped(text: str, size: int, width: int) -> Iterator[str]:
             continue
         if line:
             yield line
-        while font.getlength(word) > width and len(word) > 1:
-            end = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
+        while len(word) > 1 and font.getlength(word) > width:
+            end = _fitting(font, word, width)
             yield word[:end]
             word = word[end:]
         line = word
@@ -293,12 +302,18 @@ def _wrapped(text: str, size: int, width: int) -> Iterator[str]:
         yield line
 
 
+def _fitting(font: _Font, word: str, width: int) -> int:
+    """How many of a word's signs, at least one, are at most `width` pixels wide."""
+    lengths = range(2, len(word) + 1)
+    return 1 + bisect.bisect_left(lengths, True, key=lambda length: font.getlength(word[:length]) > width)
+
+
 def _line_height(size: int) -> int:
     return size + 1 + _LINE_GAP
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(size: int) -> _Font:
     return ImageFont.load_default(size=size)
 
 
