@@ -69,14 +69,14 @@ def training_graph(net: TransformNet, loss: PerceptualLoss, *, image_size: int, 
             recording = vgg_deconvnet.record(stylized, loss.layers)
         with graph.scope("vgg_content"):
             targets = loss.vgg(content, loss.config.content_layers) if loss.content else {}
-        with graph.scope("loss"):
-            loss.terms(stylized, recording.activations, targets)
         with graph.scope("visualization/vgg_transformed"):
             vgg_deconvnet.project_layer(recording, deepest, batch_size=batch_size)
         with graph.scope("visualization/recording"):
             painted = transform_deconvnet.record(content, net.layer_names[-1:])
         with graph.scope("visualization/transform_net"):
             transform_deconvnet.project_layer(painted, net.layer_names[-1], batch_size=batch_size)
+        with graph.scope("loss"):
+            loss.terms(stylized, recording.activations, targets)
     return graph.graph_def()
 
 
