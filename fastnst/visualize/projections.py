@@ -1,7 +1,7 @@
 """`fastnst visualize deconvnet` and `transform`: maps of either network, projected back to pixels, on sheets."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,12 @@ _HOW_TO_READ = (
     "2014): grey is zero, brighter or darker is more or less of red, green and blue."
 )
 
+# Without it the last layers of any network, all their maps together, arrive as one and the same blob.
+_RENORMALISED = (
+    "On the way back each norm gives the signal its own mean and deviation, as it does on the way up; each layer has a "
+    "scale of its own, which stands above it."
+)
+
 
 def deconvnet(
     net: VGG19,
@@ -70,7 +76,8 @@ def deconvnet(
             recording = walker.record(shown.square, layers)
             counter.begin([recording.activations[layer] for layer in layers])
             if len(layers) > 1:
-                sheets.append(_strip(shown, walker, recording, layers))
+                whole = {layer: walker.project_layer(recording, layer) for layer in layers}
+                sheets.append(_strip(shown, whole, "Each layer has a scale of its own, which stands above it."))
             for layer in layers:
                 sheets += _map_sheets(shown, walker, recording, layer, maps, activation, counter.advance)
     settings = _settings(layers, squares[0]) | {"maps": maps.text, "activation": describe_choice(activation)}
@@ -107,7 +114,8 @@ def transform(
             counter.begin(list(recording.activations.values()))
             with torch.no_grad():
                 painting = net(shown.square).clamp(0, 1)
-            sheets.append(_strip(shown, walker, recording, layers, painting))
+            whole = {layer: walker.project_layer(recording, layer, renormalise=True) for layer in layers}
+            sheets.append(_strip(shown, whole, _RENORMALISED, painting))
             if maps is not None:
                 for layer in layers:
                     sheets += _map_sheets(shown, walker, recording, layer, maps, "strongest", counter.advance)
@@ -116,11 +124,9 @@ def transform(
 
 
 class _Deconvnet(Protocol):
-    """What the deconvnets of both networks have in common."""
+    """What single maps need of the deconvnet of either network."""
 
-    def record(self, pictures: Tensor, layers: Sequence[str]) -> Any: ...
     def project(self, recording: Any, layer: str, seeds: Seeds) -> Tensor: ...
-    def project_layer(self, recording: Any, layer: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -147,18 +153,15 @@ class _Shown:
         return field if 2 * field.size <= min(self.square.shape[2:]) else None
 
 
-def _strip(
-    shown: _Shown, walker: _Deconvnet, recording: Any, layers: Sequence[str], painting: Tensor | None = None
-) -> Sheet:
-    projections = {layer: walker.project_layer(recording, layer) for layer in layers}
+def _strip(shown: _Shown, projections: Mapping[str, Tensor], scales: str, painting: Tensor | None = None) -> Sheet:
     goal = "" if painting is None else ", and the painting"
     return Sheet(
         f"{shown.name}-layers",
         f"{shown.tag}/layers",
         layer_strip(shown.square, projections, painting),
         f"{shown.file_name} on its way through {shown.network}: all activations of each layer together, projected "
-        "back to pixels. Each layer has a scale of its own, which stands above it.",
-        f"A row of pictures: {shown.file_name}, then its projections from {', '.join(layers)}{goal}.",
+        f"back to pixels. {scales}",
+        f"A row of pictures: {shown.file_name}, then its projections from {', '.join(projections)}{goal}.",
     )
 
 

@@ -87,7 +87,7 @@ def top(
         "maps": maps.text,
         "count": f"{count} strongest activations per map",
         "size": f"{size} × {size} px, the middle square of each picture",
-        "sees": f"{side} × {side} px",
+        "receptive field": f"{side} × {side} px",
     }
     return Report(f"What excites {layer} of VGG19", _HOW_TO_READ, settings, sheets)
 
