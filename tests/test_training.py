@@ -36,6 +36,8 @@ def configure(photo_folder: Path) -> Configure:
     def configure(*assignments: str, preset: str = "vgg-conv3") -> Config:
         small = ("data.image_size=32", "train.batch_size=2", "data.workers=1", "data.loader=pillow", "train.steps=6")
         log = ("train.log_every=2", "train.sample_every=3", "train.samples=2", "style.size=48", "train.device=cpu")
+        # Projections take longer than these steps; `test_looks.py` has them on.
+        log += ("visualize.every=0",)
         options = {
             "data.folder": photo_folder,
             "style.picture": photo_folder / "picture_00.jpg",

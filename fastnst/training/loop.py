@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 
 from fastnst import __version__
 from fastnst.config import Config, TrainConfig, to_toml
@@ -18,16 +15,15 @@ from fastnst.data.manifest import write_rejections
 from fastnst.data.order import RunOrder
 from fastnst.device import ran_out_of_memory, resolve_device
 from fastnst.errors import DeviceError, DivergedError, StoppedBySignal
-from fastnst.images import read_image, to_tensor
 from fastnst.losses import PerceptualLoss
 from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
 from fastnst.storage import lock_run, write_atomic
-from fastnst.stylize import stylize
 from fastnst.summaries import RunLog, loss_scalars
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fastnst.training.inputs import Inputs, read_inputs, resolve
+from fastnst.training.looks import Looks
 from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, check_same_inputs, prepare_run
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep
@@ -88,7 +84,7 @@ class _Run:
             fit=config.data.fit,
             flip=config.data.flip,
         )
-        self.sample_names, self.samples = self._read_samples()
+        self.looks = Looks(inputs, self.net, loss)
 
     def go(self, *, resume: bool) -> Path:
         done = self._restore() if resume else 0
@@ -100,11 +96,9 @@ class _Run:
         self.notify(self._announcement(done))
         with RunLog(self.out, start_step=done) as log:
             if not done:
-                log.config(self.config)
-                log.pictures(0, "style", self.inputs.style, ["picture"])
-                log.pictures(0, "content", self.samples, self.sample_names)
-                self._look(log, 0)
+                self.looks.begin(log)
             self._steps(log, done)
+        self.looks.report(self.notify)
         return self.out / MODEL_NAME
 
     def _steps(self, log: RunLog, done: int) -> None:
@@ -131,17 +125,21 @@ class _Run:
                 if ends or step == 1 or step % config.log_every == 0:
                     scalars = loss_scalars(terms)
                     self._check_health()
-                    log.metrics(step, scalars | self._training_scalars() | meter.read(step - done))
+                    speed = meter.read(step - done) | self.looks.cost()
+                    log.metrics(step, scalars | self._training_scalars() | speed)
                     note = f"loss {scalars['loss/total']:.4g}"
                 elif self.device.type == "cpu":
                     self._check_health()
                 looks = step == last or step % config.sample_every == 0
+                projects = self.looks.projections_due(step, last)
                 saves = ends or step % config.checkpoint_every == 0
                 with meter.paused():
-                    if looks or saves:
+                    if looks or projects or saves:
                         self._check_weights(step)
                     if looks:
-                        self._look(log, step)
+                        self.looks.look(log, step)
+                    if projects:
+                        self.looks.project(log, step)
                     if saves:
                         self._save(log, step)
                 progress.advance(note=note)
@@ -172,14 +170,6 @@ class _Run:
             f"training diverged: {what} (train.learning_rate = {self.config.train.learning_rate}); {kept}. "
             f"Start again with a lower learning rate or smaller loss weights{precision}"
         )
-
-    def _look(self, log: RunLog, step: int) -> None:
-        """Histograms and stylised samples."""
-        log.histograms(step, self.net)
-        if len(self.samples):
-            # One at a time: what fits in training by batches must fit here, whatever `train.samples` is.
-            pictures = [stylize(self.net, sample[None]) for sample in self.samples]
-            log.pictures(step, "stylised", torch.cat(pictures), self.sample_names)
 
     def _save(self, log: RunLog, step: int) -> None:
         tensors = self.step.state_tensors()
@@ -222,19 +212,6 @@ class _Run:
         if self.device.type == "cuda":
             scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return scalars
-
-    def _read_samples(self) -> tuple[list[str], Tensor]:
-        side = self.config.data.image_size
-        entries = self.inputs.manifest.images[: self.config.train.samples]
-        squares = [
-            ImageOps.fit(Image.fromarray(read_image(self.inputs.manifest.folder / entry.path)), (side, side))
-            for entry in entries
-        ]
-        if not squares:
-            return [], torch.empty(0, 3, side, side)
-        return [Path(entry.path).stem for entry in entries], torch.cat(
-            [to_tensor(np.asarray(square)) for square in squares]
-        )
 
     def _announcement(self, done: int) -> str:
         verb = f"resuming at step {done}" if done else "training"

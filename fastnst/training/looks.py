@@ -1,0 +1,157 @@
+"""What a run shows of itself beside numbers: histograms, stylised samples and projections, and what these cost."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fastnst.config import Config
+from fastnst.images import read_image, to_tensor
+from fastnst.losses import PerceptualLoss
+from fastnst.models.transform_net import TransformNet
+from fastnst.progress import duration
+from fastnst.stylize import stylize
+from fastnst.summaries import RunLog, training_graph
+from fastnst.training.inputs import Inputs
+from fastnst.visualize.evolution import Evolution
+
+
+class Looks:
+    """Fixed pictures of the data folder, and what the networks make of them as training goes on.
+
+    Args:
+        inputs: configuration, pictures and style.
+        net: the transform net, on the device; no look changes it or draws a random number.
+        loss: its style is set.
+    """
+
+    def __init__(self, inputs: Inputs, net: TransformNet, loss: PerceptualLoss) -> None:
+        self._inputs, self._net, self._loss = inputs, net, loss
+        config = inputs.config
+        self._names, pictures = _read_squares(inputs, max(config.train.samples, config.visualize.pictures))
+        self._samples = pictures[: config.train.samples]
+        watched = config.visualize.pictures
+        self._evolution = (
+            Evolution(
+                net,
+                inputs.vgg,
+                config.visualize,
+                loss_layers=loss.layers,
+                pictures=pictures[:watched],
+                names=self._names[:watched],
+            )
+            if config.visualize.every
+            else None
+        )
+        self._allowance = _Allowance(config.visualize.max_percent / 100, inputs.device)
+
+    def begin(self, log: RunLog) -> None:
+        """What does not change: configuration, the networks' graph, style and content, and the untrained network."""
+        config = self._inputs.config
+        log.config(config)
+        log.layout(self._loss.layers)
+        log.graph(training_graph(self._net, self._loss, image_size=config.data.image_size))
+        log.pictures(0, "style", self._inputs.style, ["picture"])
+        log.pictures(0, "content", self._samples, self._names[: len(self._samples)])
+        self.look(log, 0)
+        if self._evolution is not None:
+            for tag, picture in self._evolution.content_strips():
+                log.picture(0, tag, picture)
+            self._project(log, 0, self._evolution)
+
+    def look(self, log: RunLog, step: int) -> None:
+        """Histograms and stylised samples."""
+        log.histograms(step, self._net)
+        if len(self._samples):
+            # One at a time: what fits in training by batches must fit here, whatever `train.samples` is.
+            pictures = [stylize(self._net, sample[None]) for sample in self._samples]
+            log.pictures(step, "stylised", torch.cat(pictures), self._names[: len(self._samples)])
+
+    def projections_due(self, step: int, last: int) -> bool:
+        """Whether `project` has something to do after `step` of `last` steps."""
+        every = self._inputs.config.visualize.every
+        if not every:
+            return False
+        return step == last or (step % every == 0 and self._allowance.grants_another())
+
+    def project(self, log: RunLog, step: int) -> None:
+        """What the watched maps respond to now."""
+        assert self._evolution is not None
+        self._project(log, step, self._evolution)
+
+    def cost(self) -> dict[str, float]:
+        """Scalars: the share of this process's training time that projections took."""
+        return {} if self._evolution is None else {"speed/projections_percent": 100 * self._allowance.share}
+
+    def report(self, notify: Callable[[str], None]) -> None:
+        """Say what the projections took, and which were left out."""
+        if self._evolution is None:
+            return
+        taken = self._allowance
+        limit = self._inputs.config.visualize.max_percent
+        left_out = (
+            f"; {taken.refused} more would have passed visualize.max_percent = {limit:g} and were left out"
+            if taken.refused
+            else ""
+        )
+        notify(
+            f"projections: {taken.count} sets in {duration(taken.spent)}, {100 * taken.share:.2g}% of the training "
+            f"time{left_out}"
+        )
+
+    def _project(self, log: RunLog, step: int, evolution: Evolution) -> None:
+        with self._allowance:
+            for tag, picture in evolution.look():
+                log.picture(step, tag, picture)
+
+
+class _Allowance:
+    """A share of the time since it was made, and a clock of what was taken of it; a context manager around each use."""
+
+    def __init__(self, share: float, device: torch.device) -> None:
+        self._limit, self._device = share, device
+        self._made = self._begin = time.perf_counter()
+        self.spent = self._longest = 0.0
+        self.count = self.refused = 0
+
+    def grants_another(self) -> bool:
+        """Whether one more use, as long as the longest so far, stays within the share; a refusal is counted."""
+        elapsed = time.perf_counter() - self._made
+        granted = self.spent + self._longest <= self._limit * elapsed
+        self.refused += not granted
+        return granted
+
+    @property
+    def share(self) -> float:
+        """Of the time since this object was made, between 0 and 1."""
+        return self.spent / max(time.perf_counter() - self._made, 1e-9)
+
+    def __enter__(self) -> None:
+        # What the device still has to do of the training is not counted as ours.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        took = time.perf_counter() - self._begin
+        self.spent, self._longest, self.count = self.spent + took, max(self._longest, took), self.count + 1
+
+
+def _read_squares(inputs: Inputs, count: int) -> tuple[list[str], Tensor]:
+    """Names of the folder's first `count` pictures, and they themselves, `[P, 3, S, S]` in [0, 1]."""
+    side = inputs.config.data.image_size
+    entries = inputs.manifest.images[:count]
+    squares = [
+        ImageOps.fit(Image.fromarray(read_image(inputs.manifest.folder / entry.path)), (side, side))
+        for entry in entries
+    ]
+    if not squares:
+        return [], torch.empty(0, 3, side, side)
+    names = [Path(entry.path).stem for entry in entries]
+    if len(set(names)) < len(names):
+        names = [entry.path for entry in entries]
+    return names, torch.cat([to_tensor(np.asarray(square)) for square in squares])
