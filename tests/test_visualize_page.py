@@ -161,7 +161,7 @@ def test_the_output_must_be_a_folder_that_can_be_written(tmp_path: Path, monkeyp
     check_out(tmp_path / "new" / "deep")
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(os, "access", lambda path, _mode: path != tmp_path)
-    with pytest.raises(DataError, match="cannot write .*new/deep.*choose a folder you may write to"):
+    with pytest.raises(DataError, match=r"cannot write .*new/deep.*choose a folder you may write to"):
         check_out(tmp_path / "new" / "deep")
 
 

@@ -3,8 +3,8 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,11 +39,10 @@ _HOW_TO_READ = (
     "2014): grey is zero, brighter or darker is more or less of red, green and blue."
 )
 
-# Without it the last layers of any network, all their maps together, arrive as one and the same blob.
-_RENORMALISED = (
-    "On the way back each norm gives the signal its own mean and deviation, as it does on the way up; each layer has a "
-    "scale of its own, which stands above it."
-)
+_PROJECTED = {"strongest": "each map's strongest activation", "all": "all activations of each map"}
+_OWN_SCALES = "Each layer has a scale of its own, which stands above it."
+# Without it, whatever starts from the last layers arrives as one and the same blob.
+_RENORMALISED = "On the way back each norm normalises the signal by its own statistics, as it does on the way up."
 
 
 def deconvnet(
@@ -77,9 +76,11 @@ def deconvnet(
             counter.begin([recording.activations[layer] for layer in layers])
             if len(layers) > 1:
                 whole = {layer: walker.project_layer(recording, layer) for layer in layers}
-                sheets.append(_strip(shown, whole, "Each layer has a scale of its own, which stands above it."))
+                sheets.append(_strip(shown, whole, _OWN_SCALES))
             for layer in layers:
-                sheets += _map_sheets(shown, walker, recording, layer, maps, activation, counter.advance)
+                project = partial(walker.project, recording, layer)
+                seen = recording.activations[layer]
+                sheets += _map_sheets(shown, layer, seen, project, maps, activation, counter.advance)
     settings = _settings(layers, squares[0]) | {"maps": maps.text, "activation": describe_choice(activation)}
     return Report("What VGG19 sees: projections by its deconvnet", _HOW_TO_READ, settings, sheets)
 
@@ -99,7 +100,7 @@ def transform(
         pictures: the files, for names.
         squares: their `[1, 3, H, W]`, RGB in [0, 1].
         layers: out of `net.layer_names`; they are shown front to back.
-        maps: whose strongest activations are projected as well; None: none.
+        maps: which to project one by one as well, all positions of each together; None: none.
 
     Raises:
         UserError: a layer that the network does not have, or a map that a layer does not have.
@@ -115,18 +116,16 @@ def transform(
             with torch.no_grad():
                 painting = net(shown.square).clamp(0, 1)
             whole = {layer: walker.project_layer(recording, layer, renormalise=True) for layer in layers}
-            sheets.append(_strip(shown, whole, _RENORMALISED, painting))
+            sheets.append(_strip(shown, whole, _OWN_SCALES, painting))
             if maps is not None:
                 for layer in layers:
-                    sheets += _map_sheets(shown, walker, recording, layer, maps, "strongest", counter.advance)
+                    project = partial(walker.project, recording, layer, renormalise=True)
+                    seen = recording.activations[layer]
+                    sheets += _map_sheets(shown, layer, seen, project, maps, "all", counter.advance)
     settings = _settings(layers, squares[0]) | {"maps": maps.text if maps else "none but all at once"}
-    return Report("What the transform net sees: from photo to painting", _HOW_TO_READ, settings, sheets)
-
-
-class _Deconvnet(Protocol):
-    """What single maps need of the deconvnet of either network."""
-
-    def project(self, recording: Any, layer: str, seeds: Seeds) -> Tensor: ...
+    return Report(
+        "What the transform net sees: from photo to painting", f"{_HOW_TO_READ} {_RENORMALISED}", settings, sheets
+    )
 
 
 @dataclass(frozen=True)
@@ -167,15 +166,14 @@ def _strip(shown: _Shown, projections: Mapping[str, Tensor], scales: str, painti
 
 def _map_sheets(
     shown: _Shown,
-    walker: _Deconvnet,
-    recording: Any,
     layer: str,
+    activations: Tensor,
+    project: Callable[[Seeds], Tensor],
     choice: MapChoice,
     activation: Activation,
     advance: Callable[[int], None],
 ) -> list[Sheet]:
     """The picture and the projections of the chosen maps, all on one scale, on as many sheets as they need."""
-    activations: Tensor = recording.activations[layer]
     strength = strengths(layer, activations, activation)
     maps = choice.of(layer, strength)
     rows = [0] * len(maps)
@@ -188,7 +186,7 @@ def _map_sheets(
     projections = []
     for start in range(0, len(seeds), _SEEDS_AT_ONCE):
         some = seeds[start : start + _SEEDS_AT_ONCE]
-        projections.append(walker.project(recording, layer, some).cpu())
+        projections.append(project(some).cpu())
         advance(len(some))
     scale = colour_scale(torch.cat(projections))
     tiles = [about_grey(projection, scale) for part in projections for projection in part]
@@ -201,7 +199,7 @@ def _map_sheets(
     for start in range(0, len(maps), MAPS_PER_SHEET):
         part = slice(start, start + MAPS_PER_SHEET)
         ending = layer if len(maps) <= MAPS_PER_SHEET else f"{layer}-{start // MAPS_PER_SHEET + 1}"
-        words = _Words(shown, layer, maps[part], f"grey = 0; black/white = ±{number(scale)}")
+        words = _Words(shown, layer, activation, maps[part], f"grey = 0; black/white = ±{number(scale)}")
         photo = shown.square[0].cpu()
         sheets.append(words.sheet(ending, [photo, *tiles[part]], ["the picture", *captions[part]]))
         field = shown.field(layer)
@@ -221,6 +219,7 @@ class _Words:
 
     shown: _Shown
     layer: str
+    activation: Activation
     maps: Sequence[int]
     note: str
 
@@ -231,12 +230,14 @@ class _Words:
             for start in range(0, len(pictures), columns)
         ]
         shown, which = self.shown, f"maps {_listed(self.maps)}"
+        what = _PROJECTED.get(describe_choice(self.activation), f"activation at {describe_choice(self.activation)}")
         close = "; left the projection, right all that the activation sees" if ending.endswith("-close") else ""
         return Sheet(
             f"{shown.name}-{ending}",
             f"{shown.tag}/{ending}",
-            contact_sheet(rows, title=f"{self.layer} · {shown.file_name}", note=f"{self.note}{close}."),
-            f"{self.layer} of {shown.network} on {shown.file_name}, {which}: {self.note}, for all maps alike{close}.",
+            contact_sheet(rows, title=f"{self.layer}, {what} · {shown.file_name}", note=f"{self.note}{close}."),
+            f"{self.layer} of {shown.network} on {shown.file_name}, {what}, {which}: {self.note}, for all maps "
+            f"alike{close}.",
             f"{shown.file_name} and its projections from {self.layer}, {which}.",
         )
 

@@ -224,7 +224,7 @@ def describe_choice(activation: Activation) -> str:
 def describe_activation(chosen: Tensor, position: Sequence[int] | None) -> str:
     """`12.3 @ (14, 9)`; where a whole map `[H, W]` is projected, how much of it is active."""
     if position is None:
-        return f"{int((chosen > 0).sum())} of {chosen.numel()} active, up to {number(float(chosen.amax()))}"
+        return f"{float((chosen > 0).double().mean()):.0%} active, up to {number(float(chosen.amax()))}"
     if chosen.ndim == 0:
         return number(float(chosen))
     row, column = position
