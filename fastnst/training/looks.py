@@ -9,7 +9,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastnst.config import Config
 from fastnst.images import read_image, to_tensor
 from fastnst.losses import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
