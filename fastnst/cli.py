@@ -144,10 +144,11 @@ def tensorboard(run: Path, port: int, host: str) -> None:
     if not any(run.rglob("events.out.tfevents.*")):
         raise DataError(f"{run} holds no TensorBoard log; give a run directory that fastnst train has written")
     # TensorBoard takes this process's place, so that signals and its exit code are its own. It keeps 10 pictures per
-    # tag unless told otherwise, and the sliders want them all.
-    keep = "images=1000,histograms=1000,scalars=10000"
+    # tag unless told otherwise, and the sliders want them all. Without its data server it follows only the newest file
+    # of a run; `visualize --run` writes one of its own beside that of a training that goes on.
+    keep = "images=1000,histograms=1000,scalars=10000,text=1000"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--samples_per_plugin", keep]
-    os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])
+    os.execv(sys.executable, [*command, "--reload_multifile", "true", "--host", host, "--port", str(port)])
 
 
 @cli.group()
