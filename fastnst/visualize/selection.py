@@ -186,7 +186,7 @@ def read_squares(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -
 
 def columns_for(cells: int) -> int:
     """Columns of a sheet of so many pictures: wider than high, with few empty places."""
-    low, high = max(1, round(math.sqrt(1.1 * cells))), max(1, round(math.sqrt(2.2 * cells)))
+    low, high = math.ceil(math.sqrt(cells)), math.ceil(math.sqrt(2 * cells))
     return min(range(low, high + 1), key=lambda columns: (-cells % columns, columns))
 
 
