@@ -230,10 +230,13 @@ def _convolution_adjoint(module: ConvLayer | UpLayer, signal: Tensor, size: tupl
 
 def _standardised(signal: Tensor) -> Tensor:
     """Mean 0 and deviation 1 for each map that is not flat."""
-    deviation, mean = torch.std_mean(signal, (2, 3), correction=0, keepdim=True)
+    # By means, because PyTorch's `std` is several times slower on channels_last.
+    mean = signal.mean((2, 3), keepdim=True)
+    centred = signal - mean
+    deviation = centred.square().mean((2, 3), keepdim=True).sqrt()
     # What rounding leaves of a flat map must not be blown up.
-    resolution = torch.finfo(signal.dtype).eps ** 0.5 * signal.abs().amax((2, 3), keepdim=True)
-    return (signal - mean) / torch.maximum(deviation, resolution).clamp_min(torch.finfo(signal.dtype).tiny)
+    precision = torch.finfo(signal.dtype)
+    return centred / torch.maximum(deviation, precision.eps**0.5 * mean.abs()).clamp_min(precision.tiny)
 
 
 def _check_seeds(layer: str, seeds: Seeds, activations: Tensor) -> None:

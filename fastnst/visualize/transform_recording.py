@@ -97,7 +97,9 @@ def _rstd(module: ConvLayer | UpLayer, x: Tensor) -> Tensor | None:
         return None
     if module.norm == "batch":
         return (module.running_var + module.eps).rsqrt().expand(x.shape[0], -1)
-    return (x.var((2, 3), correction=0) + module.eps).rsqrt()
+    # By means, because PyTorch's `var` is several times slower on channels_last.
+    variance = (x - x.mean((2, 3), keepdim=True)).square().mean((2, 3))
+    return (variance + module.eps).rsqrt()
 
 
 @contextlib.contextmanager
