@@ -64,7 +64,9 @@ def visualize() -> None:
 @_vgg
 @_common
 def deconvnet(pictures: tuple[Path, ...], layers: tuple[str, ...], out: Path, run: Path | None, **options: Any) -> None:
-    """Project maps of VGG19 back to pixels (Zeiler & Fergus 2014).
+    """Project maps of VGG19 back to pixels.
+
+    What in the picture caused an activation (Zeiler & Fergus 2014), seen by the network's own way back.
 
     \b
     fastnst visualize deconvnet cat.jpg --layer relu3_4 --out seen
@@ -85,7 +87,9 @@ def deconvnet(pictures: tuple[Path, ...], layers: tuple[str, ...], out: Path, ru
 @_vgg
 @_common
 def top(folder: Path, layer: str, out: Path, run: Path | None, **options: Any) -> None:
-    """Find, for each map, the strongest activations in a FOLDER of pictures, and what they see.
+    """Find what excites each map most in a FOLDER.
+
+    The strongest activations among all its pictures, projected back to pixels, beside what they see.
 
     \b
     fastnst visualize top photos --layer relu3_4 --out seen
@@ -105,7 +109,9 @@ def top(folder: Path, layer: str, out: Path, run: Path | None, **options: Any) -
 @_vgg
 @_common
 def saliency(pictures: tuple[Path, ...], target: str, out: Path, run: Path | None, **options: Any) -> None:
-    """Show which pixels a class or a map is sensitive to (Simonyan et al. 2013).
+    """Show which pixels a class or a map reacts to.
+
+    By the gradient of its score (Simonyan et al. 2013), guided or averaged over noise if asked.
 
     \b
     fastnst visualize saliency cat.jpg --target class:tabby --out seen
@@ -126,7 +132,9 @@ def saliency(pictures: tuple[Path, ...], target: str, out: Path, run: Path | Non
 @_vgg
 @_common
 def occlusion(pictures: tuple[Path, ...], target: str, out: Path, run: Path | None, **options: Any) -> None:
-    """Show what a class or a map loses where the picture is covered (Zeiler & Fergus 2014).
+    """Show what a class or a map loses if covered.
+
+    A square slides over the picture, and the score is read at each place (Zeiler & Fergus 2014).
 
     \b
     fastnst visualize occlusion cat.jpg --target relu3_4:17 --out seen
@@ -153,9 +161,9 @@ def transform(
     run: Path | None,
     **options: Any,
 ) -> None:
-    """Follow pictures through a style MODEL, layer by layer, from photo to painting.
+    """Follow pictures through a style MODEL.
 
-    MODEL is a run directory or a model.safetensors.
+    Layer by layer, from photo to painting. MODEL is a run directory or a model.safetensors.
 
     \b
     fastnst visualize transform runs/wave photo.jpg --out seen
