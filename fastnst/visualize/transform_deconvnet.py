@@ -19,7 +19,7 @@ after norm, addition and ReLU, without the border that the next layer asked for.
 scaling, cropped to the picture. Residual blocks and `out` end without a ReLU, so their signal keeps its sign.
 
 Rectified at every layer, all signals converge to one pattern (Sixt, Granz, Landgraf 2020, "When Explanations Lie"):
-whatever starts behind `res3` of a published network arrives as a soft blob at its strongest place. `renormalise` does
+from `res3` on, all of a published network arrives as a soft blob at its strongest place. `renormalise` does
 against that what the norms do on the way up: for a signal g the norm's counterpart is (g − mean g)·scale / deviation of
 g, per seed and map. That is no adjoint any more, but it keeps shapes and strokes apart down from the last layer: the
 strip from photo to painting is made with it. A single position it surrounds with what the subtracted mean makes of the
