@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastnst.cli_visualize import visualize
+
 if TYPE_CHECKING:
     from fastnst.config import Config
 
@@ -49,6 +51,8 @@ def cli() -> None:
     128+n stopped by signal n.
     """
 
+
+cli.add_command(visualize)
 
 _train_options: list[Callable[[Any], Any]] = [
     click.option("--style", type=click.Path(path_type=Path), metavar="PICTURE", help="The painting to learn."),

@@ -195,9 +195,9 @@ class VisualizeConfig(Section):
     """Fixed pictures, the first of the folder, on which the networks are watched."""
     vgg_maps: tuple[str, ...] = ()
     """Maps of VGG19, looking at the stylised picture: `relu3_1:17` (that map's strongest activation) or `relu3_1` (all
-    maps at once). Empty: of each layer of the loss, the map that answers the photograph most strongly."""
+    maps at once). Empty: of each layer of the loss, the map that answers the first photograph most strongly."""
     transform_maps: tuple[str, ...] = ("conv2:0", "conv3:0", "res1:0", "res3:0", "res5:0", "up1:0", "up2:0")
-    """Maps of the transform net, written alike."""
+    """Maps of the transform net, written alike; all activations of a map are projected together."""
 
     @field_validator("vgg_maps", "transform_maps")
     @classmethod

@@ -53,7 +53,7 @@ def test_a_look_projects_every_watched_map_of_every_picture(net: TransformNet, v
 
     deconvnet = TransformDeconvnet(net)
     recording = deconvnet.record(pictures[1:], ["conv2"])
-    expected = deconvnet.project(recording, "conv2", Seeds.strongest(recording.activations["conv2"], [0], [5]))
+    expected = deconvnet.project(recording, "conv2", Seeds.every_position([0], [5]), renormalise=True)
     assert torch.equal(seen["evolution/transform_net/conv2_map5/cup"], about_grey(expected, colour_scale(expected))[0])
 
 

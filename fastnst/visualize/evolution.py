@@ -2,11 +2,11 @@
 
 Source: Zeiler & Fergus 2014, §4.1 and Figure 4: the strongest activation of a feature map, projected to pixels, through
 training. Two networks are watched on fixed photographs: VGG19, whose weights are fixed, looking at the *stylised*
-picture as that changes; and the transform net, whose weights change.
+picture as that changes; and the transform net, whose weights change. Of its maps all activations are projected
+together, renormalised on the way: a single one of a deep layer arrives as a blob (see `transform_deconvnet`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,14 +68,9 @@ class Evolution:
         """
         for row, name in enumerate(self._names):
             photo = self._pictures[row : row + 1]
-            recording = self._transform_deconvnet.record(photo, LAYER_NAMES)
             painting = self._paint(photo)
-            projections = self._projections(self._transform_deconvnet, recording, self._transform_maps)
-            yield from ((f"evolution/transform_net/{tag}/{name}", picture) for tag, picture in projections)
-            yield f"strip/transform_net/{name}", self._strip(self._transform_deconvnet, recording, photo, painting)
-            seen = self._vgg_deconvnet.record(painting, _layers(self._vgg_maps))
-            projections = self._projections(self._vgg_deconvnet, seen, self._vgg_maps)
-            yield from ((f"evolution/vgg_transformed/{tag}/{name}", picture) for tag, picture in projections)
+            yield from self._look_at_transform_net(photo, painting, name)
+            yield from self._look_at_vgg(painting, name)
 
     def content_strips(self) -> Iterator[tuple[str, Tensor]]:
         """What VGG19's loss layers see in each photograph (the paper's Figure 3), as `strip/vgg_content/NAME`.
@@ -85,28 +80,30 @@ class Evolution:
         for row, name in enumerate(self._names):
             photo = self._pictures[row : row + 1]
             recording = self._vgg_deconvnet.record(photo, self._loss_layers)
-            yield f"strip/vgg_content/{name}", self._strip(self._vgg_deconvnet, recording, photo)
+            layers = {layer: self._vgg_deconvnet.project_layer(recording, layer) for layer in self._loss_layers}
+            yield f"strip/vgg_content/{name}", to_tensor(layer_strip(photo, layers))[0]
 
-    def _projections(
-        self, deconvnet: Deconvnet | TransformDeconvnet, recording: Any, watched: Sequence[tuple[str, int | None]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        for layer, number in watched:
+    def _look_at_transform_net(self, photo: Tensor, painting: Tensor, name: str) -> Iterator[tuple[str, Tensor]]:
+        deconvnet = self._transform_deconvnet
+        recording = deconvnet.record(photo, LAYER_NAMES)
+        layers = {layer: deconvnet.project_layer(recording, layer, renormalise=True) for layer in LAYER_NAMES}
+        for layer, number in self._transform_maps:
+            projection = layers[layer]
+            if number is not None:
+                seeds = Seeds.every_position([0], [number], photo.device)
+                projection = deconvnet.project(recording, layer, seeds, renormalise=True)
+            yield f"evolution/transform_net/{_tag(layer, number)}/{name}", _picture(projection)
+        yield f"strip/transform_net/{name}", to_tensor(layer_strip(photo, layers, painting))[0]
+
+    def _look_at_vgg(self, painting: Tensor, name: str) -> Iterator[tuple[str, Tensor]]:
+        recording = self._vgg_deconvnet.record(painting, _layers(self._vgg_maps))
+        for layer, number in self._vgg_maps:
             if number is None:
-                tag, projection = layer, deconvnet.project_layer(recording, layer)
+                projection = self._vgg_deconvnet.project_layer(recording, layer)
             else:
                 seeds = Seeds.strongest(recording.activations[layer], [0], [number])
-                tag, projection = f"{layer}_map{number}", deconvnet.project(recording, layer, seeds)
-            yield tag, about_grey(projection, colour_scale(projection))[0].cpu()
-
-    def _strip(
-        self,
-        deconvnet: Deconvnet | TransformDeconvnet,
-        recording: Any,
-        photo: Tensor,
-        painting: Tensor | None = None,
-    ) -> Tensor:
-        projections = {layer: deconvnet.project_layer(recording, layer) for layer in recording.activations}
-        return to_tensor(layer_strip(photo, projections, painting))[0]
+                projection = self._vgg_deconvnet.project(recording, layer, seeds)
+            yield f"evolution/vgg_transformed/{_tag(layer, number)}/{name}", _picture(projection)
 
     def _strongest_maps(self) -> list[tuple[str, int | None]]:
         recording = self._vgg_deconvnet.record(self._pictures[:1], self._loss_layers)
@@ -139,3 +136,11 @@ def _parse(name: str) -> tuple[str, int | None]:
 
 def _layers(watched: Iterable[tuple[str, int | None]]) -> list[str]:
     return list(dict.fromkeys(layer for layer, _ in watched))
+
+
+def _tag(layer: str, number: int | None) -> str:
+    return layer if number is None else f"{layer}_map{number}"
+
+
+def _picture(projection: Tensor) -> Tensor:
+    return about_grey(projection, colour_scale(projection))[0].cpu()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from fastnst.visualize.render import about_grey, colour_scale, strip
+from fastnst.visualize.render import about_grey, colour_scale, number, strip
 
 
 def layer_strip(photo: Tensor, projections: Mapping[str, Tensor], painting: Tensor | None = None) -> np.ndarray:
@@ -24,7 +24,7 @@ def layer_strip(photo: Tensor, projections: Mapping[str, Tensor], painting: Tens
     """
     scales = {layer: colour_scale(projection) for layer, projection in projections.items()}
     pictures = [photo, *(about_grey(projection, scales[layer]) for layer, projection in projections.items())]
-    captions = ["photo", *(f"{layer} ±{scale:.3g}" for layer, scale in scales.items())]
+    captions = ["photo", *(f"{layer} ±{number(scale)}" for layer, scale in scales.items())]
     if painting is not None:
         pictures, captions = [*pictures, painting], [*captions, "painting"]
     return strip(pictures, captions, note="Grey is 0; black and white are the values above each layer.")
