@@ -26,8 +26,8 @@ PRODUCT = sorted(file for folder in PACKAGES.values() for file in folder.rglob("
 LAYERS = (
     {"cli", "cli_visualize", "__main__", "demo", "doctor"},
     {"training"},
-    {"summaries", "summary_protos"},
-    {"losses", "visualize", "stylize", "export"},
+    {"summaries"},
+    {"summary_protos", "losses", "visualize", "stylize", "export"},
     {"models", "data"},
     {"config", "config_text", "presets", "storage", "images", "errors", "device", "progress"},
 )

@@ -53,7 +53,8 @@ class Looks:
         config = self._inputs.config
         log.config(config)
         log.layout(self._loss.layers)
-        log.graph(training_graph(self._net, self._loss, image_size=config.data.image_size))
+        batch_size, image_size = config.train.batch_size, config.data.image_size
+        log.graph(training_graph(self._net, self._loss, image_size=image_size, batch_size=batch_size))
         log.pictures(0, "style", self._inputs.style, ["picture"])
         log.pictures(0, "content", self._samples, self._names[: len(self._samples)])
         self.look(log, 0)
