@@ -19,9 +19,9 @@ TEST_DATA = Path(os.environ.get("FASTNST_TEST_DATA") or PROJECT / "../shared/dat
 # Settings of the person who runs the tests must not decide their outcome; nor may child processes inherit them.
 for _variable in [name for name in os.environ if name.startswith("FASTNST_")]:
     del os.environ[_variable]
-# The tensors are tiny: with many threads, starting and joining them would take longer than the arithmetic.
-# OpenMP reads this once, when torch is imported; child processes inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+# The tensors are tiny, and every core has a process of its own: more threads would wait for one another longer than they
+# compute. OpenMP reads this once, when torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(
     "fastnst", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True

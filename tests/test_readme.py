@@ -61,3 +61,12 @@ def test_the_measured_claim_is_in_the_results() -> None:
     speed = {row["name"]: row["pictures_per_second"] for row in rows}
     ratio = speed["DALI loader, 2 threads, cpu"] / speed["Pillow, one process, no loader"]
     assert float(claim[1]) == pytest.approx(ratio, abs=0.05)
+
+
+def test_the_claim_about_projections_is_in_the_results() -> None:
+    claim = re.search(r"projected in a (\w+) of the time.*?`(benchmarks/results/[^`]+)`", README, flags=re.DOTALL)
+    assert claim is not None
+    seconds = {row["name"]: row["seconds"] for row in json.loads((ROOT / claim[2]).read_text("utf-8"))["rows"]}
+    ratio = seconds["projections of the strongest activation"] / seconds["input gradients, 16 to a batch"]
+    assert claim[1] == "twentieth"
+    assert ratio < 1 / 20
