@@ -57,7 +57,9 @@ def run_demo(
     from fastnst.training.loop import train
     from fastnst.training.run_directory import prepare_run
 
-    assignments = [f"data.image_size={IMAGE_SIZE}", "train.sample_every=50", "train.log_every=10"]
+    # A run this short has no two percent to spare for projections, and shall show them nevertheless.
+    looks = ["train.sample_every=50", "train.log_every=10", "visualize.every=50", "visualize.max_percent=100"]
+    assignments = [f"data.image_size={IMAGE_SIZE}", *looks]
     pictures = out.with_name(out.name + "-pictures")
     style = pictures / "style.png"
     options = {
