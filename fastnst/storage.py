@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -15,6 +16,11 @@ from filelock import FileLock, Timeout
 from fastnst.errors import DataError, UserError
 
 LOCK_NAME = ".lock"
+_TEMPORARY_SUFFIX = ".part"
+
+
+class StorageError(DataError):
+    """The storage refuses: no space, read-only, a broken disk."""
 
 
 def cache_folder() -> Path:
@@ -31,16 +37,19 @@ def cache_folder() -> Path:
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part.
 
+    Content first, made durable under a temporary name in the same folder; then the name, made durable as well.
+
     Args:
         path: the file; its folder is made if need be.
         content: the bytes, or a function that writes them into the open file it is given.
 
     Raises:
-        DataError: the storage refuses (no space, read-only, no permission); the old file, if any, is untouched.
+        StorageError: no space, read-only, no permission; the old file, if any, is untouched. Where only the last step
+            failed, making the new name durable, the new file is there, whole.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:32]}.", suffix=".part", dir=path.parent)
+        make_folder(path.parent)
+        descriptor, name = tempfile.mkstemp(_TEMPORARY_SUFFIX, _temporary_prefix(path), path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     temporary = Path(name)
@@ -58,12 +67,49 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where even that is refused, the next owner tidies up; the error worth hearing of is the first one.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed in `write_atomic(path, …)` left; for the only writer of `path`."""
+    with contextlib.suppress(OSError):
+        for leftover in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}*{_TEMPORARY_SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, its parents too if need be, and their names durable.
+
+    Raises:
+        OSError: the storage refuses.
+    """
+    missing, above = [], folder
+    while not above.exists():
+        missing.append(above)
+        above = above.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        # A folder that one may write and not read cannot be synced.
+        with contextlib.suppress(PermissionError):
+            sync_folder(new.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sync_file(path: Path) -> None:
+    """Make durable what was handed to the operating system for a file, by whatever handle."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -86,7 +132,7 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def storage_error(path: Path, error: OSError) -> DataError:
+def storage_error(path: Path, error: OSError) -> StorageError:
     """What a user can do about `error`, met while writing `path`."""
     advice = {
         errno.ENOSPC: "free some space there, or choose another folder",
@@ -98,7 +144,7 @@ def storage_error(path: Path, error: OSError) -> DataError:
         errno.EEXIST: "a file is in the way; choose another folder",
         errno.EISDIR: "a folder has that name; choose another name",
     }.get(error.errno or 0, "check the disk, or choose another folder")
-    return DataError(f"cannot write {path}: {error.strerror or error}; {advice}")
+    return StorageError(f"cannot write {path}: {error.strerror or error}; {advice}")
 
 
 @contextlib.contextmanager
@@ -123,6 +169,10 @@ def lock_run(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name[:32]}."
 
 
 def _umask() -> int:

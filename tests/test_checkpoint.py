@@ -286,7 +286,7 @@ def test_files_that_match_their_manifest_and_make_no_sense(tmp_path: Path) -> No
     (path / "state.safetensors").write_bytes(b"junk")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["state.safetensors"] = {"size": 4, "sha256": storage.sha256_of(path / "state.safetensors")}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    storage.write_json(path / "manifest.json", manifest)
     with pytest.raises(CheckpointDamaged, match="not a safetensors file"):
         load_checkpoint(path)
 

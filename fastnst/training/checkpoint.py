@@ -5,15 +5,22 @@
         state.json          everything else
         manifest.json       sizes and SHA-256 of both, written last
 
-A checkpoint is built in a hidden folder beside its place, made durable, and renamed. So whatever ends the process, or
-the machine, the newest complete checkpoint stays usable, and a folder named `step_…` was complete when it got its name.
+A checkpoint is built in a hidden folder beside its place, made durable, and renamed; then its name is made durable,
+and only then older ones go. So whatever ends the process, or the machine, the newest complete checkpoint stays usable,
+and a folder named `step_…` was complete when it got its name.
+
+The manifest accounts for every byte: sizes and hashes for those of the other files, and its own form, which is the only
+one that it may have.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +31,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastnst.errors import DataError
-from fastnst.storage import storage_error, sync_folder, write_atomic
+from fastnst.images import printable
+from fastnst.storage import make_folder, storage_error, sync_folder, write_atomic
 
 FOLDER = "checkpoints"
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
+LARGEST_MANIFEST = 1 << 16
+"""Bytes; one that is written here has some 400."""
 
 
 class CheckpointMissing(DataError):
@@ -66,7 +76,7 @@ def save_checkpoint(run: Path, step: int, *, tensors: dict[str, Tensor], state: 
         The folder written.
 
     Raises:
-        DataError: the storage refuses; the checkpoints that were there still are.
+        StorageError: the storage refuses; the checkpoints that were there still are.
     """
     assert keep >= 1
     folder = run / FOLDER
@@ -77,25 +87,21 @@ def save_checkpoint(run: Path, step: int, *, tensors: dict[str, Tensor], state: 
     }
     files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
     contents[MANIFEST] = _json_bytes({"format": FORMAT, "step": step, "files": files})
+    part = folder / f".{path.name}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         sync_folder(run)
-        _remove_leftovers(folder)
-        part = folder / f".{path.name}.part"
+        _tidy(folder)
         part.mkdir()
-    except OSError as error:
-        raise storage_error(path, error) from error
-    try:
         for name, data in contents.items():
             write_atomic(part / name, data)
-        if path.exists():
-            _discard(path)
-        part.rename(path)
+        _put_in_place(part, path)
         sync_folder(folder)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(_replaced(path), ignore_errors=True)
     for old in [old for old_step, old in _by_step(folder) if old_step <= step][:-keep]:
         # What cannot be removed takes up space, which is no reason to end a run.
         with contextlib.suppress(OSError):
@@ -110,12 +116,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointMissing: the folder, its manifest, or a file is not there.
         CheckpointDamaged: a file cannot be read, or its size, SHA-256 or content is not as written.
     """
-    if not path.is_dir():
+    try:
+        is_there = path.is_dir()
+    except OSError as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error.strerror}") from error
+    if not is_there:
         raise CheckpointMissing(f"there is no checkpoint {path}; give a folder like {FOLDER}/step_00001000 of a run")
     step, files = _read_manifest(path)
     contents: dict[str, bytes] = {}
     for name, (size, sha256) in files.items():
-        data = contents[name] = _read(path / name)
+        # Not one byte more than was written: an exchanged file may be larger than the memory.
+        data = contents[name] = _read(path / name, at_most=size)
         if len(data) != size:
             raise CheckpointDamaged(f"{path / name} is damaged: {len(data)} bytes, {size} were written")
         if hashlib.sha256(data).hexdigest() != sha256:
@@ -130,6 +141,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def latest_checkpoint(run: Path, notify: Callable[[str], None]) -> Checkpoint | None:
     """The newest valid checkpoint of a run; None if there is none.
 
+    Like saving, this is for the run's owner (`storage.lock_run`): what a killed process moved aside is put back.
+
     Args:
         run: the run directory.
         notify: told of each newer one that is passed over: which file, and what is wrong with it.
@@ -138,18 +151,27 @@ def latest_checkpoint(run: Path, notify: Callable[[str], None]) -> Checkpoint | 
         DataError: the folder of checkpoints cannot be read.
     """
     folder = run / FOLDER
-    if not folder.exists():
-        return None
-    try:
-        candidates = _by_step(folder)
-    except OSError as error:
-        raise DataError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
-    for _, path in reversed(candidates):
+    _put_back(folder)
+    candidates = [folder / f"step_{step:08d}" for step in checkpoint_steps(run)]
+    for path in reversed(candidates):
         try:
             return load_checkpoint(path)
         except DataError as error:
             notify(f"checkpoint passed over: {error}")
     return None
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of which a run has a checkpoint, valid or not, in ascending order.
+
+    Raises:
+        DataError: the folder of checkpoints cannot be read.
+    """
+    folder = run / FOLDER
+    try:
+        return [step for step, _ in _by_step(folder)] if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"cannot read {printable(folder)}: {error.strerror}; check its permissions") from error
 
 
 def _by_step(folder: Path) -> list[tuple[int, Path]]:
@@ -161,7 +183,8 @@ def _by_step(folder: Path) -> list[tuple[int, Path]]:
 def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
     """Step, and size and SHA-256 of each file."""
     manifest = path / MANIFEST
-    value = _parse_json(manifest, _read(manifest))
+    data = _read(manifest, at_most=LARGEST_MANIFEST)
+    value = _parse_json(manifest, data)
     if isinstance(value.get("format"), int) and value["format"] > FORMAT:
         raise CheckpointDamaged(
             f"{manifest} has format {value['format']}, this fastnst reads up to {FORMAT}; use a newer fastnst"
@@ -183,11 +206,22 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
                 checks[name] = (size, sha256)
             case _:
                 raise CheckpointDamaged(f"{manifest} is damaged: no size and SHA-256 of {name}")
+    # Sizes, hashes and the step are held against something else; this leaves no other byte that could change.
+    entries = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in checks.items()}
+    if data != _json_bytes({"format": FORMAT, "step": step, "files": entries}):
+        raise CheckpointDamaged(f"{manifest} is damaged: it is not as it was written")
     return step, checks
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path, *, at_most: int) -> bytes:
     try:
+        status = file.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointDamaged(f"{file} cannot be read: it is no regular file")
+        if status.st_size > at_most:
+            raise CheckpointDamaged(f"{file} is damaged: {status.st_size} bytes, at most {at_most} were written")
         return file.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointMissing(f"{file} is missing") from error
@@ -198,7 +232,7 @@ def _read(file: Path) -> bytes:
 def _parse_json(file: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{file} is damaged: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointDamaged(f"{file} is damaged: not a JSON object")
@@ -209,6 +243,35 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def _put_in_place(part: Path, path: Path) -> None:
+    """Give the finished checkpoint its name; what has that name now steps aside, and comes back if this fails."""
+    if not path.exists():
+        part.rename(path)
+        return
+    path.rename(_replaced(path))
+    try:
+        part.rename(path)
+    except OSError:
+        _replaced(path).rename(path)
+        raise
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _put_back(folder: Path) -> None:
+    """Give back its name to what stepped aside for a checkpoint that never came."""
+    # Where the storage refuses, the checkpoints that have their names still serve.
+    with contextlib.suppress(OSError):
+        for replaced in folder.glob(".step_*.replaced"):
+            path = folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+            if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                replaced.rename(path)
+
+
 def _discard(path: Path) -> None:
     """Remove a checkpoint; its name goes first, so that half of it is never taken for a whole one."""
     grave = path.with_name(f".{path.name}.old.part")
@@ -216,7 +279,8 @@ def _discard(path: Path) -> None:
     shutil.rmtree(grave, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _tidy(folder: Path) -> None:
     """What a process that was killed left behind."""
+    _put_back(folder)
     for path in folder.glob(".step_*.part"):
         shutil.rmtree(path, ignore_errors=True)

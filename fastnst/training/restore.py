@@ -9,7 +9,7 @@ from fastnst.errors import DataError
 from fastnst.images import printable
 from fastnst.models.style_model import read_style_metadata
 from fastnst.models.transform_net import TransformNet
-from fastnst.training.checkpoint import FOLDER, load_checkpoint
+from fastnst.training.checkpoint import FOLDER, checkpoint_steps, load_checkpoint
 from fastnst.training.run_directory import CONFIG_NAME, saved_config
 
 
@@ -44,7 +44,7 @@ def load_checkpoint_net(run: Path, step: int) -> TransformNet:
         DataError: not a run, no checkpoint of that step (the message names those that are there), or a damaged one.
     """
     check_run(run)
-    there = _steps(run)
+    there = checkpoint_steps(run)
     if step not in there:
         have = ", ".join(map(str, there)) if there else "none"
         raise DataError(f"{printable(run)} has no checkpoint of step {step}; its checkpoints: {have}")
@@ -64,14 +64,3 @@ def load_checkpoint_net(run: Path, step: int) -> TransformNet:
             f"which {CONFIG_NAME} names; one of them was exchanged"
         ) from error
     return net.eval().requires_grad_(False)
-
-
-def _steps(run: Path) -> list[int]:
-    folder = run / FOLDER
-    if not folder.is_dir():
-        return []
-    try:
-        names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-    except OSError as error:
-        raise DataError(f"cannot read {printable(folder)}: {error.strerror}; check its permissions") from error
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,})", name)))
