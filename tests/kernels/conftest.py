@@ -3,7 +3,7 @@
 A test that takes the fixture `tier` runs once per tier. Triton chooses between compiler and interpreter when a kernel
 is defined, which is once per process, so the interpreter's tests run in one child pytest with `TRITON_INTERPRET=1`. It
 starts with the first kernel test, works beside this process, and streams its reports, which appear here as if the tests
-had run in place.
+had run in place. Under pytest-xdist one worker waits for it, and the others run all other tests.
 """
 
 import json
@@ -28,6 +28,7 @@ from fastnst_kernels import runtime
 _REPORTS = "KERNEL_TEST_REPORTS"  # in the child's environment: the pipe that its reports go to
 _ONE_ELEMENT = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"  # by Triton 3.6, see below
 _CHILD = pytest.StashKey["_InterpreterRun"]()
+_GROUP = "interpreter"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _InterpreterRun:
         self._config = config
         self._folder = tempfile.TemporaryDirectory(prefix="kernel-tests-")
         self._log, selection = (Path(self._folder.name) / name for name in ("log", "selection"))
-        selection.write_text("\n".join(item.nodeid for item in items))
+        selection.write_text("\n".join(_nodeid(item) for item in items))
         receiver, sender = os.pipe()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -104,7 +105,7 @@ class _InterpreterRun:
 
     def reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:
         """Waits until `item` has run. Should the child end first, a failed report with its last words."""
-        while (reports := self._reports.setdefault(item.nodeid, [])) == [] or reports[-1].when != "teardown":
+        while (reports := self._reports.setdefault(_nodeid(item), [])) == [] or reports[-1].when != "teardown":
             line = self._arrived.get()
             if line is None:
                 self._arrived.put(None)  # for the items after this one
@@ -123,9 +124,23 @@ class _InterpreterRun:
         self._folder.cleanup()
 
 
+def _nodeid(item: pytest.Item) -> str:
+    """The name of a test without the group that pytest-xdist writes behind it."""
+    return item.nodeid.removesuffix(f"@{_GROUP}")
+
+
 def _is_for_interpreter(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     return callspec is not None and callspec.params.get("tier") == "interpreter"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All that the child runs goes to one worker of pytest-xdist, so that there is one child."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if _is_for_interpreter(item):
+                item.add_marker(pytest.mark.xdist_group(_GROUP))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -134,7 +149,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     if _REPORTS in os.environ:
         return None
     session = item.session
-    if _CHILD not in session.stash and (chosen := [other for other in session.items if _is_for_interpreter(other)]):
+    # A worker of pytest-xdist knows all tests, and only the one with the interpreter's shall start the child.
+    wanted = "PYTEST_XDIST_WORKER" not in os.environ or _is_for_interpreter(item)
+    if (
+        wanted
+        and _CHILD not in session.stash
+        and (chosen := [other for other in session.items if _is_for_interpreter(other)])
+    ):
         session.stash[_CHILD] = _InterpreterRun(session.config, chosen)
         session.config.add_cleanup(session.stash[_CHILD].close)
     if not _is_for_interpreter(item):
