@@ -165,6 +165,9 @@ class TrainConfig(Section):
     """How the gradient of the loss network is taken."""
     compile: bool = False
     """Run both networks and the loss through torch.compile."""
+    max_skipped_steps: int = Field(default=50, ge=1)
+    """fp16: so many steps in a row without finite gradients end the run. Each halves the loss scale, which begins at
+    65536: after 50 it is 6e-11, and gradients that overflow even then are above 1e15, or NaN at any scale."""
     deterministic: bool = False
     """Ask PyTorch for deterministic algorithms only; slower on CUDA."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -18,7 +18,7 @@ class DataError(UserError):
 
 
 class DivergedError(UserError):
-    """Training produced a non-finite loss."""
+    """Training produced a value that is not finite, or skipped too many steps in a row."""
 
     exit_code = 4
 

@@ -20,7 +20,10 @@ _NO_HYPER_PARAMETERS = frozenset(
     f"{section}.{key}"
     for section, keys in {
         "data": ("folder", "loader", "workers", "prefetch"),
-        "train": ("device", "log_every", "sample_every", "samples", "checkpoint_every", "keep_checkpoints"),
+        "train": (
+            *("device", "log_every", "sample_every", "samples"),
+            *("checkpoint_every", "keep_checkpoints", "max_skipped_steps"),
+        ),
     }.items()
     for key in keys
 )

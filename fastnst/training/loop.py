@@ -49,7 +49,8 @@ def train(
     Raises:
         UserError: `out` holds another run, or the run to resume was another configuration or other pictures.
         DataError: pictures, style or weights cannot be used, or the storage refuses.
-        DivergedError: the loss or a weight is no longer finite; no checkpoint holds such a value.
+        DivergedError: the loss, a gradient or a weight is no longer finite, which no checkpoint shows, or too many
+            steps in a row were skipped.
         DeviceError: no such device, or too little memory on it.
         StoppedBySignal: after the save that `stop` asked for.
     """
@@ -99,6 +100,12 @@ class _Run:
                 self.looks.begin(log)
             self._steps(log, done)
         self.looks.report(self.notify)
+        if self.step.scaler.is_enabled():
+            skipped, scale = self.step.skipped.read()[0], self.step.scaler.get_scale()
+            self.notify(
+                f"fp16: {skipped} of {self.inputs.steps} steps skipped, since a gradient overflowed; "
+                f"the loss scale is now {scale:g}"
+            )
         return self.out / MODEL_NAME
 
     def _steps(self, log: RunLog, done: int) -> None:
@@ -124,12 +131,12 @@ class _Run:
                 ends = step == last or stopped_by is not None
                 if ends or step == 1 or step % config.log_every == 0:
                     scalars = loss_scalars(terms)
-                    self._check_health()
+                    self._check_health(step)
                     speed = meter.read(step - done) | self.looks.cost()
                     log.metrics(step, scalars | self._training_scalars() | speed)
-                    note = f"loss {scalars['loss/total']:.4g}"
+                    note = f"loss {scalars['loss/total']:.4g}{self._skipped_note()}"
                 elif self.device.type == "cpu":
-                    self._check_health()
+                    self._check_health(step)
                 looks = step == last or step % config.sample_every == 0
                 projects = self.looks.projections_due(step, last)
                 saves = ends or step % config.checkpoint_every == 0
@@ -150,14 +157,28 @@ class _Run:
                         f"go on with: fastnst train --resume --out {self.out}",
                     )
 
-    def _check_health(self) -> None:
-        first_bad = int(self.step.health.first_bad_step)
-        if first_bad:
-            self._diverged(f"the loss is not finite since step {first_bad}")
+    def _check_health(self, step: int) -> None:
+        """Stop if a step went wrong. On a GPU asked only when something is logged or saved: late by `train.log_every`.
+
+        So many skipped steps in a row that all were between two of these moments go unnoticed there: training mended
+        itself.
+        """
+        if found := self.step.health.first_bad():
+            first_bad, names = found
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self._diverged(f"not finite since step {first_bad}: {', '.join(names[:3])}{more}")
+        if self.step.scaler.is_enabled():
+            _, in_a_row = self.step.skipped.read()
+            limit = self.config.train.max_skipped_steps
+            if in_a_row >= limit:
+                self._diverged(
+                    f"the {in_a_row} steps up to step {step} were skipped, since their fp16 gradients were not finite "
+                    f"at any loss scale down to {self.step.scaler.get_scale():.3g}; train.max_skipped_steps = {limit}"
+                )
 
     def _check_weights(self, step: int) -> None:
         """Nothing that is not finite is shown or saved, even where the loss has not shown it yet."""
-        self._check_health()
+        self._check_health(step)
         for name, tensor in self.step.state_tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 self._diverged(f"{name} holds a value that is not finite after step {step}")
@@ -209,9 +230,14 @@ class _Run:
         scalars = {"train/learning_rate": self.config.train.learning_rate}
         if self.step.scaler.is_enabled():
             scalars["train/loss_scale"] = float(self.step.scaler.get_scale())
+            scalars["train/skipped_steps"] = self.step.skipped.read()[0]
         if self.device.type == "cuda":
             scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return scalars
+
+    def _skipped_note(self) -> str:
+        skipped = self.step.skipped.read()[0] if self.step.scaler.is_enabled() else 0
+        return f", {skipped} skipped" if skipped else ""
 
     def _announcement(self, done: int) -> str:
         verb = f"resuming at step {done}" if done else "training"

@@ -20,6 +20,7 @@ FREE_KEYS = frozenset(
         "train.samples",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.max_skipped_steps",
         "data.workers",
         "data.prefetch",
         *(f"visualize.{key}" for key in VisualizeConfig.model_fields),

@@ -1,7 +1,6 @@
 """One optimisation step: a uint8 batch in, loss terms out, weights changed in between."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from fastnst.config import TrainConfig
 from fastnst.device import DTYPES, resolve_precision
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
+from fastnst.training.health import Health, SkippedSteps, not_finite
 
 
 def to_unit(batch: Tensor) -> Tensor:
@@ -17,24 +17,12 @@ def to_unit(batch: Tensor) -> Tensor:
     return batch.permute(0, 3, 1, 2).float().div_(255.0)
 
 
-@dataclass(frozen=True)
-class Health:
-    """Device-side record of what went wrong, read only when something is logged: no synchronisation between."""
-
-    first_bad_step: Tensor
-    """0-d int64: the first step with a non-finite loss, 0 while there is none."""
-
-    @classmethod
-    def on(cls, device: torch.device) -> "Health":
-        return cls(torch.zeros((), dtype=torch.int64, device=device))
-
-    def record(self, step: int, total: Tensor) -> None:
-        is_first = ~torch.isfinite(total) & (self.first_bad_step == 0)
-        self.first_bad_step.copy_(torch.where(is_first, step, self.first_bad_step))
-
-
 class TrainingStep:
     """Forward, loss, backward and Adam for one batch, in the asked precision.
+
+    Each step also takes down whether the loss, a gradient, a weight or a running statistic is not finite (`health`),
+    and whether the gradient scaler left it out (`skipped`, in fp16 alone), without waiting for the device. On a GPU
+    that reads gradients and weights once more, 13 MB for the largest preset, in about a dozen launches.
 
     Args:
         net: the transform net, in training mode, on the device.
@@ -46,12 +34,15 @@ class TrainingStep:
     def __init__(self, net: TransformNet, loss: PerceptualLoss, config: TrainConfig, device: torch.device) -> None:
         self.net = net
         self.device = device
-        self.health = Health.on(device)
+        self.health = Health(device)
+        self.skipped = SkippedSteps(device)
         self._dtype = DTYPES[resolve_precision(config.precision, device)]
         self.optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._dtype == torch.float16)
         self._forward: Callable[[Tensor], LossTerms] = self._loss_of
         self._loss = loss
+        self._parameters = dict(net.named_parameters())
+        self._state: dict[str, Tensor] = {**self._parameters, **dict(net.named_buffers())}
         if config.compile:
             self._forward = torch.compile(self._loss_of)
 
@@ -60,10 +51,12 @@ class TrainingStep:
         terms = self._forward(batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(terms.total).backward()
+        self.scaler.unscale_(self.optimizer)
+        updates = self._updates().clone()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         detached = terms.detach()
-        self.health.record(step, detached.total)
+        self._record(step, detached, skipped=self._updates() == updates)
         return detached
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -75,8 +68,11 @@ class TrainingStep:
         return tensors
 
     def state_values(self) -> dict[str, float | int]:
-        """The gradient scaler's state (empty unless training in fp16)."""
-        return dict(self.scaler.state_dict())
+        """The gradient scaler's state and what it skipped (empty unless training in fp16)."""
+        if not self.scaler.is_enabled():
+            return {}
+        total, in_a_row = self.skipped.read()
+        return {**self.scaler.state_dict(), "skipped_steps": total, "skipped_in_a_row": in_a_row}
 
     def load_state(self, tensors: dict[str, Tensor], scaler: dict[str, float | int]) -> None:
         """Continue from what `state_tensors` and `state_values` gave."""
@@ -93,9 +89,31 @@ class TrainingStep:
                 key: torch.empty_like(parameter).copy_(value) if key != "step" else value.clone().to(self.device)
                 for key, value in moments.items()
             }
-        self.scaler.load_state_dict(scaler)
+        if scaler:  # empty where the run was not in fp16 before
+            self.scaler.load_state_dict(scaler)
+        self.skipped.restore(int(scaler.get("skipped_steps", 0)), int(scaler.get("skipped_in_a_row", 0)))
 
     def _loss_of(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             return self._loss(self.net(content), content)
+
+    def _updates(self) -> Tensor:
+        """How many updates Adam has made, 0-d on the device; a step that the scaler left out is none."""
+        state = self.optimizer.state.get(next(iter(self._parameters.values())))
+        return state["step"] if state else torch.zeros((), device=self.device)
+
+    @torch.no_grad()
+    def _record(self, step: int, terms: LossTerms, *, skipped: Tensor) -> None:
+        losses = {"total": terms.total, "tv": terms.tv} | terms.layers
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        names = [f"loss/{name}" for name in losses]
+        names += [f"the gradient of {name}" for name in gradients]
+        passing = len(names)
+        names += [f"model.{name}" for name in self._state]
+        bad = not_finite([*losses.values(), *gradients.values(), *self._state.values()])
+        if self.scaler.is_enabled():
+            self.skipped.record(skipped)
+            # What a skipped step computed is gone; what it left in the network is not.
+            bad[:passing] &= ~skipped
+        self.health.record(step, names, bad)
