@@ -29,8 +29,11 @@ class DeviceError(UserError):
     exit_code = 5
 
 
-class StoppedBySignal(Exception):
-    """Work ended early, in good order, because the process received `signum`."""
+class StoppedBySignal(BaseException):
+    """Work ended early, in good order, because the process received `signum`.
+
+    It may be raised wherever the program stands, also where any `Exception` is taken for a damaged picture.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

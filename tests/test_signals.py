@@ -1,8 +1,11 @@
-"""Stop requests: when a signal waits, when it raises, and that handlers are put back."""
+"""Stop requests: when a signal waits, when it raises, when it ends the process, and that handlers are put back."""
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,17 +18,74 @@ def test_the_first_signal_waits_and_the_second_raises(signum: signal.Signals) ->
     with StopRequest().installed() as stop, stop.deferred():
         os.kill(os.getpid(), signum)
         assert stop.signum == signum
-        with pytest.raises(StoppedBySignal, match=f"{signum.name}, a second time") as raised:
+        with pytest.raises(StoppedBySignal, match=f"{signum.name}, a second time; .* lost") as raised:
             os.kill(os.getpid(), signum)
     assert raised.value.exit_code == 128 + signum
 
 
 def test_before_training_a_signal_raises_at_once() -> None:
     with StopRequest().installed() as stop:
-        with pytest.raises(StoppedBySignal, match="SIGTERM, before training began") as raised:
+        with pytest.raises(StoppedBySignal, match=r"^stopped by SIGTERM$") as raised:
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum is None
     assert raised.value.exit_code == 143
+
+
+def test_a_signal_raises_at_once_where_that_is_asked_for_in_between() -> None:
+    with StopRequest().installed() as stop, stop.deferred():
+        with pytest.raises(StoppedBySignal, match=r"^stopped by SIGHUP$"), stop.at_once():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signum is None
+
+
+def test_a_signal_that_has_waited_raises_where_nothing_need_wait() -> None:
+    with StopRequest().installed() as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(StoppedBySignal, match="SIGHUP"), stop.at_once():
+            pytest.fail("the work was begun")
+
+
+def decode() -> None:
+    """Like a decoder of pictures, to which every `Exception` is damage."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except Exception as error:
+        pytest.fail(f"took {error!r} for damage")
+
+
+def test_what_takes_any_exception_for_a_bad_picture_does_not_swallow_a_signal() -> None:
+    with StopRequest().installed(), pytest.raises(StoppedBySignal):
+        decode()
+
+
+def test_a_signal_that_was_swallowed_all_the_same_is_not_forgotten() -> None:
+    with StopRequest().installed() as stop:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            assert stop.signum is None
+        with stop.deferred():
+            assert stop.signum == signal.SIGTERM
+
+
+FORCED = """
+import os, signal, sys
+from fastnst.errors import StoppedBySignal
+from fastnst.training.signals import StopRequest
+with StopRequest().installed() as stop:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        print("cleaning up", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("still here")
+"""
+
+
+def test_a_signal_after_one_that_raised_ends_the_process_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", FORCED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "cleaning up\n")
+    assert done.stderr == "fastnst: stopped at once by SIGTERM\n"
 
 
 def test_handlers_are_put_back() -> None:
@@ -33,6 +93,22 @@ def test_handlers_are_put_back() -> None:
     with StopRequest().installed():
         assert [signal.getsignal(signum) for signum in STOP_SIGNALS] != before
     assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before
+
+
+@pytest.fixture
+def ignored() -> Iterator[signal.Signals]:
+    """SIGHUP, as below `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield signal.SIGHUP
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(ignored: signal.Signals) -> None:
+    with StopRequest().installed() as stop, stop.deferred():
+        os.kill(os.getpid(), ignored)
+        assert stop.signum is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
 
 
 def test_a_thread_that_may_not_install_handlers_goes_on_without() -> None:

@@ -1,6 +1,7 @@
 """Stop requests: SIGINT, SIGTERM and SIGHUP end a run in good order."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,20 +16,27 @@ class StopRequest:
     """What the training loop polls between steps.
 
     Outside `deferred()` a signal raises `StoppedBySignal` where the program stands: nothing needs saving there. Inside
-    it the first signal only sets `signum`, so that the step is finished and saved; a second one raises.
+    it the first signal only sets `signum`, so that the step is finished and saved; a second one raises. A signal that
+    comes after one that has raised ends the process at once, without cleaning up.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._deferred = False
+        self._raised: int | None = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["StopRequest"]:
-        """Handle the stop signals within this block (in the main thread; elsewhere Python allows no handlers)."""
+        """Handle the stop signals within this block (in the main thread; elsewhere Python allows no handlers).
+
+        A signal that the process was started to ignore, as `nohup` does with SIGHUP and a shell's `&` may do with
+        SIGINT, stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        previous = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
+        heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        previous = {signum: signal.signal(signum, self._handle) for signum in heeded}
         try:
             yield self
         finally:
@@ -38,20 +46,39 @@ class StopRequest:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Within this block a first signal waits until the loop asks for it."""
-        self._deferred = True
+        # Code that swallows whatever is raised in it must not make a signal go unheard.
+        self.signum = self.signum or self._raised
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this block, inside `deferred()`, a signal raises after all; so does one that has come before."""
+        before, self._deferred = self._deferred, False
+        try:
+            if self.signum is not None:
+                raise stopped_by(self.signum)
+            yield
+        finally:
+            self._deferred = before
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        name = signal.Signals(signum).name
+        if self._raised is not None:
+            # Not by `print`: the signal may have come in the middle of one.
+            os.write(2, f"fastnst: stopped at once by {signal.Signals(signum).name}\n".encode())
+            os._exit(128 + signum)
         if self._deferred and self.signum is None:
             self.signum = signum
             return
-        forced = (
-            "a second time; what was done since the last checkpoint is lost"
-            if self._deferred
-            else "before training began"
-        )
-        raise StoppedBySignal(signum, f"stopped by {name}, {forced}")
+        self._raised = signum
+        if self._deferred:
+            raise stopped_by(signum, ", a second time; what was done since the last checkpoint is lost")
+        raise stopped_by(signum)
+
+
+def stopped_by(signum: int, circumstance: str = "") -> StoppedBySignal:
+    """The exception for a signal; `circumstance` follows its name in the message."""
+    return StoppedBySignal(signum, f"stopped by {signal.Signals(signum).name}{circumstance}")
