@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,26 @@ def make_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """Everything in a regular file.
+
+    Args:
+        path: the file.
+        limit: bytes it may have; whoever exchanges a file may choose its size.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is no regular file: a pipe would block, a device never end.
+        ValueError: the path holds a null character.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"its {status.st_size:,} bytes are above {limit:,}")
+        return file.read(limit)
 
 
 def sync_file(path: Path) -> None:
