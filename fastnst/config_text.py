@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from fastnst.errors import UserError
+from fastnst.storage import read_regular_file
 
 ENVIRONMENT_PREFIX = "FASTNST_"
+MAX_FILE_BYTES = 1 << 20
 UNSET = "unset"  # TOML has no null: this word takes back what a preset or a file has set
 
 
@@ -15,17 +17,19 @@ def read_toml(file: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        UserError: it cannot be read, or is not TOML.
+        UserError: it cannot be read, is above 1 MiB, or is not TOML.
     """
     try:
-        return tomllib.loads(file.read_text("utf-8"))
+        return tomllib.loads(read_regular_file(file, MAX_FILE_BYTES).decode("utf-8"))
     except OSError as error:
         raise UserError(
             f"cannot read the configuration {file}: {error.strerror}; give an existing TOML file"
         ) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError as error:
+        raise UserError(f"{file} nests its values too deep; no key needs more than a list") from error
+    except ValueError as error:  # of the decoder, of TOML's parser, or of a number with thousands of digits
         raise UserError(
-            f"{file} is not TOML: {error}; write sections like [train] with lines like steps = 100"
+            f"{file} is not TOML: {str(error)[:200]}; write sections like [train] with lines like steps = 100"
         ) from error
 
 
@@ -98,7 +102,7 @@ def _parse_toml_value(text: str) -> Any:
         match tomllib.loads(f"value = {text}"):
             case {"value": value, **others} if not others:  # a line break in `text` could start another key
                 return value
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, a number with thousands of digits, or brackets in thousands
         pass
     return text
 

@@ -1,6 +1,5 @@
 """Transform nets that others trained and published."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 
 from fastnst.errors import DataError
 from fastnst.models.transform_net import ConvLayer, TransformNet, UpLayer
+from fastnst.models.vetting import check_regular_file, shown
 
 
 def load_lengstrom_npz(path: Path | str) -> TransformNet:
@@ -23,7 +23,15 @@ def load_lengstrom_npz(path: Path | str) -> TransformNet:
     net = TransformNet("lengstrom")
     layers = [layer for layer in net.modules() if isinstance(layer, ConvLayer | UpLayer)]
     try:
+        check_regular_file(path)
+        # In double precision, with NumPy's and the archive's own bytes: also what a compressed member may inflate to.
+        largest = 8 * sum(parameter.numel() for parameter in net.parameters()) + (1 << 20)
+        if path.stat().st_size > largest:
+            raise ValueError(f"its {path.stat().st_size:,} bytes are above {largest:,}")
         with np.load(path, allow_pickle=False) as archive, torch.no_grad():
+            for member in archive.zip.infolist():
+                if member.file_size > largest:
+                    raise ValueError(f"{member.filename} inflates to {member.file_size:,} bytes")
             for index, layer in enumerate(layers):
                 # HWIO → OIHW and HWOI → IOHW are one permutation.
                 _assign(layer.weight, archive, 3 * index, (3, 2, 0, 1))
@@ -33,9 +41,9 @@ def load_lengstrom_npz(path: Path | str) -> TransformNet:
         raise DataError(
             f"cannot read the model {path}: {error.strerror or error}; give an existing .npz file"
         ) from error
-    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and NumPy raise nearly anything at a damaged file.
         raise DataError(
-            f"{path} is not a lengstrom transform net: {str(error)[:200]}; "
+            f"{path} is not a lengstrom transform net: {shown(str(error), 200)}; "
             "it must hold the TensorFlow variables Variable … Variable_47"
         ) from error
     return net

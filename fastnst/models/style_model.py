@@ -5,6 +5,7 @@ for people and logs `preset`, `style`, `style_sha256`, `steps`, `image_size` and
 known.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastnst import __version__
 from fastnst.device import resolve_device
 from fastnst.errors import DataError
 from fastnst.models.transform_net import TransformNet
+from fastnst.models.vetting import VettingError, check_safetensors_file, shown
 from fastnst.storage import write_atomic
 
 MODEL_NAME = "model.safetensors"
@@ -97,6 +99,7 @@ def _read(file: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str
     if not file.exists():
         raise DataError(f"there is no style model {file}; {advice}")
     try:
+        check_safetensors_file(file)
         with safe_open(file, framework="pt", device="cpu") as content:
             metadata: dict[str, str] = content.metadata() or {}
             names = list(content.keys())
@@ -104,6 +107,8 @@ def _read(file: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str
             return metadata, {name: content.get_tensor(name) for name in names} if weights else {}
     except OSError as error:
         raise DataError(f"cannot read the style model {file}: {error.strerror or error}; {advice}") from error
+    except VettingError as error:
+        raise DataError(f"{file} is not a safetensors file, or it is cut short ({error}); {advice}") from error
     except SafetensorError as error:
         raise DataError(f"{file} is not a safetensors file, or it is cut short ({error}); {advice}") from error
 
@@ -112,10 +117,10 @@ def _check_kind(file: Path, metadata: Mapping[str, str], names: Iterable[str], a
     if metadata.get("kind") != KIND:
         raise DataError(f"{file} is another kind of model: it holds {_some(names)}; {advice}")
     version = metadata.get("format_version", "")
-    if not version.isdecimal():
-        raise DataError(f"{file} is damaged: its format version is {version!r}; {advice}")
+    if not re.fullmatch(r"[0-9]{1,18}", version):
+        raise DataError(f"{file} is damaged: its format version is {version[:80]!r}; {advice}")
     if int(version) > FORMAT_VERSION:
-        writer = metadata.get("fastnst_version", "of a later version")
+        writer = shown(metadata.get("fastnst_version", "of a later version"))
         raise DataError(
             f"{file} was written by fastnst {writer} in format {version}, and fastnst {__version__} reads up to "
             f"format {FORMAT_VERSION}; install a newer fastnst"
@@ -146,4 +151,4 @@ def _some(names: Iterable[str]) -> str:
     listed = list(names)
     if not listed:
         return "nothing"
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+    return ", ".join(map(shown, listed[:3])) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

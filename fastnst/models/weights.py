@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fastnst.errors import DataError, UserError
 from fastnst.models.download import DownloadError, Progress, Source, fetch
+from fastnst.models.vetting import VettingError, check_regular_file, check_safetensors_file, check_torch_file, shown
 from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
 from fastnst.progress import ProgressReport
 from fastnst.storage import cache_folder, sha256_of
@@ -114,7 +114,8 @@ def load_vgg19(
             flavour, reason = "torchvision", "its SHA-256 is right"
         else:
             reason = "as loss.vgg_flavour says"
-        tensors, _ = _read(path)
+        # The checksum vouches for every byte; other files have to stand a closer look.
+        tensors, _ = _read(path, known=True)
     else:
         path = Path(spec).expanduser()
         tensors, metadata = _read(path)
@@ -185,38 +186,54 @@ def _bar(report: ProgressReport) -> Progress:
     return lambda done, _: report.advance(done - report.done)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """All tensors of a file by name, and its metadata; DataError for anything else."""
+def _read(path: Path, *, known: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """All tensors of a file by name, and its metadata; DataError for anything else, and for an unusual `.pth` file
+    unless its content is `known`."""
     _check_file(path)
     metadata: Mapping[str, str] = {}
     try:
         if path.suffix == ".safetensors":
+            check_safetensors_file(path)
             with safetensors.safe_open(path, framework="pt") as archive:
                 metadata = archive.metadata() or {}
                 loaded: Any = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         else:
+            if not known:
+                check_torch_file(path)
             # Memory mapping reads only the layers that are used, but knows the newer, zipped format alone.
-            mapped = zipfile.is_zipfile(path)
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zipped(path))
+    except VettingError as error:
+        raise DataError(f"{path} is damaged or no weights file: {error}; {_ADVICE}") from error
     except Exception as error:
         # A damaged file makes the readers raise nearly anything; none of it is a fault of this program.
         reason = re.split(r"[\n.]", str(error).strip(), maxsplit=1)[0][:160] or type(error).__name__
         raise DataError(f"{path} is damaged or no weights file: {reason}; {_ADVICE}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise DataError(f"{path} holds no dictionary of tensors; {_ADVICE}")
-    return {str(name): tensor for name, tensor in loaded.items()}, metadata
+    if isinstance(loaded, dict):
+        inner = dict.get(loaded, "state_dict")
+        # By the type's own method: a file may give an OrderedDict attributes that hide its methods.
+        items = list(dict.items(inner if isinstance(inner, dict) else loaded))
+        if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
+            return dict(items), metadata
+    raise DataError(f"{path} holds no dictionary of tensors; {_ADVICE}")
+
+
+def _is_zipped(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
 
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise DataError(f"the VGG19 weights {path} are a folder; {_ADVICE}")
     try:
+        check_regular_file(path)
         with path.open("rb") as file:
             file.read(1)
-    except OSError as error:
-        raise DataError(f"cannot read the VGG19 weights {path}: {error.strerror}; {_ADVICE}") from error
+    except VettingError as error:
+        raise DataError(f"cannot use the VGG19 weights {path}: {error}; {_ADVICE}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"cannot read the VGG19 weights {path}: {reason}; {_ADVICE}") from error
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
@@ -226,7 +243,7 @@ def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
         expected[f"{_KEYS[layer]}.weight"] = shape
         expected[f"{_KEYS[layer]}.bias"] = shape[:1]
     if not any(name in expected for name in tensors):
-        found = ", ".join(list(tensors)[:3]) or "nothing"
+        found = ", ".join(map(shown, list(tensors)[:3])) or "nothing"
         raise DataError(
             f"{path} holds no VGG19 with torchvision's key names (features.0.weight, …) but {found}; give another file"
         )
@@ -234,7 +251,7 @@ def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
         if name not in expected or tuple(tensor.shape) != expected[name]:
             wanted = f"VGG19 has {list(expected[name])} there" if name in expected else "VGG19 has no such tensor"
             raise DataError(
-                f"{path} holds another network than VGG19: {name} is {list(tensor.shape)}, and {wanted}; "
+                f"{path} holds another network than VGG19: {shown(name)} is {list(tensor.shape)}, and {wanted}; "
                 "give VGG19's weights"
             )
     layers = list(WEIGHT_SHAPES)
@@ -252,7 +269,7 @@ def _find_flavour(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """The flavour of the weights, and how it is known."""
     if (stated := metadata.get("flavour")) is not None:
         if stated not in FLAVOURS:
-            raise DataError(f"{path}: its metadata names the flavour {stated!r}; known are {', '.join(FLAVOURS)}")
+            raise DataError(f"{path}: its metadata names the flavour {stated[:80]!r}; known are {', '.join(FLAVOURS)}")
         return stated, "its metadata says so"
     kernel = tensors["features.0.weight"][0, 0].flatten().double()
     for flavour, known in _FIRST_KERNELS.items():
