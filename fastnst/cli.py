@@ -200,6 +200,30 @@ def demo(out: Path, vgg: str, steps: int | None) -> None:
     click.echo(f"TensorBoard log  {out}")
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def doctor(as_json: bool) -> None:
+    """Check this machine and the installation, and say how to mend what is wrong; to be pasted into a bug report.
+
+    Takes some seconds and no network. Exit code: 0 if nothing failed, else that of the first check that did:
+    1 the installation, 3 weights or storage, 5 device or memory.
+    """
+    import json
+    import os
+
+    from fastnst.doctor import examine
+
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        colours = {} if os.environ.get("NO_COLOR") else {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+        for status, line in report.lines():
+            # Colours reach a terminal only: `echo` takes them out elsewhere.
+            click.echo(click.style(line[:4], fg=colours.get(status or "")) + line[4:])
+    sys.exit(report.exit_code)
+
+
 def _train_config(
     *,
     style: Path | None,

@@ -141,13 +141,13 @@ def describe_source(spec: str) -> str:
         path = Path(spec).expanduser()
         _check_file(path)
         return f"{path}, {path.stat().st_size / 1e6:,.1f} MB"
-    for path in _cached(TORCHVISION):
+    for path in cached_files(TORCHVISION):
         if path.is_file() and path.stat().st_size == TORCHVISION.size:
             return str(path)
     return f"to be downloaded from {os.environ.get(URL_VARIABLE) or TORCHVISION.url}, {TORCHVISION.size / 1e6:,.1f} MB"
 
 
-def _cached(source: Source) -> tuple[Path, Path]:
+def cached_files(source: Source) -> tuple[Path, Path]:
     """Our own copy and that of torch.hub."""
     own = cache_folder() / "weights" / source.file_name
     return own, Path(torch.hub.get_dir()) / "checkpoints" / source.file_name
@@ -156,7 +156,7 @@ def _cached(source: Source) -> tuple[Path, Path]:
 def _find_or_download(source: Source, notify: Callable[[str], None], progress: Progress | None, pause: float) -> Path:
     if url := os.environ.get(URL_VARIABLE):
         source = replace(source, url=url)
-    own, hub = _cached(source)
+    own, hub = cached_files(source)
     for path in (own, hub):
         if not path.is_file():
             continue

@@ -1,0 +1,157 @@
+"""The machine around the GPU: memory, cores, shared memory, open files."""
+
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+from fastnst.doctor.children import Facts, in_words
+from fastnst.doctor.verdict import Verdict, failed, gib, passed, warned
+
+_COMFORTABLE_MEMORY = 4 * 2**30
+_LEAST_MEMORY = 2**30
+"""Bytes: VGG19 as it is read from its file, and PyTorch."""
+_FEW_FILES = 512
+"""Sixteen loading processes with their pipes, libraries, the log and a checkpoint stay below."""
+
+
+def probe_host(root: Path = Path("/")) -> dict[str, Any]:
+    """Memory and cores, with the limits of the control group (a container has one); `root` is where `/proc` hangs."""
+    meminfo = {}
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        meminfo[name] = int(value.split()[0]) * 1024
+    groups = _control_groups(root)
+    limits = [limit for group in groups if (limit := _memory_limit(group)) and limit[1] < meminfo["MemTotal"]]
+    quotas = [quota for group in groups if (quota := _cpu_quota(group))]
+    room, smallest = min(limits) if limits else (None, None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return {
+        "memory": meminfo["MemTotal"],
+        "available": meminfo["MemAvailable"],
+        "limit": smallest,
+        "room": room,
+        "cores": os.cpu_count(),
+        "usable": len(os.sched_getaffinity(0)),
+        "quota": min(quotas, default=None),
+        "omp": os.environ.get("OMP_NUM_THREADS"),
+        "files": None if soft == resource.RLIM_INFINITY else soft,
+        "files_hard": None if hard == resource.RLIM_INFINITY else hard,
+    }
+
+
+def probe_shared_memory() -> dict[str, Any]:
+    """Whether processes can share a lock, as the Pillow loader's do: it is a file in `/dev/shm`."""
+    import multiprocessing
+
+    found: dict[str, Any] = {"size": None, "free": None}
+    try:
+        state = os.statvfs("/dev/shm")
+        found |= {"size": state.f_frsize * state.f_blocks, "free": state.f_frsize * state.f_bavail}
+        multiprocessing.get_context("spawn").Lock()
+    except (OSError, ImportError) as error:
+        found["broken"] = in_words(error)
+    return found
+
+
+def judge_memory(facts: Facts) -> Verdict:
+    host = facts["host"]
+    free, total = host["available"], f"{gib(host['memory'])}"
+    if host["limit"] is not None:
+        free = min(free, host["room"])
+        total = f"{gib(host['limit'])} (this control group's limit, of {total})"
+    found = f"{gib(free)} of {total} available"
+    fix = "end other programs, or give the container more; on a CPU, a small train.batch_size and data.image_size help"
+    if free < _LEAST_MEMORY:
+        return failed(found, fix)
+    return warned(f"{found}: little", fix) if free < _COMFORTABLE_MEMORY else passed(found)
+
+
+def judge_cpu(facts: Facts) -> Verdict:
+    host, threads = facts["host"], facts.get("torch").get("threads")
+    found = f"{host['usable']} of {host['cores']} cores usable"
+    share = float(host["usable"])
+    if host["quota"] is not None and host["quota"] < share:
+        share = host["quota"]
+        found += f", of which the control group grants {share:.3g}"
+    if threads is not None:
+        found += f"; torch uses {threads} thread{'s' if threads > 1 else ''}"
+    if host["omp"] is not None:
+        found += f" (OMP_NUM_THREADS={host['omp']})"
+    if threads is not None and threads > max(1.0, share):
+        best = max(1, int(share))
+        return warned(f"{found}: they will wait for one another", f"set it:\n  export OMP_NUM_THREADS={best}")
+    return passed(found)
+
+
+def judge_shared_memory(facts: Facts) -> Verdict:
+    shared = facts["shared_memory"]
+    if "broken" in shared:
+        return failed(
+            f"processes cannot share a lock: {shared['broken']}",
+            "train with --loader dali, or mount it (docker run --shm-size 64m …):\n"
+            "  mount -t tmpfs -o mode=1777 tmpfs /dev/shm",
+        )
+    return passed(f"{gib(shared['size'])}, {gib(shared['free'])} free; loaders keep only locks there: any size will do")
+
+
+def judge_files(facts: Facts) -> Verdict:
+    soft, hard = facts["host"]["files"], facts["host"]["files_hard"]
+    found = f"{'any number' if soft is None else soft} per process"
+    if soft is not None and soft < _FEW_FILES:
+        most = _FEW_FILES if hard is None else min(hard, 4096)
+        allowed = hard is None or hard >= _FEW_FILES
+        return warned(
+            f"{found}: few for many loading processes",
+            f"raise it:\n  ulimit -n {max(most, _FEW_FILES)}" if allowed else "set data.workers to 4 or fewer",
+        )
+    return passed(found)
+
+
+def _control_groups(root: Path) -> list[Path]:
+    """Folders that may hold limits of this process: of both versions, its own group's and what a container shows."""
+    base = root / "sys/fs/cgroup"
+    folders = [base, base / "memory", base / "cpu"]
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        top = base if not controllers else base / controllers
+        own = top / path.lstrip("/")
+        # A limit of any group around this one holds here, too.
+        folders += [own, *(parent for parent in own.parents if parent.is_relative_to(top))]
+    return list(dict.fromkeys(folders))
+
+
+def _memory_limit(group: Path) -> tuple[int, int] | None:
+    """Bytes that are left to a group, and its limit; None if it has none."""
+    limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+    used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes")
+    if limit is None or used is None:
+        return None
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        statistics = {}
+    # Files that were read count as used, yet make room when it is needed.
+    cached = int(statistics.get("total_inactive_file") or statistics.get("inactive_file") or 0)
+    return max(0, limit - used + cached), limit
+
+
+def _cpu_quota(group: Path) -> float | None:
+    """How many cores' time the group may use."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        allowed, each = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        return allowed / each if allowed and each and allowed > 0 else None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None

@@ -1,0 +1,200 @@
+"""What decodes pictures: Pillow, DALI, and the engines that some GPUs have for JPEG."""
+
+import ctypes
+import io
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from fastnst.doctor.children import Facts, in_words
+from fastnst.doctor.installation import fits, pip_install, wanted_version
+from fastnst.doctor.verdict import Verdict, failed, passed, warned
+
+_DALI = "nvidia-dali-cuda130"
+_LARGEST_DIFFERENCE = 4.0
+"""Mean of |DALI - Pillow|, of 255, on a picture without fine detail: two JPEG decoders differ by less than 2."""
+
+# Of nvjpeg.h.
+_NVJPEG_BACKEND_HARDWARE = 3
+_NVJPEG_STATUS_ARCH_MISMATCH = 7
+
+
+def probe_pillow() -> dict[str, Any]:
+    try:
+        import PIL
+        from PIL import features
+    except (ImportError, OSError) as error:
+        return {"broken": in_words(error)}
+    turbo = features.check_feature("libjpeg_turbo")
+    return {
+        "version": PIL.__version__,
+        "jpeg": features.check("jpg"),
+        "turbo": features.version_feature("libjpeg_turbo") or "of unknown version" if turbo else None,
+        "png": features.check("zlib"),
+        "webp": features.check("webp"),
+    }
+
+
+def probe_dali() -> dict[str, Any]:
+    """Decode a small JPEG: on the CPU, and as training does on the first GPU where CUDA finds one."""
+    try:
+        import nvidia.dali
+    except (ImportError, OSError) as error:
+        return {"broken": in_words(error)}
+    import numpy as np
+    from PIL import Image
+
+    ramp = np.linspace(0, 255, 64)
+    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp, 255 - ramp), axis=2).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    expected = np.asarray(Image.open(file), dtype=np.float32)
+    encoded = np.frombuffer(file.getvalue(), np.uint8)
+
+    def difference(device: str) -> float:
+        return float(np.abs(_decoded(encoded, device).astype(np.float32) - expected).mean())
+
+    found = {"version": nvidia.dali.__version__, "cpu": difference("cpu"), "gpu": None}
+    if _cuda_devices():
+        try:
+            found["gpu"] = difference("mixed")
+        except RuntimeError as error:
+            found["gpu_broken"] = in_words(error)
+    return found
+
+
+def probe_jpeg_engines() -> list[dict[str, Any]]:
+    """Per GPU: its JPEG decoding engines, as nvJPEG counts them, or why that is not known."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        count = torch.cuda.device_count() if torch.version.cuda else 0
+    if not count:
+        return []
+    try:
+        nvjpeg = _nvjpeg()
+    except OSError:
+        return [{"unknown": "nvJPEG, which knows, is not installed"}] * count
+    found = []
+    for index in range(count):
+        torch.zeros(1, device=f"cuda:{index}")  # nvJPEG takes the GPU that is current
+        with torch.cuda.device(index):
+            found.append(_engines(nvjpeg))
+    return found
+
+
+def judge_pillow(facts: Facts) -> Verdict:
+    pillow, wanted = facts["pillow"], wanted_version(facts, "pillow")
+    reinstall = f"install the build that pip has:\n  pip install --force-reinstall 'pillow{wanted}'"
+    if "broken" in pillow:
+        return failed(f"cannot be imported: {pillow['broken']}", reinstall)
+    version = pillow["version"]
+    if not fits(facts, "pillow"):
+        return failed(f"{version}; fastnst needs {wanted}", reinstall)
+    if missing := [name.upper() for name in ("jpeg", "png") if not pillow[name]]:
+        return failed(f"{version} without {' and '.join(missing)}", reinstall)
+    lacks = [] if pillow["turbo"] else ["libjpeg-turbo (JPEG is read more slowly)"]
+    lacks += [] if pillow["webp"] else ["WebP (such pictures are refused)"]
+    if lacks:
+        return warned(f"{version} without {' and '.join(lacks)}", reinstall)
+    return passed(f"{version}, libjpeg-turbo {pillow['turbo']}, WebP")
+
+
+def judge_dali(facts: Facts) -> Verdict:
+    dali = facts["dali"]
+    wanted = wanted_version(facts, _DALI)
+    other = "train with --loader pillow, or "
+    install = f"install it:\n  {pip_install(_DALI + wanted)}"
+    if "broken" in dali:
+        found = f"cannot be imported: {dali['broken']}; training loads pictures with it unless told otherwise"
+        needed = facts.get("packages").get("packages", {}).get(_DALI, {}).get("needed", True)
+        return failed(found, other + install) if needed else warned(found, "train with --loader pillow")
+    version = dali["version"]
+    if "gpu_broken" in dali:
+        return failed(
+            f"{version} decodes on the CPU, but not on the GPU: {dali['gpu_broken']}",
+            f"{other}install the build for the CUDA version of the driver (see NVIDIA driver), for example\n"
+            f"  pip uninstall --yes {_DALI} && {pip_install('nvidia-dali-cuda120')}",
+        )
+    places = [place for place in ("cpu", "gpu") if dali[place] is not None]
+    if wrong := [place.upper() for place in places if not dali[place] <= _LARGEST_DIFFERENCE]:
+        return failed(f"{version} decodes a JPEG wrongly on the {' and the '.join(wrong)}", other + install)
+    return passed(f"{version}, decodes a JPEG on the {' and the '.join(place.upper() for place in places)}")
+
+
+def judge_jpeg_engines(facts: Facts) -> Verdict | Sequence[Verdict]:
+    engines = facts["jpeg_engines"]
+    if not engines:
+        return passed("no usable GPU: JPEGs are decoded on the CPU")
+    verdicts = []
+    for index, one in enumerate(engines):
+        name = None if len(engines) == 1 else f"JPEG decoder {index}"
+        if "unknown" in one:
+            fix = "nothing breaks; DALI finds out by itself. To have it shown here:\n  " + pip_install("nvidia-nvjpeg")
+            verdicts.append(Verdict("WARN", f"not known: {one['unknown']}", fix, name))
+        elif one["engines"]:
+            cores = f" of {one['cores']} cores" if one["cores"] else ""
+            plural = "s" if one["engines"] > 1 else ""
+            verdicts.append(Verdict("PASS", f"{one['engines']} engine{plural}{cores} in the GPU", name=name))
+        else:
+            verdicts.append(Verdict("PASS", "none in this GPU: DALI decodes on its CUDA cores", name=name))
+    return verdicts
+
+
+def _decoded(encoded: Any, device: str) -> Any:
+    import numpy as np
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None if device == "cpu" else 0, prefetch_queue_depth=1)
+    with pipeline:
+        source = fn.external_source(source=lambda: [encoded], batch=True)
+        pipeline.set_outputs(fn.decoders.image(source, device=device, output_type=types.RGB))
+    pipeline.build()
+    (pictures,) = pipeline.run()
+    return np.array((pictures if device == "cpu" else pictures.as_cpu()).at(0))
+
+
+def _cuda_devices() -> int:
+    """How many GPUs the driver offers to CUDA programs, without torch: this process may not have it."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def _nvjpeg() -> ctypes.CDLL:
+    """nvJPEG of the package that DALI brings, else the system's. Raises OSError if there is none."""
+    names = [f"libnvjpeg.so.{major}" for major in (13, 12)]
+    for distribution in metadata.distributions():
+        if (distribution.name or "").lower().replace("_", "-").startswith("nvidia-nvjpeg"):
+            files = [file for file in distribution.files or () if file.name.startswith("libnvjpeg.so")]
+            names = [str(distribution.locate_file(file)) for file in files] + names
+    errors = []
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError as error:
+            errors.append(str(error))
+    raise OSError("; ".join(errors))
+
+
+def _engines(nvjpeg: ctypes.CDLL) -> dict[str, Any]:
+    handle = ctypes.c_void_p()
+    status = nvjpeg.nvjpegCreateEx(_NVJPEG_BACKEND_HARDWARE, None, None, 0, ctypes.byref(handle))
+    if status == _NVJPEG_STATUS_ARCH_MISMATCH:
+        return {"engines": 0, "cores": 0}
+    if status != 0:
+        return {"unknown": f"nvJPEG answers with status {status}"}
+    engines, cores = ctypes.c_uint(0), ctypes.c_uint(0)
+    try:
+        if not hasattr(nvjpeg, "nvjpegGetHardwareDecoderInfo"):
+            return {"unknown": "this nvJPEG is too old to count them"}
+        status = nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
+    finally:
+        nvjpeg.nvjpegDestroy(handle)
+    return {"engines": engines.value, "cores": cores.value} if status == 0 else {"unknown": f"nvJPEG status {status}"}

@@ -1,0 +1,130 @@
+"""Disks, the cache folder, and VGG19's weights in it."""
+
+import os
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastnst.doctor.children import Facts
+from fastnst.doctor.verdict import Verdict, failed, gib, passed, warned
+
+_COMFORTABLE_DISK, _LEAST_DISK = 2 * 2**30, 2**28
+"""Bytes for runs: checkpoints of one take some 100 MB, its log with pictures as much and more."""
+_ELSEWHERE = "free some space there, or keep it elsewhere:\n  export FASTNST_CACHE=FOLDER"
+
+
+def probe_folders() -> dict[str, Any]:
+    """Room in the working directory and in the cache folder, and whether both can be written."""
+    from fastnst.storage import cache_folder
+
+    here, cache = Path.cwd(), cache_folder()
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    refused = None
+    if there == cache:
+        try:
+            # The only proof: permissions do not tell of read-only or full disks and of quotas.
+            with tempfile.TemporaryFile(dir=cache) as file:
+                file.write(b"fastnst")
+                file.flush()
+        except OSError as error:
+            refused = error.strerror or str(error)
+    elif not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        refused = "it does not exist and cannot be made"
+    return {
+        "here_free": shutil.disk_usage(here).free,
+        "here_writable": os.access(here, os.W_OK | os.X_OK),
+        "cache": str(cache),
+        "cache_exists": there == cache,
+        "cache_free": shutil.disk_usage(there).free,
+        "cache_refused": refused,
+    }
+
+
+def probe_weights() -> dict[str, Any]:
+    """VGG19's weights where `--vgg auto` looks for them, read in full for their SHA-256. Nothing is downloaded."""
+    from fastnst.models.weights import TORCHVISION, URL_VARIABLE, cached_files
+    from fastnst.storage import sha256_of
+
+    files = []
+    for path in cached_files(TORCHVISION):
+        found: dict[str, Any] = {"path": str(path), "size": None, "sha256": None}
+        files.append(found)
+        if not path.is_file():
+            continue
+        try:
+            found["size"] = path.stat().st_size
+            found["sha256"] = sha256_of(path)
+        except OSError as error:
+            found["unreadable"] = error.strerror or str(error)
+    part = Path(files[0]["path"] + ".part")
+    return {
+        "files": files,
+        "wanted": TORCHVISION.sha256,
+        "size": TORCHVISION.size,
+        "url": f"${URL_VARIABLE}" if os.environ.get(URL_VARIABLE) else TORCHVISION.url,
+        "part": part.stat().st_size if part.is_file() else None,
+    }
+
+
+def judge_disk(facts: Facts) -> Verdict:
+    folders = facts["folders"]
+    found = f"{gib(folders['here_free'])} free in the working directory"
+    if not folders["here_writable"]:
+        return warned(f"{found}, which may not be written to", "give runs and pictures a place with --out")
+    fix = "free some space, or give runs a place elsewhere with --out"
+    if folders["here_free"] < _LEAST_DISK:
+        return failed(found, fix)
+    return warned(f"{found}: little", fix) if folders["here_free"] < _COMFORTABLE_DISK else passed(found)
+
+
+def judge_cache(facts: Facts) -> Verdict:
+    folders = facts["folders"]
+    found = f"{folders['cache']}, {gib(folders['cache_free'])} free"
+    if folders["cache_refused"]:
+        return failed(
+            f"{found}, cannot be written: {folders['cache_refused']}",
+            "make it writable, or keep it elsewhere:\n  export FASTNST_CACHE=FOLDER",
+        )
+    if folders["cache_free"] < _LEAST_DISK:
+        return warned(f"{found}: little", _ELSEWHERE)
+    return passed(found + (", writable" if folders["cache_exists"] else ", to be made at first use"))
+
+
+def judge_weights(facts: Facts) -> Verdict:
+    weights = facts["weights"]
+    damaged = [file for file in weights["files"] if file["size"] is not None and file["sha256"] != weights["wanted"]]
+    right = [file for file in weights["files"] if file["sha256"] == weights["wanted"]]
+    removal = "\n".join("  rm " + shlex.quote(file["path"]) for file in damaged)
+    said = "; ".join(f"{file['path']} {_fault(file, weights)}" for file in damaged)
+    if right:
+        found = f"{right[0]['path']}, SHA-256 right"
+        return warned(f"{found}; but {said}", f"remove what is of no use:\n{removal}") if damaged else passed(found)
+    own = weights["files"][0]["path"]
+    download = (
+        f"  mkdir -p {shlex.quote(str(Path(own).parent))}\n"
+        f"  curl --fail --location --continue-at - --output {shlex.quote(own)} {_address(weights['url'])}"
+    )
+    if damaged:
+        return failed(said, f"remove it; the next training downloads it again, or do so now:\n{removal}\n{download}")
+    found = f"not here; --vgg auto downloads them at first use, {weights['size'] / 1e6:.0f} MB"
+    if weights["part"] is not None:
+        found += f" ({weights['part'] / 1e6:.0f} MB of them came before)"
+    free = facts.get("folders").get("cache_free")
+    if free is not None and free < weights["size"] - (weights["part"] or 0):
+        return failed(f"{found}, and the cache folder has only {gib(free)} free", _ELSEWHERE)
+    return warned(found, f"get them now, or give a file with --vgg FILE:\n{download}")
+
+
+def _fault(file: dict[str, Any], weights: dict[str, Any]) -> str:
+    if "unreadable" in file:
+        return f"cannot be read: {file['unreadable']}"
+    if file["size"] != weights["size"]:
+        return f"is damaged: {file['size']} bytes, must be {weights['size']}"
+    return f"is damaged: SHA-256 {file['sha256'][:8]}…, must be {weights['wanted'][:8]}…"
+
+
+def _address(url: str) -> str:
+    # The variable, quoted so that the shell fills it in: its value may be nobody else's business.
+    return f'"{url}"' if url.startswith("$") else url
