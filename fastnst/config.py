@@ -56,6 +56,11 @@ class Section(BaseModel):
         items = value if isinstance(value, list | tuple) else (value,)
         if types & {int, float} and any(isinstance(item, bool) for item in items):
             raise ValueError(f"expects {'numbers' if items is value else 'a number'}, got {toml_value(value)}")
+        # What no file system, tensor or event log can hold would fail much later, and worse.
+        if any(isinstance(item, int) and abs(item) >= 2**63 for item in items):
+            raise ValueError("a number has to fit in 64 bits")
+        if any(isinstance(item, str | Path) and "\0" in str(item) for item in items):
+            raise ValueError("a text must not hold a null character")
         return value
 
 
@@ -155,7 +160,7 @@ class TrainConfig(Section):
     batch_size: int = Field(default=4, ge=1, le=4096)
     steps: int | None = Field(default=None, ge=1)
     """Steps to train; unset: as many as `epochs` needs."""
-    epochs: float = Field(default=2.0, gt=0)
+    epochs: float = Field(default=2.0, gt=0, le=1e9)
     """Passes over the pictures; used where `steps` is unset."""
     learning_rate: float = Field(default=1e-3, gt=0)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -275,8 +280,8 @@ def load_config(
         _check_keys(values, source)
         name = values.get("preset", name)
     if name not in preset_names():
-        near = _nearest(str(name), preset_names())
-        raise UserError(f"unknown preset {name!r}{near}; presets: {', '.join(preset_names())}")
+        near = _nearest(_shown(name).strip("'"), preset_names())
+        raise UserError(f"unknown preset {_shown(name)}{near}; presets: {', '.join(preset_names())}")
     merged = tomllib.loads(resources.files("fastnst.presets").joinpath(f"{name}.toml").read_text("utf-8"))
     for _, values in sources:
         _merge(merged, values)
@@ -319,7 +324,7 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
         if section_name not in Config.model_fields:
             dotted = [f"{name}.{key}" for name, keys in _section_keys().items() for key in keys]
             raise UserError(
-                f"{source}: unknown key {section_name!r}{_nearest(section_name, [*Config.model_fields, *dotted])}"
+                f"{source}: unknown key {_shown(section_name)}{_nearest(section_name, [*Config.model_fields, *dotted])}"
             )
         if section_name == "preset":
             continue
@@ -328,8 +333,9 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
             raise UserError(f"{source}: {section_name!r} is a section; set one of its keys: {', '.join(keys)}")
         for key in section:
             if key not in keys:
+                near = _nearest(key, keys, prefix=section_name + ".")
                 raise UserError(
-                    f"{source}: unknown key '{section_name}.{key}'{_nearest(key, keys, prefix=section_name + '.')}; "
+                    f"{source}: unknown key {_shown(f'{section_name}.{key}')}{near}; "
                     f"[{section_name}] has {', '.join(keys)}"
                 )
 
@@ -359,10 +365,21 @@ def _explain(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "literal_error":
         allowed = [str(value) for value in get_args(_annotation(key))]
-        return f"{key} is {item['input']!r}; allowed: {', '.join(allowed)}{_nearest(str(item['input']), allowed)}"
+        given = _shown(item["input"])
+        near = _nearest(given.strip("'"), allowed)
+        return f"{key} is {given}; allowed: {', '.join(allowed)}{near}"
     if item["type"] == "value_error":
         return f"{key}: {message}"
-    return f"{key} is {item['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{key} is {_shown(item['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: object) -> str:
+    """A value for a message, where a file may hold numbers of thousands of digits, and tables in tables in tables."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"something too large to be shown ({type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _annotation(dotted: str) -> Any:
