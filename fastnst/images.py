@@ -33,6 +33,8 @@ SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 MIN_SIDE = 16
 """Pixels of the short side below which neither network has anything to work on."""
 MAX_FILE_BYTES = 1 << 30
+MAX_WEBP_PIXELS = 50_000_000
+"""Pillow's WebP decoder takes some 20 bytes per pixel, five times as many as the others: 34 bytes can ask for 1.7 GB."""
 
 _CUT_SHORT = "it is cut short; fetch it again"
 _ORIENTATION_TAG = 0x0112
@@ -74,7 +76,7 @@ def read_image(path: Path | str, *, alpha: bool = False, min_side: int = MIN_SID
         check_size(picture.width, picture.height, min_side)
     except UnusablePictureError as error:
         raise DataError(f"cannot use {printable(path)} as a picture: {error}") from error
-    return np.array(picture)
+    return _to_array(picture)
 
 
 def write_image(path: Path | str, array: np.ndarray) -> None:
@@ -188,7 +190,10 @@ def decode(data: bytes, *, formats: tuple[str, ...], alpha: bool = False) -> Ima
     """
     picture = open_picture(data, formats=formats)
     load(picture)
-    return _make_upright(_to_rgb(picture, alpha=alpha), orientation_of(picture))
+    orientation = orientation_of(picture)
+    # One name: what it was before each step is given back, where the largest pictures have 360 MB.
+    picture = _to_rgb(picture, alpha=alpha)
+    return _make_upright(picture, orientation)
 
 
 def open_picture(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
@@ -214,6 +219,8 @@ def open_picture(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
     pixels_of_picture = picture.width * picture.height
     if Image.MAX_IMAGE_PIXELS is not None and pixels_of_picture > Image.MAX_IMAGE_PIXELS:
         raise UnusablePictureError(_too_many(pixels_of_picture, picture.size))
+    if picture.format == "WEBP" and pixels_of_picture > MAX_WEBP_PIXELS:
+        raise UnusablePictureError(_too_many(pixels_of_picture, picture.size, MAX_WEBP_PIXELS))
     return picture
 
 
@@ -283,8 +290,10 @@ def _to_rgb(picture: Image.Image, *, alpha: bool) -> Image.Image:
         return picture
     if picture.mode.startswith("I"):
         # 16 bits per sample, which `convert` would clip at 255. 65535 / 257 = 255.
-        samples = np.asarray(picture).astype(np.int64)
-        picture = Image.fromarray(((np.clip(samples, 0, 65535) + 128) // 257).astype(np.uint8))
+        gray = np.empty((picture.height, picture.width), np.uint8)
+        for rows, strip in _strips(picture):
+            gray[rows] = (np.clip(strip.astype(np.int64), 0, 65535) + 128) // 257
+        picture = Image.fromarray(gray)
     elif picture.mode == "F":
         raise UnusablePictureError("its samples are floating-point numbers; convert it to 8 bits")
     elif picture.mode in ("P", "PA", "La") and transparent:
@@ -295,13 +304,28 @@ def _to_rgb(picture: Image.Image, *, alpha: bool) -> Image.Image:
         raise UnusablePictureError(f"its colour mode {picture.mode} cannot become RGB; convert it") from error
 
 
+def _to_array(picture: Image.Image) -> np.ndarray:
+    array = np.empty((picture.height, picture.width, len(picture.getbands())), np.uint8)
+    for rows, strip in _strips(picture):
+        array[rows] = strip
+    return array
+
+
+def _strips(picture: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows and their samples, a few megabytes at a time: whole, the largest pictures would take gigabytes of copies."""
+    height = max(1, (1 << 20) // picture.width)
+    for top in range(0, picture.height, height):
+        bottom = min(top + height, picture.height)
+        yield slice(top, bottom), np.asarray(picture.crop((0, top, picture.width, bottom)))
+
+
 def _make_upright(picture: Image.Image, orientation: int) -> Image.Image:
     """The picture as the camera was held, given its orientation tag."""
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
-def _too_many(pixels: int | None, size: tuple[int, int] | None = None) -> str:
-    limit = Image.MAX_IMAGE_PIXELS
+def _too_many(pixels: int | None, size: tuple[int, int] | None = None, limit: int | None = None) -> str:
+    limit = limit or Image.MAX_IMAGE_PIXELS
     count = f"{size[0]} × {size[1]} px" if size else f"{pixels / 1e6:.0f} million pixels" if pixels else "its size"
     return f"{count} is above the limit of {limit / 1e6:.0f} million pixels; scale it down" if limit else count
 
