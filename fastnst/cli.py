@@ -13,6 +13,7 @@ from fastnst.cli_visualize import visualize
 if TYPE_CHECKING:
     from fastnst.config import Config
 
+_LONGEST_MESSAGE = 4000
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
@@ -277,9 +278,15 @@ def _print_plan(config: "Config", out: Path, resume: bool) -> None:
 
 
 def _notify(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(_harmless(text), err=True)
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"fastnst: {message}", err=True)
+    click.echo(_harmless(f"fastnst: {message}"), err=True)
     sys.exit(code)
+
+
+def _harmless(text: str) -> str:
+    """What files say of themselves is part of some messages: no screenful after screenful, nothing for a terminal."""
+    short = text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 1] + "…"
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in short)
