@@ -318,7 +318,7 @@ layers = st.lists(st.sampled_from(LOSS_LAYERS), unique=True, min_size=1, max_siz
 losses = layers.flatmap(
     lambda style: st.builds(
         LossConfig,
-        vgg=st.text(st.characters(exclude_categories=("Cs",))),
+        vgg=st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")),
         vgg_flavour=choices(LossConfig, "vgg_flavour"),
         content_layers=layers,
         style_layers=st.just(style),
