@@ -10,6 +10,7 @@ from fastnst.storage import read_regular_file
 
 ENVIRONMENT_PREFIX = "FASTNST_"
 MAX_FILE_BYTES = 1 << 20
+_MAX_DOTS = 500
 UNSET = "unset"  # TOML has no null: this word takes back what a preset or a file has set
 
 
@@ -20,7 +21,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         UserError: it cannot be read, is above 1 MiB, or is not TOML.
     """
     try:
-        return tomllib.loads(read_regular_file(file, MAX_FILE_BYTES).decode("utf-8"))
+        return _parse_toml(read_regular_file(file, MAX_FILE_BYTES).decode("utf-8"))
     except OSError as error:
         raise UserError(
             f"cannot read the configuration {file}: {error.strerror}; give an existing TOML file"
@@ -97,9 +98,17 @@ def toml_value(value: object) -> str:
             return _toml_string(str(value))
 
 
+def _parse_toml(text: str) -> dict[str, Any]:
+    """ValueError or RecursionError where it is not TOML, or nobody's configuration."""
+    # The parser's time grows with the square of a key's parts, which one line holds.
+    if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+        raise ValueError(f"a line has more than {_MAX_DOTS} dots")
+    return tomllib.loads(text)
+
+
 def _parse_toml_value(text: str) -> Any:
     try:
-        match tomllib.loads(f"value = {text}"):
+        match _parse_toml(f"value = {text}"):
             case {"value": value, **others} if not others:  # a line break in `text` could start another key
                 return value
     except (ValueError, RecursionError):  # not TOML, a number with thousands of digits, or brackets in thousands
