@@ -34,7 +34,7 @@ MIN_SIDE = 16
 """Pixels of the short side below which neither network has anything to work on."""
 MAX_FILE_BYTES = 1 << 30
 MAX_WEBP_PIXELS = 50_000_000
-"""Pillow's WebP decoder takes some 20 bytes per pixel, five times as many as the others: 34 bytes can ask for 1.7 GB."""
+"""Pillow's WebP decoder takes some 20 bytes per pixel, twice as many as others: 34 bytes can ask for 1.7 GB."""
 
 _CUT_SHORT = "it is cut short; fetch it again"
 _ORIENTATION_TAG = 0x0112
