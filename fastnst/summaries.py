@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import threading
 import time
 import warnings
@@ -93,10 +94,14 @@ class RunLog:
         self._path = run / METRICS_NAME
         _drop_rows_after(self._path, start_step)
         with _storage(run):
-            self._metrics: TextIO = self._path.open("a", encoding="utf-8")
-            self._writer = _summary_writer(run, purge_step=start_step + 1 if start_step else None, flush_secs=30)
+            # A link may lead out of the run, to a file that is to be made there.
+            self._metrics: TextIO = open(self._path, "a", encoding="utf-8", opener=_open_no_link)  # noqa: SIM115
+            # Step 0 is written by a run that begins, and by one that was killed before its first checkpoint, again.
+            purge_step = start_step + 1 if start_step else 0
+            self._writer = _summary_writer(run, purge_step=purge_step, flush_secs=30)
         self._has_hyper_parameters = start_step > 0
-        self._excepthook, threading.excepthook = threading.excepthook, _quiet_about_event_files
+        self._excepthook, threading.excepthook = threading.excepthook, self._heed_event_files
+        self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -212,7 +217,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     for line in (run / METRICS_NAME).read_text("utf-8").splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
     return rows
 
@@ -232,6 +237,10 @@ def _storage(run: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(run, error) from error
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
