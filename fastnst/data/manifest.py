@@ -286,7 +286,7 @@ def _read_cache(file: Path, min_side: int) -> dict[str, _Checked]:
         if content["key"] != _cache_key(min_side):
             return {}
         return {row[0]: _from_row(row) for row in content["files"]}
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
+    except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
         return {}
 
 
