@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fastnst.errors import DataError
 from fastnst.images import printable
+from fastnst.models.vetting import check_safetensors_start
 from fastnst.storage import make_folder, storage_error, sync_folder, write_atomic
 
 FOLDER = "checkpoints"
@@ -39,6 +39,8 @@ TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
 LARGEST_MANIFEST = 1 << 16
 """Bytes; one that is written here has some 400."""
+LARGEST_FILE = 1 << 28
+"""Bytes; weights and optimiser of the transform net have some 20 million."""
 
 
 class CheckpointMissing(DataError):
@@ -125,15 +127,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     step, files = _read_manifest(path)
     contents: dict[str, bytes] = {}
     for name, (size, sha256) in files.items():
-        # Not one byte more than was written: an exchanged file may be larger than the memory.
+        # Not one byte more than was written, and than anyone writes: whoever exchanged a file may have larger ones.
+        if size > LARGEST_FILE:
+            raise CheckpointDamaged(f"{path / name} is damaged: {size} bytes, a checkpoint has {LARGEST_FILE} at most")
         data = contents[name] = _read(path / name, at_most=size)
         if len(data) != size:
             raise CheckpointDamaged(f"{path / name} is damaged: {len(data)} bytes, {size} were written")
         if hashlib.sha256(data).hexdigest() != sha256:
             raise CheckpointDamaged(f"{path / name} is damaged: its SHA-256 is not that of the manifest")
     try:
+        check_safetensors_start(contents[TENSORS], len(contents[TENSORS]))
         tensors = safetensors.torch.load(contents[TENSORS])
-    except (SafetensorError, ValueError) as error:
+    except Exception as error:  # The bytes are as written, by whoever wrote them; the reader raises nearly anything.
         raise CheckpointDamaged(f"{path / TENSORS} is damaged: not a safetensors file ({error})") from error
     return Checkpoint(path, step, tensors, _parse_json(path / STATE, contents[STATE]))
 
