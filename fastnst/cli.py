@@ -68,6 +68,7 @@ _train_options: list[Callable[[Any], Any]] = [
     click.option("--steps", type=int, help="Steps to train (default: two passes over the data)."),
     click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="Run directory (default: runs/STYLE)."),
     click.option("--resume", is_flag=True, help="Go on with the run in --out."),
+    click.option("--allow-changes", is_flag=True, help="With --resume: go on though options or pictures changed."),
     click.option("--dry-run", is_flag=True, help="Print configuration, data, memory and disk, and stop."),
 ]
 
@@ -80,7 +81,9 @@ def _with_train_options(function: Any) -> Any:
 
 @cli.command()
 @_with_train_options
-def train(out: Path | None, resume: bool, dry_run: bool, style: Path | None, **options: Any) -> None:
+def train(
+    out: Path | None, resume: bool, allow_changes: bool, dry_run: bool, style: Path | None, **options: Any
+) -> None:
     """Train a style. Ctrl-C finishes the step, saves, and says how to go on.
 
     \b
@@ -89,6 +92,8 @@ def train(out: Path | None, resume: bool, dry_run: bool, style: Path | None, **o
     """
     from fastnst.training.run_directory import CONFIG_NAME, saved_config
 
+    if allow_changes and not resume:
+        raise click.UsageError("--allow-changes is for a run that goes on; give --resume with it")
     if resume:
         if out is None:
             raise click.UsageError("--resume needs --out RUN, the directory of the run to go on with")
@@ -101,14 +106,14 @@ def train(out: Path | None, resume: bool, dry_run: bool, style: Path | None, **o
             raise click.UsageError("no style picture; give one with --style PICTURE")
         out = Path("runs") / config.style.picture.stem
     if dry_run:
-        _print_plan(config, out, resume)
+        _print_plan(config, out, resume=resume, allow_changes=allow_changes)
         return
 
     from fastnst.training.loop import train as run_training
     from fastnst.training.signals import StopRequest
 
     with StopRequest().installed() as stop:
-        model = run_training(config, out, resume=resume, notify=_notify, stop=stop)
+        model = run_training(config, out, resume=resume, allow_changes=allow_changes, notify=_notify, stop=stop)
     click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
     _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {out} PICTURE --out PICTURE")
@@ -246,7 +251,7 @@ def _train_config(
     return load_config(preset=preset, file=file, assignments=assignments, options=options)
 
 
-def _print_plan(config: "Config", out: Path, resume: bool) -> None:
+def _print_plan(config: "Config", out: Path, *, resume: bool, allow_changes: bool) -> None:
     from fastnst.config import to_toml
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
@@ -255,13 +260,15 @@ def _print_plan(config: "Config", out: Path, resume: bool) -> None:
     from fastnst.training.run_directory import prepare_run
 
     config, device = resolve(config)
-    prepare_run(out, config, resume=resume)
+    changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)
     style, _ = read_style(config)
     manifest = read_manifest(config, _notify)
     steps = total_steps(config.train, len(manifest.images))
     need = estimate(config, device_type=device.type)
     passes = steps * config.train.batch_size / len(manifest.images)
     click.echo(to_toml(config))
+    for change in changes:
+        click.echo(f"# changed    {change}")
     click.echo(f"# style      {config.style.picture}, {style.shape[3]}x{style.shape[2]} px")
     click.echo(
         f"# data       {len(manifest.images)} pictures, {len(manifest.rejected)} refused, in {config.data.folder}"

@@ -80,6 +80,11 @@ def remove_leftovers(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is one that `write_atomic` had not finished."""
+    return name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, its parents too if need be, and their names durable.
 

@@ -21,7 +21,7 @@ from fastnst.config import Config, to_toml
 from fastnst.errors import DataError
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
-from fastnst.storage import storage_error, write_atomic
+from fastnst.storage import storage_error, sync_file, write_atomic
 from fastnst.visualize.deconvnet import Deconvnet
 from fastnst.visualize.graph import GraphRecorder
 from fastnst.visualize.transform_deconvnet import TransformDeconvnet
@@ -88,6 +88,12 @@ class RunLog:
         run: the run directory, which exists.
         start_step: 0 for a new run; the checkpoint's step when resuming. Whatever an interrupted process wrote about
             later steps is dropped, so that each step is logged once.
+
+    A line that cannot be written ends the run, like a checkpoint that cannot: resumed, it writes that line, and a log
+    with a gap never looks like a whole one.
+
+    Raises:
+        StorageError: from any method, that the storage refuses; TensorBoard's own thread may have met it earlier.
     """
 
     def __init__(self, run: Path, *, start_step: int = 0) -> None:
@@ -95,7 +101,7 @@ class RunLog:
         _drop_rows_after(self._path, start_step)
         with _storage(run):
             # A link may lead out of the run, to a file that is to be made there.
-            self._metrics: TextIO = open(self._path, "a", encoding="utf-8", opener=_open_no_link)  # noqa: SIM115
+            self._metrics: TextIO = open(self._path, "a", encoding="utf-8", opener=_open_no_link)
             # Step 0 is written by a run that begins, and by one that was killed before its first checkpoint, again.
             purge_step = start_step + 1 if start_step else 0
             self._writer = _summary_writer(run, purge_step=purge_step, flush_secs=30)
@@ -172,20 +178,32 @@ class RunLog:
             self._writer.add_image(tag, scaled, step)
 
     def flush(self) -> None:
-        """Hand everything to the operating system, so that a log is never behind its checkpoint."""
+        """Make everything durable, so that a log is never behind its checkpoint."""
         with self._storage():
             self._metrics.flush()
             self._writer.flush()
+            for path in (self._path, *self._path.parent.glob("events.out.tfevents.*")):
+                sync_file(path)
 
     def close(self) -> None:
         """Flush and close both files."""
-        threading.excepthook = self._excepthook
-        with self._storage():
-            self._metrics.close()
-            self._writer.close()
+        try:
+            with self._storage(), contextlib.closing(self._writer):
+                self._metrics.close()
+            # What its thread met last comes up in no further call.
+            if isinstance(self._failure, OSError):
+                raise storage_error(self._path.parent, self._failure) from self._failure
+        finally:
+            threading.excepthook = self._excepthook
 
     def _storage(self) -> contextlib.AbstractContextManager[None]:
         return _storage(self._path.parent)
+
+    def _heed_event_files(self, args: threading.ExceptHookArgs) -> None:
+        if _is_of_event_files(args):
+            self._failure = args.exc_value
+        else:
+            self._excepthook(args)
 
 
 def log_visualization(run: Path, sheets: Mapping[str, np.ndarray], *, step: int, text: str) -> None:
@@ -255,5 +273,9 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 def _quiet_about_event_files(args: threading.ExceptHookArgs) -> None:
     """TensorBoard's writing thread would print a traceback; its error is raised again where it can be handled."""
-    if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+    if not _is_of_event_files(args):
         threading.__excepthook__(args)
+
+
+def _is_of_event_files(args: threading.ExceptHookArgs) -> bool:
+    return issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")

@@ -1,8 +1,10 @@
 """What a run needs from outside, checked and read before its directory is touched."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,19 @@ class Inputs:
 
     def fingerprints(self) -> dict[str, str]:
         """What must be the same when the run is resumed, beside the configuration."""
-        return {"data": self.manifest.fingerprint, "style": self.style_sha256}
+        return {"data": self.manifest.fingerprint, "style": self.style_sha256, "vgg": self._vgg_sha256}
+
+    @cached_property
+    def _vgg_sha256(self) -> str:
+        # Of the layers that the loss needs: more are there, or fewer, with what is watched.
+        loss = self.config.loss
+        needed = self.vgg.layers[: self.vgg.layers.index(deepest_layer([*loss.content_layers, *loss.style_layers])) + 1]
+        digest = hashlib.sha256(self.vgg.flavour.encode())
+        for name, tensor in self.vgg.state_dict().items():
+            if name.partition(".")[0] in needed:
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def resolve(config: Config) -> tuple[Config, torch.device]:

@@ -14,17 +14,19 @@ from fastnst.data import open_loader
 from fastnst.data.manifest import write_rejections
 from fastnst.data.order import RunOrder
 from fastnst.device import ran_out_of_memory, resolve_device
-from fastnst.errors import DeviceError, DivergedError, StoppedBySignal
+from fastnst.errors import DataError, DeviceError, DivergedError, StoppedBySignal
 from fastnst.losses import PerceptualLoss
 from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
-from fastnst.storage import lock_run, write_atomic
-from fastnst.summaries import RunLog, loss_scalars
+from fastnst.storage import StorageError, lock_run, remove_leftovers, write_atomic
+from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fastnst.training.inputs import Inputs, read_inputs, resolve
 from fastnst.training.looks import Looks
-from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, check_same_inputs, prepare_run
+from fastnst.training.restore import steps_of_run
+from fastnst.training.resume import changes_since, check_fits, checkpoint_to_resume, origin_of, tell_changes
+from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, prepare_run
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep
 
@@ -34,6 +36,7 @@ def train(
     out: Path,
     *,
     resume: bool = False,
+    allow_changes: bool = False,
     notify: Callable[[str], None],
     stop: StopRequest | None = None,
 ) -> Path:
@@ -43,24 +46,29 @@ def train(
         config: the resolved configuration; `data.folder` and `style.picture` are set.
         out: the run directory; new or empty, or with `resume` that of an interrupted run.
         resume: go on from the newest valid checkpoint in `out`.
+        allow_changes: with `resume`, go on though configuration, pictures, style, VGG19 or the number of processes are
+            not those of the checkpoint; `notify` is told of each. `config.toml` then holds the new configuration.
         notify: receives one line per event that a user should know of.
         stop: polled after each step; when a signal has come, the run is saved and left.
 
     Raises:
         UserError: `out` holds another run, or the run to resume was another configuration or other pictures.
-        DataError: pictures, style or weights cannot be used, or the storage refuses.
+        DataError: pictures, style or weights cannot be used, or differ from those of the run to resume.
+        StorageError: the storage refuses, be it a line of the log: the run ends as if killed, so that none is missing.
         DivergedError: the loss, a gradient or a weight is no longer finite, which no checkpoint shows, or too many
             steps in a row were skipped.
         DeviceError: no such device, or too little memory on it.
         StoppedBySignal: after the save that `stop` asked for.
     """
     config, device = resolve(config)
-    prepare_run(out, config, resume=resume)
+    prepare_run(out, config, resume=resume, allow_changes=allow_changes)
     with _deterministic(config.train), _memory_errors(config):
         inputs = read_inputs(config, device, notify)
         with lock_run(out):
-            prepare_run(out, config, resume=resume)
-            return _Run(inputs, out, notify, stop or StopRequest()).go(resume=resume)
+            changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)
+            run = _Run(inputs, out, notify, stop or StopRequest())
+            with _kept(out, notify):
+                return run.go(run.restore(changes, allow=allow_changes) if resume else 0)
 
 
 class _Run:
@@ -87,8 +95,33 @@ class _Run:
         )
         self.looks = Looks(inputs, self.net, loss)
 
-    def go(self, *, resume: bool) -> Path:
-        done = self._restore() if resume else 0
+    def restore(self, changes: list[str], *, allow: bool) -> int:
+        """Take over the newest valid checkpoint, if there is one; returns the steps done.
+
+        `changes` are what is known to differ from the run's saved configuration.
+        """
+        checkpoint = checkpoint_to_resume(self.out, self.notify)
+        if checkpoint is None:
+            tell_changes(changes, 0, self.notify)
+            self.notify(f"{self.out} holds no checkpoint yet; starting at step 0")
+            return 0
+        origin = origin_of(self.inputs, world_size=self.order.world_size)
+        changes = changes_since(checkpoint, origin, allow=allow)
+        check_fits(checkpoint, self.net)
+        self._load(checkpoint)
+        tell_changes(changes, checkpoint.step, self.notify)
+        # The style model is written behind its checkpoint, and a process may have been killed in between. What was
+        # allowed to change is recorded, so that it need not be allowed again.
+        if changes:
+            self._save_checkpoint(checkpoint.step)
+        if changes or steps_of_run(self.out) != checkpoint.step:
+            self._save_model(checkpoint.step)
+        return checkpoint.step
+
+    def go(self, done: int) -> Path:
+        """Make the steps that follow `done`."""
+        for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
+            remove_leftovers(self.out / name)
         write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
         write_rejections(self.inputs.manifest, self.out / REJECTED_NAME)
         if done >= self.inputs.steps:
@@ -193,13 +226,20 @@ class _Run:
         )
 
     def _save(self, log: RunLog, step: int) -> None:
+        # In this order: what a checkpoint knows of has been logged, and a style model has a checkpoint to go on from.
+        log.flush()
+        self._save_checkpoint(step)
+        self._save_model(step)
+
+    def _save_checkpoint(self, step: int) -> None:
         tensors = self.step.state_tensors()
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        log.flush()
-        state = {"scaler": self.step.state_values(), "fingerprints": self.inputs.fingerprints()}
+        state = {"scaler": self.step.state_values(), **origin_of(self.inputs, world_size=self.order.world_size)}
         save_checkpoint(self.out, step, tensors=tensors, state=state, keep=self.config.train.keep_checkpoints)
+
+    def _save_model(self, step: int) -> None:
         assert self.config.style.picture is not None
         metadata = {
             "preset": self.config.preset,
@@ -209,16 +249,8 @@ class _Run:
             "image_size": str(self.config.data.image_size),
             "fastnst_version": __version__,
         }
+        remove_leftovers(self.out / MODEL_NAME)
         save_style_model(self.out / MODEL_NAME, self.net, metadata=metadata)
-
-    def _restore(self) -> int:
-        checkpoint = latest_checkpoint(self.out, self.notify)
-        if checkpoint is None:
-            self.notify(f"{self.out} holds no valid checkpoint; starting at step 0")
-            return 0
-        check_same_inputs(checkpoint.state["fingerprints"], self.inputs.fingerprints())
-        self._load(checkpoint)
-        return checkpoint.step
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.step.load_state(checkpoint.tensors, checkpoint.state["scaler"])
@@ -283,6 +315,23 @@ class _Meter:
         }
         self._begin, self._steps, self._waited, self._paused = now, steps, 0.0, 0.0
         return scalars
+
+
+@contextlib.contextmanager
+def _kept(out: Path, notify: Callable[[str], None]) -> Iterator[None]:
+    """Where the storage refuses, say how much of the run is safe."""
+    try:
+        yield
+    except StorageError as error:
+        # Whatever the disk says to this search, the first error is the one to tell.
+        try:
+            checkpoint = latest_checkpoint(out, notify)
+        except (OSError, DataError):
+            raise error from None
+        kept = f"step {checkpoint.step} is the last that is saved" if checkpoint else "no step is saved"
+        begun = (out / CONFIG_NAME).is_file()
+        how = f"go on with fastnst train --resume --out {out}" if begun else "then start again"
+        raise StorageError(f"{error}. Training stopped; {kept}; {how}") from error
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastnst.config import Config, Section, VisualizeConfig, load_config
+from fastnst.config_text import toml_value
 from fastnst.errors import DataError, UserError
-from fastnst.storage import LOCK_NAME, storage_error
+from fastnst.storage import LOCK_NAME, is_leftover, storage_error
 
 CONFIG_NAME = "config.toml"
 REJECTED_NAME = "rejected.jsonl"
@@ -23,67 +24,99 @@ FREE_KEYS = frozenset(
         "train.max_skipped_steps",
         "data.workers",
         "data.prefetch",
+        "data.max_failed_percent",
         *(f"visualize.{key}" for key in VisualizeConfig.model_fields),
     }
 )
 
 
-def prepare_run(out: Path, config: Config, *, resume: bool) -> None:
+# Keys whose change makes another network: trained weights do not fit, or mean something else.
+FIXED_KEYS = frozenset({"model.architecture", "model.norm"})
+
+
+def prepare_run(out: Path, config: Config, *, resume: bool, allow_changes: bool = False) -> list[str]:
     """Check that `out` may hold this run; makes nothing.
+
+    Args:
+        out: the run directory.
+        config: what the run is to be from now on.
+        resume: go on with the run that `out` holds.
+        allow_changes: go on with another configuration too.
+
+    Returns:
+        What differs from the run's saved configuration, as `config_differences` says it.
 
     Raises:
         UserError: a new run into a directory that holds something, or a resumed one that differs.
-        DataError: `out` cannot be looked into.
+        DataError: `out` cannot be looked into, or its weights are those of another network.
     """
     try:
-        present = sorted(entry.name for entry in out.iterdir() if entry.name != LOCK_NAME) if out.exists() else []
+        names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
     except OSError as error:
         raise storage_error(out, error) from error
     if not resume:
+        # A process that was killed right at its start is no run that could be resumed, and nothing worth keeping.
+        present = [name for name in names if name != LOCK_NAME and not is_leftover(name)]
         if CONFIG_NAME in present:
             raise UserError(f"{out} holds another run; go on with it by --resume, or choose another --out")
         if present:
             raise UserError(f"{out} is not empty (it holds {present[0]!r}); choose another --out")
-        return
-    differences = config_differences(saved_config(out), config)
-    if differences:
+        return []
+    before, now = config_values(saved_config(out)), config_values(config)
+    refuse_another_network(out, before, now)
+    differences = config_differences(before, now)
+    if differences and not allow_changes:
         raise UserError(
-            f"{out} was begun with another configuration: {'; '.join(differences)}. Resume without these options, or "
-            "start a new run in another --out"
+            f"{out} was begun with another configuration: {'; '.join(differences)}. Resume without these options, go "
+            "on with the new ones by --allow-changes, or start a new run in another --out"
         )
+    return differences
 
 
 def saved_config(run: Path) -> Config:
-    """The configuration a run was begun with."""
+    """The configuration a run was begun with, or last resumed with."""
     path = run / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{run} holds no run to resume ({CONFIG_NAME} is missing); start one without --resume")
     return load_config(file=path, environment={})
 
 
-def config_differences(before: Config, now: Config) -> list[str]:
-    """`section.key was A, is now B` for each key that decides the weights and differs."""
-    differences = []
+def config_values(config: Config) -> dict[str, str]:
+    """Dotted key → value as TOML, of every key: a form that other versions can read and compare."""
+    values: dict[str, str] = {}
     for section in Config.model_fields:
-        old, new = getattr(before, section), getattr(now, section)
-        if not isinstance(old, Section):
-            pairs = [(section, old, new)]
+        value = getattr(config, section)
+        if isinstance(value, Section):
+            values |= {f"{section}.{key}": toml_value(getattr(value, key)) for key in type(value).model_fields}
         else:
-            pairs = [(f"{section}.{key}", getattr(old, key), getattr(new, key)) for key in type(old).model_fields]
-        differences += [f"{key} was {a}, is now {b}" for key, a, b in pairs if a != b and key not in FREE_KEYS]
-    return differences
+            values[section] = toml_value(value)
+    return values
 
 
-def check_same_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse to go on with other pictures than the checkpoint's.
+def config_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """`section.key was A, is now B` for each key that decides the weights and differs; see `config_values`."""
+    keys = [key for key in [*now, *(key for key in before if key not in now)] if key not in FREE_KEYS]
+    return [
+        f"{key} was {before.get(key, 'unknown')}, is now {now.get(key, 'unknown')}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+
+
+def refuse_another_network(where: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse weights of a network of another kind, which no option allows.
+
+    Args:
+        where: what holds the weights.
+        before: their configuration, as `config_values` gives it.
+        now: the configuration that is to go on.
 
     Raises:
-        DataError: naming what changed.
+        DataError: naming both.
     """
-    named = {"data": "the pictures in the data folder", "style": "the style picture"}
-    for key, what in named.items():
-        if before.get(key) != now[key]:
-            raise DataError(
-                f"{what} changed since the checkpoint was written (SHA-256 {str(before.get(key))[:12]}… then, "
-                f"{now[key][:12]}… now); restore them, or start a new run in another --out"
-            )
+    fixed = [{key: value for key, value in values.items() if key in FIXED_KEYS} for values in (before, now)]
+    if differences := config_differences(*fixed):
+        raise DataError(
+            f"the weights in {where} are those of another network: {'; '.join(sorted(differences))}; they cannot go on "
+            "in this one. Resume without these options, or start a new run in another --out"
+        )
