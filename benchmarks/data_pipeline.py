@@ -121,8 +121,7 @@ class _Plain:
                 entry = self._manifest.images[index]
                 window = window_of(entry.width, entry.height, self._order.fit, crop)
                 path = str(self._manifest.folder / entry.path)
-                size = (entry.width, entry.height)
-                squares.append(read_square(path, entry.size, size, window, self._image_size, bool(flip)))
+                squares.append(read_square(path, entry, window, self._image_size, bool(flip)))
             yield np.stack(squares)
 
 

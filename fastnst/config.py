@@ -81,6 +81,9 @@ class DataConfig(Section):
     """DALI's threads, or Pillow's processes; unset: as many as there are cores, at most 16."""
     prefetch: int = Field(default=3, ge=1, le=64)
     """Batches kept ready ahead of the training step."""
+    max_failed_percent: float = Field(default=1.0, ge=0, le=100)
+    """Most pictures, in percent of those accepted, that may turn unreadable during the run; each is replaced by the
+    next one. Three always may; 0: none."""
 
 
 class StyleConfig(Section):

@@ -169,6 +169,11 @@ def read_bytes(path: Path | str) -> bytes:
     Raises:
         UnusablePictureError: it is missing, unreadable, above 1 GiB, or no regular file (a pipe would block).
     """
+    return read_with_time(path)[0]
+
+
+def read_with_time(path: Path | str) -> tuple[bytes, int]:
+    """Everything in a regular file, and its modification time in ns; see `read_bytes`."""
     try:
         # Unbuffered, and by descriptor: this runs for every picture of every batch.
         with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
@@ -177,7 +182,7 @@ def read_bytes(path: Path | str) -> bytes:
                 raise UnusablePictureError("it is not a regular file; give a picture's file")
             if status.st_size > MAX_FILE_BYTES:
                 raise UnusablePictureError(f"its {status.st_size / 2**30:.1f} GiB are above 1 GiB; store it smaller")
-            return file.readall()
+            return file.readall(), status.st_mtime_ns
     except OSError as error:
         raise UnusablePictureError(explain_os_error(error)) from error
 

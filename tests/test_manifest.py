@@ -29,13 +29,13 @@ REFUSED_AWKWARD = {
 def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of the files that are decoded, as opposed to remembered."""
     seen: list[str] = []
-    examine = manifest_module._examine
+    examine = manifest_module.examine
 
-    def watched(path: str, data: bytes, min_side: int) -> manifest_module.Entry:
+    def watched(path: str, data: bytes, *, mtime: int, min_side: int) -> manifest_module.Entry:
         seen.append(path)
-        return examine(path, data, min_side)
+        return examine(path, data, mtime=mtime, min_side=min_side)
 
-    monkeypatch.setattr(manifest_module, "_examine", watched)
+    monkeypatch.setattr(manifest_module, "examine", watched)
     return seen
 
 

@@ -65,7 +65,7 @@ def prepared(manifest: Manifest, size: int, dtype: torch.dtype = torch.float64) 
     for entry in manifest.images:
         window = window_of(entry.width, entry.height, "center_crop", np.array([0.5, 0.5]))
         path = str(manifest.folder / entry.path)
-        rows.append(read_square(path, entry.size, (entry.width, entry.height), window, size, False))
+        rows.append(read_square(path, entry, window, size, False))
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(dtype) / 255
 
 

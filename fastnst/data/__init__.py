@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastnst.config import DataConfig
     from fastnst.data.manifest import Manifest
     from fastnst.data.order import RunOrder
+    from fastnst.data.replacements import Replacements
 
 
 MOST_WORKERS = 16
@@ -44,6 +45,7 @@ def open_loader(
     device: "torch.device",
     start_step: int = 0,
     rank: int = 0,
+    replacements: "Replacements | None" = None,
 ) -> Loader:
     """The batches of steps `start_step` … `order.steps` - 1.
 
@@ -58,20 +60,27 @@ def open_loader(
         device: where batches go; DALI decodes there if it is a GPU.
         start_step: first step to deliver.
         rank: this process's share of each batch.
+        replacements: what stands in for pictures that changed or went away since the folder was checked, or that kill
+            what decodes them, and who is told. None: nothing does, and the first such picture is an error.
 
     Raises:
         UserError: DALI is asked for and not installed.
-        DataError: while iterating: a picture changed or went away since the folder was checked, a loading process
-            was killed, or DALI failed.
+        DataError: while iterating: more pictures failed than may fail, loading processes are killed again and again,
+            or DALI failed twice in one step.
     """
+    from fastnst.data.replacements import Replacements
+
     assert order.num_images == len(manifest.images), (order.num_images, len(manifest.images))
+    replacements = replacements or Replacements(manifest)
     if config.workers is None:
         workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         config = config.model_copy(update={"workers": workers})
     if config.loader == "pillow":
         from fastnst.data.pillow import PillowLoader
 
-        return PillowLoader(manifest, order, config, device=device, start_step=start_step, rank=rank)
+        return PillowLoader(
+            manifest, order, config, device=device, replacements=replacements, start_step=start_step, rank=rank
+        )
     try:
         from fastnst.data.dali import DaliLoader
     except ImportError as error:
@@ -79,4 +88,6 @@ def open_loader(
             f"data.loader is 'dali', which cannot be used here ({error}); "
             "use --loader pillow, or install nvidia-dali-cuda130 (Linux on x86-64 only)"
         ) from error
-    return DaliLoader(manifest, order, config, device=device, start_step=start_step, rank=rank)
+    return DaliLoader(
+        manifest, order, config, device=device, replacements=replacements, start_step=start_step, rank=rank
+    )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastnst.config import DataConfig
     from fastnst.data.manifest import Manifest
     from fastnst.data.order import RunOrder
+    from fastnst.data.replacements import Replacements
 
 HW_DECODER_LOAD = 0.65
 """Share of the JPEGs that goes to the GPU's decoding engines, where it has them."""
@@ -44,13 +45,15 @@ class DaliLoader:
         config: "DataConfig",
         *,
         device: torch.device,
+        replacements: "Replacements",
         start_step: int = 0,
         rank: int = 0,
     ) -> None:
-        self._feed = _Feed(manifest, order, config, rank)
+        self._feed = _Feed(manifest, order, config, replacements, rank)
         self._config = config
         self._device = device
         self._step = start_step
+        self._retried = -1
         self._pipeline: Pipeline | None = self._start_pipeline()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -62,8 +65,13 @@ class DaliLoader:
         while True:
             try:
                 batch = self._run(self._pipeline)
+            except StopIteration:
+                # The feed has ended, and what it had fed before is delivered.
+                if self._feed.error is not None:
+                    raise self._feed.error from None
+                raise
             except RuntimeError as error:
-                # Ends, because each time it finds at least one more picture to blame, or raises.
+                # Ends, because each time it finds at least one more picture to blame, or raises at the second time.
                 self._pipeline = self._recover(error)
             else:
                 self._step += 1
@@ -105,13 +113,18 @@ class DaliLoader:
         )
 
     def _recover(self, error: RuntimeError) -> Pipeline:
-        """A new pipeline in which the pictures that broke the old one are decoded by Pillow.
+        """A new pipeline that goes on with the same step; the pictures that broke the old one are left to Pillow.
 
-        DALI may not say which they are, so those in flight are tried one by one.
+        DALI may not say which they are, so those in flight are tried one by one. What Pillow cannot read either is
+        replaced when it is read. If none is to blame, the file may have been written to just then: once more.
         """
         self._pipeline = None
         in_flight = self._feed.pictures(self._step, self._config.prefetch + 1)
         broken = [index for index in in_flight if not self._decodes(index)]
+        if not broken and self._retried < self._step:
+            self._retried = self._step
+            _log.warning("DALI failed in step %d (%s); it is started again", self._step + 1, _last_line(error))
+            return self._start_pipeline()
         if not broken:
             names = ", ".join(printable(self._feed.entries[index].path) for index in in_flight[:3])
             raise DataError(
@@ -127,7 +140,10 @@ class DaliLoader:
         entry = self._feed.entries[index]
         if index in self._feed.by_pillow:
             return True
-        encoded = self._feed.read(entry)
+        try:
+            encoded = self._feed.read(entry)
+        except UnusablePictureError:
+            return False
         whole = np.array([[0.0, 0.0]], np.float32), np.array([[entry.height, entry.width]], np.float32)
         probe = _build(lambda _: ([encoded], *whole), 1, self._config.image_size, self._device, threads=1, prefetch=1)
         try:
@@ -173,31 +189,44 @@ def _build(
 class _Feed:
     """What a pipeline asks for: iteration → encoded pictures, window starts and window ends of one step."""
 
-    def __init__(self, manifest: "Manifest", order: "RunOrder", config: "DataConfig", rank: int) -> None:
+    def __init__(
+        self, manifest: "Manifest", order: "RunOrder", config: "DataConfig", replacements: "Replacements", rank: int
+    ) -> None:
         self.entries = manifest.images
         self.order = order
         self.by_pillow: set[int] = set()
         """Pictures that DALI turned out not to decode, though they are plain."""
+        self.error: DataError | None = None
+        """Why there is nothing more to feed, if that is not the end of the run."""
+        self._replacements = replacements
         self._folder = manifest.folder
         self._image_size = config.image_size
         self._ahead = config.prefetch
         self._rank = rank
         assert config.workers is not None
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="read")
-        self._reading: deque[list[Future[_Sample]]] = deque()
+        self._reading: deque[tuple[list[int], list[Future[_Sample]]]] = deque()
         self._next_step = 0
 
     def __call__(self, _iteration: int) -> "tuple[list[np.ndarray], np.ndarray, np.ndarray]":
         self._read_ahead()
-        if not self._reading:
-            raise StopIteration
-        samples = [future.result() for future in self._reading.popleft()]
-        self._read_ahead()
-        encoded, start, end = zip(*samples, strict=True)
-        return list(encoded), np.array(start, dtype=np.float32), np.array(end, dtype=np.float32)
+        while self.error is None and self._reading:
+            step = self._next_step - len(self._reading)
+            samples = self._collect(step, *self._reading[0])
+            if samples is not None:
+                self._reading.popleft()
+                self._read_ahead()
+                encoded, start, end = zip(*samples, strict=True)
+                return list(encoded), np.array(start, dtype=np.float32), np.array(end, dtype=np.float32)
+            self.seek(step)
+            self._read_ahead()
+        raise StopIteration
 
     def seek(self, step: int) -> None:
         """Go on with `step`."""
+        for _, futures in self._reading:
+            for future in futures:
+                future.cancel()
         self._reading.clear()
         self._next_step = step
 
@@ -208,21 +237,40 @@ class _Feed:
     def pictures(self, step: int, count: int) -> list[int]:
         """The different pictures of `count` steps from `step` on."""
         steps = range(step, min(step + count, self.order.steps))
-        return sorted({int(index) for each in steps for index in self.order.batch(each, self._rank).indices})
+        return sorted({int(index) for each in steps for index in self._places(each)[0]})
 
     def read(self, entry: Entry) -> np.ndarray:
         """The bytes of a picture's file, uint8 `[size]`."""
+        return np.frombuffer(read_picture(self._path(entry), entry), np.uint8)
+
+    def _collect(self, step: int, indices: list[int], futures: "list[Future[_Sample]]") -> "list[_Sample] | None":
+        """The samples of `step`; None if a picture failed, which is noted."""
+        samples: list[_Sample] = []
+        failed: list[tuple[int, str]] = []
+        for index, future in zip(indices, futures, strict=True):
+            try:
+                samples.append(future.result())
+            except UnusablePictureError as error:
+                failed.append((index, str(error)))
+        if not failed:
+            return samples
         try:
-            return np.frombuffer(read_picture(self._path(entry), entry.size), np.uint8)
-        except UnusablePictureError as error:
-            raise DataError(f"cannot read {printable(self._path(entry))}: {error}") from error
+            self._replacements.fail(step, failed)
+        except DataError as error:
+            self.error = error
+        return None
+
+    def _places(self, step: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Pictures, crops and flips of a step."""
+        samples = self.order.batch(step, self._rank)
+        return self._replacements.indices(step, samples.indices).tolist(), samples.crop, samples.flip
 
     def _read_ahead(self) -> None:
         while len(self._reading) < self._ahead and self._next_step < self.order.steps:
-            samples = self.order.batch(self._next_step, self._rank)
-            places = zip(samples.indices, samples.crop, samples.flip, strict=True)
+            indices, crops, flips = self._places(self._next_step)
+            places = zip(indices, crops, flips, strict=True)
             self._reading.append(
-                [self._pool.submit(self._sample, int(i), crop, bool(flip)) for i, crop, flip in places]
+                (indices, [self._pool.submit(self._sample, i, crop, bool(f)) for i, crop, f in places])
             )
             self._next_step += 1
 
@@ -233,10 +281,7 @@ class _Feed:
             # A window that runs from right to left is mirrored.
             return self.read(entry), (top, right if flip else left), (bottom, left if flip else right)
         size = self._image_size
-        try:
-            square = read_square(self._path(entry), entry.size, (entry.width, entry.height), window, size, flip)
-        except UnusablePictureError as error:
-            raise DataError(f"cannot read {printable(self._path(entry))}: {error}") from error
+        square = read_square(self._path(entry), entry, window, size, flip)
         header = f"P6\n{size} {size}\n255\n".encode()
         return np.frombuffer(header + square.tobytes(), np.uint8), (0.0, 0.0), (float(size), float(size))
 

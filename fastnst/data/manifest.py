@@ -61,6 +61,8 @@ class Entry:
     """`JPEG`, `PNG` or `WEBP`, by content."""
     plain: bool
     """Whether DALI decodes the file itself; the other pictures are decoded by Pillow for both loaders."""
+    mtime: int
+    """Modification time in ns; a file that has another one is checked again before it is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +145,16 @@ def build_manifest(
             f"not one of the {len(rejected)} pictures in {printable(folder)} can be used; "
             f"the first, {printable(first.path)}: {first.reason}"
         )
-    return Manifest(folder, images, rejected, _fingerprint(images), passed_over)
+    return Manifest(folder, images, rejected, fingerprint_of(images), passed_over)
 
 
-def write_rejections(manifest: Manifest, path: Path) -> None:
+def write_rejections(manifest: Manifest, path: Path, more: Iterable[str] = ()) -> None:
     """Write one JSON object per refused file, `{"path": …, "reason": …}`, atomically; no lines if none was refused.
+
+    Args:
+        manifest: what the check found.
+        path: the file.
+        more: further lines, with their ends.
 
     Raises:
         DataError: the storage refuses.
@@ -156,7 +163,44 @@ def write_rejections(manifest: Manifest, path: Path) -> None:
         json.dumps({"path": printable(rejection.path), "reason": rejection.reason}, ensure_ascii=False) + "\n"
         for rejection in manifest.rejected
     )
-    write_atomic(path, "".join(rows).encode())
+    write_atomic(path, "".join([*rows, *more]).encode())
+
+
+def examine(path: str, data: bytes, *, mtime: int, min_side: int = 1) -> Entry:
+    """Check one picture, wholly.
+
+    Args:
+        path: relative to its folder; only put into the entry, like `mtime`.
+        data: all bytes of its file.
+        mtime: of the file, in ns.
+        min_side: pixels that the short side must have.
+
+    Raises:
+        UnusablePictureError: it cannot serve.
+    """
+    picture = open_picture(data, formats=TRAINING_FORMATS)
+    width, height = picture.size
+    check_size(width, height, min_side)
+    check_whole(data, picture)
+    # Entropy decoding is what finds damage; the rest of JPEG's inverse transform, which scale 1/8 skips, finds none.
+    picture.draft("L", (1, 1))
+    load(picture)
+    orientation = orientation_of(picture)
+    if orientation >= 5:
+        width, height = height, width
+    plain = is_plain(data, picture, orientation)
+    if not plain:
+        decode(data, formats=TRAINING_FORMATS)
+    picture_format = "JPEG" if picture.format in ("JPEG", "MPO") else str(picture.format)
+    return Entry(path, len(data), width, height, picture_format, plain, mtime)
+
+
+def fingerprint_of(images: Iterable[Entry]) -> str:
+    """`Manifest.fingerprint` of these pictures."""
+    digest = hashlib.sha256()
+    for entry in images:
+        digest.update(os.fsencode(entry.path) + f"\0{entry.size} {entry.width} {entry.height}\0".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,38 +279,13 @@ def _check(folder: Path, path: str, size: int, mtime: int, min_side: int) -> _Ch
     except UnusablePictureError as error:
         return _Checked(path, size, mtime, None, str(error), lasting=False)
     try:
-        return _Checked(path, size, mtime, _examine(path, data, min_side))
+        return _Checked(path, size, mtime, examine(path, data, mtime=mtime, min_side=min_side))
     except UnusablePictureError as error:
         return _Checked(path, size, mtime, None, str(error))
 
 
-def _examine(path: str, data: bytes, min_side: int) -> Entry:
-    picture = open_picture(data, formats=TRAINING_FORMATS)
-    width, height = picture.size
-    check_size(width, height, min_side)
-    check_whole(data, picture)
-    # Entropy decoding is what finds damage; the rest of JPEG's inverse transform, which scale 1/8 skips, finds none.
-    picture.draft("L", (1, 1))
-    load(picture)
-    orientation = orientation_of(picture)
-    if orientation >= 5:
-        width, height = height, width
-    plain = is_plain(data, picture, orientation)
-    if not plain:
-        decode(data, formats=TRAINING_FORMATS)
-    picture_format = "JPEG" if picture.format in ("JPEG", "MPO") else str(picture.format)
-    return Entry(path, len(data), width, height, picture_format, plain)
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _fingerprint(images: Iterable[Entry]) -> str:
-    digest = hashlib.sha256()
-    for entry in images:
-        digest.update(os.fsencode(entry.path) + f"\0{entry.size} {entry.width} {entry.height}\0".encode())
-    return digest.hexdigest()
 
 
 def _cache_file(folder: Path) -> Path:
@@ -303,7 +322,7 @@ def _write_cache(file: Path, min_side: int, results: Iterable[_Checked]) -> None
 
 
 def _to_row(checked: _Checked) -> list[Any]:
-    entry = None if checked.entry is None else list(asdict(checked.entry).values())[1:]
+    entry = None if checked.entry is None else list(asdict(checked.entry).values())[1:-1]
     return [checked.path, checked.size, checked.mtime, entry, checked.reason]
 
 
@@ -311,11 +330,11 @@ def _from_row(row: list[Any]) -> _Checked:
     path, size, mtime, entry, reason = row
     if not (isinstance(path, str) and isinstance(size, int) and isinstance(mtime, int) and isinstance(reason, str)):
         raise TypeError(f"not a row of a manifest: {row!r}")
-    return _Checked(path, size, mtime, None if entry is None else _to_entry(path, *entry), reason)
+    return _Checked(path, size, mtime, None if entry is None else _to_entry(path, mtime, *entry), reason)
 
 
-def _to_entry(path: str, size: int, width: int, height: int, picture_format: str, plain: bool) -> Entry:
+def _to_entry(path: str, mtime: int, size: int, width: int, height: int, picture_format: str, plain: bool) -> Entry:
     whole = all(isinstance(number, int) and number > 0 for number in (size, width, height))
     if not whole or picture_format not in TRAINING_FORMATS or not isinstance(plain, bool):
         raise TypeError(f"not an entry of a manifest: {path!r}")
-    return Entry(path, size, width, height, picture_format, plain)
+    return Entry(path, size, width, height, picture_format, plain, mtime)

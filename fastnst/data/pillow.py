@@ -7,6 +7,7 @@ parent is gone.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from fastnst.data.manifest import Entry
 from fastnst.data.window import Window, read_square, window_of
 from fastnst.errors import DataError
-from fastnst.images import UnusablePictureError, printable
+from fastnst.images import UnusablePictureError
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +33,17 @@ if TYPE_CHECKING:
     from fastnst.config import DataConfig
     from fastnst.data.manifest import Manifest
     from fastnst.data.order import RunOrder
+    from fastnst.data.replacements import Replacements
 
-Job = tuple[str, int, tuple[int, int], Window, bool]
-"""Path, expected bytes, expected width and height, window, flip."""
+Job = tuple[int, str, Entry, Window, bool]
+"""Index in the manifest, path, what the check found, window, flip."""
+Part = tuple[np.ndarray, list[tuple[int, str]]]
+"""Squares, uint8 `[B, S, S, 3]`, and index and reason of each picture that could not be read, whose square is void."""
+
+MOST_DEATHS = 3
+"""Times that a run bears a loading process to end for no reason that a picture gave."""
+
+_log = logging.getLogger(__name__)
 
 
 class PillowLoader:
@@ -46,10 +56,12 @@ class PillowLoader:
         config: "DataConfig",
         *,
         device: "torch.device",
+        replacements: "Replacements",
         start_step: int = 0,
         rank: int = 0,
     ) -> None:
         self._manifest = manifest
+        self._replacements = replacements
         self._order = order
         self._size = config.image_size
         assert config.workers is not None
@@ -58,10 +70,9 @@ class PillowLoader:
         self._device = device
         self._rank = rank
         self._next_to_submit = start_step
-        self._waiting: deque[list[Future[np.ndarray]]] = deque()
-        self._pool = ProcessPoolExecutor(
-            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-        )
+        self._waiting: deque[list[Future[Part]]] = deque()
+        self._deaths = 0
+        self._pool = self._new_pool()
         self._submit()
 
     def __iter__(self) -> "Iterator[torch.Tensor]":
@@ -70,18 +81,23 @@ class PillowLoader:
     def __next__(self) -> "torch.Tensor":
         import torch
 
-        if not self._waiting:
+        while self._waiting:
+            step = self._next_to_submit - len(self._waiting)
+            try:
+                parts = [future.result() for future in self._waiting[0]]
+            except BrokenProcessPool as error:
+                self._recover(step, error)
+                continue
+            failed = [failure for _, failures in parts for failure in failures]
+            if not failed:
+                break
+            self._replacements.fail(step, failed)
+            self._seek(step)
+        else:
             raise StopIteration
-        try:
-            parts = [future.result() for future in self._waiting[0]]
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that loads pictures ended unexpectedly, perhaps for lack of memory; "
-                f"set data.workers below {self._workers} or use --loader dali"
-            ) from error
         self._waiting.popleft()
         self._submit()
-        batch = torch.from_numpy(np.concatenate(parts))
+        batch = torch.from_numpy(np.concatenate([squares for squares, _ in parts]))
         if self._device.type == "cuda":
             return batch.pin_memory().to(self._device, non_blocking=True)
         return batch
@@ -99,36 +115,95 @@ class PillowLoader:
         self._waiting.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+        )
+
     def _submit(self) -> None:
         while len(self._waiting) < self._prefetch and self._next_to_submit < self._order.steps:
             jobs = self._jobs(self._next_to_submit)
             share = -(-len(jobs) // self._workers)
             shares = [jobs[first : first + share] for first in range(0, len(jobs), share)]
-            # The first call starts the processes, which must not see a Ctrl-C before they ignore it.
-            with _interrupts_held_back():
-                self._waiting.append([self._pool.submit(_read_squares, part, self._size) for part in shares])
+            self._waiting.append([self._start(part) for part in shares])
             self._next_to_submit += 1
+
+    def _start(self, jobs: list[Job]) -> Future[Part]:
+        # The first call starts the processes, which must not see a Ctrl-C before they ignore it.
+        with _interrupts_held_back():
+            return self._pool.submit(_read_squares, jobs, self._size)
+
+    def _seek(self, step: int) -> None:
+        """Go on with `step`; what was read ahead may hold a picture that has failed by now, and is read again."""
+        for futures in self._waiting:
+            for future in futures:
+                future.cancel()
+        self._waiting.clear()
+        self._next_to_submit = step
+        self._submit()
 
     def _jobs(self, step: int) -> list[Job]:
         samples = self._order.batch(step, self._rank)
+        indices = self._replacements.indices(step, samples.indices)
         jobs: list[Job] = []
-        for index, crop, flip in zip(samples.indices, samples.crop, samples.flip, strict=True):
+        for index, crop, flip in zip(indices, samples.crop, samples.flip, strict=True):
             entry = self._manifest.images[index]
             window = window_of(entry.width, entry.height, self._order.fit, crop)
             path = os.path.join(self._manifest.folder, entry.path)  # noqa: PTH118
-            jobs.append((path, entry.size, (entry.width, entry.height), window, bool(flip)))
+            jobs.append((int(index), path, entry, window, bool(flip)))
         return jobs
 
+    def _recover(self, step: int, error: BrokenProcessPool) -> None:
+        """Go on with `step` after a process ended, without the picture that ended it, if there is one.
 
-def _read_squares(jobs: list[Job], size: int) -> np.ndarray:
-    """In a worker: uint8 `[len(jobs), size, size, 3]`."""
+        Nobody says which it was, so those in flight are tried one by one; one that ends two processes is to blame.
+        """
+        in_flight = range(step, self._next_to_submit)
+        self._waiting.clear()
+        self._renew_pool()
+        blamed = False
+        tried: set[int] = set()
+        for each in in_flight:
+            for job in self._jobs(each):
+                if job[0] not in tried and self._ends_processes(job):
+                    blamed = True
+                    self._replacements.fail(each, [(job[0], "the process that decodes it dies; remove the file")])
+                tried.add(job[0])
+        if not blamed:
+            self._deaths += 1
+            if self._deaths > MOST_DEATHS:
+                raise DataError(
+                    f"processes that load pictures ended unexpectedly {self._deaths} times, perhaps for lack of "
+                    f"memory; set data.workers below {self._workers} or use --loader dali"
+                ) from error
+            _log.warning("a process that loads pictures ended unexpectedly; a new one goes on")
+        self._seek(step)
+
+    def _ends_processes(self, job: Job) -> bool:
+        for _ in range(2):
+            try:
+                self._start([job]).result()
+            except BrokenProcessPool:
+                self._renew_pool()
+            else:
+                return False
+        return True
+
+    def _renew_pool(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._pool = self._new_pool()
+
+
+def _read_squares(jobs: list[Job], size: int) -> Part:
+    """In a worker."""
     batch = np.empty((len(jobs), size, size, 3), dtype=np.uint8)
-    for square, (path, expected_bytes, expected_size, window, flip) in zip(batch, jobs, strict=True):
+    failed: list[tuple[int, str]] = []
+    for square, (index, path, entry, window, flip) in zip(batch, jobs, strict=True):
         try:
-            square[:] = read_square(path, expected_bytes, expected_size, window, size, flip)
+            square[:] = read_square(path, entry, window, size, flip)
         except UnusablePictureError as error:
-            raise DataError(f"cannot read {printable(path)}: {error}") from error
-    return batch
+            failed.append((index, str(error)))
+    return batch, failed
 
 
 def _start_worker() -> None:

@@ -11,8 +11,9 @@ import math
 import numpy as np
 from PIL import Image
 
+from fastnst.data.manifest import Entry, examine
 from fastnst.data.order import Fit
-from fastnst.images import TRAINING_FORMATS, UnusablePictureError, decode, read_bytes
+from fastnst.images import TRAINING_FORMATS, UnusablePictureError, decode, read_with_time
 
 Window = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels of the upright picture."""
@@ -47,32 +48,44 @@ def resize_window(picture: Image.Image, window: Window, size: int, flip: bool) -
     return np.asarray(square)
 
 
-def read_picture(path: str, expected_bytes: int) -> bytes:
-    """A picture's file, if it still has the size it was checked with.
+def read_picture(path: str, entry: Entry) -> bytes:
+    """A picture's file, if it is still the one that was checked.
+
+    A file with another modification time is checked again, wholly, so that both loaders refuse the same ones: DALI
+    would take damaged pixels without a word.
 
     Raises:
         UnusablePictureError: it changed or went away since the folder was checked.
     """
-    data = read_bytes(path)
-    if len(data) != expected_bytes:
+    data, mtime = read_with_time(path)
+    if len(data) != entry.size:
         raise UnusablePictureError(
-            f"it has {len(data)} bytes, and had {expected_bytes} when the folder was checked; start again"
+            f"it has {len(data)} bytes, and had {entry.size} when the folder was checked; restore it"
         )
+    if mtime != entry.mtime:
+        now = examine(entry.path, data, mtime=entry.mtime)
+        if now != entry:
+            raise UnusablePictureError(
+                f"it is {_describe(now)}, and was {_describe(entry)} when the folder was checked; restore it"
+            )
     return data
 
 
-def read_square(
-    path: str, expected_bytes: int, expected_size: tuple[int, int], window: Window, size: int, flip: bool
-) -> np.ndarray:
+def read_square(path: str, entry: Entry, window: Window, size: int, flip: bool) -> np.ndarray:
     """One picture by Pillow, from file to uint8 `[size, size, 3]`.
 
     Raises:
-        UnusablePictureError: the file changed since the folder was checked.
+        UnusablePictureError: see `read_picture`.
     """
-    picture = decode(read_picture(path, expected_bytes), formats=TRAINING_FORMATS)
-    if picture.size != expected_size:
+    picture = decode(read_picture(path, entry), formats=TRAINING_FORMATS)
+    if picture.size != (entry.width, entry.height):
         raise UnusablePictureError(
-            f"it is {picture.width} × {picture.height} px, and was {expected_size[0]} × {expected_size[1]} px "
-            "when the folder was checked; start again"
+            f"it is {picture.width} × {picture.height} px, and was {entry.width} × {entry.height} px "
+            "when the folder was checked; restore it"
         )
     return resize_window(picture, window, size, flip)
+
+
+def _describe(entry: Entry) -> str:
+    kind = "" if entry.plain else " of an unusual kind"
+    return f"a {entry.format} of {entry.width} × {entry.height} px{kind}"

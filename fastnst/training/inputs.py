@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastnst.config import Config, TrainConfig
 from fastnst.data.manifest import Manifest, build_manifest
+from fastnst.data.replacements import LateFailure, with_failed
 from fastnst.device import resolve_device, resolve_precision
 from fastnst.errors import DataError, UserError
 from fastnst.images import printable, read_image, to_tensor
@@ -38,6 +39,8 @@ class Inputs:
     manifest: Manifest
     vgg: VGG19
     steps: int
+    late: tuple[LateFailure, ...] = ()
+    """Pictures of the manifest that failed in the run that is resumed."""
 
     def fingerprints(self) -> dict[str, str]:
         """What must be the same when the run is resumed, beside the configuration."""
@@ -67,8 +70,17 @@ def resolve(config: Config) -> tuple[Config, torch.device]:
     return config.model_copy(update={"train": train_config}), device
 
 
-def read_inputs(config: Config, device: torch.device, notify: Callable[[str], None]) -> Inputs:
-    """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins."""
+def read_inputs(
+    config: Config, device: torch.device, notify: Callable[[str], None], late: Sequence[LateFailure] = ()
+) -> Inputs:
+    """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins.
+
+    Args:
+        config: resolved.
+        device: where training runs.
+        notify: receives one line per event that a user should know of.
+        late: pictures that failed in the run that is resumed; they keep their places in the manifest.
+    """
     style, style_sha256 = read_style(config)
     check_folder(config.data.folder)
     watched_layers = [name.partition(":")[0] for name in config.visualize.vgg_maps]
@@ -81,9 +93,9 @@ def read_inputs(config: Config, device: torch.device, notify: Callable[[str], No
             notify=notify,
             progress=progress,
         )
-    manifest = read_manifest(config, notify)
+    manifest = with_failed(read_manifest(config, notify), late)
     steps = total_steps(config.train, len(manifest.images))
-    return Inputs(config, device, style, style_sha256, manifest, vgg, steps)
+    return Inputs(config, device, style, style_sha256, manifest, vgg, steps, tuple(late))
 
 
 def read_style(config: Config) -> tuple[Tensor, str]:
@@ -117,7 +129,7 @@ def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
         first = manifest.rejected[0]
         notify(
             f"{len(manifest.rejected)} of {len(manifest.rejected) + len(manifest.images)} pictures refused "
-            f"(the first: {first.path}: {first.reason}); all are listed in {REJECTED_NAME}"
+            f"(the first: {printable(first.path)}: {first.reason}); all are listed in {REJECTED_NAME}"
         )
     return manifest
 

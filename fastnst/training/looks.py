@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastnst.images import read_image, to_tensor
+from fastnst.errors import DataError
+from fastnst.images import printable, read_image, to_tensor
 from fastnst.losses import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import duration
@@ -142,16 +143,27 @@ class _Allowance:
 
 
 def _read_squares(inputs: Inputs, count: int) -> tuple[list[str], Tensor]:
-    """Names of the folder's first `count` pictures, and they themselves, `[P, 3, S, S]` in [0, 1]."""
+    """Names of the folder's first `count` pictures that can be read, and they themselves, `[P, 3, S, S]` in [0, 1]."""
     side = inputs.config.data.image_size
-    entries = inputs.manifest.images[:count]
-    squares = [
-        ImageOps.fit(Image.fromarray(read_image(inputs.manifest.folder / entry.path)), (side, side))
-        for entry in entries
-    ]
+    paths: list[str] = []
+    squares: list[Image.Image] = []
+    first_error: DataError | None = None
+    for entry in inputs.manifest.images:
+        if len(squares) == count:
+            break
+        try:
+            pixels = read_image(inputs.manifest.folder / entry.path)
+        except DataError as error:
+            # It went away since the check; whether too many did is for the loader to say.
+            first_error = first_error or error
+            continue
+        paths.append(entry.path)
+        squares.append(ImageOps.fit(Image.fromarray(pixels), (side, side)))
+    if not squares and first_error is not None:
+        raise first_error
     if not squares:
         return [], torch.empty(0, 3, side, side)
-    names = [Path(entry.path).stem for entry in entries]
+    names = [printable(Path(path).stem) for path in paths]
     if len(set(names)) < len(names):
-        names = [entry.path for entry in entries]
+        names = [printable(path) for path in paths]
     return names, torch.cat([to_tensor(np.asarray(square)) for square in squares])

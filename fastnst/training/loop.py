@@ -11,8 +11,8 @@ import torch
 from fastnst import __version__
 from fastnst.config import Config, TrainConfig, to_toml
 from fastnst.data import open_loader
-from fastnst.data.manifest import write_rejections
 from fastnst.data.order import RunOrder
+from fastnst.data.replacements import Replacements, read_late_failures, still_failed
 from fastnst.device import ran_out_of_memory, resolve_device
 from fastnst.errors import DataError, DeviceError, DivergedError, StoppedBySignal
 from fastnst.losses import PerceptualLoss
@@ -24,6 +24,7 @@ from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from fastnst.training.inputs import Inputs, read_inputs, resolve
 from fastnst.training.looks import Looks
+from fastnst.training.rejected import RejectedPictures
 from fastnst.training.restore import steps_of_run
 from fastnst.training.resume import changes_since, check_fits, checkpoint_to_resume, origin_of, tell_changes
 from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, prepare_run
@@ -63,7 +64,8 @@ def train(
     config, device = resolve(config)
     prepare_run(out, config, resume=resume, allow_changes=allow_changes)
     with _deterministic(config.train), _memory_errors(config):
-        inputs = read_inputs(config, device, notify)
+        late = read_late_failures(out / REJECTED_NAME) if resume else []
+        inputs = read_inputs(config, device, notify, late)
         with lock_run(out):
             changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)
             run = _Run(inputs, out, notify, stop or StopRequest())
@@ -123,7 +125,13 @@ class _Run:
         for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
             remove_leftovers(self.out / name)
         write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
-        write_rejections(self.inputs.manifest, self.out / REJECTED_NAME)
+        late = still_failed(self.inputs.manifest.folder, self.inputs.late, done)
+        self.replacements = Replacements(
+            self.inputs.manifest,
+            max_percent=self.config.data.max_failed_percent,
+            earlier=late,
+            on_failure=RejectedPictures(self.out, self.inputs.manifest, late, self.notify).add,
+        )
         if done >= self.inputs.steps:
             self.notify(f"nothing to do: {done} of {self.inputs.steps} steps are done; set more with --steps")
             return self.out / MODEL_NAME
@@ -146,7 +154,12 @@ class _Run:
         meter = _Meter(config.batch_size, self.device)
         with (
             open_loader(
-                self.inputs.manifest, self.order, self.config.data, device=self.device, start_step=done
+                self.inputs.manifest,
+                self.order,
+                self.config.data,
+                device=self.device,
+                start_step=done,
+                replacements=self.replacements,
             ) as loader,
             ProgressReport(
                 "train", last, "steps", rate_per_item=config.batch_size, rate_unit="images", start=done
