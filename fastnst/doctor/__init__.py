@@ -18,6 +18,7 @@ from fastnst.doctor.verdict import DEVICE, INSTALLATION, STORAGE, Check
 LANES = (
     (
         Probe("torch", "fastnst.doctor.installation:probe_torch", 60),
+        Probe("triton", "fastnst.doctor.installation:probe_triton", 60),
         Probe("tensorboard", "fastnst.doctor.installation:probe_tensorboard", 60),
         Probe("gpus", "fastnst.doctor.device:probe_gpus", 60),
         Probe("jpeg_engines", "fastnst.doctor.pictures:probe_jpeg_engines", 60),

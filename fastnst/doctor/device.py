@@ -190,10 +190,10 @@ def judge_kernels(facts: Facts) -> Verdict:
     return passed(found)
 
 
-def _nvidia_displays() -> int:
+def _nvidia_displays(root: Path = Path("/")) -> int:
     """NVIDIA's display controllers on the PCI bus, whether or not a driver knows them."""
     count = 0
-    for device in Path("/sys/bus/pci/devices").glob("*"):
+    for device in (root / "sys/bus/pci/devices").glob("*"):
         try:
             vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
         except OSError:

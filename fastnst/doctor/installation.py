@@ -56,6 +56,14 @@ def probe_torch() -> dict[str, Any]:
     return {"version": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
 
 
+def probe_triton() -> dict[str, Any]:
+    try:
+        import triton  # noqa: F401
+    except (ImportError, OSError) as error:
+        return {"broken": in_words(error)}
+    return {}
+
+
 def probe_tensorboard() -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
@@ -140,6 +148,9 @@ def judge_triton(facts: Facts) -> Verdict:
     version = packages["triton"]
     if version is None:
         return warned("not installed: the kernels' PyTorch paths run, slower on a GPU", f"install it:\n  {install}")
+    if "broken" in facts["triton"]:
+        found = f"{version} cannot be imported: {facts['triton']['broken']}; the kernels' PyTorch paths run"
+        return warned(found, f"install it anew:\n  {install.replace('install', 'install --force-reinstall', 1)}")
     if pin is not None and not packages["triton_pairs"]:
         return warned(f"{version}; the installed torch is made for {pin}", f"install the pair:\n  {install}")
     if not known.get("fits", True):

@@ -107,7 +107,8 @@ def judge_weights(facts: Facts) -> Verdict:
         f"  curl --fail --location --continue-at - --output {shlex.quote(own)} {_address(weights['url'])}"
     )
     if damaged:
-        return failed(said, f"remove it; the next training downloads it again, or do so now:\n{removal}\n{download}")
+        mend = "make it readable or remove it" if any("unreadable" in file for file in damaged) else "remove it"
+        return failed(said, f"{mend}; the next training downloads it again, or do so now:\n{removal}\n{download}")
     found = f"not here; --vgg auto downloads them at first use, {weights['size'] / 1e6:.0f} MB"
     if weights["part"] is not None:
         found += f" ({weights['part'] / 1e6:.0f} MB of them came before)"
