@@ -352,6 +352,8 @@ def _what_it_is(data: bytes, formats: tuple[str, ...]) -> str:
     name = next((name for start, name in signatures.items() if data.startswith(start)), None)
     if data[4:8] == b"ftyp":
         name = {b"avif": "an AVIF", b"avis": "an AVIF"}.get(data[8:12], "a HEIF picture or a video")
+    if name is not None and name.removeprefix("a ") in formats:
+        return f"it is {name} of a kind that cannot be decoded, or its header is damaged; convert it"
     if name is not None:
         return f"it is {name}; convert it to {allowed}"
     text = data[:512].strip()
