@@ -12,6 +12,7 @@ from fastnst.cli_visualize import visualize
 
 if TYPE_CHECKING:
     from fastnst.config import Config
+    from fastnst.training.signals import StopRequest
 
 _LONGEST_MESSAGE = 4000
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -20,9 +21,13 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 def main() -> None:
     """Entry point: runs a command; errors that users can mend become one message and an exit code, no traceback."""
     from fastnst.errors import StoppedBySignal, UserError
+    from fastnst.training.signals import StopRequest
 
+    # From here on, and not only while training: importing torch and checking a folder take long enough to be stopped.
+    stop = StopRequest()
     try:
-        cli.main(standalone_mode=False)
+        with stop.installed():
+            cli.main(standalone_mode=False, obj=stop)
     except click.Abort:
         _fail("interrupted", 130)
     except click.ClickException as error:
@@ -110,10 +115,8 @@ def train(
         return
 
     from fastnst.training.loop import train as run_training
-    from fastnst.training.signals import StopRequest
 
-    with StopRequest().installed() as stop:
-        model = run_training(config, out, resume=resume, allow_changes=allow_changes, notify=_notify, stop=stop)
+    model = run_training(config, out, resume=resume, allow_changes=allow_changes, notify=_notify, stop=_stop_request())
     click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
     _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {out} PICTURE --out PICTURE")
@@ -197,10 +200,8 @@ def check(folder: Path, as_json: bool) -> None:
 def demo(out: Path, vgg: str, steps: int | None) -> None:
     """Train a small style on pictures that ship with a dependency, and paint one with it."""
     from fastnst.demo import run_demo
-    from fastnst.training.signals import StopRequest
 
-    with StopRequest().installed() as stop:
-        result = run_demo(out, vgg=vgg, steps=steps, notify=_notify, stop=stop)
+    result = run_demo(out, vgg=vgg, steps=steps, notify=_notify, stop=_stop_request())
     click.echo(f"stylised picture {result.picture}")
     click.echo(f"style model      {result.model}")
     click.echo(f"TensorBoard log  {out}")
@@ -282,6 +283,13 @@ def _print_plan(config: "Config", out: Path, *, resume: bool, allow_changes: boo
     )
     click.echo(f"# disk       {byte_count(need.disk)} in {out}, and the log")
     click.echo("# dry run: nothing was written")
+
+
+def _stop_request() -> "StopRequest | None":
+    """That of `main`; None where the command was called without it."""
+    from fastnst.training.signals import StopRequest
+
+    return click.get_current_context().find_object(StopRequest)
 
 
 def _notify(text: str) -> None:

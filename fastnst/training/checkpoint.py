@@ -104,11 +104,24 @@ def save_checkpoint(run: Path, step: int, *, tensors: dict[str, Tensor], state: 
     finally:
         shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(_replaced(path), ignore_errors=True)
-    for old in [old for old_step, old in _by_step(folder) if old_step <= step][:-keep]:
-        # What cannot be removed takes up space, which is no reason to end a run.
-        with contextlib.suppress(OSError):
-            _discard(old)
+    remove_old_checkpoints(run, step, keep=keep)
     return path
+
+
+def remove_old_checkpoints(run: Path, step: int, *, keep: int) -> None:
+    """What a save ends with; a process that was killed in one leaves it to the next owner of the run.
+
+    Args:
+        run: the run directory.
+        step: of a valid checkpoint.
+        keep: how many checkpoints up to this step stay. Later ones are not touched.
+    """
+    # What cannot be removed takes up space, which is no reason to end a run.
+    with contextlib.suppress(OSError):
+        _tidy(run / FOLDER)
+        for old in [old for old_step, old in _by_step(run / FOLDER) if old_step <= step][:-keep]:
+            with contextlib.suppress(OSError):
+                _discard(old)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -21,14 +21,14 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
 from fastnst.storage import StorageError, lock_run, remove_leftovers, write_atomic
 from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
-from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, remove_old_checkpoints, save_checkpoint
 from fastnst.training.inputs import Inputs, read_inputs, resolve
 from fastnst.training.looks import Looks
 from fastnst.training.rejected import RejectedPictures
 from fastnst.training.restore import steps_of_run
 from fastnst.training.resume import changes_since, check_fits, checkpoint_to_resume, origin_of, tell_changes
 from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, prepare_run
-from fastnst.training.signals import StopRequest
+from fastnst.training.signals import StopRequest, stopped_by
 from fastnst.training.step import TrainingStep
 
 
@@ -118,6 +118,7 @@ class _Run:
             self._save_checkpoint(checkpoint.step)
         if changes or steps_of_run(self.out) != checkpoint.step:
             self._save_model(checkpoint.step)
+        remove_old_checkpoints(self.out, checkpoint.step, keep=self.config.train.keep_checkpoints)
         return checkpoint.step
 
     def go(self, done: int) -> Path:
@@ -136,17 +137,22 @@ class _Run:
             self.notify(f"nothing to do: {done} of {self.inputs.steps} steps are done; set more with --steps")
             return self.out / MODEL_NAME
         self.notify(self._announcement(done))
-        with RunLog(self.out, start_step=done) as log:
-            if not done:
-                self.looks.begin(log)
-            self._steps(log, done)
-        self.looks.report(self.notify)
-        if self.step.scaler.is_enabled():
-            skipped, scale = self.step.skipped.read()[0], self.step.scaler.get_scale()
-            self.notify(
-                f"fp16: {skipped} of {self.inputs.steps} steps skipped, since a gradient overflowed; "
-                f"the loss scale is now {scale:g}"
-            )
+        with self.stop.deferred():
+            with RunLog(self.out, start_step=done) as log:
+                if not done:
+                    with self.stop.at_once():
+                        self.looks.begin(log)
+                self._steps(log, done)
+            self.looks.report(self.notify)
+            if self.step.scaler.is_enabled():
+                skipped, scale = self.step.skipped.read()[0], self.step.scaler.get_scale()
+                self.notify(
+                    f"fp16: {skipped} of {self.inputs.steps} steps skipped, since a gradient overflowed; "
+                    f"the loss scale is now {scale:g}"
+                )
+        # Too late to end a step early; whoever sent it still learns that it was heard.
+        if self.stop.signum is not None:
+            raise stopped_by(self.stop.signum, f"; all {self.inputs.steps} steps are done and saved in {self.out}")
         return self.out / MODEL_NAME
 
     def _steps(self, log: RunLog, done: int) -> None:
@@ -164,7 +170,6 @@ class _Run:
             ProgressReport(
                 "train", last, "steps", rate_per_item=config.batch_size, rate_unit="images", start=done
             ) as progress,
-            self.stop.deferred(),
         ):
             batches = iter(loader)
             for step in range(done + 1, last + 1):
@@ -173,8 +178,8 @@ class _Run:
                 terms = self.step(step, batch)
                 note = None
                 # Asked once a step: a signal that comes later than this finds the next step, which it then ends.
-                stopped_by = self.stop.signum
-                ends = step == last or stopped_by is not None
+                signum = self.stop.signum
+                ends = step == last or signum is not None
                 if ends or step == 1 or step % config.log_every == 0:
                     scalars = loss_scalars(terms)
                     self._check_health(step)
@@ -196,9 +201,9 @@ class _Run:
                     if saves:
                         self._save(log, step)
                 progress.advance(note=note)
-                if stopped_by is not None and step < last:
+                if signum is not None and step < last:
                     raise StoppedBySignal(
-                        stopped_by,
+                        signum,
                         f"stopped at step {step} of {last}, which is saved; "
                         f"go on with: fastnst train --resume --out {self.out}",
                     )
