@@ -14,4 +14,4 @@ cd -- "$root"
 cores=$(nproc)
 # More processes than that would fight for a GPU's memory. Tests of benchmarks run pytest-benchmark in processes of their
 # own; in these it could measure nothing.
-exec "$venv/bin/python" -m pytest -n "$((cores < 4 ? cores : 4))" --dist loadgroup --benchmark-disable "$@"
+exec "$venv/bin/python" -m pytest -n "$((cores < 4 ? cores : 4))" --benchmark-disable "$@"

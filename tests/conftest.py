@@ -5,6 +5,7 @@ Nothing here imports torch before a test asks for it, so that the tests which wa
 
 import functools
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from PIL import Image
 PROJECT = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get("FASTNST_TEST_DATA") or PROJECT / "../shared/data").resolve()
 
+_INTERPRETER = re.compile(r"^tests/kernels/.*[\[-]interpreter[\]-]")
+
 # Settings of the person who runs the tests must not decide their outcome; nor may child processes inherit them.
 for _variable in [name for name in os.environ if name.startswith("FASTNST_")]:
     del os.environ[_variable]
-# The tensors are tiny, and every core has a process of its own: more threads would wait for one another longer than they
-# compute. OpenMP reads this once, when torch is imported; child processes inherit it.
+# The tensors are tiny, and every core has a process of its own: more threads would wait for one another longer than
+# they compute. OpenMP reads this once, when torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(
@@ -90,6 +93,21 @@ def generated_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photo_folder(generated_photos: Path, tmp_path: Path) -> Path:
     """A copy of `generated_photos` of the test's own, which it may change."""
     return Path(shutil.copytree(generated_photos, tmp_path / "photos"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Deal tests out one by one, but all of Triton's interpreter to one worker, which runs them in a child process.
+
+    See `tests/kernels/conftest.py`.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "interpreter" if _INTERPRETER.search(nodeid) else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,7 +3,7 @@
 A test that takes the fixture `tier` runs once per tier. Triton chooses between compiler and interpreter when a kernel
 is defined, which is once per process, so the interpreter's tests run in one child pytest with `TRITON_INTERPRET=1`. It
 starts with the first kernel test, works beside this process, and streams its reports, which appear here as if the tests
-had run in place. Under pytest-xdist one worker waits for it, and the others run all other tests.
+had run in place. Under pytest-xdist one worker waits for it, and the others run all other tests: `tests/conftest.py`.
 """
 
 import json
@@ -28,7 +28,6 @@ from fastnst_kernels import runtime
 _REPORTS = "KERNEL_TEST_REPORTS"  # in the child's environment: the pipe that its reports go to
 _ONE_ELEMENT = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"  # by Triton 3.6, see below
 _CHILD = pytest.StashKey["_InterpreterRun"]()
-_GROUP = "interpreter"
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class _InterpreterRun:
         self._config = config
         self._folder = tempfile.TemporaryDirectory(prefix="kernel-tests-")
         self._log, selection = (Path(self._folder.name) / name for name in ("log", "selection"))
-        selection.write_text("\n".join(_nodeid(item) for item in items))
+        selection.write_text("\n".join(item.nodeid for item in items))
         receiver, sender = os.pipe()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -105,7 +104,7 @@ class _InterpreterRun:
 
     def reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:
         """Waits until `item` has run. Should the child end first, a failed report with its last words."""
-        while (reports := self._reports.setdefault(_nodeid(item), [])) == [] or reports[-1].when != "teardown":
+        while (reports := self._reports.setdefault(item.nodeid, [])) == [] or reports[-1].when != "teardown":
             line = self._arrived.get()
             if line is None:
                 self._arrived.put(None)  # for the items after this one
@@ -124,23 +123,9 @@ class _InterpreterRun:
         self._folder.cleanup()
 
 
-def _nodeid(item: pytest.Item) -> str:
-    """The name of a test without the group that pytest-xdist writes behind it."""
-    return item.nodeid.removesuffix(f"@{_GROUP}")
-
-
 def _is_for_interpreter(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     return callspec is not None and callspec.params.get("tier") == "interpreter"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """All that the child runs goes to one worker of pytest-xdist, so that there is one child."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if _is_for_interpreter(item):
-                item.add_marker(pytest.mark.xdist_group(_GROUP))
 
 
 @pytest.hookimpl(tryfirst=True)
