@@ -1,7 +1,9 @@
 """`fastnst doctor`: the report, the command, and that no fault of a machine takes it down."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -121,6 +123,29 @@ def test_a_probe_that_raises_crashes_or_hangs_costs_its_own_answer_alone(
         facts["hangs"]
     for process in (tmp_path / "processes").read_text().split():
         assert gone(int(process))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_hanging_probe_does_not_outlive_the_doctor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    file = tmp_path / "processes"
+    monkeypatch.setenv("DOCTOR_TEST_FILE", str(file))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    code = "from fastnst.doctor.children import Probe, collect\ncollect([[Probe('x', 'doctor_probes:hangs', 600)]])"
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (file.exists() and " " in file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.send_signal(signum)
+    parent.wait(timeout=60)
+    hanging, its_child = map(int, file.read_text().split())
+    try:
+        assert gone(hanging)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(its_child, signal.SIGKILL)
 
 
 def gone(process: int) -> bool:

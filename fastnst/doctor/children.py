@@ -7,6 +7,7 @@ probe; a new one goes on with the rest of its lane.
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -18,6 +19,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,9 @@ class _Child:
 
 def main() -> None:
     """In a child: carry out the functions that the arguments name, and print an answer for each."""
+    # One that hangs must not stay behind when its parent is killed and cannot give it up.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Libraries may print what they like; answers go where only this function writes.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
