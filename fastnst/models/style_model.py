@@ -67,7 +67,7 @@ def load_style_model(path: Path | str, *, device: str | torch.device = "cpu") ->
         with torch.random.fork_rng(devices=[]):
             net = TransformNet.from_metadata(metadata)
     except DataError as error:
-        raise DataError(f"{file}: {error}") from error
+        raise DataError(f"{file}: {shown(str(error), 400)}") from error
     _check(file, net, tensors)
     net.load_state_dict(tensors)
     return net.to(where).eval().requires_grad_(False)
