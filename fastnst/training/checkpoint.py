@@ -208,7 +208,7 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
             f"{manifest} has format {value['format']}, this fastnst reads up to {FORMAT}; use a newer fastnst"
         )
     match value:
-        case {"format": int(), "step": int(step), "files": dict(files)}:
+        case {"format": int(), "step": int(step), "files": dict(files)} if not isinstance(step, bool):
             pass
         case _:
             raise CheckpointDamaged(f"{manifest} is damaged: it lacks format, step or files")
