@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -98,16 +98,23 @@ class RunLog:
 
     def __init__(self, run: Path, *, start_step: int = 0) -> None:
         self._path = run / METRICS_NAME
-        _drop_rows_after(self._path, start_step)
-        with _storage(run):
-            # A link may lead out of the run, to a file that is to be made there.
-            self._metrics: TextIO = open(self._path, "a", encoding="utf-8", opener=_open_no_link)
-            # Step 0 is written by a run that begins, and by one that was killed before its first checkpoint, again.
-            purge_step = start_step + 1 if start_step else 0
-            self._writer = _summary_writer(run, purge_step=purge_step, flush_secs=30)
         self._has_hyper_parameters = start_step > 0
-        self._excepthook, threading.excepthook = threading.excepthook, self._heed_event_files
         self._failure: BaseException | None = None
+        self._excepthook, threading.excepthook = threading.excepthook, self._heed_event_files
+        try:
+            with self._storage(), contextlib.ExitStack() as opened:
+                _drop_rows_after(self._path, start_step)
+                # A link may lead out of the run, to a file that is to be made there.
+                self._metrics: TextIO = opened.enter_context(
+                    open(self._path, "a", encoding="utf-8", opener=_open_no_link)
+                )
+                # Step 0 is written by a run that begins, and by one killed before its first checkpoint, again.
+                purge_step = start_step + 1 if start_step else 0
+                self._writer = _summary_writer(run, purge_step=purge_step, flush_secs=30)
+                opened.pop_all()
+        except BaseException:
+            _put_back_excepthook(self._excepthook)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -194,7 +201,7 @@ class RunLog:
             if isinstance(self._failure, OSError):
                 raise storage_error(self._path.parent, self._failure) from self._failure
         finally:
-            threading.excepthook = self._excepthook
+            _put_back_excepthook(self._excepthook)
 
     def _storage(self) -> contextlib.AbstractContextManager[None]:
         return _storage(self._path.parent)
@@ -226,7 +233,7 @@ def log_visualization(run: Path, sheets: Mapping[str, np.ndarray], *, step: int,
                 writer.add_image(tag, sheet, step, dataformats="HWC")
                 writer.add_text(tag, text, step)
     finally:
-        threading.excepthook = excepthook
+        _put_back_excepthook(excepthook)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -275,6 +282,14 @@ def _quiet_about_event_files(args: threading.ExceptHookArgs) -> None:
     """TensorBoard's writing thread would print a traceback; its error is raised again where it can be handled."""
     if not _is_of_event_files(args):
         threading.__excepthook__(args)
+
+
+def _put_back_excepthook(excepthook: Callable[[threading.ExceptHookArgs], Any]) -> None:
+    # A thread that failed shows so a moment before it comes to the hook.
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("tensorboard.") and getattr(thread, "exception", None) is not None:
+            thread.join()
+    threading.excepthook = excepthook
 
 
 def _is_of_event_files(args: threading.ExceptHookArgs) -> bool:
