@@ -227,7 +227,7 @@ def doctor(as_json: bool) -> None:
         colours = {} if os.environ.get("NO_COLOR") else {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
         for status, line in report.lines():
             # Colours reach a terminal only: `echo` takes them out elsewhere.
-            click.echo(click.style(line[:4], fg=colours.get(status or "")) + line[4:])
+            click.echo(click.style(line[:4], fg=colours.get(status)) + line[4:] if status else line)
     sys.exit(report.exit_code)
 
 
