@@ -2,8 +2,8 @@
 
 Each batch is shared among all workers, so that the next one is ready as soon as the machine can make it. Workers are
 started afresh rather than forked, because a fork of a process with threads or CUDA may hang; they import neither
-torch nor anything else that they do not need. They ignore Ctrl-C, which is the parent's to handle, and end when the
-parent is gone.
+torch nor anything else that they do not need. Signals that stop a run are the parent's to handle, and a terminal or a
+supervisor sends them to all its processes: the workers do not heed them, and end when the parent says so or is gone.
 """
 
 import contextlib
@@ -129,8 +129,8 @@ class PillowLoader:
             self._next_to_submit += 1
 
     def _start(self, jobs: list[Job]) -> Future[Part]:
-        # The first call starts the processes, which must not see a Ctrl-C before they ignore it.
-        with _interrupts_held_back():
+        # The first call starts the processes, which must not see a stop signal before they know what to do with it.
+        with _signals_held_back():
             return self._pool.submit(_read_squares, jobs, self._size)
 
     def _seek(self, step: int) -> None:
@@ -156,16 +156,22 @@ class PillowLoader:
     def _recover(self, step: int, error: BrokenProcessPool) -> None:
         """Go on with `step` after a process ended, without the picture that ended it, if there is one.
 
-        Nobody says which it was, so those in flight are tried one by one; one that ends two processes is to blame.
+        Nobody says which it was, so those in flight are tried one by one; one that ends two processes is to blame,
+        provided that a process with nothing to decode lives.
         """
         in_flight = range(step, self._next_to_submit)
         self._waiting.clear()
         self._renew_pool()
+        if not self._survives([]):
+            raise DataError(
+                "the processes that load pictures end as soon as they start; use --loader dali, or look for what ends "
+                "them in the messages above"
+            ) from error
         blamed = False
         tried: set[int] = set()
         for each in in_flight:
             for job in self._jobs(each):
-                if job[0] not in tried and self._ends_processes(job):
+                if job[0] not in tried and not self._survives([job]) and not self._survives([job]):
                     blamed = True
                     self._replacements.fail(each, [(job[0], "the process that decodes it dies; remove the file")])
                 tried.add(job[0])
@@ -179,14 +185,12 @@ class PillowLoader:
             _log.warning("a process that loads pictures ended unexpectedly; a new one goes on")
         self._seek(step)
 
-    def _ends_processes(self, job: Job) -> bool:
-        for _ in range(2):
-            try:
-                self._start([job]).result()
-            except BrokenProcessPool:
-                self._renew_pool()
-            else:
-                return False
+    def _survives(self, jobs: list[Job]) -> bool:
+        try:
+            self._start(jobs).result()
+        except BrokenProcessPool:
+            self._renew_pool()
+            return False
         return True
 
     def _renew_pool(self) -> None:
@@ -207,9 +211,24 @@ def _read_squares(jobs: list[Job], size: int) -> Part:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    heeded = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM}
+    # Where the system does not say who has sent a signal (macOS), SIGTERM ends a worker, whoever sent it.
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+        heeded.remove(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    # The pool sends SIGTERM to the workers that are left when one of them has died. It stays blocked in all threads,
+    # and so waits here.
+    parent = os.getppid()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def _end_with_parent() -> None:
@@ -221,9 +240,9 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Block SIGINT in this thread; processes started meanwhile inherit that. A Ctrl-C is delivered at the end."""
-    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_held_back() -> Iterator[None]:
+    """Block the stop signals in this thread, and so in processes that it starts; here they are delivered at the end."""
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
