@@ -271,10 +271,19 @@ class _Run:
         save_style_model(self.out / MODEL_NAME, self.net, metadata=metadata)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        self.step.load_state(checkpoint.tensors, checkpoint.state["scaler"])
-        torch.set_rng_state(checkpoint.tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in checkpoint.tensors:
-            torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"], self.device)
+        try:
+            self.step.load_state(checkpoint.tensors, checkpoint.state["scaler"])
+            torch.set_rng_state(checkpoint.tensors["rng.cpu"])
+            if self.device.type == "cuda" and "rng.cuda" in checkpoint.tensors:
+                torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"], self.device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # The bytes are as they were written, by something else than this.
+            if ran_out_of_memory(error):
+                raise
+            raise DataError(
+                f"{checkpoint.path} holds no state that training can go on from ({str(error)[:200]}); remove it to go "
+                "on from an older one, or start a new run in another --out"
+            ) from error
 
     def _training_scalars(self) -> dict[str, float]:
         scalars = {"train/learning_rate": self.config.train.learning_rate}
