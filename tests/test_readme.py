@@ -64,7 +64,8 @@ def test_the_measured_claim_is_in_the_results() -> None:
 
 
 def test_the_claim_about_projections_is_in_the_results() -> None:
-    claim = re.search(r"projected in less than a (\w+) of the time.*?`(benchmarks/results/[^`]+)`", README, flags=re.DOTALL)
+    pattern = r"projected in less than a (\w+) of the time.*?`(benchmarks/results/[^`]+)`"
+    claim = re.search(pattern, README, flags=re.DOTALL)
     assert claim is not None
     seconds = {row["name"]: row["seconds"] for row in json.loads((ROOT / claim[2]).read_text("utf-8"))["rows"]}
     ratio = seconds["projections of the strongest activation"] / seconds["input gradients, 16 to a batch"]
