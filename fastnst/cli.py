@@ -258,6 +258,7 @@ def _print_plan(config: "Config", out: Path, *, resume: bool, allow_changes: boo
     from fastnst.progress import byte_count
     from fastnst.training.estimate import estimate
     from fastnst.training.inputs import read_manifest, read_style, resolve, total_steps
+    from fastnst.training.memory import available_memory, describe_shortage
     from fastnst.training.run_directory import prepare_run
 
     config, device = resolve(config)
@@ -281,6 +282,8 @@ def _print_plan(config: "Config", out: Path, *, resume: bool, allow_changes: boo
         f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
         f"activations {byte_count(need.activations)}; workspaces come on top"
     )
+    if shortage := describe_shortage(config, need, available_memory(device), device_type=device.type):
+        click.echo(f"# warning    memory: {shortage}")
     click.echo(f"# disk       {byte_count(need.disk)} in {out}, and the log")
     click.echo("# dry run: nothing was written")
 

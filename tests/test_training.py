@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastnst.config import Config, load_config
-from fastnst.errors import DataError, DeviceError, DivergedError, StoppedBySignal, UserError
+from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
 from fastnst.summaries import RunLog, read_metrics
 from fastnst.training.checkpoint import latest_checkpoint
 from fastnst.training.inputs import total_steps
@@ -244,25 +244,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "model.safetensors").values())
     for line in (out / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-    ids=["cuda", "cpu"],
-)
-def test_a_lack_of_memory_names_what_to_lower(
-    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
-) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
-    with pytest.raises(
-        DeviceError, match=r"train.batch_size = 2 at data.image_size = 32; lower one of them$"
-    ) as raised:
-        run(configure(), tmp_path / "run")
-    assert raised.value.exit_code == 5
 
 
 def test_resuming_names_what_differs(configure: Configure, tmp_path: Path, photo_folder: Path) -> None:

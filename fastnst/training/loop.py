@@ -13,8 +13,7 @@ from fastnst.config import Config, TrainConfig, to_toml
 from fastnst.data import open_loader
 from fastnst.data.order import RunOrder
 from fastnst.data.replacements import Replacements, read_late_failures, still_failed
-from fastnst.device import ran_out_of_memory, resolve_device
-from fastnst.errors import DataError, DeviceError, DivergedError, StoppedBySignal
+from fastnst.errors import DataError, DivergedError, StoppedBySignal
 from fastnst.losses import PerceptualLoss
 from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
@@ -24,6 +23,7 @@ from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, remove_old_checkpoints, save_checkpoint
 from fastnst.training.inputs import Inputs, read_inputs, resolve
 from fastnst.training.looks import Looks
+from fastnst.training.memory import explained_memory_errors
 from fastnst.training.rejected import RejectedPictures
 from fastnst.training.restore import steps_of_run
 from fastnst.training.resume import changes_since, check_fits, checkpoint_to_resume, origin_of, tell_changes
@@ -58,12 +58,12 @@ def train(
         StorageError: the storage refuses, be it a line of the log: the run ends as if killed, so that none is missing.
         DivergedError: the loss, a gradient or a weight is no longer finite, which no checkpoint shows, or too many
             steps in a row were skipped.
-        DeviceError: no such device, or too little memory on it.
+        DeviceError: no such device, or too little memory on it, with what would fit.
         StoppedBySignal: after the save that `stop` asked for.
     """
     config, device = resolve(config)
     prepare_run(out, config, resume=resume, allow_changes=allow_changes)
-    with _deterministic(config.train), _memory_errors(config):
+    with _deterministic(config.train), explained_memory_errors(config, device):
         late = read_late_failures(out / REJECTED_NAME) if resume else []
         inputs = read_inputs(config, device, notify, late)
         with lock_run(out):
@@ -371,21 +371,6 @@ def _deterministic(config: TrainConfig) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
-
-
-@contextlib.contextmanager
-def _memory_errors(config: Config) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out_of_memory(error):
-            raise
-        # On a CPU the 16-bit types take more memory, not less.
-        on_gpu_in_fp32 = config.train.precision == "fp32" and resolve_device(config.train.device).type == "cuda"
-        raise DeviceError(
-            f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
-            f"{config.data.image_size}; lower one of them{', or use --precision bf16' if on_gpu_in_fp32 else ''}"
-        ) from error
 
 
 def _device_name(device: torch.device) -> str:
