@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastnst.config import Config, Section
+from fastnst.config import Config, Section, VisualizeConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,11 +19,12 @@ BINS = 80
 _NO_HYPER_PARAMETERS = frozenset(
     f"{section}.{key}"
     for section, keys in {
-        "data": ("folder", "loader", "workers", "prefetch"),
+        "data": ("folder", "loader", "workers", "prefetch", "max_failed_percent"),
         "train": (
             *("device", "log_every", "sample_every", "samples"),
             *("checkpoint_every", "keep_checkpoints", "max_skipped_steps"),
         ),
+        "visualize": tuple(VisualizeConfig.model_fields),
     }.items()
     for key in keys
 )
