@@ -262,16 +262,10 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def _put_in_place(part: Path, path: Path) -> None:
-    """Give the finished checkpoint its name; what has that name now steps aside, and comes back if this fails."""
-    if not path.exists():
-        part.rename(path)
-        return
-    path.rename(_replaced(path))
-    try:
-        part.rename(path)
-    except OSError:
-        _replaced(path).rename(path)
-        raise
+    """Give the finished checkpoint its name; what has that name now steps aside until the new one is durable."""
+    if path.exists():
+        path.rename(_replaced(path))
+    part.rename(path)
 
 
 def _replaced(path: Path) -> Path:
