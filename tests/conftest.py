@@ -7,12 +7,17 @@ import functools
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from fork_server import ForkServer
 
 PROJECT = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get("FASTNST_TEST_DATA") or PROJECT / "../shared/data").resolve()
@@ -87,6 +92,24 @@ def generated_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = Image.fromarray(_smooth_picture(rng, height, width))
         picture.save(folder / f"picture_{index:02d}{suffix}", quality=92)
     return folder
+
+
+@pytest.fixture(scope="session")
+def few_photos(generated_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five of `generated_photos`: more than one pass over them in the shortest of runs."""
+    folder = tmp_path_factory.mktemp("few")
+    for path in sorted(generated_photos.iterdir())[:5]:
+        shutil.copy2(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> "Iterator[ForkServer]":
+    """Forks of a process that has imported everything; see `fork_server.py`."""
+    from fork_server import ForkServer
+
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture

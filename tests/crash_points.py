@@ -32,6 +32,10 @@ class Case:
     occurrence: int = 1
     """At which passing of the point, counted from 1."""
     signals: tuple[int, ...] = (signal.SIGKILL,)
+    meetings: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Points at which the process leaves a file of the point's name in `folder`, and waits until others exist."""
+    ignored: tuple[int, ...] = ()
+    """Signals that the process ignores from its start, as below `nohup`."""
     kill_after: float | None = None
     """Seconds after which the process is killed from outside."""
     real_loader: bool = False
@@ -45,6 +49,7 @@ class Points:
 
     def __init__(self, case: Case) -> None:
         self._case, self._left = case, case.occurrence
+        self._meetings = dict(case.meetings)
 
     def due(self, name: str) -> bool:
         """Whether this passing is the wanted one."""
@@ -62,6 +67,10 @@ class Points:
                 os.kill(os.getpid(), signum)
 
     def __call__(self, name: str) -> None:
+        if name in self._meetings:
+            (Path(self._case.folder) / name).touch()
+            while not all(Path(file).exists() for file in self._meetings[name]):
+                time.sleep(0.01)
         if self.due(name):
             self.strike()
 
@@ -190,6 +199,7 @@ def install(case: Case) -> None:
     points.around(Looks, "look", "samples")
     points.around(Looks, "project", "projections")
     points.around(fastnst.training.loop, "read_inputs", "inputs")
+    points.around(fastnst.training.loop, "lock_run", "lock")
     points.around(fastnst.training.loop, "train", "run")
     # A function of the configuration, and slow to trace; the server has done it.
     fastnst.training.looks.training_graph = lambda *_, **__: GRAPHS[0]  # type: ignore[attr-defined]

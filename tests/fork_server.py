@@ -74,7 +74,7 @@ class ForkServer:
         """Processes that start at the same moment; waits until all have ended."""
         for case in cases:
             Path(case.folder).mkdir(parents=True, exist_ok=True)
-            for name in ("printed", "steps", "struck"):
+            for name in ("printed", "steps", "struck", "ended"):
                 (Path(case.folder) / name).unlink(missing_ok=True)
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([asdict(case) for case in cases]) + "\n")
@@ -178,6 +178,8 @@ def run_child(case: Case) -> None:
             os.dup2(source, descriptor)
         os.environ["FASTNST_CACHE"] = str(folder / "cache")
         os.setsid()
+        for signum in case.ignored:
+            signal.signal(signum, signal.SIG_IGN)
         install(case)
         code = run_command(case.argv)
     except BaseException:
@@ -185,6 +187,7 @@ def run_child(case: Case) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        (Path(case.folder) / "ended").touch()
         # The server's own exit handlers are none of this process's business.
         os._exit(code)
 

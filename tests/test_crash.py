@@ -11,7 +11,7 @@ All points five times over, and a hundred random kills:
 import itertools
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -65,192 +65,133 @@ IN_EACH_PROCESS = (
     "mid-write:config",
     "before-rename:config",
     "after-rename:config",
-    "before-close",
-    "after-close",
     "after-run",
 )
+AT_THE_END = ("before-close", "after-close")
+POINTS = (*IN_A_SAVE, *IN_A_STEP, *IN_EACH_PROCESS, *AT_THE_END)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
+@dataclass
+class Killer:
+    """Runs that are killed and resumed until they end, and those that they must equal."""
 
+    server: ForkServer
+    photos: Path
+    folder: Path
+    undisturbed: dict[tuple[int, str], tuple[Path, Ended]] = field(default_factory=dict)
 
-@pytest.fixture(scope="module")
-def photos(generated_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures: more than one pass in the runs here."""
-    folder = tmp_path_factory.mktemp("few")
-    for path in sorted(generated_photos.iterdir())[:5]:
-        shutil.copy2(path, folder)
-    return folder
-
-
-Reference = tuple[Path, Ended]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(server: ForkServer, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
-    """The run that a disturbed one must equal, by its number of steps and settings."""
-    known: dict[tuple[int, tuple[str, ...]], Reference] = {}
-
-    def run(steps: int, settings: tuple[str, ...] = ()) -> Reference:
-        if (steps, settings) not in known:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            argv = arguments(photos, folder / "run", steps=steps, settings=settings)
-            ended = server.run(Case(argv, str(folder)))
+    def reference(self, steps: int, loader: str = "pillow") -> tuple[Path, Ended]:
+        """The run that nobody disturbs."""
+        if (steps, loader) not in self.undisturbed:
+            folder = self.folder / f"undisturbed-{steps}-{loader}"
+            ended = self.server.run(Case(self.command(folder, steps, loader), str(folder)))
             assert ended.code == 0, ended.printed
             assert ended.steps == list(range(1, steps + 1))
-            known[steps, settings] = folder / "run", ended
-        return known[steps, settings]
+            self.undisturbed[steps, loader] = folder / "run", ended
+        return self.undisturbed[steps, loader]
 
-    return run
+    def command(self, folder: Path, steps: int, loader: str) -> tuple[str, ...]:
+        settings = () if loader == "pillow" else (f"data.loader={loader}",)
+        return arguments(self.photos, folder / "run", steps=steps, settings=settings)
+
+    def at(self, point: str, occurrence: int, folder: Path, *, steps: int, processes: int = 1) -> None:
+        """Kill so many processes, one after the other, at a point, and the last of them none."""
+        argv = self.command(folder, steps, "pillow")
+        killed = []
+        for _ in range(processes):
+            ended = self.server.run(Case(next_command(argv), str(folder), point=point, occurrence=occurrence))
+            assert (ended.killed, ended.code) == (True, 137), f"{point} was not passed: {ended.printed}"
+            killed.append(ended)
+        last = self.server.run(Case(next_command(argv), str(folder)))
+        self.check(folder, killed, last, steps)
+
+    def at_random(self, kills: int, seed: int, folder: Path, *, steps: int, real_loader: str = "") -> None:
+        """Kill at times drawn evenly over the length of a run, until so many processes were killed."""
+        loader = real_loader or "pillow"
+        _, whole = self.reference(steps, loader)
+        draw = random.Random(seed)
+        for number in itertools.count():
+            here = folder / str(number)
+            argv = self.command(here, steps, loader)
+            killed: list[Ended] = []
+            while True:
+                delay = draw.uniform(0, whole.seconds) if len(killed) < kills else None
+                case = Case(next_command(argv), str(here), kill_after=delay, real_loader=bool(real_loader))
+                ended = self.server.run(case)
+                if not ended.killed:
+                    break
+                killed.append(ended)
+            self.check(here, killed, ended, steps, loader)
+            shutil.rmtree(here)
+            kills -= len(killed)
+            if not kills:
+                return
+
+    def check(self, folder: Path, killed: list[Ended], last: Ended, steps: int, loader: str = "pillow") -> None:
+        assert last.code == 0, last.printed
+        assert "passed over" not in last.printed
+        begun: int | None = None
+        for ended in (*killed, last):
+            resumed_at = ended.steps[0] - 1 if ended.steps else steps if ended is last else None
+            if begun is not None and resumed_at is not None:
+                assert 0 <= begun - resumed_at <= EVERY, "more is lost than since the last save"
+            if ended.steps:
+                begun = ended.steps[-1]
+                assert ended.steps == list(range(ended.steps[0], begun + 1))
+        assert_same_outcome(folder / "run", self.reference(steps, loader)[0])
 
 
-def assert_no_more_is_lost_than_since_the_last_save(disturbed: list[Ended], last: Ended, steps: int) -> None:
-    """The next process begins behind the newest checkpoint, which is at most one interval back."""
-    for before, after in itertools.pairwise([*disturbed, last]):
-        if before.steps:
-            resumed_at = after.steps[0] - 1 if after.steps else steps
-            assert 0 <= before.steps[-1] - resumed_at <= EVERY
-    for ended in (*disturbed, last):
-        assert ended.steps == list(range(ended.steps[0], ended.steps[-1] + 1)) if ended.steps else True
+@pytest.fixture(scope="module")
+def killer(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Killer:
+    return Killer(fork_server, few_photos, tmp_path_factory.mktemp("killer"))
 
 
-def kill_at(
-    point: str,
-    occurrence: int,
-    *,
-    times: int = 1,
-    steps: int,
-    server: ForkServer,
-    undisturbed: Callable[..., Reference],
-    photos: Path,
-    tmp_path: Path,
-) -> None:
-    argv = arguments(photos, tmp_path / "run", steps=steps)
-    disturbed = []
-    for _ in range(times):
-        ended = server.run(Case(next_command(argv), str(tmp_path), point=point, occurrence=occurrence))
-        assert (ended.killed, ended.code) == (True, 137), f"{point} was not passed: {ended.printed}"
-        disturbed.append(ended)
-    last = server.run(Case(next_command(argv), str(tmp_path)))
-    assert last.code == 0, last.printed
-    assert "passed over" not in last.printed
-    assert_no_more_is_lost_than_since_the_last_save(disturbed, last, steps)
-    assert_same_outcome(tmp_path / "run", undisturbed(steps)[0])
-
-
-@pytest.mark.parametrize("point", [*IN_A_SAVE, *IN_A_STEP, *IN_EACH_PROCESS])
-def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(
-    server: ForkServer, undisturbed: Callable[..., Reference], photos: Path, tmp_path: Path, point: str
-) -> None:
-    occurrence = 1 if point in IN_EACH_PROCESS else 2
-    if point in ("before-rename:old", "before-unlink:old"):
-        occurrence = 1
-    kill_at(point, occurrence, steps=4, server=server, undisturbed=undisturbed, photos=photos, tmp_path=tmp_path)
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(killer: Killer, tmp_path: Path, point: str) -> None:
+    once = (*IN_EACH_PROCESS, *AT_THE_END, "before-rename:old", "before-unlink:old")
+    killer.at(point, 1 if point in once else 2, tmp_path, steps=4)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("number", range(1, 6))
-@pytest.mark.parametrize("point", [*IN_A_SAVE, *IN_A_STEP, *IN_EACH_PROCESS])
-def test_each_point_at_five_moments(
-    server: ForkServer, undisturbed: Callable[..., Reference], photos: Path, tmp_path: Path, point: str, number: int
-) -> None:
+@pytest.mark.parametrize("point", POINTS)
+def test_each_point_at_five_moments(killer: Killer, tmp_path: Path, point: str, number: int) -> None:
     """python -m pytest -m campaign tests/test_crash.py -k five_moments"""
-    # What happens once in a process is struck in so many processes, one after the other.
-    occurrence, times = (1, number) if point in IN_EACH_PROCESS else (number, 1)
-    kill_at(
-        point,
-        occurrence,
-        times=times,
-        steps=5 if point in ("before-step", "after-step") else 12,
-        server=server,
-        undisturbed=undisturbed,
-        photos=photos,
-        tmp_path=tmp_path,
-    )
-
-
-def kill_at_random(
-    kills: int,
-    seed: int,
-    *,
-    steps: int,
-    settings: tuple[str, ...] = (),
-    real_loader: bool = False,
-    server: ForkServer,
-    undisturbed: Callable[..., Reference],
-    photos: Path,
-    tmp_path: Path,
-) -> None:
-    """Kill at times drawn evenly over the length of a run, again and again, until so many processes were killed."""
-    reference, whole = undisturbed(steps, settings)
-    random_number = random.Random(seed)
-    for run in itertools.count():
-        folder = tmp_path / str(run)
-        argv = arguments(photos, folder / "run", steps=steps, settings=settings)
-        disturbed: list[Ended] = []
-        ended = None
-        while ended is None or ended.killed:
-            delay = random_number.uniform(0, whole.seconds) if kills else None
-            case = Case(next_command(argv), str(folder), kill_after=delay, real_loader=real_loader)
-            ended = server.run(case)
-            if ended.killed:
-                disturbed.append(ended)
-                kills -= 1
-        assert ended.code == 0, ended.printed
-        assert "passed over" not in ended.printed
-        assert_no_more_is_lost_than_since_the_last_save(disturbed, ended, steps)
-        assert_same_outcome(folder / "run", reference)
-        shutil.rmtree(folder)
-        if not kills:
-            return
+    if point in IN_EACH_PROCESS:
+        killer.at(point, 1, tmp_path, steps=4, processes=number)
+    elif point in AT_THE_END:
+        killer.at(point, 1, tmp_path, steps=number)
+    else:
+        # Of five steps, the first and the last are among these; of six saves, all but the last.
+        killer.at(point, number, tmp_path, steps=5 if point in ("before-step", "after-step") else 12)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_run_killed_at_random_ends_as_if_it_had_not_been(
-    server: ForkServer, undisturbed: Callable[..., Reference], photos: Path, tmp_path: Path, seed: int
-) -> None:
-    kill_at_random(5, seed, steps=6, server=server, undisturbed=undisturbed, photos=photos, tmp_path=tmp_path)
+def test_a_run_killed_at_random_ends_as_if_it_had_not_been(killer: Killer, tmp_path: Path, seed: int) -> None:
+    killer.at_random(5, seed, tmp_path, steps=4)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_a_hundred_random_kills(
-    server: ForkServer, undisturbed: Callable[..., Reference], photos: Path, tmp_path: Path, seed: int
-) -> None:
+def test_a_hundred_random_kills(killer: Killer, tmp_path: Path, seed: int) -> None:
     """python -m pytest -m campaign tests/test_crash.py -k a_hundred"""
-    kill_at_random(5, seed, steps=12, server=server, undisturbed=undisturbed, photos=photos, tmp_path=tmp_path)
+    killer.at_random(5, seed, tmp_path, steps=12)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("loader", ["pillow", "dali"])
-def test_random_kills_with_the_processes_and_threads_of_the_loaders(
-    server: ForkServer, undisturbed: Callable[..., Reference], photos: Path, tmp_path: Path, loader: str
-) -> None:
-    """python -m pytest -m campaign tests/test_crash.py -k of_the_loaders"""
-    settings = (f"data.loader={loader}",)
+def test_random_kills_with_what_the_loaders_start(killer: Killer, tmp_path: Path, loader: str) -> None:
+    """python -m pytest -m campaign tests/test_crash.py -k loaders_start"""
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
-    kill_at_random(
-        8,
-        7,
-        steps=12,
-        settings=settings,
-        real_loader=True,
-        server=server,
-        undisturbed=undisturbed,
-        photos=photos,
-        tmp_path=tmp_path,
-    )
+    killer.at_random(8, 7, tmp_path, steps=12, real_loader=loader)
 
 
-def test_what_a_killed_save_leaves_is_gone_after_the_next(server: ForkServer, photos: Path, tmp_path: Path) -> None:
-    argv = arguments(photos, tmp_path / "run", steps=4)
-    server.run(Case(argv, str(tmp_path), point="mid-write:tensors", occurrence=2))
+def test_what_a_killed_save_leaves_is_gone_after_the_next(killer: Killer, tmp_path: Path) -> None:
+    argv = killer.command(tmp_path, 4, "pillow")
+    killer.server.run(Case(argv, str(tmp_path), point="mid-write:tensors", occurrence=2))
     (part, file) = leftovers(tmp_path / "run")
     assert file.startswith(f"{part}/.state.safetensors.")
-    server.run(Case(next_command(argv), str(tmp_path), point="before-rename:model"))
+    killer.server.run(Case(next_command(argv), str(tmp_path), point="before-rename:model"))
     assert checkpoint_steps(tmp_path / "run") == [4]
     assert [path for path in leftovers(tmp_path / "run") if path.startswith("checkpoints")] == []

@@ -116,9 +116,11 @@ class PillowLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _new_pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-        )
+        # This starts Python's resource tracker, which keeps SIGHUP blocked; the other two it ignores by itself.
+        with _signals_held_back():
+            return ProcessPoolExecutor(
+                self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+            )
 
     def _submit(self) -> None:
         while len(self._waiting) < self._prefetch and self._next_to_submit < self._order.steps:
