@@ -177,7 +177,13 @@ class TrainConfig(Section):
     """fp16: so many steps in a row without finite gradients end the run. Each halves the loss scale, which begins at
     65536: after 50 it is 6e-11, and gradients that overflow even then are above 1e15, or NaN at any scale."""
     deterministic: bool = False
-    """Ask PyTorch for deterministic algorithms only; slower on CUDA."""
+    """The same bits from each run. PyTorch takes deterministic algorithms only, which a run says the cost of when it
+    begins; an operation that has none is an error. On a CPU this holds for one number of threads (`OMP_NUM_THREADS`).
+
+    On CUDA it holds for one model of GPU and one version of each of torch, CUDA, cuDNN and Triton. Not covered: DALI
+    shares JPEGs there between a hardware engine and kernels, which need not round alike (`data.loader = "pillow"`
+    decodes on the CPU); and what torch.compile chooses by timing. Without this key cuDNN's algorithms are chosen by
+    timing, too, and may add floats in any order."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     log_every: int = Field(default=20, ge=1)
     """Steps between two rows of metrics; the first and the last step are always logged."""

@@ -9,10 +9,11 @@ from typing import NoReturn
 import torch
 
 from fastnst import __version__
-from fastnst.config import Config, TrainConfig, to_toml
+from fastnst.config import Config, to_toml
 from fastnst.data import open_loader
 from fastnst.data.order import RunOrder
 from fastnst.data.replacements import Replacements, read_late_failures, still_failed
+from fastnst.device import ran_out_of_memory
 from fastnst.errors import DataError, DivergedError, StoppedBySignal
 from fastnst.losses import PerceptualLoss
 from fastnst.models.style_model import MODEL_NAME, save_style_model
@@ -20,6 +21,7 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
 from fastnst.storage import StorageError, lock_run, remove_leftovers, write_atomic
 from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
+from fastnst.training import determinism
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, remove_old_checkpoints, save_checkpoint
 from fastnst.training.inputs import Inputs, read_inputs, resolve
 from fastnst.training.looks import Looks
@@ -63,7 +65,7 @@ def train(
     """
     config, device = resolve(config)
     prepare_run(out, config, resume=resume, allow_changes=allow_changes)
-    with _deterministic(config.train), explained_memory_errors(config, device):
+    with determinism.algorithms(config.train), explained_memory_errors(config, device):
         late = read_late_failures(out / REJECTED_NAME) if resume else []
         inputs = read_inputs(config, device, notify, late)
         with lock_run(out):
@@ -86,6 +88,7 @@ class _Run:
         self.net.train()
         loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
         loss.set_style(inputs.style.to(device))
+        self.loss = loss
         self.step = TrainingStep(self.net, loss, config.train, device)
         self.order = RunOrder(
             config.train.seed,
@@ -137,6 +140,8 @@ class _Run:
             self.notify(f"nothing to do: {done} of {self.inputs.steps} steps are done; set more with --steps")
             return self.out / MODEL_NAME
         self.notify(self._announcement(done))
+        if self.config.train.deterministic and not done:
+            self.notify(determinism.cost(self.net, self.loss, self.config, self.device))
         with self.stop.deferred():
             with RunLog(self.out, start_step=done) as log:
                 if not done:
@@ -359,18 +364,6 @@ def _kept(out: Path, notify: Callable[[str], None]) -> Iterator[None]:
         begun = (out / CONFIG_NAME).is_file()
         how = f"go on with fastnst train --resume --out {out}" if begun else "then start again"
         raise StorageError(f"{error}. Training stopped; {kept}; {how}") from error
-
-
-@contextlib.contextmanager
-def _deterministic(config: TrainConfig) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
 
 
 def _device_name(device: torch.device) -> str:
