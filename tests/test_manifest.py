@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     examine = manifest_module.examine
 
-    def watched(path: str, data: bytes, *, mtime: int, min_side: int) -> manifest_module.Entry:
+    def watched(path: str, data: bytes, **rules: Any) -> manifest_module.Entry:
         seen.append(path)
-        return examine(path, data, mtime=mtime, min_side=min_side)
+        return examine(path, data, **rules)
 
     monkeypatch.setattr(manifest_module, "examine", watched)
     return seen
@@ -284,3 +285,21 @@ def test_png_damage_that_pillow_overlooks(photo_folder: Path) -> None:
     assert set(found) == {"no_end.png", "sum.png"}
     assert "cut short" in found["no_end.png"]
     assert "checksum of its IDAT chunk" in found["sum.png"]
+
+
+def test_pictures_of_one_colour_are_refused_for_training_only(photo_folder: Path) -> None:
+    one_dot = np.full((40, 50, 3), 200, np.uint8)
+    one_dot[39, 49, 2] = 0
+    Image.fromarray(one_dot).save(photo_folder / "dot.png")
+    red_and_blue = np.full((40, 50, 3), (90, 30, 30), np.uint8)
+    red_and_blue[:, 25:] = (30, 51, 50)
+    Image.fromarray(red_and_blue).save(photo_folder / "alike_in_brightness.jpg", quality=95)
+    invisible = Image.fromarray(np.full((40, 50, 3), 9, np.uint8))
+    invisible.putalpha(Image.fromarray(np.arange(2000, dtype=np.uint16).astype(np.uint8).reshape(40, 50)))
+    invisible.save(photo_folder / "flat_alpha.png")
+    for name, mode in (("flat.jpg", "RGB"), ("flat.png", "L"), ("flat_bits.png", "1"), ("flat_palette.png", "P")):
+        Image.new(mode, (40, 50), 0).save(photo_folder / name)
+    found = reasons(build_manifest(photo_folder, flat=False))
+    assert set(found) == {"flat.jpg", "flat.png", "flat_bits.png", "flat_palette.png", "flat_alpha.png"}
+    assert all("one colour" in reason for reason in found.values())
+    assert not build_manifest(photo_folder).rejected

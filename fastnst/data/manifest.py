@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL
+from PIL import Image
 
 from fastnst.data.plain import check_whole, is_plain
 from fastnst.errors import DataError
@@ -42,7 +43,7 @@ OTHER_SUFFIXES = frozenset(
 """Pictures that training does not read: named as refused, unless their content is a JPEG, PNG or WebP after all. Files
 with any further suffix are passed over."""
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _CHUNK = 16
 
 
@@ -96,6 +97,7 @@ def build_manifest(
     progress: Callable[[int, int], None] | None = None,
     cache: bool = True,
     min_side: int = MIN_SIDE,
+    flat: bool = True,
 ) -> Manifest:
     """Check every picture of a folder and its subfolders; links are followed, hidden files and folders are not entered.
 
@@ -105,6 +107,8 @@ def build_manifest(
         progress: receives the number of files done and of all files, again and again.
         cache: use, and write, the outcome of earlier checks.
         min_side: pixels that the short side must have.
+        flat: take pictures of one colour, too. Training must not: where nothing varies, each instance norm multiplies
+            the gradient by 1/√ε, and sixteen of them in a row are beyond fp32.
 
     Raises:
         DataError: the folder is missing, unreadable or empty, or not one of its pictures can be used.
@@ -116,7 +120,8 @@ def build_manifest(
             f"{printable(folder)} holds no pictures, only {passed_over} other files; give a folder of JPEG, PNG or WebP"
         )
     cache_file = _cache_file(folder)
-    known = _read_cache(cache_file, min_side) if cache else {}
+    rules = _Rules(min_side, flat)
+    known = _read_cache(cache_file, rules) if cache else {}
     results: dict[str, _Checked] = {}
     pending: list[tuple[str, int, int]] = []
     for path, size, mtime in candidates:
@@ -128,13 +133,13 @@ def build_manifest(
     report = progress or (lambda _done, _total: None)
     report(len(results), len(candidates))
     try:
-        for checked in _check_all(folder, pending, min_side, workers or _cores()):
+        for checked in _check_all(folder, pending, rules, workers or _cores()):
             results[checked.path] = checked
             report(len(results), len(candidates))
     finally:
         # Also when interrupted: the next start goes on from here.
         if cache and pending:
-            _write_cache(cache_file, min_side, results.values())
+            _write_cache(cache_file, rules, results.values())
     ordered = [results[path] for path, _, _ in candidates]
     images = [checked.entry for checked in ordered if checked.entry is not None]
     rejected = [Rejection(checked.path, checked.reason) for checked in ordered if checked.entry is None]
@@ -166,7 +171,7 @@ def write_rejections(manifest: Manifest, path: Path, more: Iterable[str] = ()) -
     write_atomic(path, "".join([*rows, *more]).encode())
 
 
-def examine(path: str, data: bytes, *, mtime: int, min_side: int = 1) -> Entry:
+def examine(path: str, data: bytes, *, mtime: int, min_side: int = 1, flat: bool = True) -> Entry:
     """Check one picture, wholly.
 
     Args:
@@ -174,6 +179,7 @@ def examine(path: str, data: bytes, *, mtime: int, min_side: int = 1) -> Entry:
         data: all bytes of its file.
         mtime: of the file, in ns.
         min_side: pixels that the short side must have.
+        flat: take a picture of one colour, too.
 
     Raises:
         UnusablePictureError: it cannot serve.
@@ -185,6 +191,8 @@ def examine(path: str, data: bytes, *, mtime: int, min_side: int = 1) -> Entry:
     # Entropy decoding is what finds damage; the rest of JPEG's inverse transform, which scale 1/8 skips, finds none.
     picture.draft("L", (1, 1))
     load(picture)
+    if not flat and _is_flat(picture, data):
+        raise UnusablePictureError("all of it has one colour, which makes gradients overflow; remove it")
     orientation = orientation_of(picture)
     if orientation >= 5:
         width, height = height, width
@@ -201,6 +209,14 @@ def fingerprint_of(images: Iterable[Entry]) -> str:
     for entry in images:
         digest.update(os.fsencode(entry.path) + f"\0{entry.size} {entry.width} {entry.height}\0".encode())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What a check asks for; see `build_manifest`."""
+
+    min_side: int
+    flat: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +273,7 @@ def _walk(folder: Path) -> tuple[list[Rejection], list[tuple[str, int, int]], in
     return unreadable, candidates, passed_over
 
 
-def _check_all(folder: Path, pending: list[tuple[str, int, int]], min_side: int, workers: int) -> Iterator[_Checked]:
+def _check_all(folder: Path, pending: list[tuple[str, int, int]], rules: _Rules, workers: int) -> Iterator[_Checked]:
     """Threads, not processes: decoding and reading release the interpreter's lock, and nothing has to be started."""
     rest = iter(pending)
     running: deque[Future[list[_Checked]]] = deque()
@@ -265,7 +281,7 @@ def _check_all(folder: Path, pending: list[tuple[str, int, int]], min_side: int,
     try:
         while True:
             while len(running) < 2 * workers and (chunk := list(islice(rest, _CHUNK))):
-                running.append(pool.submit(lambda files: [_check(folder, *file, min_side) for file in files], chunk))
+                running.append(pool.submit(lambda files: [_check(folder, *file, rules) for file in files], chunk))
             if not running:
                 return
             yield from running.popleft().result()
@@ -273,15 +289,24 @@ def _check_all(folder: Path, pending: list[tuple[str, int, int]], min_side: int,
         pool.shutdown(cancel_futures=True)
 
 
-def _check(folder: Path, path: str, size: int, mtime: int, min_side: int) -> _Checked:
+def _check(folder: Path, path: str, size: int, mtime: int, rules: _Rules) -> _Checked:
     try:
         data = read_bytes(os.path.join(folder, path))  # noqa: PTH118
     except UnusablePictureError as error:
         return _Checked(path, size, mtime, None, str(error), lasting=False)
     try:
-        return _Checked(path, size, mtime, examine(path, data, mtime=mtime, min_side=min_side))
+        return _Checked(path, size, mtime, examine(path, data, mtime=mtime, **asdict(rules)))
     except UnusablePictureError as error:
         return _Checked(path, size, mtime, None, str(error))
+
+
+def _is_flat(picture: Image.Image, data: bytes) -> bool:
+    """Whether all pixels have one colour; `picture` is loaded, perhaps in a coarser version."""
+    extrema: Any = picture.getextrema()
+    low, high = extrema if len(picture.getbands()) == 1 else extrema[0]
+    if low != high:
+        return False
+    return all(low == high for low, high in decode(data, formats=TRAINING_FORMATS).getextrema())  # type: ignore[misc]
 
 
 def _cores() -> int:
@@ -293,26 +318,26 @@ def _cache_file(folder: Path) -> Path:
     return cache_folder() / "manifests" / f"{name}.json"
 
 
-def _cache_key(min_side: int) -> list[Any]:
+def _cache_key(rules: _Rules) -> list[Any]:
     """What else decides the outcome of a check."""
-    return [_CACHE_VERSION, PIL.__version__, min_side]
+    return [_CACHE_VERSION, PIL.__version__, rules.min_side, rules.flat]
 
 
-def _read_cache(file: Path, min_side: int) -> dict[str, _Checked]:
+def _read_cache(file: Path, rules: _Rules) -> dict[str, _Checked]:
     """Earlier outcomes by path; nothing if the file is absent, damaged or of another version."""
     try:
         content = json.loads(file.read_bytes())
-        if content["key"] != _cache_key(min_side):
+        if content["key"] != _cache_key(rules):
             return {}
         return {row[0]: _from_row(row) for row in content["files"]}
     except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
         return {}
 
 
-def _write_cache(file: Path, min_side: int, results: Iterable[_Checked]) -> None:
+def _write_cache(file: Path, rules: _Rules, results: Iterable[_Checked]) -> None:
     # ASCII, because names that are not UTF-8 hold lone surrogates.
     content = json.dumps(
-        {"key": _cache_key(min_side), "files": [_to_row(checked) for checked in results if checked.lasting]}
+        {"key": _cache_key(rules), "files": [_to_row(checked) for checked in results if checked.lasting]}
     )
     try:
         write_atomic(file, content.encode("ascii"))

@@ -188,7 +188,7 @@ def read_late_failures(path: Path) -> list[LateFailure]:
         try:
             row = json.loads(line)
             failure = _from_row(row) if "step" in row else None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"line {number} of {printable(path)} is damaged; remove that line to resume without what it says"
             ) from error

@@ -124,7 +124,7 @@ def check_folder(folder: Path | None) -> Path:
 def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
     """The checked pictures of the data folder; says how many were refused."""
     with counted("check pictures", "pictures") as progress:
-        manifest = build_manifest(check_folder(config.data.folder), progress=progress)
+        manifest = build_manifest(check_folder(config.data.folder), progress=progress, flat=False)
     if manifest.rejected:
         first = manifest.rejected[0]
         notify(

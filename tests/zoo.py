@@ -1,0 +1,329 @@
+"""Files that break loaders, each made by code: what is in a folder of pictures besides pictures.
+
+A specimen says what the check must make of it. `place_zoo` puts all of them into a folder; the files of
+`FASTNST_TEST_DATA/awkward` belong beside them and are judged in `AWKWARD`.
+"""
+
+import io
+import os
+import shutil
+import socket
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ACCEPTED = ""
+"""The check accepts it."""
+PASSED_OVER = "passed over"
+"""No picture by its name: neither accepted nor refused."""
+EITHER = "either"
+"""Damage that may or may not show: what matters is that both loaders agree."""
+
+AWKWARD = {
+    "icc_after_sof_tiny.jpg": "10 × 10 px is too small",
+    "lossless_cat-3449999_640_grayscale_12bit.jpg": "lossless, 12-bit",
+    "misnamed_bmp.jpg": "a BMP",
+    "tiny_jfif.jpg": "1 × 1 px is too small",
+    "truncated_pillow.jpg": "cut short",
+}
+"""Of the awkward files, those that are refused, and a word of the reason."""
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A file, or whatever else has a name in a folder."""
+
+    name: str
+    verdict: str
+    """ACCEPTED, PASSED_OVER, EITHER, or a word of the reason for which it is refused."""
+    make: Callable[[Path], object]
+
+    def __repr__(self) -> str:
+        return ascii(self.name[:40])
+
+
+def place_zoo(folder: Path, specimens: Iterable[Specimen]) -> None:
+    """Make the specimens; names that the file system does not take are left out."""
+    for specimen in specimens:
+        (folder / specimen.name).parent.mkdir(parents=True, exist_ok=True)
+        specimen.make(folder / specimen.name)
+
+
+def place_good(folder: Path, photos: Path, count: int) -> None:
+    """`count` links to whole pictures, spread over the sorted names, so that they lie between the specimens."""
+    files = sorted(photos.iterdir())
+    for index in range(count):
+        source = files[index % len(files)]
+        letter = "abcdefghijklmnopqrstuvwxyz"[index * 7 % 26]
+        os.link(source, folder / f"{letter}_good_{index:05d}{source.suffix}")
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of a picture's file."""
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
+    """A PNG from its compressed rows; `extra` are chunks between header and rows."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(extra) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def _zeros(count: int) -> bytes:
+    """`count` zero bytes, compressed, without holding them."""
+    packer = zlib.compressobj(9)
+    block = bytes(1 << 16)
+    parts = [packer.compress(block[: min(len(block), count - at)]) for at in range(0, count, len(block))]
+    return b"".join(parts) + packer.flush()
+
+
+def _rows(count: int, length: int) -> bytes:
+    """So many rows of a PNG, compressed, each of so many bytes with its filter's: half black, half white."""
+    black, white = bytes(length), b"\0" + b"\xff" * (length - 1)
+    return zlib.compress(black * (count // 2) + white * (count - count // 2))
+
+
+def _segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def _behind_start(jpeg: bytes, *segments: bytes) -> bytes:
+    return jpeg[:2] + b"".join(segments) + jpeg[2:]
+
+
+def _resized_frame(jpeg: bytes, height: int, width: int) -> bytes:
+    """A JPEG that claims another size."""
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
+
+
+def _flipped(data: bytes, count: int, seed: int, start: int) -> bytes:
+    changed = bytearray(data)
+    rng = np.random.default_rng(seed)
+    for bit in rng.integers(start * 8, len(data) * 8, count):
+        changed[bit // 8] ^= 1 << (bit % 8)
+    return bytes(changed)
+
+
+def _orientation(value: int) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = value
+    return tags.tobytes()
+
+
+def _huge_exif() -> bytes:
+    tags = Image.Exif()
+    tags[0x0112], tags[0x010E] = 6, "x" * 60_000
+    return tags.tobytes()
+
+
+def _make_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def _make_socket(path: Path) -> None:
+    # A socket's path may be 107 bytes long only; relative to its folder it is short.
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def _make_sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate((1 << 30) + 1)
+
+
+def _make_locked(path: Path) -> None:
+    path.write_bytes(_JPEG)
+    path.chmod(0)
+
+
+def _linked(content: bytes) -> Callable[[Path], object]:
+    def make(path: Path) -> None:
+        target = path.with_name(f".{path.name}.target")
+        target.write_bytes(content)
+        path.symlink_to(target.name)
+
+    return make
+
+
+def _folder_of(content: bytes) -> Callable[[Path], object]:
+    def make(path: Path) -> None:
+        path.mkdir()
+        (path / "inside.jpg").write_bytes(content)
+
+    return make
+
+
+_Y, _X = np.mgrid[0:72, 0:96]
+_COLOUR = Image.fromarray(np.stack([_X * 2, _Y * 3, _X + _Y], -1).astype(np.uint8))
+_GRAY = _COLOUR.convert("L")
+_CLEAR = _COLOUR.copy()
+_CLEAR.putalpha(Image.fromarray((_X * 2).astype(np.uint8)))
+_PALETTE = _COLOUR.quantize(32)
+_DEEP = Image.fromarray((_X * 600).astype(np.uint16))
+_JPEG = encoded(_COLOUR, "JPEG", quality=92)
+_PNG = encoded(_COLOUR, "PNG")
+_WEBP = encoded(_COLOUR, "WEBP", quality=92)
+_FRAMES: dict[str, Any] = {"save_all": True, "append_images": [_COLOUR.transpose(Image.Transpose.ROTATE_180)]}
+_HTML = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body>Not Found</body></html>\n"
+_EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 72\n96 72 scale\n" + b"00 " * 400 + b"\nshowpage\n"
+
+
+def specimens() -> list[Specimen]:
+    """All that code can make on this machine and for this user."""
+    found = [
+        Specimen(name, verdict, lambda path, content=content: path.write_bytes(content))
+        for name, verdict, content in _contents()
+    ]
+    found += [
+        Specimen("link.jpg", ACCEPTED, _linked(_JPEG)),
+        Specimen("link_to_text.jpg", "text", _linked(b"A letter.\n" * 9)),
+        Specimen("dangling.jpg", "no such file", lambda path: path.symlink_to("nowhere.jpg")),
+        Specimen("loop.jpg", "symbolic links", _make_loop),
+        Specimen("up.jpg", PASSED_OVER, lambda path: path.symlink_to(".")),
+        Specimen("pipe.jpg", "not a regular file", os.mkfifo),
+        Specimen("socket.jpg", "not a regular file", _make_socket),
+        Specimen("device.jpg", "not a regular file", lambda path: path.symlink_to("/dev/zero")),
+        Specimen("folder.jpg", PASSED_OVER, _folder_of(_HTML)),
+        Specimen("sparse.jpg", "above 1 GiB", _make_sparse),
+    ]
+    if os.geteuid() != 0:
+        found.append(Specimen("locked.jpg", "permission denied", _make_locked))
+    return found
+
+
+def _contents() -> list[tuple[str, str, bytes]]:
+    """Name, verdict and bytes of the regular files."""
+    half_png = _PNG.index(b"IDAT") + (len(_PNG) - _PNG.index(b"IDAT")) // 2
+    bad_header = _PNG[:29] + bytes([_PNG[29] ^ 1]) + _PNG[30:]
+    bad_rows = _PNG[:-14] + bytes([_PNG[-14] ^ 1]) + _PNG[-13:]
+    note = chunk(b"tEXt", b"Title\0zoo")
+    rows = _rows(32, 97)
+    return [
+        *((f"cut_{keep:05d}.jpg", "; ", _JPEG[:keep]) for keep in (1, 2, 20, 100, 300)),
+        *((f"cut_{part:02d}_percent.jpg", "cut short", _JPEG[: len(_JPEG) * part // 100]) for part in (50, 75, 99)),
+        ("cut_last_byte.jpg", EITHER, _JPEG[:-1]),
+        ("cut_end.jpg", "cut short", _JPEG[:-2]),
+        *((f"cut_{keep:02d}.png", "; ", _PNG[:keep]) for keep in (8, 20, 33, 40)),
+        ("cut_half.png", "cut short", _PNG[:half_png]),
+        ("cut_end.png", "cut short", _PNG[:-12]),
+        *((f"cut_{keep:02d}.webp", "; ", _WEBP[:keep]) for keep in (12, 30)),
+        ("cut_half.webp", "cut short", _WEBP[: len(_WEBP) // 2]),
+        ("empty.jpg", "empty", b""),
+        ("empty.png", "empty", b""),
+        ("zeros.jpg", "no picture", bytes(5000)),
+        ("letter.jpg", "text", b"This is a letter.\n" * 20),
+        ("page.jpg", "text", _HTML),
+        ("drawing.jpg", "text", _EPS),
+        ("drawing.eps", PASSED_OVER, _EPS),
+        ("paper.jpg", "a PDF", b"%PDF-1.7\n\xff" + bytes(100)),
+        ("archive.png", "no picture", b"PK\x03\x04" + bytes(range(256))),
+        ("picture.gif", "a GIF", encoded(_PALETTE, "GIF")),
+        ("gif.jpg", "a GIF", encoded(_PALETTE, "GIF")),
+        ("moving.gif", "a GIF", encoded(_COLOUR, "GIF", **_FRAMES)),
+        ("picture.bmp", "a BMP", encoded(_COLOUR, "BMP")),
+        ("bmp.jpg", "a BMP", encoded(_COLOUR, "BMP")),
+        ("tiff.jpg", "a TIFF", encoded(_COLOUR, "TIFF")),
+        ("jpeg2000.jpg", "a JPEG 2000", b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(50)),
+        ("phone.heic", "HEIF", b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(50)),
+        ("avif.jpg", "an AVIF", b"\0\0\0\x18ftypavif\0\0\0\0" + bytes(50)),
+        ("jpeg.png", ACCEPTED, _JPEG),
+        ("png.jpg", ACCEPTED, _PNG),
+        ("webp.jpg", ACCEPTED, _WEBP),
+        ("jpeg.gif", ACCEPTED, _JPEG),
+        ("LOUD.JPG", ACCEPTED, _JPEG),
+        ("no_suffix", PASSED_OVER, _JPEG),
+        (".hidden.jpg", PASSED_OVER, _JPEG),
+        ("moving.webp", ACCEPTED, encoded(_COLOUR, "WEBP", **_FRAMES)),
+        ("moving.png", ACCEPTED, encoded(_COLOUR, "PNG", **_FRAMES)),
+        ("lossless.webp", ACCEPTED, encoded(_COLOUR, "WEBP", lossless=True)),
+        ("clear.webp", ACCEPTED, encoded(_CLEAR, "WEBP")),
+        ("cmyk.jpg", ACCEPTED, encoded(_COLOUR.convert("CMYK"), "JPEG")),
+        ("gray.jpg", ACCEPTED, encoded(_GRAY, "JPEG")),
+        ("progressive.jpg", ACCEPTED, encoded(_COLOUR, "JPEG", progressive=True)),
+        ("restart.jpg", ACCEPTED, encoded(_COLOUR, "JPEG", restart_marker_blocks=2)),
+        ("rgb.jpg", ACCEPTED, encoded(_COLOUR, "JPEG", keep_rgb=True)),
+        ("gray.png", ACCEPTED, encoded(_GRAY, "PNG")),
+        ("gray_alpha.png", ACCEPTED, encoded(_CLEAR.convert("LA"), "PNG")),
+        ("alpha.png", ACCEPTED, encoded(_CLEAR, "PNG")),
+        ("palette.png", ACCEPTED, encoded(_PALETTE, "PNG")),
+        ("palette_alpha.png", ACCEPTED, encoded(_PALETTE, "PNG", transparency=bytes(range(0, 256, 8)))),
+        ("colour_key.png", ACCEPTED, encoded(_COLOUR, "PNG", transparency=(0, 0, 0))),
+        ("bits.png", ACCEPTED, encoded(_COLOUR.convert("1"), "PNG")),
+        ("deep.png", ACCEPTED, encoded(_DEEP, "PNG")),
+        ("deep_colour.png", ACCEPTED, png(32, 32, 16, 2, zlib.compress((b"\0" + bytes(range(192))) * 32))),
+        *((f"turned_{value}.jpg", ACCEPTED, encoded(_COLOUR, "JPEG", exif=_orientation(value))) for value in range(10)),
+        ("turned.png", ACCEPTED, encoded(_COLOUR, "PNG", exif=_orientation(6))),
+        ("turned.webp", ACCEPTED, encoded(_COLOUR, "WEBP", exif=_orientation(8))),
+        ("huge_exif.jpg", ACCEPTED, encoded(_COLOUR, "JPEG", exif=_huge_exif())),
+        ("bad_exif.jpg", ACCEPTED, _behind_start(_JPEG, _segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(40)))),
+        ("many_segments.jpg", ACCEPTED, _behind_start(_JPEG, *[_segment(0xEC, bytes(65_000))] * 20)),
+        ("comment.jpg", ACCEPTED, _behind_start(_JPEG, _segment(0xFE, b"\x1b[31m" + bytes(60_000)))),
+        ("trailing.jpg", ACCEPTED, _JPEG + bytes(range(256)) * 20),
+        ("two_in_one.jpg", ACCEPTED, _JPEG + _JPEG),
+        ("trailing.png", ACCEPTED, _PNG + bytes(range(256)) * 20),
+        ("leading.jpg", "no picture", b"\0\0" + _JPEG),
+        ("bad_header_sum.png", "; ", bad_header),
+        ("bad_rows_sum.png", "checksum of its IDAT", bad_rows),
+        ("bad_note_sum.png", "; ", png(32, 32, 8, 2, rows, note[:-1] + bytes([note[-1] ^ 1]))),
+        ("text_bomb.png", "; ", png(32, 32, 8, 2, rows, chunk(b"zTXt", b"Title\0\0" + _zeros(64 << 20)))),
+        ("profile_bomb.png", EITHER, png(32, 32, 8, 2, rows, chunk(b"iCCP", b"name\0\0" + _zeros(64 << 20)))),
+        ("few_rows.png", EITHER, png(32, 32, 8, 2, _rows(16, 97))),
+        ("many_rows.png", EITHER, png(32, 32, 8, 2, _rows(64, 97))),
+        ("no_width.png", "; ", png(0, 32, 8, 2, rows)),
+        ("bomb.png", "400 million pixels", png(20_000, 20_000, 1, 0, _zeros(20_000 * 2_501))),
+        ("bomb_of_colour.png", "million pixels", png(20_000, 20_000, 8, 2, _zeros(1 << 20))),
+        ("beyond_count.png", "; ", png(2**31 - 1, 2**31 - 1, 8, 2, rows)),
+        ("bomb.jpg", "million pixels", _resized_frame(_JPEG, 65_500, 65_500)),
+        ("no_height.jpg", "; ", _resized_frame(_JPEG, 0, 96)),
+        ("claims_more.jpg", EITHER, _resized_frame(_JPEG, 144, 96)),
+        ("claims_less.jpg", EITHER, _resized_frame(_JPEG, 36, 48)),
+        ("largest.png", ACCEPTED, png(7_000, 7_000, 1, 0, _rows(7_000, 876))),
+        ("black.png", "one colour", png(64, 48, 8, 2, _zeros(193 * 48))),
+        ("flat.jpg", "one colour", encoded(Image.new("RGB", (64, 48), (9, 99, 199)), "JPEG")),
+        ("pixel.png", "1 × 1 px is too small", png(1, 1, 8, 2, zlib.compress(bytes(4)))),
+        ("fifteen.png", "too small", png(400, 15, 8, 0, _rows(15, 401))),
+        ("sixteen.png", ACCEPTED, png(16, 16, 8, 0, _rows(16, 17))),
+        ("wide.png", ACCEPTED, png(6_000, 16, 8, 0, _rows(16, 6_001))),
+        ("tall.jpg", ACCEPTED, encoded(_COLOUR.resize((16, 6_000)), "JPEG")),
+        *((f"flips_{seed}.jpg", EITHER, _flipped(_JPEG, 3, seed, 0)) for seed in range(8)),
+        *((f"flips_in_pixels_{seed}.jpg", EITHER, _flipped(_JPEG, 3, seed, 700)) for seed in range(4)),
+        *((f"flips_{seed}.webp", EITHER, _flipped(_WEBP, 3, seed, 0)) for seed in range(4)),
+        *((f"flips_{seed}.png", "; ", _flipped(_PNG, 3, seed, 8)) for seed in range(4)),
+        (os.fsdecode(b"caf\xe9.jpg"), ACCEPTED, _JPEG),
+        (os.fsdecode(b"\xff\xfe.jpg"), "text", _HTML),
+        ("new\nline.png", ACCEPTED, _PNG),
+        ("new\nline.jpg", "text", _HTML),
+        (" leading and trailing .jpg", ACCEPTED, _JPEG),
+        ("--steps=9.jpg", ACCEPTED, _JPEG),
+        ("per%cent 'quote\" \\back.jpg", ACCEPTED, _JPEG),
+        ("\x1b[2Jclear.jpg", "text", _HTML),
+        ("猫.jpg", ACCEPTED, _JPEG),
+        ("n" * 251 + ".jpg", ACCEPTED, _JPEG),
+        ("m" * 251 + ".jpg", "text", _HTML),
+        ("deep/" * 30 + "down.jpg", ACCEPTED, _JPEG),
+    ]
+
+
+def place_awkward(folder: Path, awkward: Path) -> list[Specimen]:
+    """Copies of the awkward files, and what the check must make of each."""
+    for file in awkward.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return [Specimen(file.name, AWKWARD.get(file.name, ACCEPTED), lambda _: None) for file in awkward.iterdir()]
