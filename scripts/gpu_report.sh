@@ -105,7 +105,7 @@ if [[ -n $smoke ]]; then
     benchmarks smoke 300 "2x16x16x16 or 2x32x16x16"
 else
     if ((${#parallel[@]})); then
-        step "check of every provider" 100 "$python" -m pytest benchmarks/ -q -p no:cacheprovider --benchmark-disable \
+        step "check of every provider" 55 "$python" -m pytest benchmarks/ -q -p no:cacheprovider --benchmark-disable \
             --kernel-batch 16 --kernel-providers fastnst,eager,compile "${parallel[@]}"
     fi
     benchmarks instance_norm 80 instance_norm

@@ -21,7 +21,8 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
-        env=os.environ | environment,
+        # A worker of pytest-xdist must not look like one to the child: pytest-benchmark measures nothing there.
+        env={key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

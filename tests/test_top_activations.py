@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.data.window import read_square, window_of
@@ -276,7 +277,7 @@ def test_memory_does_not_grow_with_the_pictures(net: VGG19, manifest: Manifest) 
 
     def measure(_done: int, _total: int) -> None:
         gc.collect()
-        held.append(sum(x.nbytes for x in gc.get_objects() if issubclass(type(x), Tensor)))
+        held.append(sum(x.nbytes for x in gc.get_objects() if type(x) in (Tensor, Parameter)))
 
     find(net, manifest, count=2, batch_size=1, progress=measure)
     assert len(held) == 13

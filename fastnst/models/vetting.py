@@ -125,10 +125,10 @@ def _check_pickle(stream: io.BytesIO) -> None:
             if name in ("STACK_GLOBAL", "INST", "OBJ") or name.startswith("EXT"):
                 raise VettingError(f"its pickle does more ({name}) than weights need")
             if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                key = written if name == "MEMOIZE" else int(argument)
+                key = written if name == "MEMOIZE" else int(str(argument))
                 written += 1
                 (memo.add if last in _TUPLES else memo.discard)(key)
-            elif name == "DUP" or (name in ("GET", "BINGET", "LONG_BINGET") and int(argument) in memo):
+            elif name == "DUP" or (name in ("GET", "BINGET", "LONG_BINGET") and int(str(argument)) in memo):
                 shared += 1
                 if shared > _MAX_SHARED_TUPLES:
                     raise VettingError("its pickle nests tuples in a way that weights do not")
