@@ -141,3 +141,10 @@ def test_what_goes_wrong_is_found() -> None:
     ]
     for change in changes:
         assert len(problems([fine | change], set())) == 1, change
+
+
+def test_a_header_that_no_model_needs_is_not_parsed(hostile: tuple[list[Hostile], list[dict[str, Any]]]) -> None:
+    _, results = hostile
+    told = [result["message"] for result in results if "metadata_bomb" in result["file"]]
+    assert len(told) == 6
+    assert all("longer than" in message for message in told)
