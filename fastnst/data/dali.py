@@ -218,8 +218,9 @@ class _Feed:
                 self._read_ahead()
                 encoded, start, end = zip(*samples, strict=True)
                 return list(encoded), np.array(start, dtype=np.float32), np.array(end, dtype=np.float32)
-            self.seek(step)
-            self._read_ahead()
+            if self.error is None:
+                self.seek(step)
+                self._read_ahead()
         raise StopIteration
 
     def seek(self, step: int) -> None:

@@ -133,7 +133,13 @@ class PillowLoader:
     def _start(self, jobs: list[Job]) -> Future[Part]:
         # The first call starts the processes, which must not see a stop signal before they know what to do with it.
         with _signals_held_back():
-            return self._pool.submit(_read_squares, jobs, self._size)
+            try:
+                return self._pool.submit(_read_squares, jobs, self._size)
+            except BrokenProcessPool as error:
+                # A worker died while there was nothing to do. Whoever waits for this part finds out, in its turn.
+                broken: Future[Part] = Future()
+                broken.set_exception(error)
+                return broken
 
     def _seek(self, step: int) -> None:
         """Go on with `step`; what was read ahead may hold a picture that has failed by now, and is read again."""

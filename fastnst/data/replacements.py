@@ -95,7 +95,7 @@ class Replacements:
         return failure is not None and failure.step <= step + 1
 
     def _stand_in(self, step: int, index: int) -> int:
-        # Ends, because `_check_count` never lets the last picture fail.
+        # Ends, because `_check_count` ends the run when the last picture has failed.
         while self._has_failed(step, index):
             index = (index + 1) % len(self._manifest.images)
         return index
