@@ -1,5 +1,6 @@
 """How configuration is written down: TOML files, environment variables and `--set` assignments, to values and back."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from fastnst.storage import read_regular_file
 ENVIRONMENT_PREFIX = "FASTNST_"
 MAX_FILE_BYTES = 1 << 20
 _MAX_DOTS = 500
+_STRING = re.compile(r"""\"(?:[^"\\]|\\.)*\"|'[^']*'""")
 UNSET = "unset"  # TOML has no null: this word takes back what a preset or a file has set
 
 
@@ -101,9 +103,17 @@ def toml_value(value: object) -> str:
 def _parse_toml(text: str) -> dict[str, Any]:
     """ValueError or RecursionError where it is not TOML, or nobody's configuration."""
     # The parser's time grows with the square of a key's parts, which one line holds.
-    if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
-        raise ValueError(f"a line has more than {_MAX_DOTS} dots")
+    if any(_dots(line) > _MAX_DOTS for line in text.splitlines()):
+        raise ValueError(f"a line has more than {_MAX_DOTS} dots outside strings")
     return tomllib.loads(text)
+
+
+def _dots(line: str) -> int:
+    """How many dots of a line may part keys: those in strings, paths for instance, do not."""
+    # Where a string of several lines begins or ends, what lies inside and what outside depends on other lines.
+    if line.count(".") > _MAX_DOTS and '"""' not in line and "'''" not in line:
+        line = _STRING.sub("", line)
+    return line.count(".")
 
 
 def _parse_toml_value(text: str) -> Any:

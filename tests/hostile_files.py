@@ -24,9 +24,11 @@ import torch
 from hostile_safetensors import hostile_safetensors, safetensors_bytes
 from hostile_zips import Record, raw_zip, zeros
 
+from fastnst.config import load_config, to_toml
 from fastnst.models.style_model import FORMAT_VERSION, KIND, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.checkpoint import FOLDER, save_checkpoint
+from fastnst.training.run_directory import CONFIG_NAME
 
 GIB = 1 << 30
 
@@ -178,10 +180,12 @@ def hostile_checkpoints(folder: Path) -> list[Hostile]:
     """Run directories with one checkpoint each; where the manifest still has hashes, they are right."""
     folder.mkdir()
     runs = []
+    configuration = to_toml(load_config(environment={}))
     for name, change in _checkpoint_changes():
         run = folder / name
         path = save_checkpoint(run, 1, tensors={"model.a": torch.zeros(2)}, state={"a": 1}, keep=1)
         assert path == run / FOLDER / "step_00000001"
+        (run / CONFIG_NAME).write_text(configuration, "utf-8")
         change(path)
         # Sound files of the wrong tensors: whoever restores from them looks for the right ones.
         wrong = name in ("tensors_type_of_integers", "tensors_same_name_twice", "tensors_nothing_in_it")

@@ -70,6 +70,7 @@ def test_assignments(file: Path, pairs: list[tuple[str, str]]) -> None:
 @given(assignments | st.lists(st.tuples(st.sampled_from(KEYS), st.just("\udcff")), max_size=1))
 @settings(max_examples=150)
 @example([("loss.vgg", "\udcff")])
+@example([("data.folder", "a" + ".a" * 2000)])
 def test_environment(file: Path, pairs: list[tuple[str, str]]) -> None:
     environment = {f"FASTNST_{key.upper().replace('.', '__', 1)}": value for key, value in pairs}
     check(file, environment=environment)
@@ -82,6 +83,8 @@ def test_environment(file: Path, pairs: list[tuple[str, str]]) -> None:
 @example(["train.steps = 0x" + "f" * 5000])
 @example(["preset = 0x" + "f" * 5000])
 @example(["a" + ".a" * 100_000 + " = 1"])
+@example(["x = [\"\"\"", '""", {a' + ".a" * 100_000 + ' = 1}, ""]'])
+@example(["""x = ['\"', {a""" + ".a" * 100_000 + """ = 1}, '\"']"""])
 def test_files_of_lines(file: Path, lines: list[str]) -> None:
     given_file = file.with_name("given.toml")
     given_file.write_text("\n".join(lines), "utf-8")

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastnst.config import Config, load_config
 from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
 from fastnst.summaries import RunLog, read_metrics
+from fastnst.training import determinism
 from fastnst.training.checkpoint import latest_checkpoint
 from fastnst.training.inputs import total_steps
 from fastnst.training.loop import train
@@ -77,7 +78,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
             steps.stop.signum = signal.SIGINT
         return original(self, step, batch)
 
+    class OfNoRun(TrainingStep):
+        """Steps that find out what determinism costs are none of the run's."""
+
+        __call__ = original
+
     monkeypatch.setattr(TrainingStep, "__call__", counting)
+    monkeypatch.setattr(determinism, "TrainingStep", OfNoRun)
     return steps
 
 
