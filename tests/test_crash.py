@@ -148,8 +148,11 @@ def killer(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(killer: Killer, tmp_path: Path, point: str) -> None:
-    once = (*IN_EACH_PROCESS, *AT_THE_END, "before-rename:old", "before-unlink:old")
-    killer.at(point, 1 if point in once else 2, tmp_path, steps=4)
+    # Where there is a choice, behind the first checkpoint: what is restored from it decides the rest.
+    occurrences = {"mid-write:event": 100, "before-rename:old": 1, "before-unlink:old": 1}
+    occurrences |= dict.fromkeys(("before-samples", "before-flush", "after-flush"), 2)
+    occurrences |= dict.fromkeys((*IN_EACH_PROCESS, *AT_THE_END), 1)
+    killer.at(point, occurrences.get(point, 3 if point in IN_A_STEP else 2), tmp_path, steps=4)
 
 
 @pytest.mark.campaign
@@ -163,7 +166,8 @@ def test_each_point_at_five_moments(killer: Killer, tmp_path: Path, point: str, 
         killer.at(point, 1, tmp_path, steps=number)
     else:
         # Of five steps, the first and the last are among these; of six saves, all but the last.
-        killer.at(point, number, tmp_path, steps=5 if point in ("before-step", "after-step") else 12)
+        steps = 5 if point in ("before-step", "after-step") else 12
+        killer.at(point, 60 * number if point == "mid-write:event" else number, tmp_path, steps=steps)
 
 
 @pytest.mark.parametrize("seed", range(4))

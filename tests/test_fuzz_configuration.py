@@ -83,7 +83,7 @@ def test_environment(file: Path, pairs: list[tuple[str, str]]) -> None:
 @example(["train.steps = 0x" + "f" * 5000])
 @example(["preset = 0x" + "f" * 5000])
 @example(["a" + ".a" * 100_000 + " = 1"])
-@example(["x = [\"\"\"", '""", {a' + ".a" * 100_000 + ' = 1}, ""]'])
+@example(['x = ["""', '""", {a' + ".a" * 100_000 + ' = 1}, ""]'])
 @example(["""x = ['\"', {a""" + ".a" * 100_000 + """ = 1}, '\"']"""])
 def test_files_of_lines(file: Path, lines: list[str]) -> None:
     given_file = file.with_name("given.toml")

@@ -187,6 +187,8 @@ def read_late_failures(path: Path) -> list[LateFailure]:
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError("not an object")
             failure = _from_row(row) if "step" in row else None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(
