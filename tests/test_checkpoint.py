@@ -274,6 +274,18 @@ def test_a_manifest_cannot_point_elsewhere(tmp_path: Path, name: str) -> None:
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("name", ["../secret", "notes"])
+def test_a_manifest_names_nothing_beside_its_files(tmp_path: Path, name: str) -> None:
+    """Not even what is there, and as the manifest says."""
+    path = save(tmp_path, 2)
+    (path / name).write_text("secret")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 6, "sha256": storage.sha256_of(path / name)}
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    with pytest.raises(CheckpointDamaged, match=r"a checkpoint has \['state.json', 'state.safetensors'\]"):
+        load_checkpoint(path)
+
+
 def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 2)
     path = path.rename(path.with_name("step_00000009"))

@@ -15,12 +15,14 @@ import pytest
 import torch
 from fork_server import arguments
 from run_evidence import assert_same_outcome
+from small_runs import make_small, small_config, train_small
 
 from fastnst.config import load_config
-from fastnst.losses import PerceptualLoss
+from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.weights import load_vgg19
-from fastnst.training import determinism
+from fastnst.training import determinism, loop
+from fastnst.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 ANNOUNCED = r"train\.deterministic: a step of 1 picture takes [0-9.]+ ms here, and [0-9.]+ ms without \([+-][0-9]+%\)"
@@ -97,3 +99,23 @@ def test_what_the_user_chose_for_cublas_stays(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with determinism.algorithms(load_config(assignments=["train.deterministic=true"], environment={}).train):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_steps_of_a_run_are_made_in_its_mode(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    seen: list[bool] = []
+
+    class Watched(TrainingStep):
+        def __call__(self, step: int, batch: torch.Tensor) -> LossTerms:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().__call__(step, batch)
+
+    make_small(monkeypatch)
+    monkeypatch.setattr(loop, "TrainingStep", Watched)
+    config = small_config(generated_photos, f"train.deterministic={str(deterministic).lower()}")
+    said = train_small(config, tmp_path)
+    assert seen == [deterministic] * 5
+    assert sum(re.fullmatch(ANNOUNCED, line) is not None for line in said) == deterministic
+    assert not torch.are_deterministic_algorithms_enabled()

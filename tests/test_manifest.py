@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastnst.errors import DataError
 from fastnst.images import UnusablePictureError
 from fastnst.storage import cache_folder
 
+NOBODY = 65534
 REFUSED_AWKWARD = {
     "icc_after_sof_tiny.jpg": "10 × 10 px is too small",
     "lossless_cat-3449999_640_grayscale_12bit.jpg": "lossless, 12-bit",
@@ -260,18 +262,41 @@ def test_trouble_with_the_disk_is_not_remembered(photo_folder: Path, monkeypatch
     assert len(build_manifest(photo_folder).images) == 12
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
-def test_unreadable_folder_and_file(photo_folder: Path) -> None:
-    (photo_folder / "picture_00.jpg").chmod(0)
-    (photo_folder / "locked").mkdir(mode=0)
-    found = reasons(build_manifest(photo_folder))
+@pytest.fixture
+def as_anybody(photo_folder: Path) -> Iterator[Path]:
+    """`photo_folder`, or a copy of it, owned by this process, which is not the superuser's for as long as it lasts."""
+    if os.geteuid():
+        yield photo_folder
+        return
+    # Above pytest's own folders, which are closed to others.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(shutil.copytree(photo_folder, Path(name) / "photos"))
+        for path in (Path(name), folder, *folder.iterdir()):
+            os.chown(path, NOBODY, NOBODY)
+        try:
+            os.seteuid(NOBODY)
+        except OSError:
+            pytest.skip("permissions do not bind the superuser, and nobody else is there to try")
+        try:
+            yield folder
+        finally:
+            os.seteuid(0)
+
+
+def test_unreadable_folder_and_file(as_anybody: Path) -> None:
+    (as_anybody / "picture_00.jpg").chmod(0)
+    (as_anybody / "locked").mkdir(mode=0)
+    manifest = build_manifest(as_anybody)
+    found = reasons(manifest)
     assert set(found) == {"picture_00.jpg", "locked"}
-    photo_folder.chmod(0)
+    assert all("permission denied; check its permissions" in reason for reason in found.values())
+    assert len(manifest.images) == 11
+    as_anybody.chmod(0)
     try:
         with pytest.raises(DataError, match="permission denied"):
-            build_manifest(photo_folder)
+            build_manifest(as_anybody)
     finally:
-        photo_folder.chmod(0o755)
+        as_anybody.chmod(0o755)
 
 
 def test_png_damage_that_pillow_overlooks(photo_folder: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_runs import SmallNet, logged, make_small, small_config, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastnst.errors import DataError, StoppedBySignal
+from fastnst.errors import DataError, StoppedBySignal, UserError
 from fastnst.models.style_model import read_style_metadata
 from fastnst.summaries import RunLog
 from fastnst.training import loop
@@ -200,6 +200,31 @@ def test_adam_goes_on_with_its_moments(generated_photos: Path, tmp_path: Path, m
     assert float(seen[0]["optimizer.step.conv1.weight"]) == 2
 
 
+class NetWithStatistics(SmallNet):
+    """With statistics that no step of training reads, and the style model needs."""
+
+    def __init__(self, architecture: str, norm: str) -> None:
+        super().__init__(architecture, norm)
+        self.register_buffer("running_mean", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        self.get_buffer("running_mean").lerp_(y.detach().mean((0, 2, 3)), 0.1)
+        return y
+
+
+def test_running_statistics_come_back(generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "TransformNet", NetWithStatistics)
+    config = small_config(generated_photos)
+    train_small(config, tmp_path / "whole")
+    kill_at(monkeypatch, 4)
+    with pytest.raises(Killed):
+        train_small(config, tmp_path / "parts")
+    train_small(config, tmp_path / "parts", resume=True)
+    assert "model.running_mean" in newest(tmp_path / "whole").tensors
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 # The style model is written behind the checkpoint.
 
 
@@ -317,6 +342,40 @@ def test_a_start_that_was_killed_leaves_nothing_in_the_way_of_the_next(generated
     (tmp_path / ".config.toml.abcd1234.part").write_text('preset = "vg')
     train_small(small_config(generated_photos), tmp_path)
     assert not list(tmp_path.glob(".config*"))
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_begun_again(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes between the first look at the directory and the lock, while pictures are checked."""
+    config = small_config(generated_photos)
+    original = loop.read_inputs
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(loop, "read_inputs", original)
+        train_small(config, tmp_path)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "read_inputs", meanwhile)
+    with pytest.raises(UserError, match="holds another run; go on with it by --resume"):
+        train_small(config, tmp_path)
+    assert newest(tmp_path).step == len(logged(tmp_path)) == 5
+
+
+def test_a_signal_in_the_last_step_is_told_though_all_is_done(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+    original = RunLog.close
+
+    def close(self: RunLog) -> None:
+        original(self)
+        stop.signum = 15
+
+    monkeypatch.setattr(RunLog, "close", close)
+    with pytest.raises(StoppedBySignal, match="stopped by SIGTERM; all 5 steps are done and saved") as stopped:
+        train_small(small_config(generated_photos), tmp_path, stop=stop)
+    assert stopped.value.exit_code == 143
 
 
 def test_a_stopped_run_has_its_style_model_and_its_log(

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pickle
 import re
@@ -70,9 +71,11 @@ def test_training_uses_no_network(guarded: tuple[dict[str, str], Path], photo_fo
     torch.save(state, tmp_path / "vgg19.pth")
     sizes = ("data.image_size=32", "train.batch_size=1", "style.size=32", "train.samples=1", "data.workers=1")
     sizes += ("loss.vgg_flavour=torchvision", "visualize.every=0")
-    for vgg, steps in {"random": 1, str(tmp_path / "vgg19.pth"): 2}.items():
+    other_loader = "dali" if importlib.util.find_spec("nvidia.dali") else "pillow"
+    runs = (("random", "pillow", 1), (str(tmp_path / "vgg19.pth"), other_loader, 2))
+    for vgg, loader, steps in runs:
         command = [sys.executable, "-m", "fastnst", "train", "--style", photo_folder / "picture_00.jpg"]
-        command += ["--data", photo_folder, "--preset", "vgg-conv3", "--loader", "pillow", "--device", "cpu"]
+        command += ["--data", photo_folder, "--preset", "vgg-conv3", "--loader", loader, "--device", "cpu"]
         command += ["--vgg", vgg, "--steps", str(steps), "--out", tmp_path / f"run{steps}"]
         command += [part for size in sizes for part in ("--set", size)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)

@@ -88,6 +88,13 @@ def test_a_signal_after_one_that_raised_ends_the_process_at_once() -> None:
     assert done.stderr == "fastnst: stopped at once by SIGTERM\n"
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_each_stop_signal_is_heeded(signum: signal.Signals) -> None:
+    before = signal.getsignal(signum)
+    with StopRequest().installed():
+        assert signal.getsignal(signum) != before
+
+
 def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
     with StopRequest().installed():

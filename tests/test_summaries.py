@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,9 @@ def read_events(run: Path) -> EventAccumulator:
 
 
 def scalars(run: Path, tag: str) -> dict[int, float]:
-    return {event.step: event.value for event in read_events(run).Scalars(tag)}
+    events = read_events(run).Scalars(tag)
+    assert len({event.step for event in events}) == len(events), "a step is there twice"
+    return {event.step: event.value for event in events}
 
 
 def test_loss_scalars_name_every_term() -> None:
@@ -70,6 +73,25 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     expected = {1: 1.0, 2: 2.0, 3: 30.0, 4: 40.0, 5: 50.0}
     assert {row["step"]: row["loss/total"] for row in read_metrics(tmp_path)} == expected
     assert scalars(tmp_path, "loss/total") == expected
+
+
+def test_a_flushed_log_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunLog(tmp_path) as log:
+        log.metrics(1, {"loss/total": 1.0})
+        sizes: dict[int, int] = {}
+        sync = os.fsync
+
+        def record(descriptor: int) -> None:
+            sync(descriptor)
+            sizes[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+        monkeypatch.setattr(os, "fsync", record)
+        log.flush()
+        paths = [tmp_path / "metrics.jsonl", *tmp_path.glob("events.*")]
+        # Each whole: nothing is written behind what was made durable.
+        assert {path.stat().st_ino: path.stat().st_size for path in paths} == sizes
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+        assert scalars(tmp_path, "loss/total") == {1: 1.0}
 
 
 def test_a_line_cut_by_a_crash_is_dropped(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,7 +23,7 @@ from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
 from fastnst.summaries import RunLog, read_metrics
 from fastnst.training import determinism
 from fastnst.training.checkpoint import latest_checkpoint
-from fastnst.training.inputs import total_steps
+from fastnst.training.inputs import read_manifest, total_steps
 from fastnst.training.loop import train
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep
@@ -357,6 +358,15 @@ def test_broken_pictures_are_named_and_training_goes_on(
     assert [row["path"] for row in rows] == ["notes.jpg"]
     assert rows[0]["reason"]
     assert any("1 of 13 pictures refused" in message for message in messages)
+
+
+def test_a_picture_of_one_colour_is_not_trained_on(configure: Configure, photo_folder: Path) -> None:
+    Image.new("RGB", (64, 48), "teal").save(photo_folder / "flat.png")
+    manifest = read_manifest(configure(), lambda _: None)
+    assert len(manifest.images) == 12
+    (refused,) = manifest.rejected
+    assert refused.path == "flat.png"
+    assert "one colour" in refused.reason
 
 
 def test_steps_follow_from_epochs() -> None:
