@@ -2,10 +2,12 @@
 
 import math
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_runs import logged, make_small, small_config, train_small
 from tolerances import FLOOR
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,7 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training import engine as engine_module
 from fastnst.training.engine import LossEngine
+from fastnst.training.estimate import estimate
 from fastnst.training.fused_ops import convolve_relu, pool, unpool
 from fastnst.training.step import TrainingStep
 
@@ -262,6 +265,27 @@ def test_it_needs_less_memory_than_autograd(config: LossConfig) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_estimate_counts_what_is_alive_between_forward_and_backward(precision: str) -> None:
+    settings = ["data.image_size=32", "train.batch_size=2", f"train.precision={precision}"]
+    config = load_config(preset="vgg-conv3", assignments=settings, environment={})
+    dtype = torch.float16 if precision == "fp16" else None
+    loss, net = make_loss(config.loss), TransformNet("johnson", generator=seeded()).train()
+    engine, batch = LossEngine(loss, dtype), pictures(2, 3, 32, 32, seed=1)
+    with Watching() as watching:
+        targets = engine.content_targets(batch)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            stylized = net(batch)
+        kept = engine.forward(stylized.detach())
+        alive = watching.now
+    assert targets
+    assert kept
+    need = estimate(config, device_type="cpu")
+    assert need.activations == pytest.approx(alive, rel=0.03)
+    trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, loss))
+    assert need.weights == 4 * trained + frozen * (1.5 if precision == "fp16" else 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_training_step_is_the_same_with_either(precision: str) -> None:
     gentle = SHALLOW.model_copy(update={"content_weight": 1e-4, "style_weight": 1e-4, "tv_weight": 1e-4})
     loss, batch = make_loss(gentle), torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=seeded())
@@ -284,6 +308,20 @@ def test_the_fused_engine_runs_unless_another_is_asked_for(monkeypatch: pytest.M
         monkeypatch.setattr(torch, "compile", lambda function: function)
         step = TrainingStep(net, loss, config, torch.device("cpu"))
         assert isinstance(step._engine, LossEngine) == is_fused
+
+
+def test_resuming_with_the_other_engine_is_named_and_can_be_allowed(
+    few_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch)
+    out = tmp_path / "run"
+    train_small(small_config(few_photos, "train.steps=2"), out)
+    other = small_config(few_photos, "train.steps=3", "train.engine=autograd")
+    with pytest.raises(UserError, match=r'train.engine was "fused", is now "autograd"'):
+        train_small(other, out, resume=True)
+    messages = train_small(other, out, resume=True, allow_changes=True)
+    assert 'goes on, though train.engine was "fused", is now "autograd"' in messages
+    assert [row["step"] for row in logged(out)] == [1, 2, 3]
 
 
 def test_deterministic_runs_have_their_algorithms() -> None:
