@@ -169,10 +169,11 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Type of the matrix work; sums, losses and statistics stay fp32. `auto`: bf16 on CUDA, fp32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    engine: Literal["autograd"] = "autograd"
-    """How the gradient of the loss network is taken."""
+    engine: Literal["fused", "autograd"] = "fused"
+    """How the gradient of the loss network is taken: by passes written for it, or by PyTorch's autograd of the plain
+    formula, the reference. They round differently."""
     compile: bool = False
-    """Run both networks and the loss through torch.compile."""
+    """Run both networks and the loss through torch.compile; it takes the plain formula, whatever `engine` says."""
     max_skipped_steps: int = Field(default=50, ge=1)
     """fp16: so many steps in a row without finite gradients end the run. Each halves the loss scale, which begins at
     65536: after 50 it is 6e-11, and gradients that overflow even then are above 1e15, or NaN at any scale."""

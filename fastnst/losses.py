@@ -192,10 +192,23 @@ class StyleTerm(nn.Module):
         self.register_buffer("gram", None, persistent=False)
 
     def forward(self, activation: Tensor) -> Tensor:
+        return self.weighted(style_loss(activation, self.target))
+
+    @property
+    def target(self) -> Tensor:
+        """G(s) `[C, C]`.
+
+        Raises:
+            ValueError: `set_style` was not called.
+        """
         if self.gram is None:
             raise ValueError("the loss has no style yet; call set_style with the style picture first")
-        term = self.factor * style_loss(activation, self.gram).mean()
-        return term / self.gram.numel() if self.reduction == "mean" else term
+        return self.gram
+
+    def weighted(self, losses: Tensor) -> Tensor:
+        """The term of ‖G(ŷ) − G(s)‖²_F `[N]`, which is linear in it."""
+        term = self.factor * losses.mean()
+        return term / self.target.numel() if self.reduction == "mean" else term
 
 
 class TotalVariationTerm(nn.Module):
@@ -229,6 +242,20 @@ def total_variation(pictures: Tensor, reduction: str = "mean") -> Tensor:
     horizontal = F.mse_loss(pictures[..., 1:], pictures[..., :-1], reduction=reduction)
     total = vertical + horizontal
     return total / pictures.shape[0] if reduction == "sum" else total
+
+
+def total_variation_gradient(pictures: Tensor, reduction: str = "mean") -> Tensor:
+    """The gradient of `total_variation` with respect to `pictures`, like them in shape, fp32 or wider."""
+    pictures = _at_least_fp32(pictures)
+    gradient = torch.zeros_like(pictures)
+    for dimension in (2, 3):
+        length = pictures.shape[dimension] - 1
+        first, second = (pictures.narrow(dimension, begin, length) for begin in (0, 1))
+        difference = second - first
+        difference *= 2.0 / (difference.numel() if reduction == "mean" else pictures.shape[0])
+        gradient.narrow(dimension, 1, length).add_(difference)
+        gradient.narrow(dimension, 0, length).sub_(difference)
+    return gradient
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

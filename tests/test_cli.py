@@ -99,7 +99,7 @@ def test_the_estimate_counts_what_autograd_keeps() -> None:
     from fastnst.models.vgg19 import VGG19
     from fastnst.training.estimate import estimate
 
-    settings = ["data.image_size=32", "train.batch_size=2", "train.precision=fp32"]
+    settings = ["data.image_size=32", "train.batch_size=2", "train.precision=fp32", "train.engine=autograd"]
     config = load_config(preset="vgg-conv3", assignments=settings, environment={})
     need = estimate(config, device_type="cpu")
     net, vgg = TransformNet("johnson"), VGG19(last_layer="relu3_4")

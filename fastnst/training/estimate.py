@@ -12,6 +12,7 @@ from fastnst.device import DTYPES
 from fastnst.losses import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
+from fastnst.training.engine import LossEngine
 
 _ADAM_TENSORS = 2
 SMALLEST_STYLE = 32  # the size does not matter for a Gram's, and any layer is reached
@@ -22,9 +23,9 @@ class Estimate:
     """Bytes, counted on tensors without storage; allocator overhead and convolution workspaces come on top."""
 
     weights: int
-    """Both networks, the gradients and Adam's moments."""
+    """Both networks, φ once more where it runs in another type than its weights', the gradients and Adam's moments."""
     activations: int
-    """What autograd keeps between forward and backward of one batch."""
+    """What is kept between forward and backward of one batch: by autograd, and by the engine for the loss network."""
     disk: int
     """Checkpoints at their most numerous and the style model; the log comes on top."""
 
@@ -37,7 +38,7 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
     """Count the bytes of a run's tensors without allocating them.
 
     Args:
-        config: architecture, loss layers, batch and picture size, precision (resolved: not `auto`).
+        config: architecture, loss layers, batch and picture size, precision (resolved: not `auto`), engine.
         device_type: `cuda` or `cpu`, whose autocast rules apply.
     """
     net = TransformNet(config.model.architecture, config.model.norm)
@@ -45,6 +46,9 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
     vgg = VGG19(last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]))
     loss = PerceptualLoss(vgg, config.loss)
     loss.set_style(torch.zeros(1, 3, SMALLEST_STYLE, SMALLEST_STYLE))
+    dtype = DTYPES[config.train.precision]
+    fused = config.train.engine == "fused" and not config.train.compile
+    loss_pass: nn.Module = _FusedPass(loss, None if dtype == torch.float32 else dtype) if fused else loss
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -52,9 +56,8 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
         return tensor
 
     mode = FakeTensorMode()
-    fake_net, fake_loss = _faked(net, mode), _faked(loss, mode)
+    fake_net, fake_loss = _faked(net, mode), _faked(loss_pass, mode)
     fixed = {tensor.untyped_storage()._cdata for tensor in [*fake_net.values(), *fake_loss.values()]}
-    dtype = DTYPES[config.train.precision]
     side = config.data.image_size
     with (
         mode,
@@ -63,17 +66,36 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
     ):
         batch = torch.empty(config.train.batch_size, 3, side, side).to(memory_format=torch.channels_last)
         stylized = functional_call(net, fake_net, (batch,))
-        terms = functional_call(loss, fake_loss, (stylized, batch))
+        of_loss = functional_call(loss_pass, fake_loss, (stylized, batch))
+    if fused:
+        for tensor in of_loss:
+            keep(tensor)
     activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in fixed)
-    del terms  # until here, so that no storage's address is used twice
+    del of_loss  # until here, so that no storage's address is used twice
     trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, vgg))
+    cast = frozen // 4 * dtype.itemsize if fused and dtype != torch.float32 else 0
     per_checkpoint = trained * (1 + _ADAM_TENSORS)
     return Estimate(
-        weights=frozen + trained * (2 + _ADAM_TENSORS),
+        weights=frozen + cast + trained * (2 + _ADAM_TENSORS),
         activations=activations,
         # While one is written, the one that it replaces is still there.
         disk=per_checkpoint * (config.train.keep_checkpoints + 1) + trained,
     )
+
+
+class _FusedPass(nn.Module):
+    """The fused loss network's forward; a module, so that its weights can be replaced by fake ones."""
+
+    def __init__(self, loss: PerceptualLoss, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.loss, self.dtype = loss, dtype
+
+    def forward(self, stylized: Tensor, content: Tensor) -> list[Tensor]:
+        """All that is alive when the backward begins."""
+        engine = LossEngine(self.loss, self.dtype)
+        targets = engine.content_targets(content)
+        kept = [x for stage in engine.forward(stylized) for x in (*stage.outputs().values(), stage.switches)]
+        return [x for x in (*targets.values(), *kept) if x is not None]
 
 
 def _faked(module: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from fastnst.config import TrainConfig
 from fastnst.device import DTYPES, resolve_precision
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
+from fastnst.training.engine import LossEngine
 from fastnst.training.health import Health, SkippedSteps, not_finite
 
 
@@ -27,7 +28,7 @@ class TrainingStep:
     Args:
         net: the transform net, in training mode, on the device.
         loss: its style is set.
-        config: learning rate, precision (resolved: not `auto`) and compile.
+        config: learning rate, precision (resolved: not `auto`), engine and compile.
         device: where both are.
     """
 
@@ -39,18 +40,24 @@ class TrainingStep:
         self._dtype = DTYPES[resolve_precision(config.precision, device)]
         self.optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._dtype == torch.float16)
-        self._forward: Callable[[Tensor], LossTerms] = self._loss_of
         self._loss = loss
         self._parameters = dict(net.named_parameters())
         self._state: dict[str, Tensor] = {**self._parameters, **dict(net.named_buffers())}
+        self._engine: LossEngine | None = None
+        self._forward: Callable[[Tensor], LossTerms] = self._loss_of
         if config.compile:
             self._forward = torch.compile(self._loss_of)
+        elif config.engine == "fused":
+            self._engine = LossEngine(loss, None if self._dtype == torch.float32 else self._dtype)
 
     def __call__(self, step: int, batch: Tensor) -> LossTerms:
         """Train on `batch` (uint8 `[N, H, W, 3]` on the device); returns the detached terms, still on the device."""
-        terms = self._forward(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(terms.total).backward()
+        if self._engine is None:
+            terms = self._forward(batch)
+            self.scaler.scale(terms.total).backward()
+        else:
+            terms = self._fused_pass(self._engine, batch)
         self.scaler.unscale_(self.optimizer)
         updates = self._updates().clone()
         self.scaler.step(self.optimizer)
@@ -95,8 +102,29 @@ class TrainingStep:
 
     def _loss_of(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            return self._loss(self.net(content), content)
+        stylized = self._stylized(content)
+        with self._autocast():
+            return self._loss(stylized, content)
+
+    def _fused_pass(self, engine: LossEngine, batch: Tensor) -> LossTerms:
+        """Forward and backward of one batch."""
+        content = to_unit(batch)
+        # First, while the transform net holds nothing: a pass without gradient needs its two largest layers at once.
+        targets = engine.content_targets(content)
+        stylized = self._stylized(content)
+        scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
+        terms, gradient = engine(stylized.detach(), targets, scale)
+        del targets
+        stylized.backward(gradient)
+        return terms
+
+    def _stylized(self, content: Tensor) -> Tensor:
+        with self._autocast():
+            stylized: Tensor = self.net(content)
+        return stylized
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
 
     def _updates(self) -> Tensor:
         """How many updates Adam has made, 0-d on the device; a step that the scaler left out is none."""

@@ -150,6 +150,14 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.contiguous(memory_format=memory_format_of(x if like is None else like))
 
 
+def laid_out_like(result: Tensor, x: Tensor) -> Tensor:
+    """`result` with the strides that `allocate_like(x)` has; no copy where it has them already."""
+    n, c, h, w = result.shape
+    is_last = memory_format_of(x) == torch.channels_last
+    wanted = (h * w * c, 1, w * c, c) if is_last else (c * h * w, h * w, w, 1)
+    return result if result.stride() == wanted else allocate_like(x, dtype=result.dtype).copy_(result)
+
+
 def as_prq(x: Tensor) -> tuple[int, int, int]:
     """`(P, R, Q)` of a dense `[N, C, H, W]` tensor: see the module's docstring."""
     n, c, h, w = x.shape

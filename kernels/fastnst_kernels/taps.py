@@ -36,14 +36,28 @@ def tap_backward_reference(
     content_factor: Tensor | None = None,
 ) -> Tensor:
     """The formula in PyTorch, in fp32 (fp64 for fp64); same arguments as `tap_backward`."""
+    total = _sum_of_terms(features, incoming, style_matrix, style_factor, content_target, content_factor)
+    return torch.ops.aten.threshold_backward(total, features.to(total.dtype), 0).to(features.dtype)
+
+
+def _sum_of_terms(
+    features: Tensor,
+    incoming: Tensor | None,
+    style_matrix: StyleMatrix | None,
+    style_factor: Tensor | None,
+    content_target: Tensor | None,
+    content_factor: Tensor | None,
+) -> Tensor:
+    """The formula without its mask, in memory of its own: made once, then added to in place."""
     wide = runtime.statistics_dtype(features)
-    f = features.to(wide)
-    total = torch.zeros_like(f) if incoming is None else incoming.to(wide)
     if style_matrix is not None:
-        total = total + gram_product_reference(features, style_matrix, style_factor)
+        total = gram_product_reference(features, style_matrix, style_factor)
+        total = total if incoming is None else total.add_(incoming)
+    else:
+        total = torch.zeros_like(features, dtype=wide) if incoming is None else incoming.to(wide, copy=True)
     if content_target is not None and content_factor is not None:
-        total = total + content_factor.view(-1, 1, 1, 1) * (f - content_target.to(wide))
-    return torch.where(f <= 0, 0, total).to(features.dtype)
+        total.addcmul_(features.to(wide) - content_target, content_factor.view(-1, 1, 1, 1))
+    return total
 
 
 @jit
@@ -107,15 +121,9 @@ def _tap_backward(
         matrix = None
         if style_values is not None and style_scale is not None:
             matrix = StyleMatrix(style_values, style_scale)
-        result = tap_backward_reference(
-            features,
-            incoming=incoming,
-            style_matrix=matrix,
-            style_factor=style_factor,
-            content_target=content_target,
-            content_factor=content_factor,
-        )
-        return runtime.allocate_like(features).copy_(result)
+        total = _sum_of_terms(features, incoming, matrix, style_factor, content_target, content_factor)
+        torch.ops.aten.threshold_backward.grad_input(total, features.to(total.dtype), 0, grad_input=total)
+        return runtime.laid_out_like(total.to(features.dtype), features)
     if style_values is None or style_scale is None or style_factor is None:
         return _tap_on_triton(features, incoming, content_target, content_factor)
     return product_on_triton(
