@@ -38,10 +38,19 @@ class Ops(TorchDispatchMode):
 def normalise(norm: str, x, weight, bias, *, again: bool, **options):
     if norm == "instance":
         return (recomputed_instance_norm if again else instance_norm)(x, weight, bias, **options)
-    running = [torch.zeros(x.shape[1], device=x.device) for _ in range(2)]
+    running = [torch.zeros(x.shape[1], dtype=weight.dtype, device=x.device) for _ in range(2)]
     if again:
         return recomputed_batch_norm(x, weight, bias, *running, **options)
     return batch_norm(x, weight, bias, *running, training=True, **options)
+
+
+def case_of(options: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"):
+    """x, a residual or None, a convolution's filters, and the norm's options."""
+    options = dict(options)
+    border = options.pop("residual", None)
+    x = LAYOUTS["channels_last"](randn((2, 5, 4, 5), dtype, device))
+    residual = None if border is None else randn((2, 5, 4 + 2 * border, 5 + 2 * border), dtype, device, seed=4)
+    return x, residual, randn((3, 5, 3, 3), dtype, device, seed=5), options
 
 
 def outcomes(norm: str, x, residual, filters, dz_seed: int = 9, *, again: bool, transposed: bool = False, **options):
@@ -59,31 +68,32 @@ def outcomes(norm: str, x, residual, filters, dz_seed: int = 9, *, again: bool, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", EPILOGUES, ids=str)
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_agrees_with_what_is_kept(tier, norm, options, dtype):
-    x = LAYOUTS["channels_last"](randn((2, 5, 6, 7), dtype, tier.device))
-    options = dict(options)
-    border = options.pop("residual", None)
-    residual = None if border is None else randn((2, 5, 6 + 2 * border, 7 + 2 * border), dtype, tier.device, seed=4)
-    filters = randn((3, 5, 3, 3), dtype, tier.device, seed=5)
+def test_same_bits_as_what_is_kept(norm, options, dtype):
+    x, residual, filters, options = case_of(options, dtype)
     kept, again = (outcomes(norm, x, residual, filters, again=again, **options) for again in (False, True))
-    if tier.name != "gpu":  # there, one pass may round otherwise than two
-        assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
-        return
-    wide = [None if t is None else t.cpu().double() for t in (x, residual, filters)]
+    assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_in_every_tier(tier, norm):
+    """On a GPU one pass may round otherwise than two do."""
+    x, residual, filters, options = case_of(EPILOGUES[-1], torch.bfloat16, tier.device)
+    kept, again = (outcomes(norm, x, residual, filters, again=again, **options) for again in (False, True))
+    wide = [t.cpu().double() for t in (x, residual, filters)]
     exact = outcomes(norm, *wide, again=False, **options)
     for a, b, truth in zip(again, kept, exact, strict=True):
-        assert_as_exact_as_torch(a, b, truth.to(a.device), dtype=dtype, conditioning=2 * x.numel() ** 0.5)
+        assert_as_exact_as_torch(a, b, truth, dtype=x.dtype, conditioning=x.numel() ** 0.5)
+        assert tier.name == "gpu" or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_any_layout_and_both_convolutions(tier, layout, transposed):
-    x = LAYOUTS[layout](randn((2, 5, 6, 7), torch.float32, tier.device))
-    filters = randn((5, 3, 3, 3) if transposed else (3, 5, 3, 3), torch.float32, tier.device, seed=5)
+def test_any_layout_and_both_convolutions(layout, transposed):
+    x = LAYOUTS[layout](randn((2, 5, 6, 7)))
+    filters = randn((5, 3, 3, 3) if transposed else (3, 5, 3, 3), seed=5)
     options = {"transposed": transposed, "relu": True, "padding": 1}
     kept, again = (outcomes("instance", x, None, filters, again=again, **options) for again in (False, True))
-    for a, b in zip(again, kept, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
 
 
 def chain(x: torch.Tensor, leaves: list[torch.Tensor], again: bool, blocks: int = 3) -> torch.Tensor:
@@ -121,9 +131,9 @@ def kept_bytes(run: Callable[[], torch.Tensor], without: list[torch.Tensor]) -> 
 
 
 def test_a_chain_of_blocks_is_run_through_once_and_keeps_no_result(tier):
-    x = LAYOUTS["channels_last"](randn((2, 4, 9, 8), torch.float32, tier.device)).requires_grad_()
+    x = LAYOUTS["channels_last"](randn((2, 4, 4, 5), torch.float32, tier.device)).requires_grad_()
     leaves = chain_leaves(tier.device)
-    dz = randn((2, 4, 9, 8), torch.float32, tier.device, seed=6)
+    dz = randn((2, 4, 4, 5), torch.float32, tier.device, seed=6)
     gradients = []
     for again in (False, True):
         z = chain(x, leaves, again)
@@ -136,7 +146,7 @@ def test_a_chain_of_blocks_is_run_through_once_and_keeps_no_result(tier):
     picture, statistics = x.nbytes, 2 * 2 * 4 * 4  # mean and 1/deviation of two samples, four channels, fp32
     # Beside x itself: the other norms' inputs, not one result.
     assert kept_bytes(lambda: chain(x, leaves, True), [x, *leaves]) == 3 * picture + 4 * statistics
-    padded = 2 * 4 * 11 * 10 * 4
+    padded = 2 * 4 * 6 * 7 * 4
     assert kept_bytes(lambda: chain(x, leaves, False), [x, *leaves]) == 3 * picture + 4 * statistics + 4 * padded
 
 
@@ -216,8 +226,6 @@ def test_gradcheck(norm):
         z = normalise(norm, convolution(y, filters), weight, bias, residual=y, padding=1, again=True)
         return convolution(z, filters, stride=2)
 
-    if norm == "batch":  # fp64 statistics, as fp64 needs
-        assert recomputed_batch_norm(x, weight, bias, *(torch.zeros(4).double() for _ in range(2))).dtype == x.dtype
     assert torch.autograd.gradcheck(run, (x, weight, bias, filters))
 
 
@@ -230,18 +238,18 @@ def test_running_statistics_move_once():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_under_autocast(tier):
+def test_under_autocast():
     """The convolution runs in bfloat16 and keeps its weights in it, as PyTorch's own; the gradients are fp32."""
-    x, leaves = randn((2, 4, 9, 8), torch.float32, tier.device).requires_grad_(), chain_leaves(tier.device)
+    x, leaves, first = randn((2, 4, 9, 8)), chain_leaves(), randn((4, 4, 3, 3), seed=7)
     gradients = []
     for again in (False, True):
-        with torch.autocast(tier.device.type, torch.bfloat16):
-            z = chain(F.conv2d(x, leaves[2], padding=1), leaves, again)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = chain(F.conv2d(x, first, padding=1), leaves, again, blocks=0)
         assert z.dtype == torch.bfloat16
-        gradients.append(torch.autograd.grad(z, leaves, randn(z.shape, z.dtype, tier.device, seed=6)))
+        gradients.append(torch.autograd.grad(z, leaves, randn(z.shape, z.dtype, seed=6)))
     for a, b in zip(*gradients, strict=True):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+        assert torch.equal(a, b)
 
 
 def test_a_bias_has_its_gradient():
