@@ -266,6 +266,46 @@ def test_between_layers_nothing_runs_but_convolutions_and_norms(
     others = set(backward.names) - {"instance_norm_backward", "convolution_backward", "add"}
     assert not others & {"constant_pad_nd", "reflection_pad2d_backward", "threshold_backward", "upsample_nearest2d"}
     assert backward.names["add"] <= 5
+    # What the convolutions after a norm ran on is not kept but made again, each once.
+    assert backward.names["normalize"] == 15
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_keeps_what_the_convolutions_make_and_nothing_else_of_its_size(architecture: str, norm: str) -> None:
+    """And evaluation, which keeps what autograd does, gives the same gradients where the statistics are the same."""
+    net = _net(architecture, norm)
+    x = _pictures(2, 3, 33, 40)
+    made: list[int] = []
+    for module in net.modules():
+        if isinstance(module, ConvLayer | UpLayer) and module.norm is not None:
+            normalise = module.normalise
+
+            def measured(x: Tensor, *arguments: Any, normalise: Any = normalise) -> Tensor:
+                made.append(x.nbytes)
+                result: Tensor = normalise(x, *arguments)
+                return result
+
+            vars(module)["normalise"] = measured
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = net(x)
+    feature_maps = [t for t in saved.values() if t.ndim == 4 and t.shape[0] == 2 and t.shape[1] > 3]
+    if architecture != "johnson":  # whose last convolution, which makes pictures, has no norm
+        made.pop()
+    assert len(feature_maps) == len(made) == 15
+    assert sum(t.untyped_storage().nbytes() for t in feature_maps) == sum(made)
+    dy = torch.randn(y.shape, generator=_generator(3))
+    gradients = torch.autograd.grad(y, list(net.parameters()), dy)
+    if norm == "instance":
+        net.eval()
+        for again, kept in zip(gradients, torch.autograd.grad(net(x), list(net.parameters()), dy), strict=True):
+            assert torch.equal(again, kept)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fastnst.errors import DataError, UserError
 from fastnst.models.padding import reflect_pad
 from fastnst_kernels import batch_norm, instance_norm
+from fastnst_kernels.recomputed import convolution, recomputed_batch_norm, recomputed_instance_norm
 
 ARCHITECTURES = ("hwalsuklee", "lengstrom", "johnson")
 NORMS = ("instance", "batch")
@@ -189,7 +190,11 @@ class TransformNet(nn.Module):
 
 
 class _NormedLayer(nn.Module):
-    """What follows a convolution: norm, residual and ReLU in one kernel, or a bias alone."""
+    """What follows a convolution: norm, residual and ReLU in one kernel, or a bias alone.
+
+    In training the norm's result is not kept for the backward of the convolution that takes it: the norm's input gives
+    it back (`fastnst_kernels.recomputed`).
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -212,21 +217,14 @@ class _NormedLayer(nn.Module):
         """relu?(norm(x)·scale + shift + residual) as the next layer wants it; x itself where the layer has no norm."""
         if self.norm is None:
             return x
-        placing = wants(x)._asdict()
+        options = {"eps": self.eps, "residual": residual, "relu": self.relu, **wants(x)._asdict()}
         if self.norm == "instance":
-            return instance_norm(x, self.scale, self.shift, eps=self.eps, residual=residual, relu=self.relu, **placing)
-        return batch_norm(
-            x,
-            self.scale,
-            self.shift,
-            self.running_mean,
-            self.running_var,
-            training=self.training,
-            eps=self.eps,
-            residual=residual,
-            relu=self.relu,
-            **placing,
-        )
+            normalise = recomputed_instance_norm if self.training else instance_norm
+            return normalise(x, self.scale, self.shift, **options)
+        running = (self.running_mean, self.running_var)
+        if self.training:
+            return recomputed_batch_norm(x, self.scale, self.shift, *running, **options)
+        return batch_norm(x, self.scale, self.shift, *running, training=False, **options)
 
 
 class ConvLayer(_NormedLayer):
@@ -263,7 +261,8 @@ class ConvLayer(_NormedLayer):
 
     def forward(self, x: Tensor, wants: _Wants = _as_it_is, residual: Tensor | None = None) -> Tensor:
         around = self.weight.shape[-1] // 2 if self.padding == "same" and self.stride == 1 else 0
-        return self.normalise(F.conv2d(x, self.weight, self.bias, self.stride, around), wants, residual)
+        x = convolution(x, self.weight, self.bias, stride=self.stride, padding=around)
+        return self.normalise(x, wants, residual)
 
 
 class ResidualBlock(nn.Module):
@@ -309,12 +308,12 @@ class UpLayer(_NormedLayer):
 
     def forward(self, x: Tensor, wants: _Wants = _as_it_is) -> Tensor:
         if not self.nearest:
-            x = F.conv_transpose2d(x, self.weight, stride=2)[:, :, :-1, :-1]
+            x = convolution(x, self.weight, stride=2, transposed=True)[:, :, :-1, :-1]
             x = x.contiguous(memory_format=torch.channels_last)
         elif _enlarges_in_norm(x):
-            x = F.conv2d(x, self.weight)
+            x = convolution(x, self.weight)
         else:
-            x = F.conv_transpose2d(x, _doubling_kernel(self.weight), stride=2, padding=3)
+            x = convolution(x, _doubling_kernel(self.weight), stride=2, padding=3, transposed=True)
         return self.normalise(x, wants)
 
 

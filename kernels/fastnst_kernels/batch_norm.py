@@ -53,7 +53,7 @@ def batch_norm_reference(
     if training:
         mean = values.mean((0, 2, 3))
         variance = (values - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
-        _update_running(running_mean, running_var, mean.detach(), variance.detach(), x, momentum)
+        update_running(running_mean, running_var, mean.detach(), variance.detach(), x, momentum)
     else:
         mean, variance = running_mean.to(values.dtype), running_var.to(values.dtype)
     rstd = (variance + eps).rsqrt()
@@ -64,7 +64,7 @@ def batch_norm_reference(
     return placement.place_reference(y, Placement(*placement.parse(x, upsample, padding, padding_mode)))
 
 
-def _update_running(
+def update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, x: Tensor, momentum: float
 ) -> None:
     """Moves the running statistics by `momentum` towards this batch's, the variance made unbiased first."""
@@ -278,14 +278,9 @@ def batch_norm(
         ValueError: shapes, dtypes or devices do not go together, the border is wider than what it mirrors, or training
             on a single value per channel.
     """
-    runtime.check_images("x", x)
-    per_channel = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, value in per_channel.items():
-        runtime.check_per_channel(name, value, x)
-    runtime.check_residual(residual, x)
-    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}: training needs more than one value per channel")
-    place = placement.parse(x, upsample, padding, padding_mode)
+    place = check_batch_norm(
+        x, weight, bias, running_mean, running_var, residual, training, upsample, padding, padding_mode
+    )
     constants = []
     if not training:
         dtype = runtime.statistics_dtype(x)
@@ -294,5 +289,32 @@ def batch_norm(
     y, mean, _, var = torch.ops.fastnst.batch_norm(x, weight, bias, constants, residual, eps, relu, *place)
     if training:
         with torch.no_grad():
-            _update_running(running_mean, running_var, mean, var, x, momentum)
+            update_running(running_mean, running_var, mean, var, x, momentum)
     return y
+
+
+def check_batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    training: bool,
+    upsample: int,
+    padding: int | Sequence[int],
+    padding_mode: str,
+) -> tuple[int, tuple[int, ...], str]:
+    """The arguments of the result's `Placement`, once all of `batch_norm`'s are found to go together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    runtime.check_images("x", x)
+    per_channel = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, value in per_channel.items():
+        runtime.check_per_channel(name, value, x)
+    runtime.check_residual(residual, x)
+    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}: training needs more than one value per channel")
+    return placement.parse(x, upsample, padding, padding_mode)

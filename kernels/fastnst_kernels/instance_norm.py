@@ -236,10 +236,27 @@ def instance_norm(
     Raises:
         ValueError: shapes, dtypes or devices do not go together, or the border is wider than what it mirrors.
     """
+    place = check_instance_norm(x, weight, bias, residual, upsample, padding, padding_mode)
+    y: Tensor = torch.ops.fastnst.instance_norm(x, weight, bias, residual, eps, relu, *place)[0]
+    return y
+
+
+def check_instance_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    upsample: int,
+    padding: int | Sequence[int],
+    padding_mode: str,
+) -> tuple[int, tuple[int, ...], str]:
+    """The arguments of the result's `Placement`, once all of `instance_norm`'s are found to go together.
+
+    Raises:
+        ValueError: they do not.
+    """
     runtime.check_images("x", x)
     runtime.check_per_channel("weight", weight, x)
     runtime.check_per_channel("bias", bias, x)
     runtime.check_residual(residual, x)
-    place = placement.parse(x, upsample, padding, padding_mode)
-    y: Tensor = torch.ops.fastnst.instance_norm(x, weight, bias, residual, eps, relu, *place)[0]
-    return y
+    return placement.parse(x, upsample, padding, padding_mode)
