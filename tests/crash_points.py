@@ -42,6 +42,10 @@ class Case:
     """Keep the loader's own processes; else pictures are read by the same code in the process itself."""
     whole_group: bool = False
     """Signals go to all processes of the run, as a terminal and most supervisors send them."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables that this process has beside those of the test."""
+    poisoned_step: int | None = None
+    """The step before which a weight of this process's network becomes NaN."""
 
 
 class Points:
@@ -208,6 +212,8 @@ def install(case: Case) -> None:
     began = TrainingStep.__call__
 
     def note_step(self: TrainingStep, step: int, *args: Any) -> Any:
+        if step == case.poisoned_step:
+            next(self.net.parameters()).data.view(-1)[0] = float("nan")
         with (Path(case.folder) / "steps").open("a") as file:
             file.write(f"{step}\n")
         return began(self, step, *args)

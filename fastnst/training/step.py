@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnst.config import TrainConfig
 from fastnst.device import DTYPES, resolve_precision
@@ -29,10 +29,20 @@ class TrainingStep:
         loss: its style is set.
         config: learning rate, precision (resolved: not `auto`) and compile.
         device: where both are.
+        parallel: what is called in place of `net`, to share its gradients with other processes.
     """
 
-    def __init__(self, net: TransformNet, loss: PerceptualLoss, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        net: TransformNet,
+        loss: PerceptualLoss,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        parallel: nn.Module | None = None,
+    ) -> None:
         self.net = net
+        self._called = net if parallel is None else parallel
         self.device = device
         self.health = Health(device)
         self.skipped = SkippedSteps(device)
@@ -96,7 +106,7 @@ class TrainingStep:
     def _loss_of(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            return self._loss(self.net(content), content)
+            return self._loss(self._called(content), content)
 
     def _updates(self) -> Tensor:
         """How many updates Adam has made, 0-d on the device; a step that the scaler left out is none."""
