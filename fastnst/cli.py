@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,9 @@ def train(
     from fastnst.training.run_directory import CONFIG_NAME, saved_config
 
     launch = launched()
+    if launch.world_size > 1:
+        # Of a connection that breaks when a process ends, torch prints pages; the run says in a line what it means.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with _said_once(launch):
         if allow_changes and not resume:
             raise click.UsageError("--allow-changes is for a run that goes on; give --resume with it")
@@ -158,8 +162,6 @@ def stylize(model: Path, pictures: tuple[Path, ...], out: Path, device: str, pre
 @click.option("--host", default="localhost", show_default=True, help="Anything else lets other machines look in.")
 def tensorboard(run: Path, port: int, host: str) -> None:
     """Open the TensorBoard log of a RUN (or of a folder of runs) on localhost."""
-    import os
-
     from fastnst.errors import DataError
 
     if not any(run.rglob("events.out.tfevents.*")):
@@ -224,7 +226,6 @@ def doctor(as_json: bool) -> None:
     1 the installation, 3 weights or storage, 5 device or memory.
     """
     import json
-    import os
 
     from fastnst.doctor import examine
 
@@ -278,7 +279,7 @@ def _print_plan(config: "Config", out: Path, launch: "Launch", *, resume: bool, 
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
     from fastnst.training.estimate import estimate
-    from fastnst.training.inputs import read_manifest, read_style, resolve, total_steps
+    from fastnst.training.inputs import check_batch, read_manifest, read_style, resolve, total_steps
     from fastnst.training.launch import check_shareable, of_one_process
     from fastnst.training.memory import describe_shortage, room_of_one_process
     from fastnst.training.run_directory import prepare_run
@@ -288,6 +289,7 @@ def _print_plan(config: "Config", out: Path, launch: "Launch", *, resume: bool, 
     changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)
     style, _ = read_style(config)
     manifest = read_manifest(config, _notify)
+    check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
     share, processes = of_one_process(config, launch), launch.world_size
     need = estimate(share, device_type=device.type)

@@ -141,11 +141,12 @@ class _Several(Team):
             else dist.new_group(backend="gloo", timeout=PATIENCE)
         )
         wrapped = DistributedDataParallel(
-            net, process_group=group, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
+            net, process_group=group, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
         )
         # After its first backward DDP orders the buckets anew, and with them the sums of three or more processes. Now
         # rather than in the first step: a resumed run has to sum as the uninterrupted one does.
-        wrapped(torch.zeros(1, 3, image_size, image_size, device=device)).sum().backward()
+        example = torch.zeros(1, 3, image_size, image_size, dtype=next(net.parameters()).dtype, device=device)
+        wrapped(example).sum().backward()
         net.zero_grad(set_to_none=True)
         return wrapped
 

@@ -63,6 +63,7 @@ class Pulse:
         self._leaving = threading.Event()
         self._decide = threading.Lock()
         self._end: End | None = None
+        self._store_is_lost = False
         self._last_words: list[dist.Work | None] = []
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
@@ -179,6 +180,8 @@ class Pulse:
 
     def _hear(self) -> bool:
         """Whether an end was announced, which is taken down."""
+        if self._store_is_lost:
+            return False
         try:
             if not self._store.check(["end"]):
                 return False
@@ -188,6 +191,7 @@ class Pulse:
                     self._end = End(int(said["rank"]), int(said["exit_code"]), "")
                     self._store.add("heard", 1)
         except RuntimeError:
+            self._store_is_lost = True
             return False
         return True
 
