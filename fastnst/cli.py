@@ -124,7 +124,8 @@ def train(
             _print_plan(config, out, launch, resume=resume, allow_changes=allow_changes)
         return
 
-    from fastnst.training.loop import train as run_training
+    with _said_once(launch):
+        from fastnst.training.loop import train as run_training
 
     model = run_training(config, out, resume=resume, allow_changes=allow_changes, notify=_notify, stop=_stop_request())
     if launch.rank:
@@ -264,11 +265,11 @@ def _train_config(
 @contextlib.contextmanager
 def _said_once(launch: "Launch") -> Iterator[None]:
     """What is wrong with a command line or a file is the same in all processes of a machine: the first one says it."""
-    from fastnst.errors import UserError
+    from fastnst.errors import StoppedBySignal, UserError
 
     try:
         yield
-    except (UserError, click.ClickException) as error:
+    except (UserError, StoppedBySignal, click.ClickException) as error:
         if launch.local_rank == 0:
             raise
         sys.exit(error.exit_code)

@@ -24,9 +24,9 @@ from run_evidence import assert_same_outcome, leftovers, metrics_of
 from safetensors.torch import load_file
 
 from fastnst.config import load_config
-from fastnst.errors import DeviceError, UserError
+from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.training.checkpoint import checkpoint_steps
-from fastnst.training.distributed import choose_device
+from fastnst.training.distributed import check_equal, choose_device
 from fastnst.training.estimate import estimate
 from fastnst.training.launch import Launch, check_shareable, launched, of_one_process
 from fastnst.training.memory import describe_shortage, needed_memory
@@ -299,13 +299,34 @@ def test_each_process_needs_a_gpu_and_nccl(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_memory_that_would_fit_counts_all_processes() -> None:
-    config = load_config(assignments=["train.batch_size=16"], environment={})
+    config = load_config(assignments=["train.batch_size=16", "train.precision=fp32"], environment={})
     share = of_one_process(config, Launch(0, 4, 0, 4))
     need = estimate(share, device_type="cpu")
     text = describe_shortage(share, need, int(0.8 * needed_memory(need)), device_type="cpu", processes=4)
     assert text is not None
     assert "in each of 4 processes" in text
     assert int(re.findall(r"train.batch_size = (\d+)", text)[0]) in (4, 8, 12)
+
+
+class _TwoThatDiffer:
+    """A team whose second member was given something else."""
+
+    def __init__(self, other: dict[str, Any]) -> None:
+        self._other = json.dumps(other)
+
+    def collect(self, text: str) -> list[str]:
+        return [text, self._other]
+
+    def leave_to(self) -> None:
+        pass
+
+
+def test_processes_that_were_given_different_things() -> None:
+    what = {"world_size": 2, "configuration": {"train.seed": "1", "train.batch_size": "4"}}
+    same = {"world_size": 2, "configuration.train.seed": "1", "configuration.train.batch_size": "4"}
+    check_equal(_TwoThatDiffer(same), what)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"rank 0 has configuration.train.seed = 1, and rank 1 has 2; give all"):
+        check_equal(_TwoThatDiffer(same | {"configuration.train.seed": "2"}), what)  # type: ignore[arg-type]
 
 
 # Below torchrun itself.

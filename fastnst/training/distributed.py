@@ -123,6 +123,7 @@ class _Several(Team):
                 "start them together, by torchrun, with the same --nnodes and --rdzv-endpoint on every machine"
             ) from error
         self._pulse: Pulse | None = None
+        self._on_gpu: dist.ProcessGroup | None = None
         who = f"process {os.getpid()} on {os.uname().nodename}"
         self._who = self._gather(who)
         self._pulse = Pulse(
@@ -135,11 +136,10 @@ class _Several(Team):
 
     def parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
         # Apart from the group on which the processes agree, so that neither waits for the other.
-        group = (
-            dist.new_group(backend="nccl", timeout=PATIENCE, device_id=device)
-            if device.type == "cuda"
-            else dist.new_group(backend="gloo", timeout=PATIENCE)
-        )
+        if device.type == "cuda":
+            group = self._on_gpu = dist.new_group(backend="nccl", timeout=PATIENCE, device_id=device)
+        else:
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
         wrapped = DistributedDataParallel(
             net, process_group=group, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
         )
@@ -205,6 +205,10 @@ class _Several(Team):
             code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
             return error if self._pulse.announce(code) else SystemExit(self._code(code))
         self._pulse.leave()
+        if self._on_gpu is not None:
+            # Its GPU may be waiting for gradients that never come, and the process for its GPU.
+            with contextlib.suppress(RuntimeError):
+                self._on_gpu.abort()
         return DeviceError(end.message) if end.message else SystemExit(end.exit_code)
 
     def _code(self, own: int) -> int:

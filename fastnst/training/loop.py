@@ -173,7 +173,8 @@ class _Run:
             return self.out / MODEL_NAME
         self.notify(self._announcement(done))
         if self.config.train.deterministic and not done and self.team.leads:
-            self.notify(determinism.cost(self.net, self.loss, self.config, self.device))
+            own = of_one_process(self.config, self.team.launch)
+            self.notify(determinism.cost(self.net, self.loss, own, self.device))
         with self.stop.deferred():
             with RunLog(self.out, start_step=done) if self.team.leads else contextlib.nullcontext() as log:
                 if not done and log is not None and self.looks is not None:
