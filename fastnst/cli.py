@@ -1,8 +1,10 @@
 """The command line. torch and everything that needs it are imported inside the commands: `--help` stays instant."""
 
+import contextlib
 import errno
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from fastnst.cli_visualize import visualize
 
 if TYPE_CHECKING:
     from fastnst.config import Config
+    from fastnst.training.launch import Launch
     from fastnst.training.signals import StopRequest
 
 _LONGEST_MESSAGE = 4000
@@ -95,28 +98,38 @@ def train(
     fastnst train --style wave.jpg --data train2017 --out runs/wave
     fastnst train --resume --out runs/wave
     """
+    from fastnst.training.launch import launched
     from fastnst.training.run_directory import CONFIG_NAME, saved_config
 
-    if allow_changes and not resume:
-        raise click.UsageError("--allow-changes is for a run that goes on; give --resume with it")
-    if resume:
+    launch = launched()
+    if launch.world_size > 1:
+        # Of a connection that breaks when a process ends, torch prints pages; the run says in a line what it means.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with _said_once(launch):
+        if allow_changes and not resume:
+            raise click.UsageError("--allow-changes is for a run that goes on; give --resume with it")
+        if resume:
+            if out is None:
+                raise click.UsageError("--resume needs --out RUN, the directory of the run to go on with")
+            saved_config(out)
+            if options["file"] is None:
+                options["file"] = out / CONFIG_NAME
+        config = _train_config(style=style, **options)
         if out is None:
-            raise click.UsageError("--resume needs --out RUN, the directory of the run to go on with")
-        saved_config(out)
-        if options["file"] is None:
-            options["file"] = out / CONFIG_NAME
-    config = _train_config(style=style, **options)
-    if out is None:
-        if config.style.picture is None:
-            raise click.UsageError("no style picture; give one with --style PICTURE")
-        out = Path("runs") / config.style.picture.stem
+            if config.style.picture is None:
+                raise click.UsageError("no style picture; give one with --style PICTURE")
+            out = Path("runs") / config.style.picture.stem
     if dry_run:
-        _print_plan(config, out, resume=resume, allow_changes=allow_changes)
+        if launch.rank == 0:
+            _print_plan(config, out, launch, resume=resume, allow_changes=allow_changes)
         return
 
-    from fastnst.training.loop import train as run_training
+    with _said_once(launch):
+        from fastnst.training.loop import train as run_training
 
     model = run_training(config, out, resume=resume, allow_changes=allow_changes, notify=_notify, stop=_stop_request())
+    if launch.rank:
+        return
     click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
     _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {out} PICTURE --out PICTURE")
@@ -150,8 +163,6 @@ def stylize(model: Path, pictures: tuple[Path, ...], out: Path, device: str, pre
 @click.option("--host", default="localhost", show_default=True, help="Anything else lets other machines look in.")
 def tensorboard(run: Path, port: int, host: str) -> None:
     """Open the TensorBoard log of a RUN (or of a folder of runs) on localhost."""
-    import os
-
     from fastnst.errors import DataError
 
     if not any(run.rglob("events.out.tfevents.*")):
@@ -216,7 +227,6 @@ def doctor(as_json: bool) -> None:
     1 the installation, 3 weights or storage, 5 device or memory.
     """
     import json
-    import os
 
     from fastnst.doctor import examine
 
@@ -252,21 +262,38 @@ def _train_config(
     return load_config(preset=preset, file=file, assignments=assignments, options=options)
 
 
-def _print_plan(config: "Config", out: Path, *, resume: bool, allow_changes: bool) -> None:
+@contextlib.contextmanager
+def _said_once(launch: "Launch") -> Iterator[None]:
+    """What is wrong with a command line or a file is the same in all processes of a machine: the first one says it."""
+    from fastnst.errors import StoppedBySignal, UserError
+
+    try:
+        yield
+    except (UserError, StoppedBySignal, click.ClickException) as error:
+        if launch.local_rank == 0:
+            raise
+        sys.exit(error.exit_code)
+
+
+def _print_plan(config: "Config", out: Path, launch: "Launch", *, resume: bool, allow_changes: bool) -> None:
     from fastnst.config import to_toml
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
     from fastnst.training.estimate import estimate
-    from fastnst.training.inputs import read_manifest, read_style, resolve, total_steps
-    from fastnst.training.memory import available_memory, describe_shortage
+    from fastnst.training.inputs import check_batch, read_manifest, read_style, resolve, total_steps
+    from fastnst.training.launch import check_shareable, of_one_process
+    from fastnst.training.memory import describe_shortage, room_of_one_process
     from fastnst.training.run_directory import prepare_run
 
     config, device = resolve(config)
+    check_shareable(config, launch)
     changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)
     style, _ = read_style(config)
     manifest = read_manifest(config, _notify)
+    check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
-    need = estimate(config, device_type=device.type)
+    share, processes = of_one_process(config, launch), launch.world_size
+    need = estimate(share, device_type=device.type)
     passes = steps * config.train.batch_size / len(manifest.images)
     click.echo(to_toml(config))
     for change in changes:
@@ -277,12 +304,15 @@ def _print_plan(config: "Config", out: Path, *, resume: bool, allow_changes: boo
     )
     click.echo(f"# VGG19      {describe_source(config.loss.vgg)}")
     click.echo(f"# steps      {steps} of {config.train.batch_size} pictures, {passes:.2f} passes over the data")
+    if processes > 1:
+        click.echo(f"# processes  {processes}, {share.train.batch_size} pictures of a step in each")
     click.echo(f"# device     {device}, {config.train.precision}")
     click.echo(
         f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
         f"activations {byte_count(need.activations)}; workspaces come on top"
     )
-    if shortage := describe_shortage(config, need, available_memory(device), device_type=device.type):
+    room = room_of_one_process(device, launch)
+    if shortage := describe_shortage(share, need, room, device_type=device.type, processes=processes):
         click.echo(f"# warning    memory: {shortage}")
     click.echo(f"# disk       {byte_count(need.disk)} in {out}, and the log")
     click.echo("# dry run: nothing was written")

@@ -1,6 +1,7 @@
 """Progress of long work on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 5.0
+
+_is_silent = False
 
 
 class ProgressReport:
@@ -40,7 +43,7 @@ class ProgressReport:
         self.label, self.total, self.unit = label, total, unit
         self.rate_per_item, self.rate_unit = rate_per_item, rate_unit or unit
         self.done = self._start = start
-        self._stream = stream if stream is not None else sys.stderr
+        self._stream = stream if stream is not None else io.StringIO() if _is_silent else sys.stderr
         self._note = ""
         self._done_printed = start
         self._started = self._printed = time.monotonic()
@@ -105,6 +108,17 @@ class ProgressReport:
         if self._note:
             parts.append(self._note)
         print(", ".join(parts), file=self._stream, flush=True)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Within this block no report is shown: another process shows the same."""
+    global _is_silent
+    before, _is_silent = _is_silent, True
+    try:
+        yield
+    finally:
+        _is_silent = before
 
 
 @contextlib.contextmanager

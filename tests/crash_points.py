@@ -5,6 +5,7 @@ it: a child process replaces a few functions of the operating system and of the 
 that report in passing. At the wanted one the process sends real signals to itself.
 """
 
+import dataclasses
 import functools
 import os
 import re
@@ -42,6 +43,14 @@ class Case:
     """Keep the loader's own processes; else pictures are read by the same code in the process itself."""
     whole_group: bool = False
     """Signals go to all processes of the run, as a terminal and most supervisors send them."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables that this process has beside those of the test."""
+    poisoned_step: int | None = None
+    """The step before which a weight of this process's network becomes NaN."""
+    in_double: bool = False
+    """Train in fp64, which no option does: what is left of a difference is then none of rounding."""
+    removed: tuple[str, ...] = ()
+    """Files that this process removes before step 2."""
 
 
 class Points:
@@ -205,14 +214,37 @@ def install(case: Case) -> None:
     fastnst.training.looks.training_graph = lambda *_, **__: GRAPHS[0]  # type: ignore[attr-defined]
     if not case.real_loader:
         fastnst.data.pillow.ProcessPoolExecutor = InThisProcess  # type: ignore[misc,assignment]
+    if case.in_double:
+        compute_in_double()
     began = TrainingStep.__call__
 
     def note_step(self: TrainingStep, step: int, *args: Any) -> Any:
+        if step == case.poisoned_step:
+            weight = self.net.conv1.weight.data
+            weight[(0,) * weight.ndim] = float("nan")
+        for name in case.removed if step == 2 else ():
+            Path(name).unlink(missing_ok=True)
         with (Path(case.folder) / "steps").open("a") as file:
             file.write(f"{step}\n")
         return began(self, step, *args)
 
     TrainingStep.__call__ = note_step  # type: ignore[method-assign]
+
+
+def compute_in_double() -> None:
+    """Both networks and all pictures; for runs that show no samples."""
+    from fastnst.training import loop, step
+
+    read, net = loop.read_inputs, loop.TransformNet
+
+    def read_inputs(*args: Any, **kwargs: Any) -> Any:
+        inputs = read(*args, **kwargs)
+        inputs.vgg.double()
+        return dataclasses.replace(inputs, style=inputs.style.double())
+
+    loop.read_inputs = read_inputs
+    loop.TransformNet = lambda *args: net(*args).double()  # type: ignore[misc,assignment]
+    step.to_unit = lambda batch: batch.permute(0, 3, 1, 2).double() / 255
 
 
 def _opened(path: Any, flags: int, *_: object, **__: object) -> str:

@@ -177,6 +177,7 @@ def run_child(case: Case) -> None:
         for descriptor, source in ((0, null), (1, output), (2, output)):
             os.dup2(source, descriptor)
         os.environ["FASTNST_CACHE"] = str(folder / "cache")
+        os.environ.update(case.environment)
         os.setsid()
         for signum in case.ignored:
             signal.signal(signum, signal.SIG_IGN)

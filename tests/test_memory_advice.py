@@ -2,6 +2,7 @@
 
 import functools
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,6 +239,9 @@ main()
 def test_what_is_advised_after_a_real_failure_does_train(photo_folder: Path, tmp_path: Path) -> None:
     """pytest -m campaign tests/test_memory_advice.py"""
     room = needed_memory(estimate(config_of("data.image_size=128"), device_type="cpu"))
+    for path in list(photo_folder.iterdir()):
+        for copy in range(5):
+            shutil.copy2(path, photo_folder / f"{path.stem}_{copy}{path.suffix}")
 
     def train_with(batch_size: int) -> subprocess.CompletedProcess[str]:
         small = {"data.image_size": 128, "train.batch_size": batch_size, "data.workers": 1, "data.loader": "pillow"}

@@ -369,6 +369,13 @@ def test_a_picture_of_one_colour_is_not_trained_on(configure: Configure, photo_f
     assert "one colour" in refused.reason
 
 
+def test_fewer_pictures_than_one_batch_are_refused(configure: Configure, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.batch_size is 13, and .* holds 12 usable pictures") as refused:
+        run(configure("train.batch_size=13"), tmp_path / "run")
+    assert str(refused.value).endswith("add some, or use --set train.batch_size=12 or less")
+    assert not (tmp_path / "run").exists()
+
+
 def test_steps_follow_from_epochs() -> None:
     config = load_config(assignments=["train.epochs=2", "train.batch_size=4"], environment={}).train
     assert total_steps(config, 118_287) == 59_144

@@ -33,6 +33,9 @@ class Loader(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
+    def seek(self, step: int) -> None:
+        """Go on with `step`, read anew: pictures have failed that this loader does not know of."""
+
     def close(self) -> None:
         """End threads and processes; may be called twice."""
 

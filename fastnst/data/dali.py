@@ -85,6 +85,12 @@ class DaliLoader:
     ) -> None:
         self.close()
 
+    def seek(self, step: int) -> None:
+        """Go on with `step`; what was read ahead is read again."""
+        self._pipeline = None
+        self._step = step
+        self._pipeline = self._start_pipeline()
+
     def close(self) -> None:
         """End the pipeline and the reading threads."""
         self._pipeline = None

@@ -92,7 +92,7 @@ class PillowLoader:
             if not failed:
                 break
             self._replacements.fail(step, failed)
-            self._seek(step)
+            self.seek(step)
         else:
             raise StopIteration
         self._waiting.popleft()
@@ -109,6 +109,15 @@ class PillowLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def seek(self, step: int) -> None:
+        """Go on with `step`; what was read ahead may hold a picture that has failed by now, and is read again."""
+        for futures in self._waiting:
+            for future in futures:
+                future.cancel()
+        self._waiting.clear()
+        self._next_to_submit = step
+        self._submit()
 
     def close(self) -> None:
         """End the worker processes."""
@@ -140,15 +149,6 @@ class PillowLoader:
                 broken: Future[Part] = Future()
                 broken.set_exception(error)
                 return broken
-
-    def _seek(self, step: int) -> None:
-        """Go on with `step`; what was read ahead may hold a picture that has failed by now, and is read again."""
-        for futures in self._waiting:
-            for future in futures:
-                future.cancel()
-        self._waiting.clear()
-        self._next_to_submit = step
-        self._submit()
 
     def _jobs(self, step: int) -> list[Job]:
         samples = self._order.batch(step, self._rank)
@@ -191,7 +191,7 @@ class PillowLoader:
                     f"memory; set data.workers below {self._workers} or use --loader dali"
                 ) from error
             _log.warning("a process that loads pictures ended unexpectedly; a new one goes on")
-        self._seek(step)
+        self.seek(step)
 
     def _survives(self, jobs: list[Job]) -> bool:
         try:

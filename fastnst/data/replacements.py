@@ -183,6 +183,11 @@ def read_late_failures(path: Path) -> list[LateFailure]:
         return []
     except OSError as error:
         raise DataError(f"cannot read {printable(path)}: {explain_os_error(error)}") from error
+    return parse_late_failures(content, path)
+
+
+def parse_late_failures(content: bytes, path: Path) -> list[LateFailure]:
+    """The same from the content of the file, which is that of `path`."""
     found: dict[str, LateFailure] = {}
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:

@@ -94,6 +94,7 @@ def read_inputs(
             progress=progress,
         )
     manifest = with_failed(read_manifest(config, notify), late)
+    check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
     return Inputs(config, device, style, style_sha256, manifest, vgg, steps, tuple(late))
 
@@ -132,6 +133,15 @@ def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
             f"(the first: {printable(first.path)}: {first.reason}); all are listed in {REJECTED_NAME}"
         )
     return manifest
+
+
+def check_batch(config: Config, num_images: int) -> None:
+    """UserError if a step would read more pictures than there are: it would see some of them twice."""
+    if num_images < config.train.batch_size:
+        raise UserError(
+            f"train.batch_size is {config.train.batch_size}, and {printable(str(config.data.folder))} holds "
+            f"{num_images} usable pictures; add some, or use --set train.batch_size={num_images} or less"
+        )
 
 
 def total_steps(config: TrainConfig, num_images: int) -> int:

@@ -1,7 +1,7 @@
 """The training loop: from a resolved configuration to a run directory with a style model in it."""
 
 import contextlib
-import time
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -10,9 +10,9 @@ import torch
 
 from fastnst import __version__
 from fastnst.config import Config, to_toml
-from fastnst.data import open_loader
+from fastnst.data import Loader, open_loader
 from fastnst.data.order import RunOrder
-from fastnst.data.replacements import Replacements, read_late_failures, still_failed
+from fastnst.data.replacements import LateFailure, read_late_failures, still_failed
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DataError, DivergedError, StoppedBySignal
 from fastnst.losses import PerceptualLoss
@@ -23,13 +23,24 @@ from fastnst.storage import StorageError, lock_run, remove_leftovers, write_atom
 from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
 from fastnst.training import determinism
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, remove_old_checkpoints, save_checkpoint
+from fastnst.training.distributed import Team, check_equal, choose_device, open_team
 from fastnst.training.inputs import Inputs, read_inputs, resolve
+from fastnst.training.launch import check_shareable, launched, of_one_process
 from fastnst.training.looks import Looks
 from fastnst.training.memory import explained_memory_errors
+from fastnst.training.meter import Meter
 from fastnst.training.rejected import RejectedPictures
 from fastnst.training.restore import steps_of_run
-from fastnst.training.resume import changes_since, check_fits, checkpoint_to_resume, origin_of, tell_changes
+from fastnst.training.resume import (
+    changes_since,
+    check_fits,
+    checkpoint_to_resume,
+    origin_of,
+    shared_checkpoint,
+    tell_changes,
+)
 from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, prepare_run
+from fastnst.training.shared_batches import SharedBatches, SharedFailures, of_leader
 from fastnst.training.signals import StopRequest, stopped_by
 from fastnst.training.step import TrainingStep
 
@@ -44,6 +55,8 @@ def train(
     stop: StopRequest | None = None,
 ) -> Path:
     """Train a style; returns the path of the style model.
+
+    Below torchrun each of its processes calls this, and shares the run with the others (see `distributed`).
 
     Args:
         config: the resolved configuration; `data.folder` and `style.picture` are set.
@@ -62,24 +75,34 @@ def train(
             steps in a row were skipped.
         DeviceError: no such device, or too little memory on it, with what would fit.
         StoppedBySignal: after the save that `stop` asked for.
+        SystemExit: another process of the run has raised one of these.
     """
-    config, device = resolve(config)
-    prepare_run(out, config, resume=resume, allow_changes=allow_changes)
-    with determinism.algorithms(config.train), explained_memory_errors(config, device):
-        late = read_late_failures(out / REJECTED_NAME) if resume else []
-        inputs = read_inputs(config, device, notify, late)
-        with lock_run(out):
-            changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)
-            run = _Run(inputs, out, notify, stop or StopRequest())
-            with _kept(out, notify):
-                return run.go(run.restore(changes, allow=allow_changes) if resume else 0)
+    launch, stop = launched(), stop or StopRequest()
+    with open_team(launch, out, stop) as team:
+        notify = notify if team.leads else _nobody
+        choose_device(config.train.device, launch)
+        config, device = resolve(config)
+        check_shareable(config, launch)
+        if team.leads:
+            prepare_run(out, config, resume=resume, allow_changes=allow_changes)
+        with determinism.algorithms(config.train), explained_memory_errors(config, device, launch):
+            late = read_late_failures(out / REJECTED_NAME) if resume and team.leads else []
+            late = of_leader(late, team)
+            with team.first_on_each_machine():
+                inputs = read_inputs(config, device, notify, late)
+            check_equal(team, {"device": device.type, **origin_of(inputs, world_size=launch.world_size)})
+            with lock_run(out) if team.leads else contextlib.nullcontext():
+                changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes) if team.leads else []
+                run = _Run(inputs, out, notify, stop, team)
+                with _kept(out, notify):
+                    return run.go(run.restore(changes, allow=allow_changes) if resume else 0)
 
 
 class _Run:
     """One process's share of a run."""
 
-    def __init__(self, inputs: Inputs, out: Path, notify: Callable[[str], None], stop: StopRequest) -> None:
-        self.inputs, self.out, self.notify, self.stop = inputs, out, notify, stop
+    def __init__(self, inputs: Inputs, out: Path, notify: Callable[[str], None], stop: StopRequest, team: Team) -> None:
+        self.inputs, self.out, self.notify, self.stop, self.team = inputs, out, notify, stop, team
         config, device = inputs.config, inputs.device
         self.config, self.device = config, device
         torch.manual_seed(config.train.seed)
@@ -89,31 +112,35 @@ class _Run:
         loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
         loss.set_style(inputs.style.to(device))
         self.loss = loss
-        self.step = TrainingStep(self.net, loss, config.train, device)
+        parallel = team.parallel(self.net, device, config.data.image_size)
+        self.step = TrainingStep(self.net, loss, config.train, device, parallel=parallel)
         self.order = RunOrder(
             config.train.seed,
             len(inputs.manifest.images),
             config.train.batch_size,
             inputs.steps,
+            world_size=team.launch.world_size,
             fit=config.data.fit,
             flip=config.data.flip,
         )
-        self.looks = Looks(inputs, self.net, loss)
+        self.looks = Looks(inputs, self.net, loss) if team.leads else None
 
     def restore(self, changes: list[str], *, allow: bool) -> int:
         """Take over the newest valid checkpoint, if there is one; returns the steps done.
 
         `changes` are what is known to differ from the run's saved configuration.
         """
+        if not self.team.leads:
+            return self._take_over(None)
         checkpoint = checkpoint_to_resume(self.out, self.notify)
         if checkpoint is None:
             tell_changes(changes, 0, self.notify)
             self.notify(f"{self.out} holds no checkpoint yet; starting at step 0")
-            return 0
+            return self._take_over(None)
         origin = origin_of(self.inputs, world_size=self.order.world_size)
         changes = changes_since(checkpoint, origin, allow=allow)
         check_fits(checkpoint, self.net)
-        self._load(checkpoint)
+        self._take_over(checkpoint)
         tell_changes(changes, checkpoint.step, self.notify)
         # The style model is written behind its checkpoint, and a process may have been killed in between. What was
         # allowed to change is recorded, so that it need not be allowed again.
@@ -126,29 +153,36 @@ class _Run:
 
     def go(self, done: int) -> Path:
         """Make the steps that follow `done`."""
-        for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
-            remove_leftovers(self.out / name)
-        write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
-        late = still_failed(self.inputs.manifest.folder, self.inputs.late, done)
-        self.replacements = Replacements(
+        note: Callable[[LateFailure], None] = _nobody
+        late = still_failed(self.inputs.manifest.folder, self.inputs.late, done) if self.team.leads else []
+        late = of_leader(late, self.team)
+        if self.team.leads:
+            for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
+                remove_leftovers(self.out / name)
+            write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
+            note = RejectedPictures(self.out, self.inputs.manifest, late, self.notify).add
+        self.failures = SharedFailures(
             self.inputs.manifest,
+            self.team,
             max_percent=self.config.data.max_failed_percent,
             earlier=late,
-            on_failure=RejectedPictures(self.out, self.inputs.manifest, late, self.notify).add,
+            note=note,
         )
         if done >= self.inputs.steps:
             self.notify(f"nothing to do: {done} of {self.inputs.steps} steps are done; set more with --steps")
             return self.out / MODEL_NAME
         self.notify(self._announcement(done))
-        if self.config.train.deterministic and not done:
-            self.notify(determinism.cost(self.net, self.loss, self.config, self.device))
+        if self.config.train.deterministic and not done and self.team.leads:
+            own = of_one_process(self.config, self.team.launch)
+            self.notify(determinism.cost(self.net, self.loss, own, self.device))
         with self.stop.deferred():
-            with RunLog(self.out, start_step=done) as log:
-                if not done:
+            with RunLog(self.out, start_step=done) if self.team.leads else contextlib.nullcontext() as log:
+                if not done and log is not None and self.looks is not None:
                     with self.stop.at_once():
                         self.looks.begin(log)
                 self._steps(log, done)
-            self.looks.report(self.notify)
+            if self.looks is not None:
+                self.looks.report(self.notify)
             if self.step.scaler.is_enabled():
                 skipped, scale = self.step.skipped.read()[0], self.step.scaler.get_scale()
                 self.notify(
@@ -156,62 +190,77 @@ class _Run:
                     f"the loss scale is now {scale:g}"
                 )
         # Too late to end a step early; whoever sent it still learns that it was heard.
-        if self.stop.signum is not None:
-            raise stopped_by(self.stop.signum, f"; all {self.inputs.steps} steps are done and saved in {self.out}")
+        if signum := self.team.agree(self.stop.signum or 0)[0]:
+            self.team.leave_to()
+            raise stopped_by(signum, f"; all {self.inputs.steps} steps are done and saved in {self.out}")
         return self.out / MODEL_NAME
 
-    def _steps(self, log: RunLog, done: int) -> None:
+    def _steps(self, log: RunLog | None, done: int) -> None:
         config, last = self.config.train, self.inputs.steps
-        meter = _Meter(config.batch_size, self.device)
+        meter = Meter(config.batch_size, self.device)
         with (
-            open_loader(
-                self.inputs.manifest,
-                self.order,
-                self.config.data,
-                device=self.device,
-                start_step=done,
-                replacements=self.replacements,
-            ) as loader,
+            self._loader(done) as loader,
             ProgressReport(
                 "train", last, "steps", rate_per_item=config.batch_size, rate_unit="images", start=done
             ) as progress,
         ):
-            batches = iter(loader)
+            batches = self._batches(loader, done)
             for step in range(done + 1, last + 1):
                 with meter.waiting():
                     batch = next(batches)
                 terms = self.step(step, batch)
                 note = None
+                is_due = self.looks is not None and self.looks.projections_due(step, last)
                 # Asked once a step: a signal that comes later than this finds the next step, which it then ends.
-                signum = self.stop.signum
-                ends = step == last or signum is not None
+                signum, projects = self.team.agree(self.stop.signum or 0, is_due)
+                ends = step == last or signum
                 if ends or step == 1 or step % config.log_every == 0:
-                    scalars = loss_scalars(terms)
+                    scalars = self.team.mean(loss_scalars(terms))
                     self._check_health(step)
-                    speed = meter.read(step - done) | self.looks.cost()
-                    log.metrics(step, scalars | self._training_scalars() | speed)
+                    if log is not None and self.looks is not None:
+                        speed = meter.read(step - done) | self.looks.cost()
+                        log.metrics(step, scalars | self._training_scalars() | speed)
                     note = f"loss {scalars['loss/total']:.4g}{self._skipped_note()}"
                 elif self.device.type == "cpu":
                     self._check_health(step)
                 looks = step == last or step % config.sample_every == 0
-                projects = self.looks.projections_due(step, last)
                 saves = ends or step % config.checkpoint_every == 0
                 with meter.paused():
                     if looks or projects or saves:
                         self._check_weights(step)
-                    if looks:
-                        self.looks.look(log, step)
-                    if projects:
-                        self.looks.project(log, step)
-                    if saves:
-                        self._save(log, step)
+                    if log is not None and self.looks is not None:
+                        if looks:
+                            self.looks.look(log, step)
+                        if projects:
+                            self.looks.project(log, step)
+                        if saves:
+                            self._save(log, step)
                 progress.advance(note=note)
-                if signum is not None and step < last:
+                if signum and step < last:
+                    self.team.leave_to()
                     raise StoppedBySignal(
                         signum,
                         f"stopped at step {step} of {last}, which is saved; "
                         f"go on with: fastnst train --resume --out {self.out}",
                     )
+
+    def _loader(self, done: int) -> Loader:
+        return open_loader(
+            self.inputs.manifest,
+            self.order,
+            of_one_process(self.config, self.team.launch).data,
+            device=self.device,
+            start_step=done,
+            rank=self.team.launch.rank,
+            replacements=self.failures.replacements,
+        )
+
+    def _batches(self, loader: Loader, done: int) -> SharedBatches:
+        # What DALI has decoded ahead, and what was read ahead for it.
+        read_ahead = 2 * self.config.data.prefetch + 1
+        return SharedBatches(
+            loader, self.order, self.team.launch.rank, self.failures, start_step=done, read_ahead=read_ahead
+        )
 
     def _check_health(self, step: int) -> None:
         """Stop if a step went wrong. On a GPU asked only when something is logged or saved: late by `train.log_every`.
@@ -219,11 +268,13 @@ class _Run:
         So many skipped steps in a row that all were between two of these moments go unnoticed there: training mended
         itself.
         """
-        if found := self.step.health.first_bad():
-            first_bad, names = found
+        found = self.team.collect(json.dumps(bad) if (bad := self.step.health.first_bad()) else "")
+        if found:
+            first_bad, names = min(json.loads(each) for each in found if each)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             self._diverged(f"not finite since step {first_bad}: {', '.join(names[:3])}{more}")
         if self.step.scaler.is_enabled():
+            # The scaler sees gradients that are the same in all processes.
             _, in_a_row = self.step.skipped.read()
             limit = self.config.train.max_skipped_steps
             if in_a_row >= limit:
@@ -240,6 +291,7 @@ class _Run:
                 self._diverged(f"{name} holds a value that is not finite after step {step}")
 
     def _diverged(self, what: str) -> NoReturn:
+        self.team.leave_to()
         checkpoint = latest_checkpoint(self.out, self.notify)
         kept = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written before"
         precision = " or --precision fp32" if self.config.train.precision != "fp32" else ""
@@ -275,7 +327,11 @@ class _Run:
         remove_leftovers(self.out / MODEL_NAME)
         save_style_model(self.out / MODEL_NAME, self.net, metadata=metadata)
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def _take_over(self, checkpoint: Checkpoint | None) -> int:
+        """Go on with rank 0's `checkpoint`, in all processes; returns its step, 0 if there is none."""
+        checkpoint = shared_checkpoint(checkpoint, self.team)
+        if checkpoint is None:
+            return 0
         try:
             self.step.load_state(checkpoint.tensors, checkpoint.state["scaler"])
             torch.set_rng_state(checkpoint.tensors["rng.cpu"])
@@ -289,6 +345,7 @@ class _Run:
                 f"{checkpoint.path} holds no state that training can go on from ({str(error)[:200]}); remove it to go "
                 "on from an older one, or start a new run in another --out"
             ) from error
+        return checkpoint.step
 
     def _training_scalars(self) -> dict[str, float]:
         scalars = {"train/learning_rate": self.config.train.learning_rate}
@@ -313,42 +370,6 @@ class _Run:
         )
 
 
-class _Meter:
-    """Speed between two logged steps: pictures per second, and the share of time spent waiting for pictures.
-
-    Samples and checkpoints are left out of both; the device is idle when either clock is read, since the loss was read.
-    """
-
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        self._batch_size, self._device = batch_size, device
-        self._begin, self._steps = time.perf_counter(), 0
-        self._waited = self._paused = 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begin
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - begin
-
-    def read(self, steps: int) -> dict[str, float]:
-        """Scalars since the last reading; `steps` is how many this process has made."""
-        now = time.perf_counter()
-        elapsed = max(now - self._begin - self._paused, 1e-9)
-        pictures = (steps - self._steps) * self._batch_size
-        scalars = {
-            "speed/images_per_second": pictures / elapsed,
-            "speed/data_wait_percent": 100 * self._waited / elapsed,
-        }
-        self._begin, self._steps, self._waited, self._paused = now, steps, 0.0, 0.0
-        return scalars
-
-
 @contextlib.contextmanager
 def _kept(out: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """Where the storage refuses, say how much of the run is safe."""
@@ -368,3 +389,7 @@ def _kept(out: Path, notify: Callable[[str], None]) -> Iterator[None]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
+def _nobody(_: object) -> None:
+    """Told where another process tells."""

@@ -14,6 +14,7 @@ from fastnst.device import ran_out_of_memory
 from fastnst.errors import DeviceError, UserError
 from fastnst.progress import byte_count
 from fastnst.training.estimate import Estimate, estimate
+from fastnst.training.launch import Launch, of_one_process
 
 RESERVE_BYTES = 2**30
 """What an estimate does not see: decoding and its processes, workspaces of convolutions, the allocator's rounding."""
@@ -22,6 +23,7 @@ RESERVE_SHARE = 0.25
 in fp32 and bf16, these are 2 to 11% of what is kept with the fused engine, at 256 pixels, and 11 to 21% of what autograd
 keeps, at 256 and 512."""
 SIZE_STEP = 16
+ALONE = Launch()
 
 
 def needed_memory(need: Estimate) -> int:
@@ -48,6 +50,11 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
         pages = int(_text(root / "proc/self/statm").partition(" ")[0] or 0)
         rooms.append(limit - pages * resource.getpagesize())
     return max(0, min(rooms))
+
+
+def room_of_one_process(device: torch.device, launch: Launch) -> int:
+    """`available_memory`, of which each process of a machine has its share unless it has its own device."""
+    return available_memory(device) // (1 if device.type == "cuda" else launch.local_world_size)
 
 
 def largest_that_fits(config: Config, room: int, *, device_type: str) -> tuple[int, int] | None:
@@ -95,17 +102,18 @@ def _largest_picture(need_of: Callable[[int], int], side: int, room: int) -> tup
 
 
 @contextlib.contextmanager
-def explained_memory_errors(config: Config, device: torch.device) -> Iterator[None]:
+def explained_memory_errors(config: Config, device: torch.device, launch: Launch = ALONE) -> Iterator[None]:
     """Turn a lack of memory into an error that says what would fit.
 
     Args:
         config: resolved: not `auto`.
         device: where it runs.
+        launch: the processes that share the run.
 
     Raises:
         DeviceError: instead of what PyTorch or Python raise.
     """
-    room = available_memory(device)
+    room = room_of_one_process(device, launch)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -115,46 +123,53 @@ def explained_memory_errors(config: Config, device: torch.device) -> Iterator[No
         traceback.clear_frames(error.__traceback__)
         # On a CPU the 16-bit types take more memory, not less.
         in_fp32 = config.train.precision == "fp32" and device.type == "cuda"
+        precision = ", or use --precision bf16" if in_fp32 else ""
         raise DeviceError(
             f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
-            f"{config.data.image_size}; {_advice(config, room, device)}{', or use --precision bf16' if in_fp32 else ''}"
+            f"{config.data.image_size}; {_advice(config, room, device, launch)}{precision}"
         ) from error
 
 
-def describe_shortage(config: Config, need: Estimate, room: int, *, device_type: str) -> str | None:
+def describe_shortage(config: Config, need: Estimate, room: int, *, device_type: str, processes: int = 1) -> str | None:
     """What to do where a run of `config`, which needs `need`, should not fit into `room` bytes; None where it should.
 
     Args:
-        config: as for `estimate`.
+        config: as for `estimate`; with one process's share of the batch.
         need: of `config`.
-        room: bytes that are there.
+        room: bytes that are there for one process.
         device_type: `cuda` or `cpu`.
+        processes: that share a batch.
     """
     if needed_memory(need) <= room:
         return None
-    wants = f"it needs about {byte_count(needed_memory(need))}, reserve included, and {byte_count(room)} are there"
+    each = "" if processes == 1 else f", in each of {processes} processes"
+    wants = (
+        f"it needs about {byte_count(needed_memory(need))}, reserve included, and {byte_count(room)} are there{each}"
+    )
     match largest_that_fits(config, room, device_type=device_type):
         case (batch_size, side) if side == config.data.image_size:
-            return f"{wants}: set train.batch_size = {batch_size}, the largest that should fit"
+            return f"{wants}: set train.batch_size = {batch_size * processes}, the largest that should fit"
         case (_, side):
             return (
-                f"{wants}: not even train.batch_size = 1 should fit; with it set data.image_size = {side}, "
+                f"{wants}: not even train.batch_size = {processes} should fit; with it set data.image_size = {side}, "
                 "the largest that should"
             )
         case _:
             return f"{wants}: no train.batch_size or data.image_size should fit; use a device with more memory"
 
 
-def _advice(config: Config, room: int, device: torch.device) -> str:
+def _advice(config: Config, room: int, device: torch.device, launch: Launch) -> str:
+    processes, own = launch.world_size, of_one_process(config, launch)
     try:
-        need = estimate(config, device_type=device.type)
-        shortage = describe_shortage(config, need, room, device_type=device.type)
+        need = estimate(own, device_type=device.type)
+        shortage = describe_shortage(own, need, room, device_type=device.type, processes=processes)
     except (RuntimeError, MemoryError, UserError):
         return "lower one of them"
     if shortage is not None:
         return shortage
     batch_size, side = config.train.batch_size, config.data.image_size
-    fix = f"train.batch_size = {batch_size // 2}" if batch_size > 1 else f"a data.image_size below {side}"
+    half = batch_size // 2 // processes * processes
+    fix = f"train.batch_size = {half}" if half else f"a data.image_size below {side}"
     return (
         f"it needs about {byte_count(needed_memory(need))}, reserve included, and {byte_count(room)} were there when "
         f"the run began, so something else has taken memory since: free it, or set {fix}"

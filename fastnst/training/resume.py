@@ -5,15 +5,18 @@ VGG19 and the number of processes are the same. Whatever differs is named, with 
 it was allowed. What is never allowed is another network.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from fastnst.errors import DataError, UserError
 from fastnst.training.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint
+from fastnst.training.distributed import Team
 from fastnst.training.inputs import Inputs
 from fastnst.training.run_directory import config_differences, config_values, refuse_another_network
 
@@ -104,6 +107,19 @@ def changes_since(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bool
             "--allow-changes, or start a new run in another --out"
         )
     return options + files
+
+
+def shared_checkpoint(checkpoint: Checkpoint | None, team: Team) -> Checkpoint | None:
+    """Rank 0's `checkpoint`, in all processes: others need not see its files."""
+    if team.launch.world_size == 1:
+        return checkpoint
+    head = json.dumps([str(checkpoint.path), checkpoint.step, checkpoint.state]) if checkpoint else ""
+    head = team.share(head.encode()).decode()
+    if not head:
+        return None
+    tensors = safetensors.torch.load(team.share(safetensors.torch.save(checkpoint.tensors) if checkpoint else b""))
+    path, step, state = json.loads(head)
+    return Checkpoint(Path(path), step, tensors, state)
 
 
 def tell_changes(changes: list[str], step: int, notify: Callable[[str], None]) -> None:

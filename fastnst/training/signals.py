@@ -24,6 +24,8 @@ class StopRequest:
         self.signum: int | None = None
         self._deferred = False
         self._raised: int | None = None
+        self._heeded: list[signal.Signals] = []
+        self._is_disregarded = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["StopRequest"]:
@@ -37,11 +39,13 @@ class StopRequest:
             return
         heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
         previous = {signum: signal.signal(signum, self._handle) for signum in heeded}
+        self._heeded = heeded
         try:
             yield self
         finally:
+            self._heeded = []
             for signum, handler in previous.items():
-                signal.signal(signum, handler)
+                signal.signal(signum, signal.SIG_IGN if self._is_disregarded else handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -64,6 +68,12 @@ class StopRequest:
             yield
         finally:
             self._deferred = before
+
+    def disregard(self) -> None:
+        """Ignore all further signals, also behind `installed`: this process is ending, and how is decided."""
+        for signum in self._heeded:
+            signal.signal(signum, signal.SIG_IGN)
+        self._is_disregarded = True
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self._raised is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnst.config import TrainConfig
 from fastnst.device import DTYPES, resolve_precision
@@ -30,10 +30,20 @@ class TrainingStep:
         loss: its style is set.
         config: learning rate, precision (resolved: not `auto`), engine and compile.
         device: where both are.
+        parallel: what is called in place of `net`, to share its gradients with other processes.
     """
 
-    def __init__(self, net: TransformNet, loss: PerceptualLoss, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        net: TransformNet,
+        loss: PerceptualLoss,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        parallel: nn.Module | None = None,
+    ) -> None:
         self.net = net
+        self._called = net if parallel is None else parallel
         self.device = device
         self.health = Health(device)
         self.skipped = SkippedSteps(device)
@@ -120,7 +130,7 @@ class TrainingStep:
 
     def _stylized(self, content: Tensor) -> Tensor:
         with self._autocast():
-            stylized: Tensor = self.net(content)
+            stylized: Tensor = self._called(content)
         return stylized
 
     def _autocast(self) -> torch.autocast:

@@ -1,0 +1,43 @@
+"""How fast a run goes."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+
+
+class Meter:
+    """Speed between two logged steps: pictures per second, and the share of time spent waiting for pictures.
+
+    Samples and checkpoints are left out of both; the device is idle when either clock is read, since the loss was read.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._batch_size, self._device = batch_size, device
+        self._begin, self._steps = time.perf_counter(), 0
+        self._waited = self._paused = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Scalars since the last reading; `steps` is how many this process has made."""
+        now = time.perf_counter()
+        elapsed = max(now - self._begin - self._paused, 1e-9)
+        pictures = (steps - self._steps) * self._batch_size
+        scalars = {
+            "speed/images_per_second": pictures / elapsed,
+            "speed/data_wait_percent": 100 * self._waited / elapsed,
+        }
+        self._begin, self._steps, self._waited, self._paused = now, steps, 0.0, 0.0
+        return scalars
