@@ -16,6 +16,8 @@ from fastnst.data.manifest import Entry, examine
 from fastnst.data.order import Fit
 from fastnst.images import TRAINING_FORMATS, UnusablePictureError, decode, read_with_time
 
+_FILTER = Image.Resampling.BILINEAR
+
 Window = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels of the upright picture."""
 
@@ -66,7 +68,15 @@ def resize_window(
         inside = picture.crop((max(x0, 0), max(y0, 0), min(x1, picture.width), min(y1, picture.height)))
         picture = Image.fromarray(np.pad(np.asarray(inside), (*lacking, (0, 0)), mode="edge"))
         left, top, right, bottom = left - x0, top - y0, right - x0, bottom - y0
-    square = picture.resize(shape, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    elif y0 > 1 or y1 < picture.height - 1:
+        # One more row than the margin, which is none where a picture is enlarged.
+        y0, y1 = max(y0 - 1, 0), min(y1 + 1, picture.height)
+        picture = picture.crop((0, y0, picture.width, y1))
+        top, bottom = top - y0, bottom - y0
+    # Left to itself, Pillow begins with the direction that it takes to be quicker, and rounds in between: then a pixel
+    # would depend on the shape of the window that it is cut out with.
+    square = picture.resize((shape[0], picture.height), _FILTER, box=(left, 0, right, picture.height))
+    square = square.resize(shape, _FILTER, box=(0, top, shape[0], bottom))
     if flip:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(square)
