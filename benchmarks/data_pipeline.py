@@ -119,7 +119,7 @@ class _Plain:
             squares = []
             for index, crop, flip in zip(samples.indices, samples.crop, samples.flip, strict=True):
                 entry = self._manifest.images[index]
-                window = window_of(entry.width, entry.height, self._order.fit, crop)
+                window = window_of(entry.width, entry.height, self._order.fit, crop, self._image_size)
                 path = str(self._manifest.folder / entry.path)
                 squares.append(read_square(path, entry, window, self._image_size, bool(flip)))
             yield np.stack(squares)

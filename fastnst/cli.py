@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastnst.cli_data import data
 from fastnst.cli_visualize import visualize
 
 if TYPE_CHECKING:
@@ -61,11 +62,14 @@ def cli() -> None:
     """
 
 
+cli.add_command(data)
 cli.add_command(visualize)
 
 _train_options: list[Callable[[Any], Any]] = [
     click.option("--style", type=click.Path(path_type=Path), metavar="PICTURE", help="The painting to learn."),
-    click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photographs to train on."),
+    click.option(
+        "--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photographs to train on, or a cache."
+    ),
     click.option("--preset", metavar="NAME", help="hwalsuklee (the default), lengstrom, johnson or vgg-conv3."),
     click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE.toml", help="Configuration file."),
     click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Set one configuration key."),
@@ -173,35 +177,6 @@ def tensorboard(run: Path, port: int, host: str) -> None:
     keep = "images=1000,histograms=1000,scalars=10000,text=1000"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--samples_per_plugin", keep]
     os.execv(sys.executable, [*command, "--reload_multifile", "true", "--host", host, "--port", str(port)])
-
-
-@cli.group()
-def data() -> None:
-    """Look at training pictures."""
-
-
-@data.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def check(folder: Path, as_json: bool) -> None:
-    """Check every picture of FOLDER as training does; say which are refused, and why."""
-    import json
-    from collections import Counter
-
-    from fastnst.config import Config, DataConfig
-    from fastnst.training.inputs import read_manifest
-
-    manifest = read_manifest(Config(data=DataConfig(folder=folder)), lambda _: None)
-    formats = Counter(entry.format for entry in manifest.images)
-    if as_json:
-        rejected = [{"path": item.path, "reason": item.reason} for item in manifest.rejected]
-        result = {"folder": str(folder), "accepted": len(manifest.images), "formats": formats, "rejected": rejected}
-        click.echo(json.dumps(result, indent=2))
-        return
-    kinds = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
-    click.echo(f"{len(manifest.images)} pictures accepted ({kinds}), {len(manifest.rejected)} refused")
-    for item in manifest.rejected:
-        click.echo(f"{item.path}: {item.reason}")
 
 
 @cli.command()

@@ -68,17 +68,19 @@ class DataConfig(Section):
     """Where training pictures come from and how each becomes a square."""
 
     folder: Path | None = None
-    """Folder of JPEG, PNG and WebP pictures, searched with its subfolders."""
+    """Folder of JPEG, PNG and WebP pictures, searched with its subfolders; or a cache, which
+    `fastnst data cache` makes."""
     image_size: int = Field(default=256, ge=16, le=2048)
     """Side of the square training pictures, in pixels."""
     loader: Literal["dali", "pillow"] = "dali"
-    """What decodes and resizes: DALI (on the GPU if there is one) or Pillow in worker processes."""
+    """What decodes and resizes: DALI (on the GPU if there is one) or Pillow in worker processes. A
+    cache needs neither."""
     fit: Literal["random_crop", "center_crop", "squash"] = "random_crop"
     """How a picture becomes square: short side resized to `image_size` and cropped, or both sides resized."""
     flip: bool = True
     """Mirror each picture left to right with probability one half."""
     workers: int | None = Field(default=None, ge=1, le=256)
-    """DALI's threads, or Pillow's processes; unset: as many as there are cores, at most 16."""
+    """DALI's or a cache's threads, or Pillow's processes; unset: as many as there are cores, at most 16."""
     prefetch: int = Field(default=3, ge=1, le=64)
     """Batches kept ready ahead of the training step."""
     max_failed_percent: float = Field(default=1.0, ge=0, le=100)

@@ -69,7 +69,7 @@ def expected_batch(
         while failed.get(manifest.images[position].path, STEPS + 1) <= step + 1:
             position = 0 if position + 1 == len(manifest.images) else position + 1
         entry = manifest.images[position]
-        window = window_of(entry.width, entry.height, order.fit, crop)
+        window = window_of(entry.width, entry.height, order.fit, crop, 32)
         squares.append(resize_window(Image.fromarray(originals[entry.path]), window, 32, bool(flip)))
     return torch.from_numpy(np.stack(squares))
 

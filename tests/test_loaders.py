@@ -204,7 +204,7 @@ def test_window_is_resize_then_crop(width: int) -> None:
     )
     left = width // 2 - size
     crop = np.array([(left - 3) / left, 0.7], np.float32)
-    window = window_of(width, height, "random_crop", crop)
+    window = window_of(width, height, "random_crop", crop, size)
     square = resize_window(Image.fromarray(picture), window, size, flip=True).astype(int)
     expected = scaled[0, :, :, left - 3 : left - 3 + size].flip(-1).permute(1, 2, 0).numpy()
     # PyTorch leaves pixels beyond the border out of the mean; both loaders repeat the border.
@@ -230,8 +230,8 @@ def test_window_at_the_border_repeats_it() -> None:
     ],
 )
 def test_windows(fit: Fit, crop: tuple[float, float], window: tuple[float, ...]) -> None:
-    assert window_of(100, 40, fit, np.array(crop, np.float32)) == window
-    left, top, right, bottom = window_of(40, 100, fit, np.array(crop[::-1], np.float32))
+    assert window_of(100, 40, fit, np.array(crop, np.float32), 40) == window
+    left, top, right, bottom = window_of(40, 100, fit, np.array(crop[::-1], np.float32), 40)
     assert (top, left, bottom, right) == window
 
 
@@ -249,7 +249,7 @@ def test_batches_are_what_the_order_says(loader: str, generated_photos: Path) ->
         for index, crop, flip, square in zip(samples.indices, samples.crop, samples.flip, batch, strict=True):
             entry = manifest.images[index]
             picture = Image.fromarray(read_image(generated_photos / entry.path))
-            window = window_of(entry.width, entry.height, "random_crop", crop)
+            window = window_of(entry.width, entry.height, "random_crop", crop, 32)
             expected = torch.tensor(resize_window(picture, window, 32, bool(flip))).int()
             assert (square.int() - expected).abs().max() <= LARGEST_DIFFERENCE
 

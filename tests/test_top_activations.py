@@ -64,7 +64,7 @@ def prepared(manifest: Manifest, size: int, dtype: torch.dtype = torch.float64) 
     """All pictures, `[N, 3, size, size]`, each read on its own."""
     rows = []
     for entry in manifest.images:
-        window = window_of(entry.width, entry.height, "center_crop", np.array([0.5, 0.5]))
+        window = window_of(entry.width, entry.height, "center_crop", np.array([0.5, 0.5]), size)
         path = str(manifest.folder / entry.path)
         rows.append(read_square(path, entry, window, size, False))
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(dtype) / 255

@@ -1,4 +1,7 @@
-"""Training pictures: which there are (`manifest`), in which order (`order`), and two ways to load them."""
+"""Training pictures: which there are (`manifest`), in which order (`order`), and how they are loaded.
+
+Two loaders decode the files of a folder, by DALI or by Pillow; a third reads what was decoded once (`cache`).
+"""
 
 import os
 from collections.abc import Iterator
@@ -52,12 +55,13 @@ def open_loader(
 ) -> Loader:
     """The batches of steps `start_step` … `order.steps` - 1.
 
-    Both loaders deliver the same pictures in the same order. On a CPU no value differs by more than 1 of 255, and the
-    mean difference of a picture is below 0.3: the rounding of two resamplers. What a batch holds depends on its step
-    alone, not on where the loader started.
+    All loaders deliver the same pictures in the same order. On a CPU no value of DALI's and Pillow's differs by more
+    than 1 of 255, and the mean difference of a picture is below 0.3: the rounding of two resamplers. How a cache
+    relates to them says `fastnst.data.cache`. What a batch holds depends on its step alone, not on where the loader
+    started.
 
     Args:
-        manifest: of the folder.
+        manifest: of the folder; that of a cache (`CachedManifest`) is read as one, whatever `loader` says.
         order: made for `len(manifest.images)` pictures.
         config: `loader`, `image_size`, `workers` and `prefetch` are used; `fit` and `flip` are the order's.
         device: where batches go; DALI decodes there if it is a GPU.
@@ -68,9 +72,10 @@ def open_loader(
 
     Raises:
         UserError: DALI is asked for and not installed.
-        DataError: while iterating: more pictures failed than may fail, loading processes are killed again and again,
-            or DALI failed twice in one step.
+        DataError: a shard of a cache is missing, or changes; or, while iterating: more pictures failed than may fail,
+            loading processes are killed again and again, or DALI failed twice in one step.
     """
+    from fastnst.data.cache import CachedManifest
     from fastnst.data.replacements import Replacements
 
     assert order.num_images == len(manifest.images), (order.num_images, len(manifest.images))
@@ -78,6 +83,12 @@ def open_loader(
     if config.workers is None:
         workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         config = config.model_copy(update={"workers": workers})
+    if isinstance(manifest, CachedManifest):
+        from fastnst.data.cached import CacheLoader
+
+        return CacheLoader(
+            manifest, order, config, device=device, replacements=replacements, start_step=start_step, rank=rank
+        )
     if config.loader == "pillow":
         from fastnst.data.pillow import PillowLoader
 
@@ -94,3 +105,10 @@ def open_loader(
     return DaliLoader(
         manifest, order, config, device=device, replacements=replacements, start_step=start_step, rank=rank
     )
+
+
+def loader_name(manifest: "Manifest", config: "DataConfig") -> str:
+    """What `open_loader` would choose, for people."""
+    from fastnst.data.cache import CachedManifest
+
+    return "cache" if isinstance(manifest, CachedManifest) else config.loader

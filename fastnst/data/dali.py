@@ -283,7 +283,7 @@ class _Feed:
 
     def _sample(self, index: int, crop: np.ndarray, flip: bool) -> "_Sample":
         entry = self.entries[index]
-        left, top, right, bottom = window = window_of(entry.width, entry.height, self.order.fit, crop)
+        left, top, right, bottom = window = window_of(entry.width, entry.height, self.order.fit, crop, self._image_size)
         if entry.plain and index not in self.by_pillow:
             # A window that runs from right to left is mirrored.
             return self.read(entry), (top, right if flip else left), (bottom, left if flip else right)

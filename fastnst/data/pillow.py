@@ -156,7 +156,7 @@ class PillowLoader:
         jobs: list[Job] = []
         for index, crop, flip in zip(indices, samples.crop, samples.flip, strict=True):
             entry = self._manifest.images[index]
-            window = window_of(entry.width, entry.height, self._order.fit, crop)
+            window = window_of(entry.width, entry.height, self._order.fit, crop, self._size)
             path = os.path.join(self._manifest.folder, entry.path)  # noqa: PTH118
             jobs.append((int(index), path, entry, window, bool(flip)))
         return jobs

@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastnst.config import Config, TrainConfig
+from fastnst.data.cache import is_cache
+from fastnst.data.cache_check import open_cache
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.data.replacements import LateFailure, with_failed
 from fastnst.device import resolve_device, resolve_precision
@@ -123,9 +125,14 @@ def check_folder(folder: Path | None) -> Path:
 
 
 def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
-    """The checked pictures of the data folder; says how many were refused."""
-    with counted("check pictures", "pictures") as progress:
-        manifest = build_manifest(check_folder(config.data.folder), progress=progress, flat=False)
+    """The checked pictures of the data folder, or of a cache; says how many were refused."""
+    folder = check_folder(config.data.folder)
+    if is_cache(folder):
+        with counted("verify cache", "MB", scale=1e6) as progress:
+            manifest: Manifest = open_cache(folder, size=config.data.image_size, fit=config.data.fit, progress=progress)
+    else:
+        with counted("check pictures", "pictures") as progress:
+            manifest = build_manifest(folder, progress=progress, flat=False)
     if manifest.rejected:
         first = manifest.rejected[0]
         notify(

@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastnst.data.cached import read_pixels
 from fastnst.errors import DataError
-from fastnst.images import printable, read_image, to_tensor
+from fastnst.images import printable, to_tensor
 from fastnst.losses import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import duration
@@ -152,7 +153,7 @@ def _read_squares(inputs: Inputs, count: int) -> tuple[list[str], Tensor]:
         if len(squares) == count:
             break
         try:
-            pixels = read_image(inputs.manifest.folder / entry.path)
+            pixels = read_pixels(inputs.manifest, entry)
         except DataError as error:
             # It went away since the check; whether too many did is for the loader to say.
             first_error = first_error or error

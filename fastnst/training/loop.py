@@ -10,7 +10,7 @@ import torch
 
 from fastnst import __version__
 from fastnst.config import Config, to_toml
-from fastnst.data import Loader, open_loader
+from fastnst.data import Loader, loader_name, open_loader
 from fastnst.data.order import RunOrder
 from fastnst.data.replacements import LateFailure, read_late_failures, still_failed
 from fastnst.device import ran_out_of_memory
@@ -362,10 +362,11 @@ class _Run:
 
     def _announcement(self, done: int) -> str:
         verb = f"resuming at step {done}" if done else "training"
+        loader = loader_name(self.inputs.manifest, self.config.data)
         return (
             f"{verb}: {self.inputs.steps} steps of {self.config.train.batch_size} pictures, "
             f"{len(self.inputs.manifest.images)} in the folder, {self.config.data.image_size} px, "
-            f"{self.config.train.precision} on {_device_name(self.device)}, loader {self.config.data.loader}; "
+            f"{self.config.train.precision} on {_device_name(self.device)}, loader {loader}; "
             f"run directory {self.out}"
         )
 
