@@ -69,7 +69,7 @@ class CacheLoader:
             if not failed:
                 break
             self._replacements.fail(step, [(index, _ABSENT) for index in failed])
-            self._seek(step)
+            self.seek(step)
         else:
             raise StopIteration
         self._waiting.popleft()
@@ -84,6 +84,15 @@ class CacheLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def seek(self, step: int) -> None:
+        """Go on with `step`; what was read ahead may lack a picture, and is read again."""
+        for _, futures in self._waiting:
+            for future in futures:
+                future.cancel()
+        self._waiting.clear()
+        self._next_to_submit = step
+        self._submit()
 
     def close(self) -> None:
         """End the threads, and close the shards."""
@@ -106,15 +115,6 @@ class CacheLoader:
             ]
             self._waiting.append((batch, futures))
             self._next_to_submit += 1
-
-    def _seek(self, step: int) -> None:
-        """Go on with `step`; what was read ahead may lack a picture, and is read again."""
-        for _, futures in self._waiting:
-            for future in futures:
-                future.cancel()
-        self._waiting.clear()
-        self._next_to_submit = step
-        self._submit()
 
     def _jobs(self, step: int) -> list[_Job]:
         samples = self._order.batch(step, self._rank)
