@@ -19,10 +19,12 @@ from fastnst.losses import LossTerms, PerceptualLoss, total_variation, total_var
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training import engine as engine_module
+from fastnst.training import fused_ops
 from fastnst.training.engine import LossEngine
 from fastnst.training.estimate import estimate
 from fastnst.training.fused_ops import convolve_relu, pool, unpool
 from fastnst.training.step import TrainingStep
+from fastnst_kernels import max_pool2d_switches
 
 PRESETS = ("hwalsuklee", "lengstrom", "johnson", "vgg-conv3")
 # Losses before ReLUs, on ReLUs and on poolings, several on one layer, and layers that only one kind is measured on.
@@ -61,7 +63,7 @@ def plain(
 ) -> tuple[LossTerms, Tensor]:
     """Autograd of the plain formula."""
     stylized = stylized.detach().requires_grad_()
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+    with torch.autocast(stylized.device.type, dtype=dtype, enabled=dtype is not None):
         terms = loss(stylized, content)
     (gradient,) = torch.autograd.grad(terms.total, stylized)
     return terms.detach(), gradient
@@ -97,18 +99,22 @@ def test_it_is_autograd_of_the_plain_formula(config: LossConfig) -> None:
     assert float((gradient - wanted).abs().max()) <= 1e-10 * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+DTYPES = pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("config", [SHALLOW, ANYWHERE], ids=["shallow", "anywhere"])
-def test_it_errs_no_more_than_autograd_does(config: LossConfig, dtype: torch.dtype | None) -> None:
+def test_it_errs_no_more_than_autograd_does(config: LossConfig, dtype: torch.dtype | None, device: str) -> None:
     """The rule of `tolerances.py` in the norm: which of two nearly equal values a pooling takes is a matter of luck."""
-    exact = make_loss(config, torch.float64, "torchvision")
-    loss = make_loss(config, torch.float32, "torchvision")
-    stylized, content = pictures(2, 3, 21, 34, seed=1), pictures(2, 3, 21, 34, seed=2)
+    exact, loss = (make_loss(config, wide, "torchvision").to(device) for wide in (torch.float64, torch.float32))
+    stylized, content = (pictures(2, 3, 21, 34, seed=seed).to(device) for seed in (1, 2))
     truths, truth = plain(exact, stylized.double(), content.double())
     peers, peer = plain(loss, stylized, content, dtype)
     terms, gradient = fused(loss, stylized, content, dtype)
     assert all(term.dtype == torch.float32 for term in (terms.total, terms.content, terms.style, terms.tv))
     assert gradient.dtype == torch.float32
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
     floor = FLOOR[dtype or torch.float32]
     error, peer_error = (float((g.double() - truth).norm()) for g in (gradient, peer))
     assert error <= 2 * peer_error + floor * float(truth.norm())
@@ -147,7 +153,7 @@ def test_content_alone_and_style_alone() -> None:
         torch.testing.assert_close(gradient, wanted)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@DTYPES
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_picture_that_is_not_finite_shows_in_total_and_gradient(value: float, dtype: torch.dtype | None) -> None:
     """Though no total variation is measured, and oneDNN's ReLU takes NaN for 0."""
@@ -178,6 +184,7 @@ def test_a_pooling_and_its_backward_are_pytorchs() -> None:
     assert switches is not None
     assert torch.equal(maxima, y)
     assert torch.equal(unpool(above, switches, (7, 9)), wanted)
+    assert torch.equal(unpool(above, max_pool2d_switches(x.detach())[1], (7, 9)), wanted)
     assert pool(x.detach(), switches=False)[1] is None
 
 
@@ -221,6 +228,14 @@ def test_there_is_no_graph_and_no_gradient_of_a_weight() -> None:
     assert not any(x.requires_grad for x in (terms.total, gradient, *targets.values()))
     assert not any("convolution_backward" in name for name in watching.names)
     assert all(parameter.grad is None for parameter in loss.parameters())
+
+
+def test_a_gpu_gets_one_call_where_no_nan_can_be_lost_and_no_order_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda _: True)
+    fuses = {dtype: fused_ops._fuses_on_cuda(torch.zeros((), dtype=dtype)) for dtype in FLOOR}
+    assert [dtype for dtype, does in fuses.items() if does] == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not fused_ops._fuses_on_cuda(torch.zeros(()))
 
 
 def test_each_stage_leaves_one_copy_and_is_freed_once_the_backward_is_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +295,7 @@ def test_the_estimate_counts_what_is_alive_between_forward_and_backward(precisio
     assert targets
     assert kept
     need = estimate(config, device_type="cpu")
-    assert need.activations == pytest.approx(alive, rel=0.03)
+    assert need.activations == pytest.approx(alive, rel=0.1)
     trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, loss))
     assert need.weights == 4 * trained + frozen * (1.5 if precision == "fp16" else 1)
 

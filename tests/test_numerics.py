@@ -101,7 +101,7 @@ class Injection:
 
     def style_term(self, training: TrainingStep, value: float) -> None:
         layer = training._loss.style["relu2_1"]
-        self.patches.setattr(layer, "gram", layer.target * value)
+        self.patches.setitem(layer._buffers, "gram", layer.target * value)
 
     def gradient(self, training: TrainingStep, value: float) -> None:
         """One value of one parameter: the loss stays finite."""

@@ -19,9 +19,9 @@ from fastnst.training.launch import Launch, of_one_process
 RESERVE_BYTES = 2**30
 """What an estimate does not see: decoding and its processes, workspaces of convolutions, the allocator's rounding."""
 RESERVE_SHARE = 0.25
-"""Of the activations: gradients and passing results at the peak. Counted on the tensors that live then, with each preset,
-in fp32 and bf16, these are 2 to 11% of what is kept with the fused engine, at 256 pixels, and 11 to 21% of what autograd
-keeps, at 256 and 512."""
+"""Of the activations: gradients and passing results at the peak. Counted on the tensors that live then, with each
+preset, in fp32 and bf16, these are 2 to 11% of what is kept with the fused engine, at 256 pixels, and 11 to 21% of what
+autograd keeps, at 256 and 512."""
 SIZE_STEP = 16
 ALONE = Launch()
 

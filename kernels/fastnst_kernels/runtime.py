@@ -152,7 +152,7 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def laid_out_like(result: Tensor, x: Tensor) -> Tensor:
     """`result` with the strides that `allocate_like(x)` has; no copy where it has them already."""
-    n, c, h, w = result.shape
+    c, h, w = result.shape[1:]
     is_last = memory_format_of(x) == torch.channels_last
     wanted = (h * w * c, 1, w * c, c) if is_last else (c * h * w, h * w, w, 1)
     return result if result.stride() == wanted else allocate_like(x, dtype=result.dtype).copy_(result)
