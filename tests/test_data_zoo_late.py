@@ -362,4 +362,4 @@ def kill_workers(loader: Any) -> None:
         process.kill()
         process.join()
     # What was read before would be delivered first, and how much that is depends on the clock.
-    loader._seek(loader._next_to_submit - len(loader._waiting))
+    loader.seek(loader._next_to_submit - len(loader._waiting))

@@ -154,6 +154,27 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes(
         assert_same_outcome(tmp_path / "run", shared)
 
 
+@pytest.mark.campaign
+@pytest.mark.parametrize("killed", [0, 1, 2])
+def test_three_processes_resume_to_the_same_bits(
+    fork_server: ForkServer, few_photos: Path, tmp_path: Path, killed: int
+) -> None:
+    """With more than two, the order in which gradients are summed counts."""
+    settings = (*SETTINGS, "train.batch_size=3")
+    whole = arguments(few_photos, tmp_path / "whole" / "run", steps=STEPS, settings=settings)
+    assert codes(run_ranks(fork_server, whole, tmp_path / "whole", world_size=3)) == [0, 0, 0]
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=settings)
+    struck = {"point": {killed: "after-backward"}, "occurrence": {killed: 4}}
+    ended = run_ranks(fork_server, argv, tmp_path, world_size=3, **struck)
+    survivors = [each for rank, each in enumerate(ended) if rank != killed]
+    assert [each.code for each in survivors] == [5, 5]
+    ((_, message),) = said(survivors)
+    assert message.startswith(f"rank {killed} of 3 ")
+    assert max(each.seconds for each in survivors) - ended[killed].seconds < 30
+    assert codes(run_ranks(fork_server, next_command(argv), tmp_path, world_size=3)) == [0, 0, 0]
+    assert_same_outcome(tmp_path / "run", tmp_path / "whole" / "run")
+
+
 def test_a_value_that_is_not_finite_in_one_process_ends_all(
     fork_server: ForkServer, few_photos: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,21 @@ def test_a_signal_that_has_waited_raises_where_nothing_need_wait() -> None:
             pytest.fail("the work was begun")
 
 
+def test_signals_that_are_disregarded_change_nothing_any_more() -> None:
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    try:
+        with StopRequest().installed() as stop:
+            stop.disregard()
+            for signum in STOP_SIGNALS:
+                os.kill(os.getpid(), signum)
+        for signum in STOP_SIGNALS:
+            os.kill(os.getpid(), signum)
+        assert stop.signum is None
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def decode() -> None:
     """Like a decoder of pictures, to which every `Exception` is damage."""
     try:
