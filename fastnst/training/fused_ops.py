@@ -20,7 +20,7 @@ def convolve_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: `[K]` of x's type.
     """
     ones = (1, 1)
-    if x.is_cuda and _fuses_on_cuda(x):
+    if x.is_cuda and _fuses_on_cuda(x.dtype):
         return torch.cudnn_convolution_relu(x, weight, bias, ones, ones, ones, 1)
     if x.device.type == "cpu" and _fuses_on_cpu(x.dtype):
         fused: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, ones, ones, ones, 1, "relu", [], "")
@@ -58,12 +58,11 @@ def unpool(gradient: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
     )
 
 
-def _fuses_on_cuda(x: Tensor) -> bool:
-    return (
-        x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.cudnn.is_acceptable(x)
-        and not torch.are_deterministic_algorithms_enabled()
-    )
+def _fuses_on_cuda(dtype: torch.dtype) -> bool:
+    cudnn = torch.backends.cudnn
+    if not (cudnn.is_available() and cudnn.enabled) or torch.are_deterministic_algorithms_enabled():
+        return False
+    return dtype in (torch.float32, torch.bfloat16)
 
 
 def _fuses_on_cpu(dtype: torch.dtype) -> bool:

@@ -112,16 +112,16 @@ class TrainingStep:
 
     def _loss_of(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
-        stylized = self._stylized(content)
-        with self._autocast():
-            return self._loss(stylized, content)
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            return self._loss(self._stylized(content), content)
 
     def _fused_pass(self, engine: LossEngine, batch: Tensor) -> LossTerms:
         """Forward and backward of one batch."""
         content = to_unit(batch)
         # First, while the transform net holds nothing: a pass without gradient needs its two largest layers at once.
         targets = engine.content_targets(content)
-        stylized = self._stylized(content)
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            stylized = self._stylized(content)
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
         terms, gradient = engine(stylized.detach(), targets, scale)
         del targets
@@ -129,12 +129,9 @@ class TrainingStep:
         return terms
 
     def _stylized(self, content: Tensor) -> Tensor:
-        with self._autocast():
-            stylized: Tensor = self._called(content)
+        """The one place that calls the transform net."""
+        stylized: Tensor = self._called(content)
         return stylized
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
 
     def _updates(self) -> Tensor:
         """How many updates Adam has made, 0-d on the device; a step that the scaler left out is none."""
