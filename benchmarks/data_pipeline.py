@@ -1,17 +1,23 @@
-"""Pictures per second of both loaders, beside plain decoding and resizing with Pillow in one process.
+"""Pictures per second of each source: plain Pillow in one process, both loaders, and a cache of decoded pictures.
 
     python benchmarks/data_pipeline.py --folder PHOTOS [--image-size 256] [--batch-size 16] [--workers 2] [--json FILE]
 
 Every row reads the same pictures with the same crops. Start-up (the first batch, with the warm-up behind it) is
-reported on its own and not part of the rate. With `--step-seconds`, the main thread multiplies matrices that long
-between batches, as a training step would, and the share of time it then waits for pictures is reported.
+reported on its own and not part of the rate. The cache is made for this in a temporary folder, of the pictures that are
+read, and lies in the page cache; the time that making it takes stands in its row of the JSON file. With
+`--step-seconds`, the main thread multiplies matrices that long between batches, as a training step would, and the share
+of time it then waits for pictures is reported.
 """
 
+import contextlib
+import io
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +36,8 @@ from fastnst.storage import write_json
 # torch is imported in functions only: the Pillow loader's processes import this file again, and would start late.
 if TYPE_CHECKING:
     import torch
+
+    from fastnst.data.cache import CachedManifest
 
 WARM_UP = 2
 
@@ -57,7 +65,7 @@ def main(
     step_seconds: float,
     json_file: Path | None,
 ) -> None:
-    """Print pictures per second of plain Pillow, the Pillow loader and the DALI loader."""
+    """Print pictures per second of plain Pillow, the Pillow loader, the DALI loader and a cache."""
     from fastnst.device import resolve_device
 
     target = resolve_device(device)
@@ -75,18 +83,24 @@ def main(
         f"DALI loader, {workers} threads, {target.type}": loader("dali"),
     }
     rows = []
-    for name, open_source in sources.items():
-        try:
-            row = _measure(name, open_source, order, repeats, step_seconds, target)
-        except UserError as error:
-            click.echo(f"{name}: {error}", err=True)
-            continue
-        rows.append(row)
-        waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
-        click.echo(
-            f"{name:34} {row['pictures_per_second']:8.1f} pictures/s "
-            f"({row['slowest']:.1f} … {row['fastest']:.1f})  first batch {row['first_batch_seconds']:.2f} s{waiting}"
-        )
+    with tempfile.TemporaryDirectory() as place:
+        cached, seconds = _make_cache(manifest, order, Path(place) / "cache", base)
+        sources[f"Cache, {workers} threads"] = lambda: open_loader(cached, order, base, device=target)
+        for name, open_source in sources.items():
+            try:
+                row = _measure(name, open_source, order, repeats, step_seconds, target)
+            except UserError as error:
+                click.echo(f"{name}: {error}", err=True)
+                continue
+            if name.startswith("Cache"):
+                row |= {"seconds_to_make": seconds, "bytes": cached.cache.bytes}
+            rows.append(row)
+            waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
+            click.echo(
+                f"{name:34} {row['pictures_per_second']:8.1f} pictures/s "
+                f"({row['slowest']:.1f} … {row['fastest']:.1f})  "
+                f"first batch {row['first_batch_seconds']:.2f} s{waiting}"
+            )
     if json_file is not None:
         settings = {
             "pictures": len(manifest.images),
@@ -99,6 +113,20 @@ def main(
             "step_seconds": step_seconds,
         }
         write_json(json_file, {"settings": settings, "environment": _environment(target), "rows": rows})
+
+
+def _make_cache(manifest: Manifest, order: RunOrder, out: Path, config: DataConfig) -> "tuple[CachedManifest, float]":
+    """A cache of the pictures that `order` reads, and the seconds that it took; its progress is not measured here."""
+    from fastnst.data.cache import CachedManifest
+    from fastnst.data.cache_build import build_cache
+
+    read = sorted({int(index) for step in range(order.steps) for index in order.batch(step).indices})
+    some = replace(manifest, images=[manifest.images[index] for index in read])
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):
+        built = build_cache(some, out, size=config.image_size, fit=config.fit, workers=config.workers)
+    seconds = time.perf_counter() - started
+    return CachedManifest(out, manifest.images, [], "", cache=built.cache), seconds
 
 
 class _Plain:

@@ -28,7 +28,10 @@ def test_benchmark_prints_all_sources_and_writes_json(generated_photos: Path, tm
     assert report["settings"]["pictures"] == 12
     assert report["settings"]["image_size"] == 32
     assert {"python", "torch", "dali", "pillow", "cores", "processor", "device"} <= set(report["environment"])
-    assert len(report["rows"]) == 3
+    assert len(report["rows"]) == 4
+    assert report["rows"][3]["name"] == "Cache, 1 threads"
+    assert report["rows"][3]["seconds_to_make"] > 0
+    assert report["rows"][3]["bytes"] >= 8 * 32 * 32 * 3
     lines = result.stdout.splitlines()
     for row, line in zip(report["rows"], lines, strict=True):
         assert line.startswith(row["name"])

@@ -1,8 +1,14 @@
 """Pictures by NVIDIA DALI: decoded, cut out and resized on the GPU, or in DALI's threads where there is none.
 
 The order of the run feeds it: for each step, the files' bytes (read ahead by threads) and each picture's window.
-Nothing in the pipeline is random. Pictures that are not plain (see `fastnst.data.plain`) are made into squares by
-Pillow in the reading threads and enter as uncompressed PNM, which passes through unchanged.
+Nothing in the pipeline is random. Pictures that are not plain (see `fastnst.data.plain`), such as CMYK, are made into
+squares by Pillow in the reading threads and enter as uncompressed PNM, which passes through unchanged. Progressive
+JPEGs are plain: on a GPU, DALI itself keeps from the decoding engines what these do not read.
+
+Pictures are decoded whole, though only their window is seen. `image_slice`, which decodes a region, gives the same
+bits with a margin around the window; on a CPU it saves next to nothing, as JPEG's entropy coding has to be read all the
+same. What it does to the share of the GPU's decoding engines was not measured; nor were, on a GPU, the settings below,
+which follow DALI's documentation.
 """
 
 import logging
@@ -30,7 +36,9 @@ if TYPE_CHECKING:
     from fastnst.data.replacements import Replacements
 
 HW_DECODER_LOAD = 0.65
-"""Share of the JPEGs that goes to the GPU's decoding engines, where it has them."""
+"""Share of the JPEGs that goes to the GPU's decoding engines, where it has them; DALI's own value."""
+LARGEST_HINT = 2048
+"""Pixels of a side for which the decoding engines' memory is set aside at the start; rare larger pictures grow it."""
 
 _log = logging.getLogger(__name__)
 
@@ -99,8 +107,8 @@ class DaliLoader:
     def _run(self, pipeline: Pipeline) -> torch.Tensor:
         if self._device.type != "cuda":
             (squares,) = pipeline.run()
-            # A copy, because DALI uses its buffers again.
-            return torch.from_numpy(np.array(squares.as_tensor()))
+            # Not copied: this executor (`exec_dynamic`) makes a buffer for each batch, and the tensor keeps it.
+            return torch.from_dlpack(squares.as_tensor())
         stream = torch.cuda.current_stream(self._device)
         (squares,) = pipeline.run(stream)
         # Bound to this stream by `run`, and copied on it: the memory goes back to DALI in stream order, whichever
@@ -116,6 +124,9 @@ class DaliLoader:
             self._device,
             threads=self._config.workers or 1,
             prefetch=self._config.prefetch,
+            largest=self._feed.usual_size(),
+            # Where several processes share the cores, each would tie its threads to the same ones.
+            affine=self._feed.order.world_size == 1,
         )
 
     def _recover(self, error: RuntimeError) -> Pipeline:
@@ -160,12 +171,30 @@ class DaliLoader:
 
 
 def _build(
-    source: Any, batch_size: int, image_size: int, device: torch.device, *, threads: int, prefetch: int
+    source: Any,
+    batch_size: int,
+    image_size: int,
+    device: torch.device,
+    *,
+    threads: int,
+    prefetch: int,
+    largest: tuple[int, int] = (0, 0),
+    affine: bool = True,
 ) -> Pipeline:
-    """Encoded pictures and their windows → uint8 squares on the device."""
+    """Encoded pictures and their windows → uint8 squares on the device.
+
+    On a GPU, memory for pictures of `largest` width and height is set aside, and with `affine` each decoding thread
+    keeps to one core.
+    """
     on_gpu = device.type == "cuda"
     device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
-    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=True,
+    )
     with pipeline:
         encoded, start, end = fn.external_source(source=source, num_outputs=3, batch=True)
         if on_gpu:
@@ -176,6 +205,9 @@ def _build(
                 output_type=types.RGB,
                 hw_decoder_load=HW_DECODER_LOAD,
                 jpeg_fancy_upsampling=True,
+                preallocate_width_hint=largest[0],
+                preallocate_height_hint=largest[1],
+                affine=affine,
             )
         else:
             decoded = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
@@ -245,6 +277,14 @@ class _Feed:
         """The different pictures of `count` steps from `step` on."""
         steps = range(step, min(step + count, self.order.steps))
         return sorted({int(index) for each in steps for index in self._places(each)[0]})
+
+    def usual_size(self) -> tuple[int, int]:
+        """Width and height that 99 of 100 JPEGs keep within, and not more than `LARGEST_HINT`; 0 if there are none."""
+        sizes = [(entry.width, entry.height) for entry in self.entries if entry.format == "JPEG" and entry.plain]
+        if not sizes:
+            return 0, 0
+        width, height = np.minimum(np.quantile(sizes, 0.99, axis=0, method="higher"), LARGEST_HINT).astype(int)
+        return int(width), int(height)
 
     def read(self, entry: Entry) -> np.ndarray:
         """The bytes of a picture's file, uint8 `[size]`."""
