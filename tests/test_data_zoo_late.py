@@ -104,6 +104,13 @@ def flip_a_byte_in_the_middle(path: Path) -> None:
     path.write_bytes(data)
 
 
+def flip_a_byte_of_the_checksum(path: Path) -> None:
+    """Of the pixels of a PNG, which stay as they were; behind it lies the end chunk of 12 bytes."""
+    data = bytearray(path.read_bytes())
+    data[-14] ^= 0xFF
+    path.write_bytes(data)
+
+
 def as_another_picture(path: Path) -> None:
     """Whole, of the same number of bytes, but wider."""
     size = path.stat().st_size
@@ -149,12 +156,13 @@ def test_whatever_happens_to_a_picture_both_loaders_replace_it_alike(
     assert runs["dali"].steps() == {fifth: first[fifth], sixth: min(first.values())}
 
 
+@pytest.mark.parametrize("damage", [flip_a_byte_in_the_middle, flip_a_byte_of_the_checksum])
 def test_a_damaged_png_is_found_by_both_though_dali_would_take_it(
-    photo_folder: Path, originals: dict[str, np.ndarray]
+    photo_folder: Path, originals: dict[str, np.ndarray], damage: Callable[[Path], object]
 ) -> None:
     manifest = build_manifest(photo_folder)
     victim = next(index for index, entry in enumerate(manifest.images) if entry.format == "PNG")
-    flip_a_byte_in_the_middle(photo_folder / manifest.images[victim].path)
+    damage(photo_folder / manifest.images[victim].path)
     for loader in LOADERS:
         run = Run(manifest, loader)
         check_batches(manifest, run, run.rest(), originals)

@@ -241,13 +241,19 @@ def test_a_failure_that_cannot_be_listed_ends_the_run(scene: Scene, monkeypatch:
 def test_a_pictures_failure_is_on_the_disk_before_the_batch_is_trained_on(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: list[int] = []
+    sizes: dict[int, int] = {}
     sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), sync(descriptor)))
+
+    def record(descriptor: int) -> None:
+        sync(descriptor)
+        sizes[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", record)
     scene.victims = [scene.first_used_in(6)]
     scene.crash(scene.config("pillow"), "run", 5)
     assert [row["step"] for row in scene.rows("run")] == [6]
-    assert (scene.tmp / "run" / REJECTED_NAME).stat().st_ino in synced
+    status = (scene.tmp / "run" / REJECTED_NAME).stat()
+    assert status.st_size == sizes[status.st_ino] > 0
 
 
 def test_only_the_first_of_many_are_told_one_by_one(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Both loaders: the same pictures in the same order from any start, and good order when something breaks."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -410,8 +411,9 @@ def run_of_its_own(generated_photos: Path, tmp_path: Path) -> Any:
         start_new_session=True,
     )
     yield process
-    if process.poll() is None:
-        process.kill()
+    # Its workers, too, should they have outlived it.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 

@@ -10,6 +10,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -84,7 +85,14 @@ def run_tests(root: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[s
         text=True,
         check=False,
         timeout=LONGEST_S * len(tests),
+        preexec_fn=heed_signals,
     )
+
+
+def heed_signals() -> None:
+    """Also where the campaign itself runs below nohup: some of the tests send these to themselves."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def outcomes(done: subprocess.CompletedProcess[str], test: str) -> set[str]:
@@ -101,7 +109,7 @@ def undisturbed(
     faults = [item.callspec.params.get("fault") for item in request.session.items if hasattr(item, "callspec")]
     tests = sorted({fault.test for fault in faults if isinstance(fault, Fault)})
     done = run_tests(copied(tmp_path_factory.mktemp("undisturbed")), tests)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode in (0, 1), done.stdout + done.stderr
     return done
 
 
@@ -112,7 +120,7 @@ def test_a_planted_fault_is_caught(fault: Fault, tmp_path: Path, undisturbed: su
     usual = outcomes(undisturbed, fault.test)
     if not usual:
         pytest.skip(f"{fault.test} is skipped on this machine")
-    assert usual == {"PASSED"}
+    assert usual == {"PASSED"}, undisturbed.stdout
     done = run_tests(copied(tmp_path, fault), [fault.test])
     found = outcomes(done, fault.test)
     assert (done.returncode, "FAILED" in found, "ERROR" in found) == (1, True, False), done.stdout + done.stderr
