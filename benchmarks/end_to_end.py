@@ -1,4 +1,4 @@
-"""Training steps of fastnst beside the plain formulation as users run it: pictures/s, ms, memory, share of the roofline.
+"""Training steps of fastnst beside the plain formulation as users run it: images/s, ms, memory, share of the roofline.
 
     python benchmarks/end_to_end.py --device cuda --image-size 256 --batch-size 4,16,32 --steps 200 --json rows.json
     python benchmarks/end_to_end.py --device cpu --image-size 128 --batch-size 4 --steps 10 \\
@@ -12,13 +12,14 @@ loss and gradients again when it is warm: what computes something else is refuse
     eager_fp32           as the known example codes do it: plain modules, contiguous, TF32 where PyTorch takes it itself
     eager_channels_last  the same in channels_last
     eager_amp            the same with bf16 autocast
-    compile              torch.compile; on a GPU eager_amp in max-autotune, on a CPU eager_channels_last in the default mode
+    compile              torch.compile: of eager_amp in max-autotune on a GPU, of eager_channels_last on a CPU
 
-With --folder, fastnst is measured once more, fed by the loader from JPEG files, as the row fastnst_fed; its loader works
+With --folder, fastnst is measured once more, fed by the loader from JPEG files: the row fastnst_fed. Its loader works
 ahead as it does in training, so it has the machine to itself.
 
 `roofline_percent` is the bound of `benchmarks/roofline.py` (bf16 on a GPU, fp32 on a CPU, for every provider) over the
-median step; the two rates are measured first, or given. How time and memory are taken: `benchmarks/step_bench/measure.py`.
+median step; the two rates are measured first, or given. `benchmarks/step_bench/measure.py` says how time and memory are
+taken.
 """
 
 from __future__ import annotations
@@ -26,26 +27,30 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# The profiler, which counts memory on a CPU, announces itself on stderr, and takes the limit when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
 import torch
 from kernel_bench.environment import environment
 from roofline import Machine, configured
+from step_bench import agreement, measure, results
+from step_bench.fed import FED, measure_fed
+from step_bench.providers import PROVIDERS, Provider, Task, make_task
+from step_bench.rates import measured_machine
+from step_bench.step_model import training_step
 from torch import Tensor
 
 from fastnst.config import Config
 from fastnst.device import resolve_device, resolve_precision
 from fastnst.errors import UserError
 from fastnst.training import determinism
-from step_bench import agreement, measure, results
-from step_bench.fed import FED, measure_fed
-from step_bench.providers import PROVIDERS, Provider, Task, make_task
-from step_bench.rates import measured_machine
-from step_bench.step_model import training_step
 
 BATCHES = 2
 
@@ -197,9 +202,7 @@ class _Run:
         print(line, file=sys.stderr, flush=True)
 
 
-def _warm(
-    name: str, task: Task, batches: Sequence[Tensor], truth: agreement.Truth
-) -> tuple[Provider, dict[str, Any]]:
+def _warm(name: str, task: Task, batches: Sequence[Tensor], truth: agreement.Truth) -> tuple[Provider, dict[str, Any]]:
     """The provider, checked and ready to be timed, and what was found out on the way."""
     before = measure.Held.now(task.device)
     provider = PROVIDERS[name](task)
@@ -215,9 +218,7 @@ def _batches(config: Config, device: torch.device) -> list[Tensor]:
     side = config.data.image_size
     generator = torch.Generator().manual_seed(config.train.seed + 1)
     shape = (config.train.batch_size, side, side, 3)
-    return [
-        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(BATCHES)
-    ]
+    return [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(BATCHES)]
 
 
 def _bound(config: Config, machine: Machine, device: torch.device) -> float:

@@ -5,8 +5,8 @@
 
 A GPU is two numbers: the rate of its matrix products, and of a plain copy (bytes read and written together). A layer
 takes at least its FLOPs over the one or its bytes over the other, whichever is longer, and the step the sum of its
-layers: nothing overlaps. `bound` counts the minimum bytes, `plan` those that we move; `benchmarks/step_bench/step_model.py`
-says what either is. The default is an H200, as measured: 790 TFLOP/s in bf16, 4.3 TB/s.
+layers: nothing overlaps. `bound` counts the minimum bytes, `plan` those that we move; what either is, says
+`benchmarks/step_bench/step_model.py`. The default is an H200: 790 TFLOP/s in bf16, 4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastnst.config import Config, load_config
-from fastnst.errors import UserError
 from step_bench.launches import ARCHITECTURE, can_record
 from step_bench.step_model import PARTS, Operation, totals, training_step
+
+from fastnst.config import Config, load_config
+from fastnst.errors import UserError
 
 H200_TFLOPS, H200_TB_PER_S = 790.0, 4.3
 
@@ -49,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here instead of to the terminal")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the tables here instead of to the terminal"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every pass and the sums here")
     options = parser.parse_args(arguments)
     try:
@@ -110,11 +113,11 @@ def markdown(config: Config, precision: str, machine: Machine, operations: Seque
     lines = [
         f"# A training step on {machine.tflops:g} TFLOP/s and {machine.tb_per_s:g} TB/s",
         "",
-        f"Preset {settings['preset']}, {settings['image_size']}², batch {settings['batch_size']}, {precision}; our bytes: "
-        f"{settings['moved_bytes_from']}.",
+        f"Preset {settings['preset']}, {settings['image_size']}², batch {settings['batch_size']}, {precision}; "
+        f"our bytes: {settings['moved_bytes_from']}.",
         "",
-        f"- {whole['gflop_per_image']:.1f} GFLOP per picture; by FLOPs alone {whole['flops_only_images_per_second']:.0f} "
-        "pictures/s",
+        f"- {whole['gflop_per_image']:.1f} GFLOP per picture; by FLOPs alone "
+        f"{whole['flops_only_images_per_second']:.0f} pictures/s",
         f"- bound: {whole['bound_ms']:.2f} ms per step, {whole['bound_images_per_second']:.0f} pictures/s",
         f"- plan: {whole['plan_ms']:.2f} ms per step, {whole['plan_images_per_second']:.0f} pictures/s, moving "
         f"{whole['moved_over_minimum']:.3f} times the minimum bytes",

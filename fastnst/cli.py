@@ -1,6 +1,7 @@
 """The command line. torch and everything that needs it are imported inside the commands: `--help` stays instant."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,8 +87,15 @@ def _with_train_options(function: Any) -> Any:
 
 @cli.command()
 @_with_train_options
+@click.option("--profile", type=click.IntRange(min=1), metavar="N", help="Trace N steps for Perfetto or TensorBoard.")
 def train(
-    out: Path | None, resume: bool, allow_changes: bool, dry_run: bool, style: Path | None, **options: Any
+    out: Path | None,
+    resume: bool,
+    allow_changes: bool,
+    dry_run: bool,
+    style: Path | None,
+    profile: int | None,
+    **options: Any,
 ) -> None:
     """Train a style. Ctrl-C finishes the step, saves, and says how to go on.
 
@@ -114,9 +122,21 @@ def train(
         _print_plan(config, out, resume=resume, allow_changes=allow_changes)
         return
 
+    if profile is not None:
+        # The profiler announces itself on stderr, and takes the limit when torch is imported.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
     from fastnst.training.loop import train as run_training
 
-    model = run_training(config, out, resume=resume, allow_changes=allow_changes, notify=_notify, stop=_stop_request())
+    model = run_training(
+        config,
+        out,
+        resume=resume,
+        allow_changes=allow_changes,
+        notify=_notify,
+        stop=_stop_request(),
+        profile=profile,
+    )
     click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
     _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {out} PICTURE --out PICTURE")
@@ -150,8 +170,6 @@ def stylize(model: Path, pictures: tuple[Path, ...], out: Path, device: str, pre
 @click.option("--host", default="localhost", show_default=True, help="Anything else lets other machines look in.")
 def tensorboard(run: Path, port: int, host: str) -> None:
     """Open the TensorBoard log of a RUN (or of a folder of runs) on localhost."""
-    import os
-
     from fastnst.errors import DataError
 
     if not any(run.rglob("events.out.tfevents.*")):
@@ -216,7 +234,6 @@ def doctor(as_json: bool) -> None:
     1 the installation, 3 weights or storage, 5 device or memory.
     """
     import json
-    import os
 
     from fastnst.doctor import examine
 

@@ -1,1 +1,1 @@
-"""What `benchmarks/end_to_end.py` is made of: plain baselines, their agreement with fastnst, time and memory of steps."""
+"""What `benchmarks/end_to_end.py` and `roofline.py` are made of: baselines, their check, time, memory, a model."""

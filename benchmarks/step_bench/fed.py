@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def measure_fed(task: Task, folder: Path, steps: int) -> tuple[Fastnst, dict[str
             marks.append(_mark(device))
         _wait(device)
         elapsed = time.perf_counter() - begin
-    seconds = [_between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
+    seconds = [_between(a, b) for a, b in pairwise(marks)]
     facts = measure.statistics(seconds, config.train.batch_size)
     facts |= {
         "images_per_second": steps * config.train.batch_size / elapsed,

@@ -70,9 +70,7 @@ def _norm(x: Tensor, residual: bool = False, residual_border: int = 0, **options
     return norm(*leaves, residual=added, **options), leaves if added is None else [*leaves, added]
 
 
-def _tap(
-    x: Tensor, incoming: bool = True, style: bool = False, content: bool = False
-) -> tuple[Tensor, list[Tensor]]:
+def _tap(x: Tensor, incoming: bool = True, style: bool = False, content: bool = False) -> tuple[Tensor, list[Tensor]]:
     n, c = x.shape[:2]
     vector = torch.empty(n)
     result = fk.tap_backward(

@@ -23,6 +23,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def _cuda_turn(step: Callable[[Tensor], object], batches: Sequence[Tensor], left
         step(batches[(left + index) % len(batches)])
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) / 1000 for a, b in pairwise(events)]
 
 
 def statistics(seconds: Sequence[float], batch_size: int) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 FLOPs are those of matrix products (convolutions, Gram matrices), a multiply-add counting two, in their plain form; the
 arithmetic between them is far below what the same bytes take.
 
-Bytes that we move: what each operation of the planned step reads and writes, once per operand: convolutions with bias and
-ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.recording` notes the operands of each launch
-for an H100, without one), and the passes that are left between them: ReLU masks of layers that no loss taps, sums of
-residual gradients, casts of weights and weight gradients, the cut behind transposed convolutions.
+Bytes that we move: what each operation of the planned step reads and writes, once per operand: convolutions with bias
+and ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.recording` notes the operands of each
+launch for an H100, without one), and the passes that are left between them: ReLU masks of layers that no loss taps,
+sums of residual gradients, casts of weights and weight gradients, the cut behind transposed convolutions.
 
 Minimum bytes: what passes cannot do without, whoever writes them. The passes are convolution, norm (statistics need the
 whole picture before the first result), pooling, Gram matrix, content term, the boundaries between pictures and
 networks, Adam; pointwise work rides along with them. Each tensor that has to exist between two passes is written once
-and, in each phase of the step (forward, content, backward), read once however many passes want it, and so is each weight.
+and, in each phase of the step (forward, content, backward), read once however many passes want it; so is each weight.
 Nothing stays on chip from one pass to the next.
 """
 
@@ -88,8 +88,8 @@ class _Ledger:
             flops: of its matrix products.
             vectors: bytes of statistics and per-channel vectors, read and written.
             moved: what our launches move; None: everything once.
-            through: the minimum does without this pass: who wrote this tensor, or who reads the result, does its work and
-                reads what else there is to read. The result then is that tensor by another name.
+            through: the minimum does without this pass: who wrote this tensor, or who reads the result, does its work
+                and reads what else there is to read. The result then is that tensor by another name.
         """
         phase = _PHASES.get(part, "forward")
         unread = {name: size for name, size in reads.items() if (phase, name) not in self._read}
@@ -199,9 +199,7 @@ class _Step:
         read, written = sizes if part == TRANSFORM_BACK else (sizes[0], sizes[0])
         self.book.add(part, conv.name, "cut", reads={source: read}, writes={result: written}, through=source)
 
-    def _norm(
-        self, part: str, conv: Conv, reads: dict[str, int], writes: dict[str, int], *, backward: bool
-    ) -> None:
+    def _norm(self, part: str, conv: Conv, reads: dict[str, int], writes: dict[str, int], *, backward: bool) -> None:
         shape = self._shape(conv.outputs, conv.out)
         options: dict[str, Any] = {"residual": conv.residual, "relu": conv.relu}
         if conv.residual:
@@ -258,9 +256,7 @@ class _Step:
                     moved=launched_bytes("style_loss", shape, self.dtype),
                 )
             if {layer.name, layer.relu} & set(loss.content_layers):
-                self.book.add(
-                    LOSS, layer.relu, "content", reads={features: size, f"x {layer.name}": size}, writes={}
-                )
+                self.book.add(LOSS, layer.relu, "content", reads={features: size, f"x {layer.name}": size}, writes={})
 
     def _vgg_backward(self) -> None:
         loss = self.config.loss
@@ -298,9 +294,7 @@ class _Step:
                     "tap_backward", shape, self.dtype, incoming=incoming is not None, style=style, content=content
                 )
                 flops = 2 * self.batch * layer.outputs**2 * layer.side**2 if style else 0
-                self.book.add(
-                    VGG_BACK, layer.relu, "tap", flops=flops, reads=reads, writes={masked: size}, moved=moved
-                )
+                self.book.add(VGG_BACK, layer.relu, "tap", flops=flops, reads=reads, writes={masked: size}, moved=moved)
             elif incoming is not None:
                 self._mask(layer, reads, incoming, masked, size)
             incoming = f"d into {layer.name}"

@@ -26,6 +26,7 @@ from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, remove_ol
 from fastnst.training.inputs import Inputs, read_inputs, resolve
 from fastnst.training.looks import Looks
 from fastnst.training.memory import explained_memory_errors
+from fastnst.training.profile import StepProfile, check_steps, phase
 from fastnst.training.rejected import RejectedPictures
 from fastnst.training.restore import steps_of_run
 from fastnst.training.resume import changes_since, check_fits, checkpoint_to_resume, origin_of, tell_changes
@@ -42,6 +43,7 @@ def train(
     allow_changes: bool = False,
     notify: Callable[[str], None],
     stop: StopRequest | None = None,
+    profile: int | None = None,
 ) -> Path:
     """Train a style; returns the path of the style model.
 
@@ -53,9 +55,11 @@ def train(
             not those of the checkpoint; `notify` is told of each. `config.toml` then holds the new configuration.
         notify: receives one line per event that a user should know of.
         stop: polled after each step; when a signal has come, the run is saved and left.
+        profile: how many steps to trace, if any; see `StepProfile`.
 
     Raises:
-        UserError: `out` holds another run, or the run to resume was another configuration or other pictures.
+        UserError: `out` holds another run, the run to resume was another configuration or other pictures, or a profile
+            has less than one step.
         DataError: pictures, style or weights cannot be used, or differ from those of the run to resume.
         StorageError: the storage refuses, be it a line of the log: the run ends as if killed, so that none is missing.
         DivergedError: the loss, a gradient or a weight is no longer finite, which no checkpoint shows, or too many
@@ -63,6 +67,7 @@ def train(
         DeviceError: no such device, or too little memory on it, with what would fit.
         StoppedBySignal: after the save that `stop` asked for.
     """
+    check_steps(profile)
     config, device = resolve(config)
     prepare_run(out, config, resume=resume, allow_changes=allow_changes)
     with determinism.algorithms(config.train), explained_memory_errors(config, device):
@@ -70,7 +75,7 @@ def train(
         inputs = read_inputs(config, device, notify, late)
         with lock_run(out):
             changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)
-            run = _Run(inputs, out, notify, stop or StopRequest())
+            run = _Run(inputs, out, notify, stop or StopRequest(), profile)
             with _kept(out, notify):
                 return run.go(run.restore(changes, allow=allow_changes) if resume else 0)
 
@@ -78,8 +83,10 @@ def train(
 class _Run:
     """One process's share of a run."""
 
-    def __init__(self, inputs: Inputs, out: Path, notify: Callable[[str], None], stop: StopRequest) -> None:
-        self.inputs, self.out, self.notify, self.stop = inputs, out, notify, stop
+    def __init__(
+        self, inputs: Inputs, out: Path, notify: Callable[[str], None], stop: StopRequest, profile: int | None
+    ) -> None:
+        self.inputs, self.out, self.notify, self.stop, self.profile = inputs, out, notify, stop, profile
         config, device = inputs.config, inputs.device
         self.config, self.device = config, device
         torch.manual_seed(config.train.seed)
@@ -175,10 +182,13 @@ class _Run:
             ProgressReport(
                 "train", last, "steps", rate_per_item=config.batch_size, rate_unit="images", start=done
             ) as progress,
+            StepProfile(
+                self.out, self.profile, done=done, last=last, device=self.device, notify=self.notify
+            ) as profile,
         ):
             batches = iter(loader)
             for step in range(done + 1, last + 1):
-                with meter.waiting():
+                with meter.waiting(), phase("data wait"):
                     batch = next(batches)
                 terms = self.step(step, batch)
                 note = None
@@ -186,17 +196,18 @@ class _Run:
                 signum = self.stop.signum
                 ends = step == last or signum is not None
                 if ends or step == 1 or step % config.log_every == 0:
-                    scalars = loss_scalars(terms)
-                    self._check_health(step)
-                    speed = meter.read(step - done) | self.looks.cost()
-                    log.metrics(step, scalars | self._training_scalars() | speed)
+                    with phase("logging"):
+                        scalars = loss_scalars(terms)
+                        self._check_health(step)
+                        speed = meter.read(step - done) | self.looks.cost()
+                        log.metrics(step, scalars | self._training_scalars() | speed)
                     note = f"loss {scalars['loss/total']:.4g}{self._skipped_note()}"
                 elif self.device.type == "cpu":
                     self._check_health(step)
                 looks = step == last or step % config.sample_every == 0
                 projects = self.looks.projections_due(step, last)
                 saves = ends or step % config.checkpoint_every == 0
-                with meter.paused():
+                with meter.paused(), phase("look and save"):
                     if looks or projects or saves:
                         self._check_weights(step)
                     if looks:
@@ -206,6 +217,7 @@ class _Run:
                     if saves:
                         self._save(log, step)
                 progress.advance(note=note)
+                profile.step()
                 if signum is not None and step < last:
                     raise StoppedBySignal(
                         signum,

@@ -10,6 +10,7 @@ from fastnst.device import DTYPES, resolve_precision
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.health import Health, SkippedSteps, not_finite
+from fastnst.training.profile import phase
 
 
 def to_unit(batch: Tensor) -> Tensor:
@@ -50,11 +51,13 @@ class TrainingStep:
         """Train on `batch` (uint8 `[N, H, W, 3]` on the device); returns the detached terms, still on the device."""
         terms = self._forward(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(terms.total).backward()
-        self.scaler.unscale_(self.optimizer)
-        updates = self._updates().clone()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with phase("backward"):
+            self.scaler.scale(terms.total).backward()
+        with phase("optimiser"):
+            self.scaler.unscale_(self.optimizer)
+            updates = self._updates().clone()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         detached = terms.detach()
         self._record(step, detached, skipped=self._updates() == updates)
         return detached
@@ -96,7 +99,10 @@ class TrainingStep:
     def _loss_of(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            return self._loss(self.net(content), content)
+            with phase("transform net"):
+                stylized = self.net(content)
+            with phase("loss network"):
+                return self._loss(stylized, content)
 
     def _updates(self) -> Tensor:
         """How many updates Adam has made, 0-d on the device; a step that the scaler left out is none."""
