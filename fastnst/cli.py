@@ -93,8 +93,15 @@ def _with_train_options(function: Any) -> Any:
 
 @cli.command()
 @_with_train_options
+@click.option("--profile", type=click.IntRange(min=1), metavar="N", help="Trace N steps for Perfetto or TensorBoard.")
 def train(
-    out: Path | None, resume: bool, allow_changes: bool, dry_run: bool, style: Path | None, **options: Any
+    out: Path | None,
+    resume: bool,
+    allow_changes: bool,
+    dry_run: bool,
+    style: Path | None,
+    profile: int | None,
+    **options: Any,
 ) -> None:
     """Train a style. Ctrl-C finishes the step, saves, and says how to go on.
 
@@ -128,10 +135,21 @@ def train(
             _print_plan(config, out, launch, resume=resume, allow_changes=allow_changes)
         return
 
+    if profile is not None:
+        # The profiler announces itself on stderr, and takes the limit when torch is imported.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with _said_once(launch):
         from fastnst.training.loop import train as run_training
 
-    model = run_training(config, out, resume=resume, allow_changes=allow_changes, notify=_notify, stop=_stop_request())
+    model = run_training(
+        config,
+        out,
+        resume=resume,
+        allow_changes=allow_changes,
+        notify=_notify,
+        stop=_stop_request(),
+        profile=profile,
+    )
     if launch.rank:
         return
     click.echo(f"style model      {model}")

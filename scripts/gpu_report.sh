@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in less than nine minutes and without a network: the kernel tests on it, the
-# kernel benchmarks, their table and picture.
+# kernel benchmarks, whole training steps beside plain PyTorch, the loaders; tables, a picture, one page.
 #
 #   scripts/gpu_report.sh [--all] [--smoke] [--dry-run]
 #
@@ -9,11 +9,13 @@
 #   --dry-run   print the commands, run none
 #
 #   OUT=/folder/for/results          default: benchmarks/results/gpu_DATE
+#   PHOTOS=/folder/of/photographs    what the loaders read, for example COCO's train2017; without it they are left out
 #   PYTHON=/path/to/python           default: the project's environment, else python3; the project need not be installed
 #   FASTNST_REVISION=COMMIT          what to call the code where the tree travelled without its history
 #
-# What fails is reported and the rest goes on; the exit code is then 1. It leaves environment.txt, log.txt, kernels.json,
-# kernels.md and kernels.png.
+# What fails is reported and the rest goes on; the exit code is then 1. What cannot be tried, because pictures or a package
+# are missing, is left out with a line that says so, which is no failure. It leaves report.md, the page with all tables;
+# kernels, end_to_end and, with PHOTOS, data_pipeline as .json; kernels.png, environment.txt, log.txt.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -69,6 +71,23 @@ step() {
     ((status == 0)) || failed+=("$name")
 }
 
+# skip NAME REASON
+skip() {
+    if [[ -n $dry ]]; then
+        printf '%s: left out: %s\n' "$1" "$2"
+    else
+        printf '\n== %s: left out: %s\n' "$1" "$2" | tee -a "$out/log.txt"
+    fi
+}
+
+# lacks PACKAGE…: the names of those that cannot be imported
+lacks() {
+    local package
+    for package in "$@"; do
+        "$python" -c "import $package" >/dev/null 2>&1 || printf '%s ' "$package"
+    done
+}
+
 facts() {
     "$python" -m kernel_bench.environment
     if command -v nvidia-smi >/dev/null; then
@@ -99,20 +118,54 @@ if "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n "$(($(nproc) < 12 
 # pytest-benchmark has no part in the tests, and would remark on the parallel processes.
 tests=tests/kernels
 [[ -z $smoke ]] || tests=tests/kernels/test_max_pool.py
-step "kernel tests on the GPU" 120 "$python" -m pytest $tests -m gpu -q -p no:cacheprovider -p no:benchmark \
+step "kernel tests on the GPU" 75 "$python" -m pytest $tests -m gpu -q -p no:cacheprovider -p no:benchmark \
     ${parallel[@]+"${parallel[@]}"}
 if [[ -n $smoke ]]; then
     benchmarks smoke 300 "2x16x16x16 or 2x32x16x16"
 else
     if ((${#parallel[@]})); then
-        step "check of every provider" 55 "$python" -m pytest benchmarks/ -q -p no:cacheprovider --benchmark-disable \
+        step "check of every provider" 45 "$python" -m pytest benchmarks/ -q -p no:cacheprovider --benchmark-disable \
             --kernel-batch 16 --kernel-providers fastnst,eager,compile "${parallel[@]}"
     fi
-    benchmarks instance_norm 80 instance_norm
-    benchmarks gram 50 "style_loss or gram_matrix"
-    benchmarks pool 50 "max_pool2d or max_unpool2d"
-    benchmarks tap 40 tap_backward
-    benchmarks batch_norm 80 batch_norm
+    benchmarks instance_norm 50 instance_norm
+    benchmarks gram 35 "style_loss or gram_matrix"
+    benchmarks pool 35 "max_pool2d or max_unpool2d"
+    benchmarks tap 35 tap_backward
+    benchmarks batch_norm 45 batch_norm
+fi
+
+# Whole steps and loaders. Tuning compiled steps by trial takes minutes where its cache is cold, so they have a process of
+# their own; the largest batch comes first, and what is measured is written batch by batch.
+photos=${PHOTOS:-}
+missing=$(lacks pydantic)
+if [[ -n $missing ]]; then
+    skip "training steps" "no ${missing% }"
+elif [[ -n $smoke ]]; then
+    step "training steps" 60 "$python" benchmarks/end_to_end.py --preset johnson --image-size 16 --batch-size 1 --steps 2 \
+        --providers fastnst,eager_fp32 --json "$out/end_to_end.json" --markdown "$parts/end_to_end.md"
+else
+    steps=50 compiled=32
+    [[ -z $all ]] || steps=200 compiled=32,16,4
+    step "training steps" 60 "$python" benchmarks/end_to_end.py --image-size 256 --batch-size 32,16,4 --steps $steps \
+        --providers fastnst,eager_fp32,eager_channels_last,eager_amp --json "$out/end_to_end.json" \
+        --markdown "$parts/end_to_end.md"
+    step "training steps, compiled" 75 "$python" benchmarks/end_to_end.py --image-size 256 --batch-size $compiled \
+        --steps $steps --providers fastnst,compile --json "$out/end_to_end_compiled.json" \
+        --markdown "$parts/end_to_end_compiled.md"
+fi
+missing=$(lacks pydantic click nvidia.dali)
+if [[ -z $photos ]]; then
+    skip "data pipeline" "PHOTOS names no folder of photographs"
+    skip "training steps fed by the loader" "PHOTOS names no folder of photographs"
+elif [[ -n $missing ]]; then
+    skip "data pipeline" "no ${missing% }"
+    skip "training steps fed by the loader" "no ${missing% }"
+else
+    step "data pipeline" 20 "$python" benchmarks/data_pipeline.py --folder "$photos" --device auto --batch-size 32 \
+        --batches 50 --repeats 1 --workers "$(nproc)" --json "$out/data_pipeline.json"
+    step "training steps fed by the loader" 25 "$python" benchmarks/end_to_end.py --image-size 256 --batch-size 32 \
+        --steps 200 --providers fastnst --folder "$photos" --json "$out/end_to_end_fed.json" \
+        --markdown "$parts/end_to_end_fed.md"
 fi
 found=("$parts/…")
 if [[ -z $dry ]]; then
@@ -121,10 +174,21 @@ if [[ -z $dry ]]; then
         [[ ! -s $file ]] || found+=("$file") # what was killed may have left an empty one
     done
 fi
-step "report" 60 "$python" benchmarks/report.py ${found[@]+"${found[@]}"} --merge "$out/kernels.json" \
+step "report" 20 "$python" benchmarks/report.py ${found[@]+"${found[@]}"} --merge "$out/kernels.json" \
     --markdown "$out/kernels.md" --plot "$out/kernels.png"
 [[ -z $dry ]] || exit 0
 
+# One page of all that there is.
+for page in "$parts"/end_to_end.md "$parts"/end_to_end_compiled.md "$parts"/end_to_end_fed.md "$out"/kernels.md; do
+    [[ ! -s $page ]] || { cat -- "$page" && printf '\n'; }
+done >"$out/report.md"
+if [[ -s $out/data_pipeline.json ]]; then
+    {
+        printf '# Loaders\n\n```\n'
+        sed -n '/^== data pipeline$/,/^== data pipeline: exit/p' "$out/log.txt" | grep 'pictures/s' || true
+        printf '```\n'
+    } >>"$out/report.md"
+fi
 if [[ -s $out/kernels.json ]]; then rm -r -- "$parts"; fi
 if ((${#failed[@]})); then
     printf 'gpu_report: failed: %s; see %s\n' "$(printf '%s, ' "${failed[@]}" | sed 's/, $//')" "$out/log.txt" >&2

@@ -13,6 +13,7 @@ import torch
 from kernel_bench.catalogue import OPS
 from kernel_bench.providers import COPY
 from PIL import Image
+from step_bench.providers import PROVIDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +39,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder that `gpu_report.sh --smoke` leaves, and what it printed."""
     out = tmp_path_factory.mktemp("report")
-    done = run(ROOT / "scripts" / "gpu_report.sh", "--smoke", OUT=str(out), PYTHON=sys.executable)
+    done = run(ROOT / "scripts" / "gpu_report.sh", "--smoke", OUT=str(out), PYTHON=sys.executable, PHOTOS="")
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
@@ -103,7 +104,7 @@ def test_rows_carry_their_conditions(benches: list[dict[str, Any]], report: tupl
 def test_the_report_has_a_table_and_a_picture(report: tuple[Path, str]) -> None:
     out, printed = report
     assert {file.name for file in out.iterdir()} == {
-        "environment.txt", "log.txt", "kernels.json", "kernels.md", "kernels.png",
+        "environment.txt", "log.txt", "kernels.json", "kernels.md", "kernels.png", "end_to_end.json", "report.md",
     }  # fmt: skip
     text = (out / "kernels.md").read_text("utf-8")
     for name in OPS:
@@ -113,23 +114,48 @@ def test_the_report_has_a_table_and_a_picture(report: tuple[Path, str]) -> None:
         assert min(picture.size) >= 1000
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
     assert "== report: exit code 0" in printed
+    page = (out / "report.md").read_text("utf-8")
+    assert text in page
+    for row in json.loads((out / "end_to_end.json").read_text("utf-8")):
+        assert f"| {row['provider']} | {row['precision']} | 1 | {row['images_per_second']:.2f} |" in page
+    assert "== data pipeline: left out: PHOTOS names no folder of photographs" in printed
     if not torch.cuda.is_available():
         assert "**Measured on a CPU with PyTorch's own code: this says nothing about the kernels.**" in text
 
 
-def test_the_script_keeps_within_nine_minutes_and_names_its_steps() -> None:
-    done = run(ROOT / "scripts" / "gpu_report.sh", "--dry-run", PYTHON=sys.executable, OUT="/nowhere")
+def test_the_script_keeps_within_nine_minutes_and_names_its_steps(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "gpu_report.sh"
+    done = run(script, "--dry-run", PYTHON=sys.executable, OUT="/nowhere", PHOTOS=str(tmp_path))
     assert done.returncode == 0, done.stderr
     limits = [int(limit) for limit in re.findall(r"\(at most (\d+) s\)", done.stdout)]
-    assert len(limits) >= 7
-    assert sum(limits) < 9 * 60
+    assert len(limits) >= 9
+    deadline = int(re.search(r"^deadline=(\d+)$", script.read_text("utf-8"), flags=re.MULTILINE)[1])  # type: ignore[index]
+    assert sum(limits) <= deadline < 9 * 60 - 10
     steps = done.stdout.splitlines()
     assert "pytest tests/kernels -m gpu" in steps[0]
     assert "report.py" in steps[-1]
     selections = re.findall(r"-k (.+?) --kernel-batch 16", done.stdout)
     words = {word for selection in selections for word in selection.split(" or ")}
     assert all(any(word in name for word in words) for name in OPS)
+    assert f"data_pipeline.py --folder {tmp_path}" in done.stdout
+    assert f"--providers fastnst --folder {tmp_path}" in done.stdout
+    compared = re.findall(r"end_to_end.py .*--providers (\S+)", done.stdout)
+    assert {name for names in compared for name in names.split(",")} == set(PROVIDERS)
     assert not Path("/nowhere").exists()
+
+
+def test_what_cannot_be_tried_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *"import pydantic"*|*"import nvidia.dali"*) exit 1 ;; esac\nexit 0\n')
+    python.chmod(0o755)
+    script = ROOT / "scripts" / "gpu_report.sh"
+    done = run(script, "--dry-run", PYTHON=str(python), OUT="/nowhere", PHOTOS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "\ntraining steps: left out: no pydantic\n" in done.stdout
+    assert "\ndata pipeline: left out: no pydantic nvidia.dali\n" in done.stdout
+    done = run(script, "--dry-run", PYTHON=sys.executable, OUT="/nowhere", PHOTOS="")
+    assert "\ndata pipeline: left out: PHOTOS names no folder of photographs\n" in done.stdout
+    assert "end_to_end.py" in done.stdout
 
 
 def test_the_script_goes_on_after_a_failure_and_says_so_in_the_end(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from fastnst.training.launch import check_shareable, launched, of_one_process
 from fastnst.training.looks import Looks
 from fastnst.training.memory import explained_memory_errors
 from fastnst.training.meter import Meter
+from fastnst.training.profile import StepProfile, check_steps, phase
 from fastnst.training.rejected import RejectedPictures
 from fastnst.training.restore import steps_of_run
 from fastnst.training.resume import (
@@ -53,6 +54,7 @@ def train(
     allow_changes: bool = False,
     notify: Callable[[str], None],
     stop: StopRequest | None = None,
+    profile: int | None = None,
 ) -> Path:
     """Train a style; returns the path of the style model.
 
@@ -66,9 +68,11 @@ def train(
             not those of the checkpoint; `notify` is told of each. `config.toml` then holds the new configuration.
         notify: receives one line per event that a user should know of.
         stop: polled after each step; when a signal has come, the run is saved and left.
+        profile: how many steps to trace, if any; see `StepProfile`.
 
     Raises:
-        UserError: `out` holds another run, or the run to resume was another configuration or other pictures.
+        UserError: `out` holds another run, the run to resume was another configuration or other pictures, or a profile
+            has less than one step.
         DataError: pictures, style or weights cannot be used, or differ from those of the run to resume.
         StorageError: the storage refuses, be it a line of the log: the run ends as if killed, so that none is missing.
         DivergedError: the loss, a gradient or a weight is no longer finite, which no checkpoint shows, or too many
@@ -77,6 +81,7 @@ def train(
         StoppedBySignal: after the save that `stop` asked for.
         SystemExit: another process of the run has raised one of these.
     """
+    check_steps(profile)
     launch, stop = launched(), stop or StopRequest()
     with open_team(launch, out, stop) as team:
         notify = notify if team.leads else _nobody
@@ -93,7 +98,7 @@ def train(
             check_equal(team, {"device": device.type, **origin_of(inputs, world_size=launch.world_size)})
             with lock_run(out) if team.leads else contextlib.nullcontext():
                 changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes) if team.leads else []
-                run = _Run(inputs, out, notify, stop, team)
+                run = _Run(inputs, out, notify, stop, team, profile)
                 with _kept(out, notify):
                     return run.go(run.restore(changes, allow=allow_changes) if resume else 0)
 
@@ -101,8 +106,17 @@ def train(
 class _Run:
     """One process's share of a run."""
 
-    def __init__(self, inputs: Inputs, out: Path, notify: Callable[[str], None], stop: StopRequest, team: Team) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        out: Path,
+        notify: Callable[[str], None],
+        stop: StopRequest,
+        team: Team,
+        profile: int | None,
+    ) -> None:
         self.inputs, self.out, self.notify, self.stop, self.team = inputs, out, notify, stop, team
+        self.profile = profile if team.leads else None
         config, device = inputs.config, inputs.device
         self.config, self.device = config, device
         torch.manual_seed(config.train.seed)
@@ -203,10 +217,13 @@ class _Run:
             ProgressReport(
                 "train", last, "steps", rate_per_item=config.batch_size, rate_unit="images", start=done
             ) as progress,
+            StepProfile(
+                self.out, self.profile, done=done, last=last, device=self.device, notify=self.notify
+            ) as profile,
         ):
             batches = self._batches(loader, done)
             for step in range(done + 1, last + 1):
-                with meter.waiting():
+                with meter.waiting(), phase("data wait"):
                     batch = next(batches)
                 terms = self.step(step, batch)
                 note = None
@@ -215,17 +232,18 @@ class _Run:
                 signum, projects = self.team.agree(self.stop.signum or 0, is_due)
                 ends = step == last or signum
                 if ends or step == 1 or step % config.log_every == 0:
-                    scalars = self.team.mean(loss_scalars(terms))
-                    self._check_health(step)
-                    if log is not None and self.looks is not None:
-                        speed = meter.read(step - done) | self.looks.cost()
-                        log.metrics(step, scalars | self._training_scalars() | speed)
+                    with phase("logging"):
+                        scalars = self.team.mean(loss_scalars(terms))
+                        self._check_health(step)
+                        if log is not None and self.looks is not None:
+                            speed = meter.read(step - done) | self.looks.cost()
+                            log.metrics(step, scalars | self._training_scalars() | speed)
                     note = f"loss {scalars['loss/total']:.4g}{self._skipped_note()}"
                 elif self.device.type == "cpu":
                     self._check_health(step)
                 looks = step == last or step % config.sample_every == 0
                 saves = ends or step % config.checkpoint_every == 0
-                with meter.paused():
+                with meter.paused(), phase("look and save"):
                     if looks or projects or saves:
                         self._check_weights(step)
                     if log is not None and self.looks is not None:
@@ -236,6 +254,7 @@ class _Run:
                         if saves:
                             self._save(log, step)
                 progress.advance(note=note)
+                profile.step()
                 if signum and step < last:
                     self.team.leave_to()
                     raise StoppedBySignal(

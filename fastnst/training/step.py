@@ -11,6 +11,7 @@ from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.engine import LossEngine
 from fastnst.training.health import Health, SkippedSteps, not_finite
+from fastnst.training.profile import phase
 
 
 def to_unit(batch: Tensor) -> Tensor:
@@ -65,13 +66,15 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self._engine is None:
             terms = self._forward(batch)
-            self.scaler.scale(terms.total).backward()
+            with phase("backward"):
+                self.scaler.scale(terms.total).backward()
         else:
             terms = self._fused_pass(self._engine, batch)
-        self.scaler.unscale_(self.optimizer)
-        updates = self._updates().clone()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with phase("optimiser"):
+            self.scaler.unscale_(self.optimizer)
+            updates = self._updates().clone()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         detached = terms.detach()
         self._record(step, detached, skipped=self._updates() == updates)
         return detached
@@ -113,24 +116,30 @@ class TrainingStep:
     def _loss_of(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            return self._loss(self._stylized(content), content)
+            stylized = self._stylized(content)
+            with phase("loss network"):
+                return self._loss(stylized, content)
 
     def _fused_pass(self, engine: LossEngine, batch: Tensor) -> LossTerms:
         """Forward and backward of one batch."""
         content = to_unit(batch)
         # First, while the transform net holds nothing: a pass without gradient needs its two largest layers at once.
-        targets = engine.content_targets(content)
+        with phase("content pass"):
+            targets = engine.content_targets(content)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             stylized = self._stylized(content)
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
-        terms, gradient = engine(stylized.detach(), targets, scale)
+        with phase("loss network"):
+            terms, gradient = engine(stylized.detach(), targets, scale)
         del targets
-        stylized.backward(gradient)
+        with phase("backward"):
+            stylized.backward(gradient)
         return terms
 
     def _stylized(self, content: Tensor) -> Tensor:
         """The one place that calls the transform net."""
-        stylized: Tensor = self._called(content)
+        with phase("transform net"):
+            stylized: Tensor = self._called(content)
         return stylized
 
     def _updates(self) -> Tensor:

@@ -1,0 +1,236 @@
+"""Training steps of fastnst beside the plain formulation as users run it: images/s, ms, memory, share of the roofline.
+
+    python benchmarks/end_to_end.py --device cuda --image-size 256 --batch-size 4,16,32 --steps 200 --json rows.json
+    python benchmarks/end_to_end.py --device cpu --image-size 128 --batch-size 4 --steps 10 \\
+        --providers fastnst,eager_fp32,eager_channels_last
+
+All have the same networks, weights, style, loss, optimiser and uint8 batches, which lie in the device's memory; weights
+are random, which changes no step's length. Loss, gradients and update of each are checked before it is timed, and its
+loss and gradients again when it is warm: what computes something else is refused, has no row, and the exit code is 1.
+
+    fastnst              the product's own training step, as this configuration and --set make it
+    eager_fp32           as the known example codes do it: plain modules, contiguous, TF32 where PyTorch takes it itself
+    eager_channels_last  the same in channels_last
+    eager_amp            the same with bf16 autocast
+    compile              torch.compile: of eager_amp in max-autotune on a GPU, of eager_channels_last on a CPU
+
+With --folder, fastnst is measured once more, fed by the loader from JPEG files: the row fastnst_fed. Its loader works
+ahead as it does in training, so it has the machine to itself.
+
+`roofline_percent` is the bound of `benchmarks/roofline.py` (bf16 on a GPU, fp32 on a CPU, for every provider) over the
+median step; the two rates are measured first, or given. `benchmarks/step_bench/measure.py` says how time and memory are
+taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# The profiler, which counts memory on a CPU, announces itself on stderr, and takes the limit when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+from kernel_bench.environment import environment
+from roofline import Machine, configured
+from step_bench import agreement, measure, results
+from step_bench.fed import FED, measure_fed
+from step_bench.providers import PROVIDERS, Provider, Task, make_task
+from step_bench.rates import measured_machine
+from step_bench.step_model import training_step
+from torch import Tensor
+
+from fastnst.config import Config
+from fastnst.device import resolve_device, resolve_precision
+from fastnst.errors import UserError
+from fastnst.training import determinism
+
+BATCHES = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0; 1 if a provider was refused or could not run; 2 or 5 with a message."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _Run(options).go()
+    except UserError as error:
+        print(f"end_to_end: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
+    add("--preset", help="networks, loss layers and weights; default: hwalsuklee")
+    add("--image-size", type=int, default=256, help="side of the pictures; default: 256")
+    add("--batch-size", default="4", metavar="N,…", help="one or more; default: 4")
+    add("--steps", type=_positive, default=20, help="timed steps of each provider; default: 20")
+    add("--providers", default=",".join(PROVIDERS), metavar="NAME,…", help="default: all")
+    add("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as fastnst train")
+    add("--folder", type=Path, metavar="PHOTOS", help="measure fastnst fed by the loader from this folder, too")
+    add("--tflops", type=float, help="rate of matrix products; default: measured")
+    add("--tb-per-s", type=float, help="rate of a plain copy; default: measured")
+    add("--json", type=Path, metavar="FILE", help="write the rows here")
+    add("--markdown", type=Path, metavar="FILE", help="write the table here, too")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected at least 1")
+    return int(text)
+
+
+@dataclass
+class _Run:
+    options: argparse.Namespace
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def go(self) -> int:
+        options = self.options
+        names = options.providers.split(",")
+        if unknown := [name for name in names if name not in PROVIDERS]:
+            raise UserError(f"--providers: {unknown[0]!r} is unknown; known: {', '.join(PROVIDERS)}")
+        if not all(part.isdecimal() and int(part) > 0 for part in options.batch_size.split(",")):
+            raise UserError(f"--batch-size: {options.batch_size!r}; expected positive numbers such as 4,16,32")
+        self.device = resolve_device(options.device)
+        configs = [self._config(int(size)) for size in options.batch_size.split(",")]
+        self.machine = measured_machine(self.device, options.tflops, options.tb_per_s)
+        self._say(
+            f"{environment(self.device)['device']}: {self.machine.tflops:.4g} TFLOP/s, {self.machine.tb_per_s:.4g} TB/s"
+        )
+        for config in configs:
+            with determinism.algorithms(config.train):
+                self._measure(config, names)
+                if options.folder is not None:
+                    self._measure_fed(config)
+            self._write()
+        print(results.table(self.rows), end="")
+        return 1 if self.refused else 0
+
+    def _config(self, batch_size: int) -> Config:
+        config = configured(self.options.preset, self.options.image_size, batch_size, self.options.assignments)
+        if config.model.norm != "instance":
+            raise UserError(f"model.norm is {config.model.norm!r}; the baselines have instance norm only")
+        if config.model.architecture != "johnson" and config.data.image_size % 4:
+            raise UserError(
+                f"data.image_size is {config.data.image_size}; the plain {config.model.architecture} net takes "
+                "multiples of 4, choose one"
+            )
+        if config.model.architecture == "hwalsuklee" and config.data.image_size <= 40:
+            raise UserError(f"data.image_size is {config.data.image_size}; hwalsuklee reflects 40 pixels, give more")
+        precision = resolve_precision(config.train.precision, self.device)
+        train = config.train.model_copy(update={"precision": precision, "device": self.device.type})
+        return config.model_copy(update={"train": train})
+
+    def _measure(self, config: Config, names: Sequence[str]) -> None:
+        task = make_task(config, self.device)
+        batches = _batches(config, self.device)
+        truth = agreement.truth_of(task, batches[0])
+        warm: dict[str, Provider] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        for name in names:
+            made = self._attempt(name, config, lambda name=name: _warm(name, task, batches, truth))
+            if made is not None:
+                warm[name], facts[name] = made
+        if warm:
+            seconds = measure.time_steps(dict(warm), batches, self.options.steps, self.device)
+            for name, provider in warm.items():
+                times = measure.statistics(seconds[name], config.train.batch_size)
+                self._add(name, config, provider, times | facts[name])
+        results.compare(self.rows, config.train.batch_size)
+        warm.clear()
+        _release(self.device)
+
+    def _measure_fed(self, config: Config) -> None:
+        task = make_task(config, self.device)
+        made = self._attempt(FED, config, lambda: measure_fed(task, self.options.folder, self.options.steps))
+        if made is not None:
+            provider, facts = made
+            self._add(FED, config, provider, facts)
+        _release(self.device)
+
+    def _attempt(self, name: str, config: Config, act: Callable[[], Any]) -> Any:
+        """What `act` returns; None, with a message, if it fails: the others' figures are not lost with it."""
+        try:
+            return act()
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self.refused.append(name)
+            self._say(f"{name}, batch {config.train.batch_size}: refused: {kind}{lines[0][:400]}")
+            _release(self.device)
+            return None
+
+    def _add(self, name: str, config: Config, provider: Provider, facts: dict[str, Any]) -> None:
+        """Note a row; those without a peak of memory were fed."""
+        bound = _bound(config, self.machine, self.device)
+        row = {
+            "provider": name,
+            "preset": config.preset,
+            "image_size": config.data.image_size,
+            "batch_size": config.train.batch_size,
+            "precision": provider.precision,
+            **provider.notes,
+            **facts,
+            "bound_ms": 1000 * bound,
+            "roofline_percent": 100 * 1000 * bound / facts["ms_per_step"],
+            "tflops": self.machine.tflops,
+            "tb_per_s": self.machine.tb_per_s,
+            "environment": environment(self.device),
+        }
+        self.rows.append(row)
+        self._say(f"{name}, batch {config.train.batch_size}: {row['images_per_second']:.2f} images/s")
+
+    def _write(self) -> None:
+        """After each batch size, so that a run that is cut off leaves what it had."""
+        if self.options.json is not None:
+            self.options.json.write_text(json.dumps(self.rows, indent=1) + "\n", "utf-8")
+        if self.options.markdown is not None:
+            self.options.markdown.write_text(results.page(self.rows), "utf-8")
+
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _warm(name: str, task: Task, batches: Sequence[Tensor], truth: agreement.Truth) -> tuple[Provider, dict[str, Any]]:
+    """The provider, checked and ready to be timed, and what was found out on the way."""
+    before = measure.Held.now(task.device)
+    provider = PROVIDERS[name](task)
+    agreement.check(provider, task, truth, batches[0], first=True)
+    for step in range(8 if task.device.type == "cuda" else 1):
+        provider(batches[step % len(batches)])
+    errors = agreement.check(provider, task, truth, batches[0])
+    peak = measure.peak_beyond_weights(provider, batches[0], before)
+    return provider, {"peak_memory_bytes": peak, **errors}
+
+
+def _batches(config: Config, device: torch.device) -> list[Tensor]:
+    side = config.data.image_size
+    generator = torch.Generator().manual_seed(config.train.seed + 1)
+    shape = (config.train.batch_size, side, side, 3)
+    return [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(BATCHES)]
+
+
+def _bound(config: Config, machine: Machine, device: torch.device) -> float:
+    return machine.seconds(training_step(config, "bf16" if device.type == "cuda" else "fp32"))
+
+
+def _release(device: torch.device) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""fastnst end to end: pictures read, decoded and resized by the loader while the step before runs."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastnst.data import open_loader
+from fastnst.data.manifest import build_manifest
+from fastnst.data.order import RunOrder
+from step_bench import measure
+from step_bench.providers import Fastnst, Task
+
+FED = "fastnst_fed"
+
+
+def measure_fed(task: Task, folder: Path, steps: int) -> tuple[Fastnst, dict[str, Any]]:
+    """Times `steps` steps behind a warm-up that outlasts what the loader keeps ready.
+
+    Images per second are those of the whole time, waiting included; percentiles are of single steps.
+
+    Raises:
+        UserError: the folder holds no pictures, or the loader is not installed.
+    """
+    config, device = task.config, task.device
+    manifest = build_manifest(folder)
+    warm_up = 2 * config.data.prefetch + (8 if device.type == "cuda" else 1)
+    order = RunOrder(
+        config.train.seed,
+        len(manifest.images),
+        config.train.batch_size,
+        warm_up + steps,
+        fit=config.data.fit,
+        flip=config.data.flip,
+    )
+    provider = Fastnst(task)
+    marks: list[Any] = []
+    waited = 0.0
+    with open_loader(manifest, order, config.data, device=device) as loader:
+        batches = iter(loader)
+        for _ in range(warm_up):
+            provider(next(batches))
+        _wait(device)
+        begin = time.perf_counter()
+        marks.append(_mark(device))
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            provider(batch)
+            marks.append(_mark(device))
+        _wait(device)
+        elapsed = time.perf_counter() - begin
+    seconds = [_between(a, b) for a, b in pairwise(marks)]
+    facts = measure.statistics(seconds, config.train.batch_size)
+    facts |= {
+        "images_per_second": steps * config.train.batch_size / elapsed,
+        "ms_per_step": 1000 * elapsed / steps,
+        "peak_memory_bytes": None,  # that of the loader and that of the step are not told apart
+        "loader": config.data.loader,
+        "pictures": len(manifest.images),
+        "waiting_share": waited / elapsed,
+    }
+    return provider, facts
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

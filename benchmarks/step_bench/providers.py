@@ -1,0 +1,188 @@
+"""Who makes a training step: `fastnst` itself, and the plain formulation as users run it.
+
+Each provider owns a transform net with the same initial weights, the same VGG19, the style's Gram matrices, Adam. A
+call takes one uint8 batch `[N, S, S, 3]` on the device and makes one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastnst.config import Config
+from fastnst.device import DTYPES
+from fastnst.losses import PerceptualLoss
+from fastnst.models.transform_net import TransformNet
+from fastnst.models.vgg19 import VGG19, deepest_layer
+from fastnst.training.step import TrainingStep
+from step_bench.plain import PlainLoss, PlainTransformNet, PlainVGG19, common_name
+
+STYLE_SIDE = 256
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all providers are to do: the same networks, weights, style and loss."""
+
+    config: Config
+    """Resolved: device and precision are named."""
+    device: torch.device
+    transform: dict[str, Tensor]
+    """Initial weights of the transform net, on the CPU."""
+    vgg: dict[str, Tensor]
+    """VGG19's weights, on the CPU."""
+    style: Tensor
+    """`[1, 3, H, W]` in [0, 1], on the CPU."""
+
+    @property
+    def last_layer(self) -> str:
+        loss = self.config.loss
+        return deepest_layer([*loss.content_layers, *loss.style_layers])
+
+
+class Provider(Protocol):
+    """One contender."""
+
+    precision: str
+    notes: dict[str, Any]
+    net: nn.Module
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Make a step; the loss before it, 0-d, detached."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The transform net's, by `fastnst`'s names."""
+
+    def kept(self) -> Iterator[Tensor]:
+        """Weights of both networks, the optimiser's state and the style's Grams: what "beyond the weights" excludes."""
+
+
+def make_task(config: Config, device: torch.device) -> Task:
+    """Seeded weights and a style of noise. How long a step takes does not depend on what they hold."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    net = TransformNet(config.model.architecture, config.model.norm, generator=generator)
+    loss = config.loss
+    vgg = VGG19(deepest_layer([*loss.content_layers, *loss.style_layers]), generator=generator)
+    style = torch.rand(1, 3, STYLE_SIDE, STYLE_SIDE, generator=generator)
+    return Task(config, device, net.state_dict(), vgg.state_dict(), style)
+
+
+class Fastnst:
+    """The product's own `TrainingStep`, as `fastnst train` makes it from this configuration."""
+
+    def __init__(self, task: Task) -> None:
+        config, device = task.config, task.device
+        self.precision = config.train.precision
+        self.notes = {"engine": config.train.engine, "compile": config.train.compile}
+        self.net = TransformNet(config.model.architecture, config.model.norm)
+        self.net.load_state_dict(task.transform)
+        self.net.to(device=device, memory_format=torch.channels_last)
+        self.net.train()
+        vgg = VGG19(task.last_layer)
+        vgg.load_state_dict(task.vgg)
+        self._loss = PerceptualLoss(vgg, config.loss).to(device=device)
+        self._loss.set_style(task.style.to(device))
+        self._step = TrainingStep(self.net, self._loss, config.train, device)
+        self._made = 0
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self._made += 1
+        return self._step(self._made, batch).total
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.net.named_parameters())
+
+    def kept(self) -> Iterator[Tensor]:
+        yield from (*self._loss.parameters(), *self._loss.buffers())
+        yield from self._step.state_tensors().values()
+
+
+class Plain:
+    """The plain formulation.
+
+    Args:
+        task: networks, weights, style, loss.
+        precision: `fp32`, `bf16` or `fp16` by autocast, or `fp64`. VGG19, which nobody trains, is held in it.
+        channels_last: the layout of weights and pictures; else contiguous.
+        compiled: None, or the options of `torch.compile`.
+    """
+
+    def __init__(
+        self, task: Task, precision: str, *, channels_last: bool, compiled: dict[str, Any] | None = None
+    ) -> None:
+        config, device = task.config, task.device
+        self.precision = precision
+        self.notes: dict[str, Any] = {"channels_last": channels_last}
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        dtype = torch.float64 if precision == "fp64" else DTYPES[precision]
+        kept_dtype = torch.float64 if precision == "fp64" else torch.float32
+        self.net = PlainTransformNet(config.model.architecture)
+        self.net.take(task.transform)
+        self.net.to(device=device, dtype=kept_dtype, memory_format=layout)
+        loss = config.loss
+        vgg = PlainVGG19(tuple(dict.fromkeys((*loss.content_layers, *loss.style_layers))))
+        vgg.load_state_dict(task.vgg)
+        vgg.to(device=device, dtype=kept_dtype, memory_format=layout)
+        self._loss = PlainLoss(vgg, loss)
+        # The Grams are taken once, in full precision, before VGG19 is cast.
+        self._loss.set_style(255.0 * task.style.to(device=device, dtype=kept_dtype).contiguous(memory_format=layout))
+        for convolution in vgg.children():
+            convolution.to(dtype)
+        self._layout, self._dtype, self._kept_dtype, self._device = layout, dtype, kept_dtype, device
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.train.learning_rate, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self._forward: Callable[[Tensor], Tensor] = self._loss_of
+        if compiled is not None:
+            self.notes |= {"torch.compile": compiled or "default"}
+            self._forward = torch.compile(self._loss_of, **compiled)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._forward(batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {common_name(name): parameter for name, parameter in self.net.named_parameters()}
+
+    def kept(self) -> Iterator[Tensor]:
+        yield from (*self._loss.parameters(), *self._loss.buffers(), *self._loss.grams.values())
+        yield from (*self.net.parameters(), *self.net.buffers())
+        for moments in self.optimizer.state.values():
+            yield from (value for value in moments.values() if isinstance(value, Tensor))
+
+    def _loss_of(self, batch: Tensor) -> Tensor:
+        pixels = batch.permute(0, 3, 1, 2).to(self._kept_dtype).contiguous(memory_format=self._layout)
+        mixed = self._dtype not in (torch.float32, torch.float64)
+        with torch.autocast(self._device.type, dtype=self._dtype if mixed else None, enabled=mixed):
+            return self._loss(self.net(pixels), pixels)
+
+
+def _amp(task: Task) -> str:
+    """bf16, or fp16 with loss scaling on GPUs that lack it."""
+    on_gpu = task.device.type == "cuda"
+    return "fp16" if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16"
+
+
+def _compile(task: Task) -> Provider:
+    # Without a GPU there is nothing to tune by trial, and bf16 is slower than fp32 on most CPUs.
+    if task.device.type == "cpu":
+        return Plain(task, "fp32", channels_last=True, compiled={})
+    return Plain(task, _amp(task), channels_last=True, compiled={"mode": "max-autotune"})
+
+
+PROVIDERS: dict[str, Callable[[Task], Provider]] = {
+    "fastnst": Fastnst,
+    "eager_fp32": lambda task: Plain(task, "fp32", channels_last=False),
+    "eager_channels_last": lambda task: Plain(task, "fp32", channels_last=True),
+    "eager_amp": lambda task: Plain(task, _amp(task), channels_last=True),
+    "compile": _compile,
+}
+EAGER = ("eager_fp32", "eager_channels_last", "eager_amp")

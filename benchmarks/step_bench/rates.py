@@ -1,0 +1,47 @@
+"""How fast this machine multiplies matrices and copies: the two numbers of a roofline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from roofline import Machine
+
+_REPEATS = 5
+
+
+def measured_machine(device: torch.device, tflops: float | None = None, tb_per_s: float | None = None) -> Machine:
+    """The rates of `device`, in bf16 on a GPU, in fp32 on a CPU; those that are given are not measured.
+
+    The best of a few repeats counts: what is asked is what the machine can do.
+    """
+    on_gpu = device.type == "cuda"
+    if tflops is None:
+        side, dtype = (8192, torch.bfloat16) if on_gpu else (1536, torch.float32)
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        tflops = 2 * side**3 / _best(lambda: torch.mm(a, b), device) / 1e12
+    if tb_per_s is None:
+        source = torch.ones((1 << 30) if on_gpu else (1 << 26), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        tb_per_s = 2 * source.nbytes / _best(lambda: target.copy_(source), device) / 1e12
+    return Machine(tflops, tb_per_s)
+
+
+def _best(act: Callable[[], object], device: torch.device) -> float:
+    """Seconds; many calls to a repeat, so that launching them is hidden behind the first."""
+    calls = 20 if device.type == "cuda" else 3
+    seconds = []
+    for _ in range(_REPEATS):
+        _wait(device)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            act()
+        _wait(device)
+        seconds.append((time.perf_counter() - begin) / calls)
+    return min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

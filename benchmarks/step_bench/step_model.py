@@ -1,0 +1,410 @@
+"""A training step as a list of operations with their FLOPs and bytes, for a GPU that need not be there.
+
+FLOPs are those of matrix products (convolutions, Gram matrices), a multiply-add counting two, in their plain form; the
+arithmetic between them is far below what the same bytes take.
+
+Bytes that we move: what each operation of the planned step reads and writes, once per operand: convolutions with bias
+and ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.recording` notes the operands of each
+launch for an H100, without one), and the passes that are left between them: ReLU masks of layers that no loss taps,
+sums of residual gradients, casts of weights and weight gradients, the cut behind transposed convolutions.
+
+Minimum bytes: what passes cannot do without, whoever writes them. The passes are convolution, norm (statistics need the
+whole picture before the first result), pooling, Gram matrix, content term, the boundaries between pictures and
+networks, Adam; pointwise work rides along with them. Each tensor that has to exist between two passes is written once
+and, in each phase of the step (forward, content, backward), read once however many passes want it; so is each weight.
+Nothing stays on chip from one pass to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastnst.config import Config
+from fastnst.device import DTYPES
+from fastnst_kernels import cost
+from step_bench.launches import launched_bytes
+from step_bench.shapes import Conv, VggLayer, transform_convs, vgg_layers
+
+IN, TRANSFORM, VGG, CONTENT, LOSS, VGG_BACK, TRANSFORM_BACK, UPDATE = PARTS = (
+    "pictures",
+    "transform net forward",
+    "VGG19 forward",
+    "VGG19 content",
+    "losses",
+    "VGG19 backward",
+    "transform net backward",
+    "update",
+)
+_PHASES = {CONTENT: "content", VGG_BACK: "backward", TRANSFORM_BACK: "backward", UPDATE: "backward"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One pass of the step."""
+
+    part: str
+    layer: str
+    kind: str
+    flops: int
+    minimum_bytes: int
+    moved_bytes: int
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float, *, planned: bool = False) -> float:
+        """The least time on a GPU of these rates; `planned`: with the bytes that we move."""
+        moved = self.moved_bytes if planned else self.minimum_bytes
+        return max(self.flops / flops_per_s, moved / bytes_per_s)
+
+
+@dataclass
+class _Ledger:
+    operations: list[Operation] = field(default_factory=list)
+    _read: set[tuple[str, str]] = field(default_factory=set)
+
+    def add(
+        self,
+        part: str,
+        layer: str,
+        kind: str,
+        *,
+        reads: dict[str, int],
+        writes: dict[str, int],
+        flops: int = 0,
+        vectors: int = 0,
+        moved: int | None = None,
+        through: str | None = None,
+    ) -> None:
+        """Note a pass.
+
+        Args:
+            part: one of `PARTS`.
+            layer: what it belongs to.
+            kind: what it is.
+            reads: tensors and their bytes.
+            writes: likewise.
+            flops: of its matrix products.
+            vectors: bytes of statistics and per-channel vectors, read and written.
+            moved: what our launches move; None: everything once.
+            through: the minimum does without this pass: who wrote this tensor, or who reads the result, does its work
+                and reads what else there is to read. The result then is that tensor by another name.
+        """
+        phase = _PHASES.get(part, "forward")
+        unread = {name: size for name, size in reads.items() if (phase, name) not in self._read}
+        self._read |= {(phase, name) for name in reads}
+        minimum = sum(unread.values()) + sum(writes.values()) + vectors
+        if through is not None:
+            minimum = sum(size for name, size in unread.items() if name != through)
+        if moved is None:
+            moved = sum(reads.values()) + sum(writes.values()) + vectors
+        self.operations.append(Operation(part, layer, kind, flops, minimum, moved))
+
+
+def training_step(config: Config, precision: str) -> list[Operation]:
+    """All passes of a step, in the order in which they run.
+
+    Args:
+        config: architecture, norm, loss layers, picture and batch size.
+        precision: `bf16`, `fp16` or `fp32`, of activations and of the weights in products.
+    """
+    return _Step(config, DTYPES[precision]).run()
+
+
+class _Step:
+    def __init__(self, config: Config, dtype: torch.dtype) -> None:
+        self.config, self.dtype, self.item = config, dtype, dtype.itemsize
+        self.batch = config.train.batch_size
+        self.book = _Ledger()
+        self.first, self.convs = transform_convs(config)
+        loss, side = config.loss, config.data.image_size
+        self.side = side
+        # Behind a block's second convolution its input is added, which is stored with a border.
+        pairs = zip(self.convs, self.convs[1:], strict=False)
+        self.block_side = {second.name: first.side for first, second in pairs if second.residual}
+        self.tapped = (*loss.content_layers, *loss.style_layers)
+        self.vgg = vgg_layers(self.tapped, side)
+        self.content = vgg_layers(loss.content_layers, side)
+
+    def run(self) -> list[Operation]:
+        self._enter()
+        self._transform_forward()
+        self._vgg_forward(VGG, self.vgg, "ŷ", keeps=True)
+        self._vgg_forward(CONTENT, self.content, "x", keeps=False)
+        self._losses()
+        self._vgg_backward()
+        self._transform_backward()
+        self._update()
+        return self.book.operations
+
+    def _bytes(self, channels: int, side: int) -> int:
+        return self.batch * channels * side * side * self.item
+
+    def _shape(self, channels: int, side: int) -> tuple[int, int, int, int]:
+        return self.batch, channels, side, side
+
+    def _enter(self) -> None:
+        if self.item < 4:
+            convs = self.convs
+            count = sum(conv.inputs * conv.outputs * conv.kernel**2 for conv in convs)
+            self.book.add(
+                IN, "weights", "cast", reads={"weights fp32": 4 * count}, writes={"weights": self.item * count}
+            )
+        written = {"in to conv1": self._bytes(3, self.first)}
+        if self.content:
+            written["x to conv1_1"] = self._bytes(3, self.side)
+        self.book.add(IN, "batch", "to pictures", reads={"batch": self.batch * 3 * self.side**2}, writes=written)
+
+    def _transform_forward(self) -> None:
+        source = "in to conv1"
+        block = source
+        for conv in self.convs:
+            if conv.name.endswith("conv1") and conv.name != "conv1":
+                block = source
+            made = f"{conv.name} conv"
+            self.book.add(
+                TRANSFORM,
+                conv.name,
+                "convolution",
+                flops=self.batch * conv.flops,
+                reads={source: self._bytes(conv.inputs, conv.side), **self._weight(conv)},
+                writes={made: self._bytes(conv.outputs, conv.reach)},
+            )
+            if conv.transposed:
+                self._cut(TRANSFORM, conv, made, f"{conv.name} cut")
+                made = f"{conv.name} cut"
+            source = made
+            if conv.has_norm:
+                source = f"{conv.name} out"
+                reads = {made: self._bytes(conv.outputs, conv.out)}
+                if conv.residual:
+                    reads[block] = self._bytes(conv.outputs, conv.out)
+                self._norm(TRANSFORM, conv, reads, {source: self._bytes(conv.outputs, conv.placed)}, backward=False)
+        self.painted = source
+        self.book.add(
+            TRANSFORM,
+            "ŷ",
+            "scale, normalise",
+            reads={source: self._bytes(3, self.side)},
+            writes={"ŷ to conv1_1": self._bytes(3, self.side)},
+        )
+
+    def _weight(self, conv: Conv) -> dict[str, int]:
+        return {f"{conv.name} weight": conv.inputs * conv.outputs * conv.kernel**2 * self.item}
+
+    def _cut(self, part: str, conv: Conv, source: str, result: str) -> None:
+        """What a transposed convolution makes too much is cut off by a copy, or, backwards, given back as zeros."""
+        sizes = self._bytes(conv.outputs, conv.out), self._bytes(conv.outputs, conv.reach)
+        read, written = sizes if part == TRANSFORM_BACK else (sizes[0], sizes[0])
+        self.book.add(part, conv.name, "cut", reads={source: read}, writes={result: written}, through=source)
+
+    def _norm(self, part: str, conv: Conv, reads: dict[str, int], writes: dict[str, int], *, backward: bool) -> None:
+        shape = self._shape(conv.outputs, conv.out)
+        options: dict[str, Any] = {"residual": conv.residual, "relu": conv.relu}
+        if conv.residual:
+            options["residual_border"] = (self.block_side[conv.name] - conv.out) // 2
+        kind = f"{self.config.model.norm}_norm"
+        placing = {"upsample": conv.upsample, "padding": conv.padding, "padding_mode": conv.mode}
+        moved = launched_bytes(kind, shape, self.dtype, backward=backward, **options, **placing)
+        norm = getattr(cost, kind + ("_backward" if backward else ""))
+        training = {"training": True} if self.config.model.norm == "batch" else {}
+        # Statistics and per-channel vectors: what is left of the cost of the op without its pictures.
+        least = norm(shape, self.dtype, **training).minimum_bytes
+        vectors = least - (3 if backward else 2) * self._bytes(conv.outputs, conv.out)
+        self.book.add(part, conv.name, kind, reads=reads, writes=writes, vectors=vectors, moved=moved)
+
+    def _vgg_forward(self, part: str, layers: Sequence[VggLayer], who: str, *, keeps: bool) -> None:
+        source = f"{who} to conv1_1"
+        for layer in layers:
+            result = f"{who} {layer.name}"
+            size = self._bytes(layer.inputs, layer.side)
+            if layer.is_pool:
+                switches = self._bytes(layer.outputs, layer.side // 2) // self.item
+                written = {result: switches * self.item} | ({f"{result} switches": switches} if keeps else {})
+                shape = self._shape(layer.inputs, layer.side)
+                moved = launched_bytes("max_pool2d_switches", shape, self.dtype)
+                self.book.add(part, layer.name, "pool", reads={source: size}, writes=written, moved=moved)
+            else:
+                self.book.add(
+                    part,
+                    layer.name,
+                    "convolution",
+                    flops=self.batch * layer.flops,
+                    reads={source: size, f"{layer.name} weight": self._vgg_weight(layer)},
+                    writes={result: self._bytes(layer.outputs, layer.side)},
+                )
+            source = result
+
+    def _vgg_weight(self, layer: VggLayer) -> int:
+        return 9 * layer.inputs * layer.outputs * self.item
+
+    def _losses(self) -> None:
+        loss = self.config.loss
+        for layer in self.vgg:
+            features, size = f"ŷ {layer.name}", self._bytes(layer.outputs, layer.side)
+            shape = self._shape(layer.outputs, layer.side)
+            if not layer.is_pool and layer.relu in loss.style_layers:
+                grams = self.batch * layer.outputs**2
+                self.book.add(
+                    LOSS,
+                    layer.relu,
+                    "style",
+                    flops=2 * grams * layer.side**2,
+                    reads={features: size, f"{layer.relu} target": 4 * layer.outputs**2},
+                    writes={f"{layer.relu} matrix": grams * self.item},
+                    moved=launched_bytes("style_loss", shape, self.dtype),
+                )
+            if {layer.name, layer.relu} & set(loss.content_layers):
+                self.book.add(LOSS, layer.relu, "content", reads={features: size, f"x {layer.name}": size}, writes={})
+
+    def _vgg_backward(self) -> None:
+        loss = self.config.loss
+        incoming: str | None = None
+        for index in reversed(range(len(self.vgg))):
+            layer = self.vgg[index]
+            features, size = f"ŷ {layer.name}", self._bytes(layer.outputs, layer.side)
+            if layer.is_pool:
+                assert incoming is not None
+                pooled = self._bytes(layer.outputs, layer.side // 2)
+                size = self._bytes(layer.inputs, layer.side)
+                shape = self._shape(layer.inputs, layer.side)
+                self.book.add(
+                    VGG_BACK,
+                    layer.name,
+                    "unpool",
+                    reads={incoming: pooled, f"{features} switches": pooled // self.item},
+                    writes={f"d {layer.name}": size},
+                    moved=launched_bytes("max_unpool2d_switches", shape, self.dtype),
+                )
+                incoming = f"d {layer.name}"
+                continue
+            style, content = layer.relu in loss.style_layers, layer.relu in loss.content_layers
+            reads = {features: size}
+            if incoming is not None:
+                reads[incoming] = size
+            masked = f"d {layer.relu}"
+            if style or content:
+                if style:
+                    reads[f"{layer.relu} matrix"] = self.batch * layer.outputs**2 * self.item
+                if content:
+                    reads[f"x {layer.name}"] = size
+                shape = self._shape(layer.outputs, layer.side)
+                moved = launched_bytes(
+                    "tap_backward", shape, self.dtype, incoming=incoming is not None, style=style, content=content
+                )
+                flops = 2 * self.batch * layer.outputs**2 * layer.side**2 if style else 0
+                self.book.add(VGG_BACK, layer.relu, "tap", flops=flops, reads=reads, writes={masked: size}, moved=moved)
+            elif incoming is not None:
+                self._mask(layer, reads, incoming, masked, size)
+            incoming = f"d into {layer.name}"
+            self.book.add(
+                VGG_BACK,
+                layer.name,
+                "input gradient",
+                flops=self.batch * layer.flops,
+                reads={masked: size, f"{layer.name} weight": self._vgg_weight(layer)},
+                writes={incoming: self._bytes(layer.inputs, layer.side)},
+            )
+        self.into_vgg = incoming
+
+    def _mask(self, layer: VggLayer, reads: dict[str, int], incoming: str, masked: str, size: int) -> None:
+        """The ReLU's mask in a pass of its own, in place; whoever wrote the gradient could have applied it."""
+        self.book.add(VGG_BACK, layer.relu, "mask", reads=reads, writes={masked: size}, through=incoming)
+
+    def _transform_backward(self) -> None:
+        assert self.into_vgg is not None
+        pictures = self._bytes(3, self.side)
+        self.book.add(
+            TRANSFORM_BACK,
+            "ŷ",
+            "scale, normalise",
+            reads={self.into_vgg: pictures, self.painted: pictures},
+            writes={"d out placed": pictures},
+        )
+        # The gradient that goes around a block, from where it is made to where it is added.
+        around: tuple[str, int] | None = None
+        for index in reversed(range(len(self.convs))):
+            conv = self.convs[index]
+            source = "in to conv1" if index == 0 else f"{self.convs[index - 1].name} out"
+            made = f"{conv.name} cut" if conv.transposed else f"{conv.name} conv"
+            size, gradient = self._bytes(conv.outputs, conv.out), f"d {conv.name} placed"
+            if conv.has_norm:
+                reads = {gradient: self._bytes(conv.outputs, conv.placed), made: size}
+                writes = {f"d {made}": size}
+                if conv.residual and max(conv.padding):
+                    around = f"d around {conv.name}", size
+                    writes[around[0]] = size
+                elif conv.residual:
+                    around = gradient, size  # it is the residual's as well
+                self._norm(TRANSFORM_BACK, conv, reads, writes, backward=True)
+                gradient = f"d {made}"
+            if conv.transposed:
+                self._cut(TRANSFORM_BACK, conv, gradient, f"d {conv.name} conv")
+                gradient = f"d {conv.name} conv"
+            reached = self._bytes(conv.outputs, conv.reach)
+            self.book.add(
+                TRANSFORM_BACK,
+                conv.name,
+                "weight gradient",
+                flops=self.batch * conv.flops,
+                reads={gradient: reached, source: self._bytes(conv.inputs, conv.side)},
+                writes={f"d {conv.name} weight": 4 * self._count(conv)},
+                moved=reached + self._bytes(conv.inputs, conv.side) + self._weight_gradient_moved(conv),
+            )
+            if index == 0:
+                break
+            into = f"d {self.convs[index - 1].name} placed"
+            if conv.name.endswith(".conv1"):
+                into = f"d into {conv.name}"
+            stored = self._bytes(conv.inputs, conv.side)
+            self.book.add(
+                TRANSFORM_BACK,
+                conv.name,
+                "input gradient",
+                flops=self.batch * conv.flops,
+                reads={gradient: reached, **self._weight(conv)},
+                writes={into: stored},
+            )
+            if conv.name.endswith(".conv1"):
+                assert around is not None
+                summed = f"d {self.convs[index - 1].name} placed"
+                # A pass of its own; the norm before could have read both.
+                self.book.add(
+                    TRANSFORM_BACK,
+                    conv.name,
+                    "sum",
+                    reads={into: stored, around[0]: around[1]},
+                    writes={summed: stored},
+                    through=into,
+                )
+
+    def _count(self, conv: Conv) -> int:
+        return conv.inputs * conv.outputs * conv.kernel**2
+
+    def _weight_gradient_moved(self, conv: Conv) -> int:
+        """Written in the products' type, then cast to that of the weights."""
+        return self._count(conv) * (4 if self.item == 4 else 2 * self.item + 4)
+
+    def _update(self) -> None:
+        count = sum(self._count(conv) + (2 if conv.has_norm else 1) * conv.outputs for conv in self.convs)
+        size = 4 * count
+        state = {"weights fp32": size, "first moments": size, "second moments": size}
+        self.book.add(UPDATE, "weights", "Adam", reads={"gradients": size, **state}, writes=state)
+        self.book.add(
+            UPDATE,
+            "weights",
+            "are they finite",
+            reads={"gradients": size, "weights fp32": size},
+            writes={},
+        )
+
+
+def totals(operations: Sequence[Operation]) -> dict[str, int]:
+    """Sums of FLOPs and bytes."""
+    columns: dict[str, Callable[[Operation], int]] = {
+        "flops": lambda op: op.flops,
+        "minimum_bytes": lambda op: op.minimum_bytes,
+        "moved_bytes": lambda op: op.moved_bytes,
+    }
+    return {name: sum(map(column, operations)) for name, column in columns.items()}
