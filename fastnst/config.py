@@ -68,13 +68,11 @@ class DataConfig(Section):
     """Where training pictures come from and how each becomes a square."""
 
     folder: Path | None = None
-    """Folder of JPEG, PNG and WebP pictures, searched with its subfolders; or a cache, which
-    `fastnst data cache` makes."""
+    """Folder of JPEG, PNG and WebP pictures, searched with its subfolders, or a cache (`fastnst data cache`)."""
     image_size: int = Field(default=256, ge=16, le=2048)
     """Side of the square training pictures, in pixels."""
     loader: Literal["dali", "pillow"] = "dali"
-    """What decodes and resizes: DALI (on the GPU if there is one) or Pillow in worker processes. A
-    cache needs neither."""
+    """What decodes and resizes: DALI (on the GPU if there is one) or Pillow in processes; a cache needs neither."""
     fit: Literal["random_crop", "center_crop", "squash"] = "random_crop"
     """How a picture becomes square: short side resized to `image_size` and cropped, or both sides resized."""
     flip: bool = True

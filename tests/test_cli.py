@@ -59,7 +59,8 @@ def test_help_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("train",), ("stylize",), ("data",), ("data", "check"), ("tensorboard",), ("demo",)]
+    "command",
+    [(), ("train",), ("stylize",), ("data",), ("data", "check"), ("data", "cache"), ("tensorboard",), ("demo",)],
 )
 def test_every_command_explains_itself(fastnst: Fastnst, command: tuple[str, ...]) -> None:
     code, out, _ = fastnst(*command, "--help")

@@ -21,6 +21,7 @@ from fastnst.config import DataConfig
 from fastnst.data import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.data.order import Fit, RunOrder
+from fastnst.data.replacements import Replacements
 from fastnst.data.window import resize_window, window_of
 from fastnst.errors import DataError, UserError
 from fastnst.images import read_image
@@ -353,12 +354,40 @@ def test_without_dali_the_other_loader_is_named(generated_photos: Path, monkeypa
 
 
 def test_batches_stay_as_they_were(generated_photos: Path) -> None:
-    """DALI uses its buffers again; a batch must not be one of them."""
+    """A batch is DALI's own buffer, which DALI must not use again as long as anyone has the batch."""
     manifest = build_manifest(generated_photos)
     with open_loader(manifest, RunOrder(0, 12, 4, 20), config("dali"), device=CPU) as batches:
         kept = [(batch, batch.clone()) for batch in batches]
+    with open_loader(manifest, RunOrder(1, 12, 4, 20), config("dali"), device=CPU) as batches:
+        for batch in batches:
+            batch.zero_()
+    assert len({batch.data_ptr() for batch, _ in kept}) == 20
     for batch, copy in kept:
         assert torch.equal(batch, copy)
+
+
+def test_the_decoding_engines_are_told_the_usual_size(generated_photos: Path) -> None:
+    from fastnst.data.dali import _Feed
+
+    manifest = build_manifest(generated_photos)
+
+    def usual(sizes: list[tuple[int, int, str, bool]]) -> tuple[int, int]:
+        kinds = [
+            replace(manifest.images[0], path=f"{index:03d}", width=width, height=height, format=kind, plain=plain)
+            for index, (width, height, kind, plain) in enumerate(sizes)
+        ]
+        many = replace(manifest, images=kinds)
+        order = RunOrder(0, len(kinds), 4, 1)
+        feed = _Feed(many, order, config("dali"), Replacements(many), 0)
+        feed.close()
+        return feed.usual_size()
+
+    assert usual([(640, 480, "JPEG", True)] * 300 + [(480, 641, "JPEG", True)] * 9 + [(9000, 9000, "JPEG", True)]) == (
+        640,
+        641,
+    )
+    assert usual([(640, 480, "JPEG", True), (9000, 100, "JPEG", True)]) == (2048, 480)
+    assert usual([(640, 480, "PNG", True), (500, 400, "JPEG", False)]) == (0, 0)
 
 
 @pytest.mark.parametrize("loader", ["dali", "pillow"])
