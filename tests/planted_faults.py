@@ -22,7 +22,7 @@ class Fault:
     """What the fault would cost a user."""
 
 
-LOOP, STEP, CHECKPOINT = (f"fastnst/training/{name}.py" for name in ("loop", "step", "checkpoint"))
+LOOP, GUARD, STEP, CHECKPOINT = (f"fastnst/training/{name}.py" for name in ("loop", "guard", "step", "checkpoint"))
 RESUME, DIRECTORY, INPUTS, SIGNALS, HEALTH, DETERMINISM, MEMORY, REJECTED = (
     f"fastnst/training/{name}.py"
     for name in ("resume", "run_directory", "inputs", "signals", "health", "determinism", "memory", "rejected")
@@ -91,8 +91,8 @@ RESUMED = (
     Fault(
         "order position one step back on resume",
         LOOP,
-        "                start_step=done,\n",
-        "                start_step=done - 1 if done else 0,\n",
+        "            start_step=done,\n            rank",
+        "            start_step=done - 1 if done else 0,\n            rank",
         "tests/test_resume.py::test_the_order_goes_on_at_the_next_place",
         "pictures are shown twice, and all later ones in other steps",
     ),
@@ -156,8 +156,8 @@ RESUMED = (
     Fault(
         "directory not looked at again once it is owned",
         LOOP,
-        "            changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)\n",
-        "            changes: list[str] = []\n",
+        "changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes) if team.leads else []\n",
+        "changes: list[str] = []\n",
         "tests/test_resume.py::test_a_run_that_another_process_finished_meanwhile_is_not_begun_again",
         "of two processes that start at the same time, the second one destroys the finished run of the first",
     ),
@@ -302,8 +302,8 @@ DURABLE = (
     Fault(
         "run trained in without its lock",
         LOOP,
-        "        with lock_run(out):\n",
-        "        with contextlib.nullcontext():\n",
+        "with lock_run(out) if team.leads else contextlib.nullcontext():",
+        "with contextlib.nullcontext():",
         "tests/test_one_owner.py::test_a_run_is_not_given_away_before_its_last_line",
         "two processes write into one run",
     ),
@@ -702,7 +702,7 @@ SECURE = (
 NUMBERS = (
     Fault(
         "state not looked at before it is saved",
-        LOOP,
+        GUARD,
         "            if not bool(torch.isfinite(tensor).all()):\n",
         "            if False:\n",
         "tests/test_numerics.py::test_what_goes_wrong_after_the_check_of_a_step_is_not_saved_with_it[second_moment]",
@@ -710,9 +710,9 @@ NUMBERS = (
     ),
     Fault(
         "findings of the steps ignored",
-        LOOP,
-        "if found := self.step.health.first_bad():",
-        "if (found := self.step.health.first_bad()) and False:",
+        GUARD,
+        "        if found:\n",
+        "        if found and False:\n",
         "tests/test_numerics.py::test_what_is_not_finite_is_named_and_never_saved[total-fp32-nan]",
         "a run whose loss is NaN goes on until its end",
     ),
@@ -734,7 +734,7 @@ NUMBERS = (
     ),
     Fault(
         "any number of skipped steps in a row borne",
-        LOOP,
+        GUARD,
         "if in_a_row >= limit:",
         "if False:",
         "tests/test_numerics.py::test_too_many_skipped_steps_in_a_row_end_the_run",
@@ -775,8 +775,8 @@ NUMBERS = (
     Fault(
         "train.deterministic not heeded by a run",
         LOOP,
-        "with determinism.algorithms(config.train), explained_memory_errors(config, device):",
-        "with explained_memory_errors(config, device):",
+        "with determinism.algorithms(config.train), explained_memory_errors(config, device, launch):",
+        "with explained_memory_errors(config, device, launch):",
         "tests/test_determinism.py::test_the_steps_of_a_run_are_made_in_its_mode",
         "equal runs differ",
     ),
@@ -852,16 +852,16 @@ STOPPED = (
     Fault(
         "step under way not saved",
         LOOP,
-        "ends = step == last or signum is not None",
-        "ends = step == last",
+        "ends = step == last or signum\n",
+        "ends = step == last\n",
         "tests/test_resume.py::test_a_stopped_run_has_its_style_model_and_its_log",
         "the message says that the step is saved, and it is not",
     ),
     Fault(
         "signal in the last step not told",
         LOOP,
-        "        if self.stop.signum is not None:\n",
-        "        if False:\n",
+        "if signum := self.team.agree(self.stop.signum or 0)[0]:",
+        "if (signum := self.team.agree(self.stop.signum or 0)[0]) and False:",
         "tests/test_resume.py::test_a_signal_in_the_last_step_is_told_though_all_is_done",
         "a script that asked for a stop is told that there was none",
     ),

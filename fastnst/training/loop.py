@@ -1,10 +1,8 @@
 """The training loop: from a resolved configuration to a run directory with a style model in it."""
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -14,16 +12,17 @@ from fastnst.data import Loader, loader_name, open_loader
 from fastnst.data.order import RunOrder
 from fastnst.data.replacements import LateFailure, read_late_failures, still_failed
 from fastnst.device import ran_out_of_memory
-from fastnst.errors import DataError, DivergedError, StoppedBySignal
+from fastnst.errors import DataError, StoppedBySignal
 from fastnst.losses import PerceptualLoss
 from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
-from fastnst.storage import StorageError, lock_run, remove_leftovers, write_atomic
+from fastnst.storage import lock_run, remove_leftovers, write_atomic
 from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
 from fastnst.training import determinism
-from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, remove_old_checkpoints, save_checkpoint
+from fastnst.training.checkpoint import Checkpoint, remove_old_checkpoints, save_checkpoint
 from fastnst.training.distributed import Team, check_equal, choose_device, open_team
+from fastnst.training.guard import Guard, explained_storage_errors
 from fastnst.training.inputs import Inputs, read_inputs, resolve
 from fastnst.training.launch import check_shareable, launched, of_one_process
 from fastnst.training.looks import Looks
@@ -99,7 +98,7 @@ def train(
             with lock_run(out) if team.leads else contextlib.nullcontext():
                 changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes) if team.leads else []
                 run = _Run(inputs, out, notify, stop, team, profile)
-                with _kept(out, notify):
+                with explained_storage_errors(out, notify):
                     return run.go(run.restore(changes, allow=allow_changes) if resume else 0)
 
 
@@ -128,6 +127,7 @@ class _Run:
         self.loss = loss
         parallel = team.parallel(self.net, device, config.data.image_size)
         self.step = TrainingStep(self.net, loss, config.train, device, parallel=parallel)
+        self.guard = Guard(self.step, config.train, team, out, notify)
         self.order = RunOrder(
             config.train.seed,
             len(inputs.manifest.images),
@@ -234,18 +234,18 @@ class _Run:
                 if ends or step == 1 or step % config.log_every == 0:
                     with phase("logging"):
                         scalars = self.team.mean(loss_scalars(terms))
-                        self._check_health(step)
+                        self.guard.check_health(step)
                         if log is not None and self.looks is not None:
                             speed = meter.read(step - done) | self.looks.cost()
                             log.metrics(step, scalars | self._training_scalars() | speed)
                     note = f"loss {scalars['loss/total']:.4g}{self._skipped_note()}"
                 elif self.device.type == "cpu":
-                    self._check_health(step)
+                    self.guard.check_health(step)
                 looks = step == last or step % config.sample_every == 0
                 saves = ends or step % config.checkpoint_every == 0
                 with meter.paused(), phase("look and save"):
                     if looks or projects or saves:
-                        self._check_weights(step)
+                        self.guard.check_weights(step)
                     if log is not None and self.looks is not None:
                         if looks:
                             self.looks.look(log, step)
@@ -279,44 +279,6 @@ class _Run:
         read_ahead = 2 * self.config.data.prefetch + 1
         return SharedBatches(
             loader, self.order, self.team.launch.rank, self.failures, start_step=done, read_ahead=read_ahead
-        )
-
-    def _check_health(self, step: int) -> None:
-        """Stop if a step went wrong. On a GPU asked only when something is logged or saved: late by `train.log_every`.
-
-        So many skipped steps in a row that all were between two of these moments go unnoticed there: training mended
-        itself.
-        """
-        found = self.team.collect(json.dumps(bad) if (bad := self.step.health.first_bad()) else "")
-        if found:
-            first_bad, names = min(json.loads(each) for each in found if each)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            self._diverged(f"not finite since step {first_bad}: {', '.join(names[:3])}{more}")
-        if self.step.scaler.is_enabled():
-            # The scaler sees gradients that are the same in all processes.
-            _, in_a_row = self.step.skipped.read()
-            limit = self.config.train.max_skipped_steps
-            if in_a_row >= limit:
-                self._diverged(
-                    f"the {in_a_row} steps up to step {step} were skipped, since their fp16 gradients were not finite "
-                    f"at any loss scale down to {self.step.scaler.get_scale():.3g}; train.max_skipped_steps = {limit}"
-                )
-
-    def _check_weights(self, step: int) -> None:
-        """Nothing that is not finite is shown or saved, even where the loss has not shown it yet."""
-        self._check_health(step)
-        for name, tensor in self.step.state_tensors().items():
-            if not bool(torch.isfinite(tensor).all()):
-                self._diverged(f"{name} holds a value that is not finite after step {step}")
-
-    def _diverged(self, what: str) -> NoReturn:
-        self.team.leave_to()
-        checkpoint = latest_checkpoint(self.out, self.notify)
-        kept = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written before"
-        precision = " or --precision fp32" if self.config.train.precision != "fp32" else ""
-        raise DivergedError(
-            f"training diverged: {what} (train.learning_rate = {self.config.train.learning_rate}); {kept}. "
-            f"Start again with a lower learning rate or smaller loss weights{precision}"
         )
 
     def _save(self, log: RunLog, step: int) -> None:
@@ -388,23 +350,6 @@ class _Run:
             f"{self.config.train.precision} on {_device_name(self.device)}, loader {loader}; "
             f"run directory {self.out}"
         )
-
-
-@contextlib.contextmanager
-def _kept(out: Path, notify: Callable[[str], None]) -> Iterator[None]:
-    """Where the storage refuses, say how much of the run is safe."""
-    try:
-        yield
-    except StorageError as error:
-        # Whatever the disk says to this search, the first error is the one to tell.
-        try:
-            checkpoint = latest_checkpoint(out, notify)
-        except (OSError, DataError):
-            raise error from None
-        kept = f"step {checkpoint.step} is the last that is saved" if checkpoint else "no step is saved"
-        begun = (out / CONFIG_NAME).is_file()
-        how = f"go on with fastnst train --resume --out {out}" if begun else "then start again"
-        raise StorageError(f"{error}. Training stopped; {kept}; {how}") from error
 
 
 def _device_name(device: torch.device) -> str:
