@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from kernel_bench.timing import Timing, turns
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from step_bench.providers import Provider
 
@@ -164,9 +165,11 @@ def _bytes(tensors: Iterable[Any]) -> int:
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
             continue
+        if isinstance(tensor, FakeTensor):
+            continue  # it has no memory, and warns whoever asks where that is
         try:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
         except (NotImplementedError, RuntimeError):
-            continue  # a fake tensor has no memory
+            continue  # nor have others
     return sum(size for address, size in sizes.items() if address)
