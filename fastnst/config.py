@@ -170,7 +170,7 @@ class TrainConfig(Section):
     """Type of the matrix work; sums, losses and statistics stay fp32. `auto`: bf16 on CUDA, fp32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     engine: Literal["fused", "autograd"] = "fused"
-    """The loss network's gradient: by passes of its own, or by autograd of the plain formula. They round differently."""
+    """The loss network's gradient: by passes of its own, or autograd of the plain formula. They round differently."""
     compile: bool = False
     """Run both networks and the loss through torch.compile; it takes the plain formula, whatever `engine` says."""
     max_skipped_steps: int = Field(default=50, ge=1)

@@ -17,9 +17,14 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("fastnst ")])
+# What `fastnst` is told, also by way of torchrun.
+OURS = [command for command in COMMANDS if command.startswith(("fastnst ", "torchrun "))]
+
+
+@pytest.mark.parametrize("command", OURS)
 def test_command_parses(command: str) -> None:
-    _, *words = shlex.split(command)
+    words = shlex.split(command)
+    words = words[words.index("fastnst") + 1 :]
     parser: click.Command = cli
     while isinstance(parser, click.Group):
         name, *words = words
@@ -28,9 +33,10 @@ def test_command_parses(command: str) -> None:
     parser.make_context(command, words).close()
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("fastnst ")])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in OURS])
 def test_script_is_there(command: str) -> None:
-    script = next(word for word in shlex.split(command) if word not in ("python", "bash", "pytest"))
+    words = [word for word in shlex.split(command) if "=" not in word]
+    script = next(word for word in words if word not in ("python", "bash", "pytest"))
     assert (ROOT / script).is_file(), command
 
 
@@ -71,3 +77,28 @@ def test_the_claim_about_projections_is_in_the_results() -> None:
     ratio = seconds["projections of the strongest activation"] / seconds["input gradients, 16 to a batch"]
     assert claim[1] == "tenth"
     assert ratio < 1 / 10
+
+
+def test_the_claim_about_training_steps_is_in_the_results() -> None:
+    pattern = r"makes ([\d.]+) times as many pictures.*?with ([\d.]+) times its memory.*?`(benchmarks/results/[^`]+)`"
+    claim = re.search(pattern, README, flags=re.DOTALL)
+    assert claim is not None
+    rows = {row["provider"]: row for row in json.loads((ROOT / claim[3]).read_text("utf-8"))}
+    ours = rows.pop("fastnst")
+    best = max(
+        (row for name, row in rows.items() if name.startswith("eager")), key=lambda row: row["images_per_second"]
+    )
+    assert float(claim[1]) == pytest.approx(ours["images_per_second"] / best["images_per_second"], abs=0.006)
+    assert float(claim[2]) == pytest.approx(ours["peak_memory_bytes"] / best["peak_memory_bytes"], abs=0.006)
+
+
+def test_the_claim_about_the_cache_is_in_the_results() -> None:
+    pattern = r"deliver (\d+) times as many pictures per second.*?`(benchmarks/results/[^`]+)`"
+    claim = re.search(pattern, README, flags=re.DOTALL)
+    assert claim is not None
+    speed = {
+        row["name"]: row["pictures_per_second"] for row in json.loads((ROOT / claim[2]).read_text("utf-8"))["rows"]
+    }
+    (cache,) = (value for name, value in speed.items() if name.startswith("Cache"))
+    (dali,) = (value for name, value in speed.items() if name.startswith("DALI"))
+    assert int(claim[1]) == round(cache / dali)
