@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastnst.training.signals import StopRequest
 
 _LONGEST_MESSAGE = 4000
+_LONGEST_NAME = 200
+"""Bytes of a file's name that any file system takes."""
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
@@ -66,7 +68,14 @@ cli.add_command(data)
 cli.add_command(visualize)
 
 _train_options: list[Callable[[Any], Any]] = [
-    click.option("--style", type=click.Path(path_type=Path), metavar="PICTURE", help="The painting to learn."),
+    click.option(
+        "--style",
+        "styles",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="PICTURE",
+        help="The painting to learn; several at once, each given by --style, cost less than one after the other.",
+    ),
     click.option(
         "--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photographs to train on, or a cache."
     ),
@@ -78,7 +87,12 @@ _train_options: list[Callable[[Any], Any]] = [
     click.option("--device", metavar="cuda|cpu", help="Default: cuda where there is one."),
     click.option("--precision", metavar="bf16|fp16|fp32", help="Default: bf16 on CUDA, fp32 on a CPU."),
     click.option("--steps", type=int, help="Steps to train (default: two passes over the data)."),
-    click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="Run directory (default: runs/STYLE)."),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        metavar="RUN",
+        help="Run directory (default: runs/STYLE), or the folder of several.",
+    ),
     click.option("--resume", is_flag=True, help="Go on with the run in --out."),
     click.option("--allow-changes", is_flag=True, help="With --resume: go on though options or pictures changed."),
     click.option("--dry-run", is_flag=True, help="Print configuration, data, memory and disk, and stop."),
@@ -99,18 +113,19 @@ def train(
     resume: bool,
     allow_changes: bool,
     dry_run: bool,
-    style: Path | None,
+    styles: tuple[Path, ...],
     profile: int | None,
     **options: Any,
 ) -> None:
-    """Train a style. Ctrl-C finishes the step, saves, and says how to go on.
+    """Train a style, or several at once. Ctrl-C finishes the step, saves, and says how to go on.
 
     \b
     fastnst train --style wave.jpg --data train2017 --out runs/wave
     fastnst train --resume --out runs/wave
+    fastnst train --style wave.jpg --style scream.jpg --data train2017 --out runs/both
     """
     from fastnst.training.launch import launched
-    from fastnst.training.run_directory import CONFIG_NAME, saved_config
+    from fastnst.training.styles import named_styles
 
     launch = launched()
     if launch.world_size > 1:
@@ -119,42 +134,41 @@ def train(
     with _said_once(launch):
         if allow_changes and not resume:
             raise click.UsageError("--allow-changes is for a run that goes on; give --resume with it")
+        together = named_styles([style.absolute() for style in styles])
         if resume:
             if out is None:
                 raise click.UsageError("--resume needs --out RUN, the directory of the run to go on with")
-            saved_config(out)
+            together, configuration = _begun(out, together)
             if options["file"] is None:
-                options["file"] = out / CONFIG_NAME
-        config = _train_config(style=style, **options)
+                options["file"] = configuration
+        config = _train_config(style=next(iter(together.values()), None), **options)
         if out is None:
             if config.style.picture is None:
                 raise click.UsageError("no style picture; give one with --style PICTURE")
-            out = Path("runs") / config.style.picture.stem
+            out = _default_out(list(together) or [config.style.picture.stem])
+        one = len(together) < 2 and not (resume and _is_folder_of_styles(out))
     if dry_run:
         if launch.rank == 0:
-            _print_plan(config, out, launch, resume=resume, allow_changes=allow_changes)
+            from fastnst.cli_plan import print_plan
+
+            print_plan(config, {} if one else together, out, launch, resume, allow_changes, _notify)
         return
 
     if profile is not None:
         # The profiler announces itself on stderr, and takes the limit when torch is imported.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with _said_once(launch):
-        from fastnst.training.loop import train as run_training
+        from fastnst.training import loop
 
-    model = run_training(
-        config,
-        out,
-        resume=resume,
-        allow_changes=allow_changes,
-        notify=_notify,
-        stop=_stop_request(),
-        profile=profile,
-    )
+    common: dict[str, Any] = {"resume": resume, "allow_changes": allow_changes, "profile": profile}
+    common |= {"notify": _notify, "stop": _stop_request()}
+    models = [loop.train(config, out, **common)] if one else loop.train_styles(config, together, out, **common)
     if launch.rank:
         return
-    click.echo(f"style model      {model}")
+    for model in models:
+        click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
-    _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {out} PICTURE --out PICTURE")
+    _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {models[0].parent} PICTURE --out PICTURE")
 
 
 @cli.command()
@@ -268,47 +282,35 @@ def _said_once(launch: "Launch") -> Iterator[None]:
         sys.exit(error.exit_code)
 
 
-def _print_plan(config: "Config", out: Path, launch: "Launch", *, resume: bool, allow_changes: bool) -> None:
-    from fastnst.config import to_toml
-    from fastnst.models.weights import describe_source
-    from fastnst.progress import byte_count
-    from fastnst.training.estimate import estimate
-    from fastnst.training.inputs import check_batch, read_manifest, read_style, resolve, total_steps
-    from fastnst.training.launch import check_shareable, of_one_process
-    from fastnst.training.memory import describe_shortage, room_of_one_process
-    from fastnst.training.run_directory import prepare_run
+def _begun(out: Path, given: dict[str, Path]) -> tuple[dict[str, Path], Path]:
+    """The styles of a run to go on with, and a configuration file that it was begun with."""
+    from fastnst.training.run_directory import CONFIG_NAME, saved_config
+    from fastnst.training.styles import STYLES_NAME, saved_styles
 
-    config, device = resolve(config)
-    check_shareable(config, launch)
-    changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes)
-    style, _ = read_style(config)
-    manifest = read_manifest(config, _notify)
-    check_batch(config, len(manifest.images))
-    steps = total_steps(config.train, len(manifest.images))
-    share, processes = of_one_process(config, launch), launch.world_size
-    need = estimate(share, device_type=device.type)
-    passes = steps * config.train.batch_size / len(manifest.images)
-    click.echo(to_toml(config))
-    for change in changes:
-        click.echo(f"# changed    {change}")
-    click.echo(f"# style      {config.style.picture}, {style.shape[3]}x{style.shape[2]} px")
-    click.echo(
-        f"# data       {len(manifest.images)} pictures, {len(manifest.rejected)} refused, in {config.data.folder}"
-    )
-    click.echo(f"# VGG19      {describe_source(config.loss.vgg)}")
-    click.echo(f"# steps      {steps} of {config.train.batch_size} pictures, {passes:.2f} passes over the data")
-    if processes > 1:
-        click.echo(f"# processes  {processes}, {share.train.batch_size} pictures of a step in each")
-    click.echo(f"# device     {device}, {config.train.precision}")
-    click.echo(
-        f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
-        f"activations {byte_count(need.activations)}; workspaces come on top"
-    )
-    room = room_of_one_process(device, launch)
-    if shortage := describe_shortage(share, need, room, device_type=device.type, processes=processes):
-        click.echo(f"# warning    memory: {shortage}")
-    click.echo(f"# disk       {byte_count(need.disk)} in {out}, and the log")
-    click.echo("# dry run: nothing was written")
+    begun = saved_styles(out)
+    if begun is None:
+        if len(given) < 2:
+            saved_config(out)
+        return given, out / CONFIG_NAME
+    configurations = {name: out / name / CONFIG_NAME for name in begun if (out / name / CONFIG_NAME).is_file()}
+    if not configurations:
+        raise click.UsageError(f"none of the runs that {out / STYLES_NAME} names has begun; start without --resume")
+    # A picture may have been given to one of the runs anew, by resuming it alone.
+    begun |= {name: saved_config(out / name).style.picture or begun[name] for name in configurations}
+    return given or begun, next(iter(configurations.values()))
+
+
+def _is_folder_of_styles(out: Path) -> bool:
+    from fastnst.training.styles import STYLES_NAME
+
+    return (out / STYLES_NAME).is_file()
+
+
+def _default_out(names: list[str]) -> Path:
+    name = "+".join(names)
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise click.UsageError(f"{len(names)} styles want a folder for their runs; give one with --out")
+    return Path("runs") / name
 
 
 def _stop_request() -> "StopRequest | None":

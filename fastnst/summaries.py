@@ -207,9 +207,11 @@ class RunLog:
         return _storage(self._path.parent)
 
     def _heed_event_files(self, args: threading.ExceptHookArgs) -> None:
-        if _is_of_event_files(args):
+        is_ours = _is_of_event_files(args)
+        if is_ours:
             self._failure = args.exc_value
-        else:
+        # Of several logs that are open, this is asked for the newest; the thread may be an older one's.
+        if not is_ours or getattr(self._excepthook, "__func__", None) is RunLog._heed_event_files:
             self._excepthook(args)
 
 

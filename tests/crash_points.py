@@ -233,9 +233,9 @@ def install(case: Case) -> None:
 
 def compute_in_double() -> None:
     """Both networks and all pictures; for runs that show no samples."""
-    from fastnst.training import loop, step
+    from fastnst.training import loop, step, style_run
 
-    read, net = loop.read_inputs, loop.TransformNet
+    read, net = loop.read_inputs, style_run.TransformNet
 
     def read_inputs(*args: Any, **kwargs: Any) -> Any:
         inputs = read(*args, **kwargs)
@@ -243,7 +243,7 @@ def compute_in_double() -> None:
         return dataclasses.replace(inputs, style=inputs.style.double())
 
     loop.read_inputs = read_inputs
-    loop.TransformNet = lambda *args: net(*args).double()  # type: ignore[misc,assignment]
+    style_run.TransformNet = lambda *args: net(*args).double()  # type: ignore[misc,assignment]
     step.to_unit = lambda batch: batch.permute(0, 3, 1, 2).double() / 255
 
 

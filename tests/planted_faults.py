@@ -22,7 +22,9 @@ class Fault:
     """What the fault would cost a user."""
 
 
-LOOP, GUARD, STEP, CHECKPOINT = (f"fastnst/training/{name}.py" for name in ("loop", "guard", "step", "checkpoint"))
+LOOP, GUARD, STEP, CHECKPOINT, STYLE_RUN = (
+    f"fastnst/training/{name}.py" for name in ("loop", "guard", "step", "checkpoint", "style_run")
+)
 RESUME, DIRECTORY, INPUTS, SIGNALS, HEALTH, DETERMINISM, MEMORY, REJECTED = (
     f"fastnst/training/{name}.py"
     for name in ("resume", "run_directory", "inputs", "signals", "health", "determinism", "memory", "rejected")
@@ -42,7 +44,7 @@ ORDER, REPLACEMENTS, MANIFEST, WINDOW, DALI, PILLOW, PLAIN = (
 RESUMED = (
     Fault(
         "random state of the CPU not restored",
-        LOOP,
+        STYLE_RUN,
         'torch.set_rng_state(checkpoint.tensors["rng.cpu"])',
         "pass",
         "tests/test_resume.py::test_random_numbers_go_on_where_they_were",
@@ -106,7 +108,7 @@ RESUMED = (
     ),
     Fault(
         "style model not written again behind its checkpoint",
-        LOOP,
+        STYLE_RUN,
         "if changes or steps_of_run(self.out) != checkpoint.step:",
         "if changes:",
         "tests/test_resume.py::test_the_style_model_catches_up_with_its_checkpoint[5]",
@@ -156,8 +158,8 @@ RESUMED = (
     Fault(
         "directory not looked at again once it is owned",
         LOOP,
-        "changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes) if team.leads else []\n",
-        "changes: list[str] = []\n",
+        "            changes = prepare()\n",
+        "            changes: list[list[str]] = [[] for _ in runs]\n",
         "tests/test_resume.py::test_a_run_that_another_process_finished_meanwhile_is_not_begun_again",
         "of two processes that start at the same time, the second one destroys the finished run of the first",
     ),
@@ -200,7 +202,7 @@ LOGGED = (
     ),
     Fault(
         "log flushed behind the checkpoint",
-        LOOP,
+        STYLE_RUN,
         "        log.flush()\n        self._save_checkpoint(step)\n",
         "        self._save_checkpoint(step)\n        log.flush()\n",
         "tests/test_resume.py::test_a_stopped_run_has_its_style_model_and_its_log",
@@ -216,7 +218,7 @@ LOGGED = (
     ),
     Fault(
         "style model written before its checkpoint",
-        LOOP,
+        STYLE_RUN,
         "        self._save_checkpoint(step)\n        self._save_model(step)\n\n",
         "        self._save_model(step)\n        self._save_checkpoint(step)\n\n",
         "tests/test_resume.py::test_the_style_model_catches_up_with_its_checkpoint[4]",
@@ -285,7 +287,7 @@ DURABLE = (
     ),
     Fault(
         "leftovers of a killed process not removed",
-        LOOP,
+        STYLE_RUN,
         "            remove_leftovers(self.out / name)\n",
         "            pass\n",
         "tests/test_resume.py::test_leftovers_of_a_killed_process_go_with_the_next_save",
@@ -302,8 +304,8 @@ DURABLE = (
     Fault(
         "run trained in without its lock",
         LOOP,
-        "with lock_run(out) if team.leads else contextlib.nullcontext():",
-        "with contextlib.nullcontext():",
+        "                    locks.enter_context(lock_run(run))\n",
+        "                    pass\n",
         "tests/test_one_owner.py::test_a_run_is_not_given_away_before_its_last_line",
         "two processes write into one run",
     ),
@@ -775,8 +777,8 @@ NUMBERS = (
     Fault(
         "train.deterministic not heeded by a run",
         LOOP,
-        "with determinism.algorithms(config.train), explained_memory_errors(config, device, launch):",
-        "with explained_memory_errors(config, device, launch):",
+        "            determinism.algorithms(config.train),\n",
+        "",
         "tests/test_determinism.py::test_the_steps_of_a_run_are_made_in_its_mode",
         "equal runs differ",
     ),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastnst.config import Config, load_config
 from fastnst.data.order import RunOrder
 from fastnst.summaries import read_metrics
-from fastnst.training import looks, loop
+from fastnst.training import looks, loop, style_run
 
 ASSIGNMENTS = (
     *("data.image_size=16", "data.loader=pillow", "data.workers=1", "train.batch_size=2", "style.size=16"),
@@ -66,7 +66,7 @@ class SmallLoader:
 
 def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on, `fastnst.training.loop.train` and the command line make small runs."""
-    monkeypatch.setattr(loop, "TransformNet", SmallNet)
+    monkeypatch.setattr(style_run, "TransformNet", SmallNet)
     monkeypatch.setattr(loop, "open_loader", SmallLoader)
     monkeypatch.setattr(looks, "training_graph", lambda *_, **__: GraphDef())
 

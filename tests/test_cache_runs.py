@@ -17,8 +17,8 @@ from fastnst.data import open_loader
 from fastnst.data.cache_build import build_cache
 from fastnst.data.manifest import build_manifest
 from fastnst.errors import DataError, UserError
-from fastnst.training import loop
 from fastnst.training.checkpoint import latest_checkpoint
+from fastnst.training.style_run import StyleRun
 
 Fastnst = Callable[..., tuple[int, str, str]]
 
@@ -27,7 +27,7 @@ Fastnst = Callable[..., tuple[int, str, str]]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks, small shards, and nothing waits for a disk; the loaders are the real ones."""
     make_small(monkeypatch)
-    monkeypatch.setattr(loop, "open_loader", open_loader)
+    monkeypatch.setattr("fastnst.training.loop.open_loader", open_loader)
     monkeypatch.setattr(storage.os, "fsync", lambda _: None)
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 10_000)
 
@@ -111,14 +111,14 @@ def test_a_shard_that_is_cut_short_in_a_run_ends_it_and_it_goes_on(
 ) -> None:
     run = tmp_path / "run"
     whole = (cache / "shard_0000.u8").read_bytes()
-    save = loop._Run._save
+    save = StyleRun._save
 
     def save_then_cut(self: Any, log: Any, step: int) -> None:
         save(self, log, step)
         if step == 2:
             os.truncate(cache / "shard_0000.u8", 5)
 
-    monkeypatch.setattr(loop._Run, "_save", save_then_cut)
+    monkeypatch.setattr(StyleRun, "_save", save_then_cut)
     arguments = small_arguments(few_photos, run, "train.steps=40", "data.prefetch=1")
     arguments[arguments.index("--data") + 1] = str(cache)
     code, _, err = fastnst(*arguments)
@@ -129,7 +129,7 @@ def test_a_shard_that_is_cut_short_in_a_run_ends_it_and_it_goes_on(
     checkpoint = latest_checkpoint(run, lambda _: None)
     assert checkpoint is not None
     assert checkpoint.step >= 2
-    monkeypatch.setattr(loop._Run, "_save", save)
+    monkeypatch.setattr(StyleRun, "_save", save)
     code, _, err = fastnst(*arguments, "--resume")
     assert code == 3
     assert "shard_0000.u8 is damaged: it has 5 bytes" in err

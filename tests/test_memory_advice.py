@@ -80,9 +80,9 @@ def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
     return configure
 
 
-def round_numbers(config: Config, *, device_type: str) -> Estimate:
+def round_numbers(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
     """Instead of an estimate, which takes a second: 1 GiB, and 100 MiB for each picture of 100 px."""
-    assert device_type == "cpu"
+    assert (device_type, styles) == ("cpu", 1)
     pictures = config.train.batch_size * config.data.image_size**2 / 100**2
     return Estimate(weights=2**30, activations=int(80 * 2**20 * pictures), disk=1000)
 

@@ -27,7 +27,7 @@ PRODUCT = sorted(file for folder in PACKAGES.values() for file in folder.rglob("
 # Imports run downward only. The lowest layer, on which all others may lean, is free within itself; in the others, what
 # stands side by side does not know of its neighbours.
 LAYERS = (
-    {"cli", "cli_data", "cli_visualize", "__main__", "demo", "doctor"},
+    {"cli", "cli_data", "cli_plan", "cli_visualize", "__main__", "demo", "doctor"},
     {"training"},
     {"summaries"},
     {"summary_protos", "losses", "visualize", "stylize", "export"},
@@ -35,7 +35,7 @@ LAYERS = (
     {"config", "config_text", "presets", "storage", "images", "errors", "device", "progress"},
 )
 # The command line is the one place where its neighbours come together.
-MAY_IMPORT_NEIGHBOURS = {"cli", "cli_data", "cli_visualize", "__main__"}
+MAY_IMPORT_NEIGHBOURS = {"cli", "cli_data", "cli_plan", "cli_visualize", "__main__"}
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import SmallNet, logged, make_small, small_config, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from fastnst.errors import DataError, StoppedBySignal, UserError
 from fastnst.models.style_model import read_style_metadata
@@ -18,11 +19,15 @@ from fastnst.training import loop
 from fastnst.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from fastnst.training.signals import StopRequest
 from fastnst.training.step import TrainingStep
+from fastnst.training.style_run import StyleRun
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
+    # Two event files of one process and second are told apart, and sorted, by a number without leading zeros: a tenth
+    # one would be read before the ninth. Real runs go on in another process.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
 
 
 class Killed(Exception):
@@ -31,18 +36,18 @@ class Killed(Exception):
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "_save_checkpoint", *, after: bool = False) -> None:
     """The next run dies just before, or just after, it does `name` for `step`."""
-    original = getattr(loop._Run, name)
+    original = getattr(StyleRun, name)
 
     def die(run: Any, *arguments: Any) -> None:
         if after:
             original(run, *arguments)
         if arguments[-1] == step:
-            monkeypatch.setattr(loop._Run, name, original)
+            monkeypatch.setattr(StyleRun, name, original)
             raise Killed
         if not after:
             original(run, *arguments)
 
-    monkeypatch.setattr(loop._Run, name, die)
+    monkeypatch.setattr(StyleRun, name, die)
 
 
 def newest(run: Path) -> Checkpoint:
@@ -214,7 +219,7 @@ class NetWithStatistics(SmallNet):
 
 
 def test_running_statistics_come_back(generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "TransformNet", NetWithStatistics)
+    monkeypatch.setattr("fastnst.training.style_run.TransformNet", NetWithStatistics)
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
     kill_at(monkeypatch, 4)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,9 +107,9 @@ class _Alone(Team):
 class _Several(Team):
     """One of several processes, brought together by the environment's store."""
 
-    def __init__(self, launch: Launch, out: Path) -> None:
+    def __init__(self, launch: Launch, runs: Sequence[Path]) -> None:
         self.launch = launch
-        self._out = out
+        self._runs = runs
         try:
             store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=MEETING))
             dist.init_process_group(
@@ -123,6 +123,7 @@ class _Several(Team):
                 "start them together, by torchrun, with the same --nnodes and --rdzv-endpoint on every machine"
             ) from error
         self._pulse: Pulse | None = None
+        self._gradients: dist.ProcessGroup | None = None
         self._on_gpu: dist.ProcessGroup | None = None
         who = f"process {os.getpid()} on {os.uname().nodename}"
         self._who = self._gather(who)
@@ -136,12 +137,12 @@ class _Several(Team):
 
     def parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
         # Apart from the group on which the processes agree, so that neither waits for the other.
-        if device.type == "cuda":
-            group = self._on_gpu = dist.new_group(backend="nccl", timeout=PATIENCE, device_id=device)
-        else:
-            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if self._gradients is None and device.type == "cuda":
+            self._gradients = self._on_gpu = dist.new_group(backend="nccl", timeout=PATIENCE, device_id=device)
+        elif self._gradients is None:
+            self._gradients = dist.new_group(backend="gloo", timeout=PATIENCE)
         wrapped = DistributedDataParallel(
-            net, process_group=group, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
+            net, process_group=self._gradients, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
         )
         # After its first backward DDP orders the buckets anew, and with them the sums of three or more processes. Now
         # rather than in the first step: a resumed run has to sum as the uninterrupted one does.
@@ -242,12 +243,12 @@ class _Several(Team):
 
     def _obituary(self, rank: int) -> tuple[str, int]:
         try:
-            steps = checkpoint_steps(self._out)
+            step = min(max(checkpoint_steps(run), default=0) for run in self._runs)
         except (OSError, DataError):
-            steps = []
+            step = 0
         kept = (
-            f"step {max(steps)} is the last that is saved; go on by the same torchrun command with --resume"
-            if steps
+            f"step {step} is the last that is saved; go on by the same torchrun command with --resume"
+            if step
             else "no step is saved; then start again"
         )
         return (
@@ -258,11 +259,16 @@ class _Several(Team):
 
 
 @contextlib.contextmanager
-def open_team(launch: Launch, out: Path, stop: StopRequest) -> Iterator[Team]:
+def open_team(launch: Launch, runs: Sequence[Path], stop: StopRequest) -> Iterator[Team]:
     """The processes of a run; where one of them fails, all end.
 
     An error is raised in the process that met it first. Where it ended the run of another one, that one raises
     SystemExit with the same exit code: the user hears of it once.
+
+    Args:
+        launch: how many they are.
+        runs: the run directories that they share; what is saved there is told when one of them is gone.
+        stop: signals that this process has received.
 
     Raises:
         UserError: the processes do not find one another.
@@ -274,7 +280,7 @@ def open_team(launch: Launch, out: Path, stop: StopRequest) -> Iterator[Team]:
     with contextlib.ExitStack() as quiet:
         if launch.rank:
             quiet.enter_context(silenced())
-        team = _Several(launch, out)
+        team = _Several(launch, runs)
         try:
             yield team
             team.finish()

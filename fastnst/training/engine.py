@@ -38,12 +38,19 @@ class LossEngine:
     Args:
         loss: on the device. Its φ's weights are taken now, its style whenever it is called.
         dtype: type of φ's convolutions; None: that of its weights.
+        beside: an engine of another loss on the same φ and layers, in the same type: its weights are shared.
     """
 
-    def __init__(self, loss: PerceptualLoss, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, loss: PerceptualLoss, dtype: torch.dtype | None = None, *, beside: "LossEngine | None" = None
+    ) -> None:
         self._loss = loss
         self._dtype = dtype or loss.vgg.mean.dtype
-        self._stages = _stages(loss.vgg, deepest_layer(loss.layers), self._dtype)
+        if beside is None:
+            self._stages = _stages(loss.vgg, deepest_layer(loss.layers), self._dtype)
+        else:
+            assert (beside._loss.vgg, beside._loss.layers, beside._dtype) == (loss.vgg, loss.layers, self._dtype)
+            self._stages = beside._stages
 
     @torch.no_grad()
     def content_targets(self, content: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class Estimate:
     """Bytes, counted on tensors without storage; allocator overhead and convolution workspaces come on top."""
 
     weights: int
-    """Both networks, φ once more where it runs in another type than its weights', the gradients and Adam's moments."""
+    """All networks, φ once more where it runs in another type than its weights', the gradients and Adam's moments."""
     activations: int
     """What is kept between forward and backward of one batch: by autograd, and by the engine for the loss network."""
     disk: int
@@ -34,12 +34,13 @@ class Estimate:
         return self.weights + self.activations
 
 
-def estimate(config: Config, *, device_type: str) -> Estimate:
+def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
     """Count the bytes of a run's tensors without allocating them.
 
     Args:
         config: architecture, loss layers, batch and picture size, precision (resolved: not `auto`), engine.
         device_type: `cuda` or `cpu`, whose autocast rules apply.
+        styles: how many networks are trained together, one after the other in each step.
     """
     net = TransformNet(config.model.architecture, config.model.norm)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -74,6 +75,7 @@ def estimate(config: Config, *, device_type: str) -> Estimate:
     del of_loss  # until here, so that no storage's address is used twice
     trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, vgg))
     cast = frozen // 4 * dtype.itemsize if fused and dtype != torch.float32 else 0
+    trained *= styles
     per_checkpoint = trained * (1 + _ADAM_TENSORS)
     return Estimate(
         weights=frozen + cast + trained * (2 + _ADAM_TENSORS),

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -80,11 +80,12 @@ class Guard:
 
 
 @contextlib.contextmanager
-def explained_storage_errors(out: Path, notify: Callable[[str], None]) -> Iterator[None]:
+def explained_storage_errors(out: Path, runs: Sequence[Path], notify: Callable[[str], None]) -> Iterator[None]:
     """Where the storage refuses, say how much of the run is safe.
 
     Args:
-        out: the run directory.
+        out: what `--out` names.
+        runs: the run directories: `out` itself, or of several styles those below it.
         notify: told of checkpoints that are passed over.
 
     Raises:
@@ -95,10 +96,12 @@ def explained_storage_errors(out: Path, notify: Callable[[str], None]) -> Iterat
     except StorageError as error:
         # Whatever the disk says to this search, the first error is the one to tell.
         try:
-            checkpoint = latest_checkpoint(out, notify)
+            checkpoints = [latest_checkpoint(run, notify) for run in runs]
         except (OSError, DataError):
             raise error from None
-        kept = f"step {checkpoint.step} is the last that is saved" if checkpoint else "no step is saved"
-        begun = (out / CONFIG_NAME).is_file()
+        steps = [checkpoint.step if checkpoint else 0 for checkpoint in checkpoints]
+        of_all = " of all styles" if len(runs) > 1 else ""
+        kept = f"step {min(steps)} is the last that is saved{of_all}" if min(steps) else f"no step is saved{of_all}"
+        begun = any((run / CONFIG_NAME).is_file() for run in runs)
         how = f"go on with fastnst train --resume --out {out}" if begun else "then start again"
         raise StorageError(f"{error}. Training stopped; {kept}; {how}") from error

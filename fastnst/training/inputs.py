@@ -1,5 +1,6 @@
 """What a run needs from outside, checked and read before its directory is touched."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -99,6 +100,14 @@ def read_inputs(
     check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
     return Inputs(config, device, style, style_sha256, manifest, vgg, steps, tuple(late))
+
+
+def with_styles(inputs: Inputs, others: Sequence[tuple[Config, Tensor, str]]) -> list[Inputs]:
+    """`inputs`, and the same with each of the other styles: configuration, and what `read_style` gives of it."""
+    return [
+        inputs,
+        *(dataclasses.replace(inputs, config=config, style=style, style_sha256=sha) for config, style, sha in others),
+    ]
 
 
 def read_style(config: Config) -> tuple[Tensor, str]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from fastnst.summaries import RunLog, training_graph
 from fastnst.training.inputs import Inputs
 from fastnst.visualize.evolution import Evolution
 
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+
 
 class Looks:
     """Fixed pictures of the data folder, and what the networks make of them as training goes on.
@@ -28,9 +32,10 @@ class Looks:
         inputs: configuration, pictures and style.
         net: the transform net, on the device; no look changes it or draws a random number.
         loss: its style is set.
+        share: of `visualize.max_percent`, what these may take; others take the rest.
     """
 
-    def __init__(self, inputs: Inputs, net: TransformNet, loss: PerceptualLoss) -> None:
+    def __init__(self, inputs: Inputs, net: TransformNet, loss: PerceptualLoss, *, share: float = 1.0) -> None:
         self._inputs, self._net, self._loss = inputs, net, loss
         config = inputs.config
         self._names, pictures = _read_squares(inputs, max(config.train.samples, config.visualize.pictures))
@@ -48,15 +53,26 @@ class Looks:
             if config.visualize.every
             else None
         )
-        self._allowance = _Allowance(config.visualize.max_percent / 100, inputs.device)
+        self._limit = config.visualize.max_percent * share
+        self._allowance = _Allowance(self._limit / 100, inputs.device)
 
-    def begin(self, log: RunLog) -> None:
-        """What does not change: configuration, the networks' graph, style and content, and the untrained network."""
+    def begin(self, log: RunLog, graph: "GraphDef | None" = None) -> "GraphDef":
+        """What does not change: configuration, the networks' graph, style and content, and the untrained network.
+
+        Args:
+            log: of a run that begins.
+            graph: of networks like these, if it is known: to trace it takes seconds.
+
+        Returns:
+            The graph.
+        """
         config = self._inputs.config
         log.config(config)
         log.layout(self._loss.layers)
         batch_size, image_size = config.train.batch_size, config.data.image_size
-        log.graph(training_graph(self._net, self._loss, image_size=image_size, batch_size=batch_size))
+        if graph is None:
+            graph = training_graph(self._net, self._loss, image_size=image_size, batch_size=batch_size)
+        log.graph(graph)
         log.pictures(0, "style", self._inputs.style, ["picture"])
         log.pictures(0, "content", self._samples, self._names[: len(self._samples)])
         self.look(log, 0)
@@ -64,6 +80,7 @@ class Looks:
             for tag, picture in self._evolution.content_strips():
                 log.picture(0, tag, picture)
             self._project(log, 0, self._evolution)
+        return graph
 
     def look(self, log: RunLog, step: int) -> None:
         """Histograms and stylised samples."""
@@ -94,9 +111,10 @@ class Looks:
         if self._evolution is None:
             return
         taken = self._allowance
-        limit = self._inputs.config.visualize.max_percent
+        most = self._inputs.config.visualize.max_percent
+        own = f", of which {self._limit:.2g} for each style," if self._limit < most else ""
         left_out = (
-            f"; {taken.refused} more would have passed visualize.max_percent = {limit:g} and were left out"
+            f"; {taken.refused} more would have passed visualize.max_percent = {most:g}{own} and were left out"
             if taken.refused
             else ""
         )

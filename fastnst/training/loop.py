@@ -1,48 +1,36 @@
-"""The training loop: from a resolved configuration to a run directory with a style model in it."""
+"""The training loop: from a resolved configuration to run directories with style models in them."""
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from fastnst import __version__
-from fastnst.config import Config, to_toml
+from fastnst.config import Config
 from fastnst.data import Loader, loader_name, open_loader
 from fastnst.data.order import RunOrder
 from fastnst.data.replacements import LateFailure, read_late_failures, still_failed
-from fastnst.device import ran_out_of_memory
-from fastnst.errors import DataError, StoppedBySignal
-from fastnst.losses import PerceptualLoss
-from fastnst.models.style_model import MODEL_NAME, save_style_model
-from fastnst.models.transform_net import TransformNet
+from fastnst.errors import DivergedError, StoppedBySignal
+from fastnst.losses import LossTerms
+from fastnst.models.style_model import MODEL_NAME
 from fastnst.progress import ProgressReport
-from fastnst.storage import lock_run, remove_leftovers, write_atomic
-from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
+from fastnst.storage import lock_run
+from fastnst.summaries import RunLog
 from fastnst.training import determinism
-from fastnst.training.checkpoint import Checkpoint, remove_old_checkpoints, save_checkpoint
 from fastnst.training.distributed import Team, check_equal, choose_device, open_team
-from fastnst.training.guard import Guard, explained_storage_errors
-from fastnst.training.inputs import Inputs, read_inputs, resolve
+from fastnst.training.guard import explained_storage_errors
+from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve, with_styles
 from fastnst.training.launch import check_shareable, launched, of_one_process
-from fastnst.training.looks import Looks
 from fastnst.training.memory import explained_memory_errors
 from fastnst.training.meter import Meter
 from fastnst.training.profile import StepProfile, check_steps, phase
-from fastnst.training.rejected import RejectedPictures
-from fastnst.training.restore import steps_of_run
-from fastnst.training.resume import (
-    changes_since,
-    check_fits,
-    checkpoint_to_resume,
-    origin_of,
-    shared_checkpoint,
-    tell_changes,
-)
-from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME, prepare_run
+from fastnst.training.resume import origin_of
+from fastnst.training.run_directory import REJECTED_NAME
 from fastnst.training.shared_batches import SharedBatches, SharedFailures, of_leader
 from fastnst.training.signals import StopRequest, stopped_by
-from fastnst.training.step import TrainingStep
+from fastnst.training.style_run import StyleRun
+from fastnst.training.styles import StyleFolder, prepare_runs, run_configs
 
 
 def train(
@@ -80,101 +68,162 @@ def train(
         StoppedBySignal: after the save that `stop` asked for.
         SystemExit: another process of the run has raised one of these.
     """
+    (model,) = _train({out: config}, out, None, resume, allow_changes, notify, stop, profile)
+    return model
+
+
+def train_styles(
+    config: Config,
+    styles: Mapping[str, Path],
+    out: Path,
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    notify: Callable[[str], None],
+    stop: StopRequest | None = None,
+    profile: int | None = None,
+) -> list[Path]:
+    """Train several styles in one process, on one stream of pictures, with one pass of φ over their content.
+
+    Each style has a transform net and a run directory of its own, `out/NAME`, in which everything is as if it had been
+    trained alone; `train` can go on with it, too. Where the styles have come to different steps, those that are ahead
+    wait for the others.
+
+    Args:
+        config: of all styles; `style.picture` is replaced.
+        styles: name → picture; see `styles.named_styles`.
+        out: the folder that holds the run directories.
+        resume: go on from each style's newest valid checkpoint.
+        allow_changes: as for `train`.
+        notify: as for `train`; what concerns one style begins with its name.
+        stop: as for `train`.
+        profile: as for `train`; the trace lies in the first style's run directory.
+
+    Returns:
+        The style models, in the order of `styles`.
+
+    Raises:
+        UserError: as `train`; or `out` holds something else, or other styles.
+        SystemExit: and the other errors of `train`.
+    """
+    folder = StyleFolder(out, styles)
+    return _train(run_configs(config, styles, out), out, folder, resume, allow_changes, notify, stop, profile)
+
+
+def _train(
+    configs: Mapping[Path, Config],
+    out: Path,
+    folder: StyleFolder | None,
+    resume: bool,
+    allow_changes: bool,
+    notify: Callable[[str], None],
+    stop: StopRequest | None,
+    profile: int | None,
+) -> list[Path]:
     check_steps(profile)
     launch, stop = launched(), stop or StopRequest()
-    with open_team(launch, out, stop) as team:
+    runs = list(configs)
+    with open_team(launch, runs, stop) as team:
         notify = notify if team.leads else _nobody
-        choose_device(config.train.device, launch)
-        config, device = resolve(config)
+        choose_device(configs[runs[0]].train.device, launch)
+        configs = {run: resolve(config)[0] for run, config in configs.items()}
+        config, device = resolve(configs[runs[0]])
         check_shareable(config, launch)
-        if team.leads:
-            prepare_run(out, config, resume=resume, allow_changes=allow_changes)
-        with determinism.algorithms(config.train), explained_memory_errors(config, device, launch):
-            late = read_late_failures(out / REJECTED_NAME) if resume and team.leads else []
+
+        def prepare() -> list[list[str]]:
+            """What has changed in each run."""
+            if not team.leads:
+                return [[] for _ in runs]
+            return prepare_runs(configs, folder, resume=resume, allow_changes=allow_changes)
+
+        prepare()
+        with (
+            determinism.algorithms(config.train),
+            explained_memory_errors(config, device, launch, styles=len(runs)),
+            contextlib.ExitStack() as locks,
+        ):
+            late: list[LateFailure] = []
+            if resume and team.leads:
+                late = _earliest(failure for run in runs for failure in read_late_failures(run / REJECTED_NAME))
             late = of_leader(late, team)
             with team.first_on_each_machine():
-                inputs = read_inputs(config, device, notify, late)
-            check_equal(team, {"device": device.type, **origin_of(inputs, world_size=launch.world_size)})
-            with lock_run(out) if team.leads else contextlib.nullcontext():
-                changes = prepare_run(out, config, resume=resume, allow_changes=allow_changes) if team.leads else []
-                run = _Run(inputs, out, notify, stop, team, profile)
-                with explained_storage_errors(out, notify):
-                    return run.go(run.restore(changes, allow=allow_changes) if resume else 0)
+                others = [(config, *read_style(config)) for config in list(configs.values())[1:]]
+                inputs = with_styles(read_inputs(config, device, notify, late), others)
+            for one in inputs:
+                check_equal(team, {"device": device.type, **origin_of(one, world_size=launch.world_size)})
+            if team.leads:
+                if folder is not None:
+                    locks.enter_context(lock_run(out))
+                    folder.check(resume=resume)
+                    folder.write()
+                for run in runs:
+                    locks.enter_context(lock_run(run))
+            changes = prepare()
+            shared = _Run(inputs, runs, out, notify, stop, team, profile)
+            with explained_storage_errors(out, runs, notify), shared.explained_divergence():
+                if resume:
+                    for style, differences in zip(shared.styles, changes, strict=True):
+                        style.restore(differences, allow=allow_changes)
+                return shared.go()
 
 
 class _Run:
-    """One process's share of a run."""
+    """One process's share of a run: pictures, and the styles that learn from them.
+
+    Args:
+        inputs: of each style; all but the style is the same.
+        runs: their run directories.
+        out: what `--out` names.
+        notify: told of events, in rank 0 alone.
+        stop: polled after each step.
+        team: the processes that share the run.
+        profile: steps to trace.
+    """
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: Sequence[Inputs],
+        runs: Sequence[Path],
         out: Path,
         notify: Callable[[str], None],
         stop: StopRequest,
         team: Team,
         profile: int | None,
     ) -> None:
-        self.inputs, self.out, self.notify, self.stop, self.team = inputs, out, notify, stop, team
+        self.out, self.notify, self.stop, self.team = out, notify, stop, team
         self.profile = profile if team.leads else None
-        config, device = inputs.config, inputs.device
-        self.config, self.device = config, device
-        torch.manual_seed(config.train.seed)
-        self.net = TransformNet(config.model.architecture, config.model.norm)
-        self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.net.train()
-        loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
-        loss.set_style(inputs.style.to(device))
-        self.loss = loss
-        parallel = team.parallel(self.net, device, config.data.image_size)
-        self.step = TrainingStep(self.net, loss, config.train, device, parallel=parallel)
-        self.guard = Guard(self.step, config.train, team, out, notify)
+        self.inputs = inputs[0]
+        config = self.config = self.inputs.config
+        self.device = self.inputs.device
+        self.styles: list[StyleRun] = []
+        for own, run in zip(inputs, runs, strict=True):
+            tell = notify if len(runs) == 1 else functools.partial(_tell_of, run.name, notify)
+            beside = self.styles[0] if self.styles else None
+            self.styles.append(StyleRun(own, run, tell, team, beside=beside, share=1 / len(runs)))
         self.order = RunOrder(
             config.train.seed,
-            len(inputs.manifest.images),
+            len(self.inputs.manifest.images),
             config.train.batch_size,
-            inputs.steps,
+            self.inputs.steps,
             world_size=team.launch.world_size,
             fit=config.data.fit,
             flip=config.data.flip,
         )
-        self.looks = Looks(inputs, self.net, loss) if team.leads else None
 
-    def restore(self, changes: list[str], *, allow: bool) -> int:
-        """Take over the newest valid checkpoint, if there is one; returns the steps done.
-
-        `changes` are what is known to differ from the run's saved configuration.
-        """
-        if not self.team.leads:
-            return self._take_over(None)
-        checkpoint = checkpoint_to_resume(self.out, self.notify)
-        if checkpoint is None:
-            tell_changes(changes, 0, self.notify)
-            self.notify(f"{self.out} holds no checkpoint yet; starting at step 0")
-            return self._take_over(None)
-        origin = origin_of(self.inputs, world_size=self.order.world_size)
-        changes = changes_since(checkpoint, origin, allow=allow)
-        check_fits(checkpoint, self.net)
-        self._take_over(checkpoint)
-        tell_changes(changes, checkpoint.step, self.notify)
-        # The style model is written behind its checkpoint, and a process may have been killed in between. What was
-        # allowed to change is recorded, so that it need not be allowed again.
-        if changes:
-            self._save_checkpoint(checkpoint.step)
-        if changes or steps_of_run(self.out) != checkpoint.step:
-            self._save_model(checkpoint.step)
-        remove_old_checkpoints(self.out, checkpoint.step, keep=self.config.train.keep_checkpoints)
-        return checkpoint.step
-
-    def go(self, done: int) -> Path:
-        """Make the steps that follow `done`."""
-        note: Callable[[LateFailure], None] = _nobody
+    def go(self) -> list[Path]:
+        """Make the steps that are left; returns the style models."""
+        # Those of a style that is ahead of the others are made without it.
+        done = min(style.done for style in self.styles)
         late = still_failed(self.inputs.manifest.folder, self.inputs.late, done) if self.team.leads else []
         late = of_leader(late, self.team)
+        note: Callable[[LateFailure], None] = _nobody
         if self.team.leads:
-            for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
-                remove_leftovers(self.out / name)
-            write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
-            note = RejectedPictures(self.out, self.inputs.manifest, late, self.notify).add
+            lists = [style.prepare(late, self.notify if style is self.styles[0] else _nobody) for style in self.styles]
+
+            def note(failure: LateFailure) -> None:
+                for each in lists:
+                    each.add(failure)
+
         self.failures = SharedFailures(
             self.inputs.manifest,
             self.team,
@@ -182,34 +231,34 @@ class _Run:
             earlier=late,
             note=note,
         )
+        models = [style.out / MODEL_NAME for style in self.styles]
         if done >= self.inputs.steps:
             self.notify(f"nothing to do: {done} of {self.inputs.steps} steps are done; set more with --steps")
-            return self.out / MODEL_NAME
+            return models
         self.notify(self._announcement(done))
+        first = self.styles[0]
         if self.config.train.deterministic and not done and self.team.leads:
             own = of_one_process(self.config, self.team.launch)
-            self.notify(determinism.cost(self.net, self.loss, own, self.device))
+            self.notify(determinism.cost(first.net, first.loss, own, self.device))
         with self.stop.deferred():
-            with RunLog(self.out, start_step=done) if self.team.leads else contextlib.nullcontext() as log:
-                if not done and log is not None and self.looks is not None:
+            with contextlib.ExitStack() as logs:
+                graph = None
+                active = [style for style in self.styles if style.done < self.inputs.steps]
+                for style in active:
+                    if self.team.leads:
+                        style.log = logs.enter_context(RunLog(style.out, start_step=style.done))
                     with self.stop.at_once():
-                        self.looks.begin(log)
-                self._steps(log, done)
-            if self.looks is not None:
-                self.looks.report(self.notify)
-            if self.step.scaler.is_enabled():
-                skipped, scale = self.step.skipped.read()[0], self.step.scaler.get_scale()
-                self.notify(
-                    f"fp16: {skipped} of {self.inputs.steps} steps skipped, since a gradient overflowed; "
-                    f"the loss scale is now {scale:g}"
-                )
+                        graph = style.begin(graph)
+                self._steps(done)
+            for style in active:
+                style.report()
         # Too late to end a step early; whoever sent it still learns that it was heard.
         if signum := self.team.agree(self.stop.signum or 0)[0]:
             self.team.leave_to()
             raise stopped_by(signum, f"; all {self.inputs.steps} steps are done and saved in {self.out}")
-        return self.out / MODEL_NAME
+        return models
 
-    def _steps(self, log: RunLog | None, done: int) -> None:
+    def _steps(self, done: int) -> None:
         config, last = self.config.train, self.inputs.steps
         meter = Meter(config.batch_size, self.device)
         with (
@@ -218,41 +267,33 @@ class _Run:
                 "train", last, "steps", rate_per_item=config.batch_size, rate_unit="images", start=done
             ) as progress,
             StepProfile(
-                self.out, self.profile, done=done, last=last, device=self.device, notify=self.notify
+                self.styles[0].out, self.profile, done=done, last=last, device=self.device, notify=self.notify
             ) as profile,
         ):
             batches = self._batches(loader, done)
             for step in range(done + 1, last + 1):
                 with meter.waiting(), phase("data wait"):
                     batch = next(batches)
-                terms = self.step(step, batch)
+                styles = [style for style in self.styles if style.done < step]
+                terms = self._step(step, batch, styles)
                 note = None
-                is_due = self.looks is not None and self.looks.projections_due(step, last)
+                due = [style.projections_due(step) for style in styles]
                 # Asked once a step: a signal that comes later than this finds the next step, which it then ends.
-                signum, projects = self.team.agree(self.stop.signum or 0, is_due)
+                signum, *projects = self.team.agree(self.stop.signum or 0, *due)
                 ends = step == last or signum
                 if ends or step == 1 or step % config.log_every == 0:
+                    speed = functools.cache(functools.partial(meter.read, step - done))
                     with phase("logging"):
-                        scalars = self.team.mean(loss_scalars(terms))
-                        self.guard.check_health(step)
-                        if log is not None and self.looks is not None:
-                            speed = meter.read(step - done) | self.looks.cost()
-                            log.metrics(step, scalars | self._training_scalars() | speed)
-                    note = f"loss {scalars['loss/total']:.4g}{self._skipped_note()}"
+                        losses = [style.log_metrics(step, own, speed) for style, own in zip(styles, terms, strict=True)]
+                    note = f"loss {' | '.join(losses)}"
                 elif self.device.type == "cpu":
-                    self.guard.check_health(step)
+                    for style in styles:
+                        style.guard.check_health(step)
                 looks = step == last or step % config.sample_every == 0
-                saves = ends or step % config.checkpoint_every == 0
+                saves = bool(ends or step % config.checkpoint_every == 0)
                 with meter.paused(), phase("look and save"):
-                    if looks or projects or saves:
-                        self.guard.check_weights(step)
-                    if log is not None and self.looks is not None:
-                        if looks:
-                            self.looks.look(log, step)
-                        if projects:
-                            self.looks.project(log, step)
-                        if saves:
-                            self._save(log, step)
+                    for style, own in zip(styles, projects, strict=True):
+                        style.look_and_save(step, looks=looks, projects=bool(own), saves=saves)
                 progress.advance(note=note)
                 profile.step()
                 if signum and step < last:
@@ -262,6 +303,13 @@ class _Run:
                         f"stopped at step {step} of {last}, which is saved; "
                         f"go on with: fastnst train --resume --out {self.out}",
                     )
+
+    @staticmethod
+    def _step(step: int, batch: torch.Tensor, styles: Sequence[StyleRun]) -> list[LossTerms]:
+        if len(styles) == 1:
+            return [styles[0].step(step, batch)]
+        content = styles[0].step.content_of(batch)
+        return [style.step(step, batch, content) for style in styles]
 
     def _loader(self, done: int) -> Loader:
         return open_loader(
@@ -281,79 +329,47 @@ class _Run:
             loader, self.order, self.team.launch.rank, self.failures, start_step=done, read_ahead=read_ahead
         )
 
-    def _save(self, log: RunLog, step: int) -> None:
-        # In this order: what a checkpoint knows of has been logged, and a style model has a checkpoint to go on from.
-        log.flush()
-        self._save_checkpoint(step)
-        self._save_model(step)
-
-    def _save_checkpoint(self, step: int) -> None:
-        tensors = self.step.state_tensors()
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {"scaler": self.step.state_values(), **origin_of(self.inputs, world_size=self.order.world_size)}
-        save_checkpoint(self.out, step, tensors=tensors, state=state, keep=self.config.train.keep_checkpoints)
-
-    def _save_model(self, step: int) -> None:
-        assert self.config.style.picture is not None
-        metadata = {
-            "preset": self.config.preset,
-            "style": self.config.style.picture.name,
-            "style_sha256": self.inputs.style_sha256,
-            "steps": str(step),
-            "image_size": str(self.config.data.image_size),
-            "fastnst_version": __version__,
-        }
-        remove_leftovers(self.out / MODEL_NAME)
-        save_style_model(self.out / MODEL_NAME, self.net, metadata=metadata)
-
-    def _take_over(self, checkpoint: Checkpoint | None) -> int:
-        """Go on with rank 0's `checkpoint`, in all processes; returns its step, 0 if there is none."""
-        checkpoint = shared_checkpoint(checkpoint, self.team)
-        if checkpoint is None:
-            return 0
-        try:
-            self.step.load_state(checkpoint.tensors, checkpoint.state["scaler"])
-            torch.set_rng_state(checkpoint.tensors["rng.cpu"])
-            if self.device.type == "cuda" and "rng.cuda" in checkpoint.tensors:
-                torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"], self.device)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            # The bytes are as they were written, by something else than this.
-            if ran_out_of_memory(error):
-                raise
-            raise DataError(
-                f"{checkpoint.path} holds no state that training can go on from ({str(error)[:200]}); remove it to go "
-                "on from an older one, or start a new run in another --out"
-            ) from error
-        return checkpoint.step
-
-    def _training_scalars(self) -> dict[str, float]:
-        scalars = {"train/learning_rate": self.config.train.learning_rate}
-        if self.step.scaler.is_enabled():
-            scalars["train/loss_scale"] = float(self.step.scaler.get_scale())
-            scalars["train/skipped_steps"] = self.step.skipped.read()[0]
-        if self.device.type == "cuda":
-            scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return scalars
-
-    def _skipped_note(self) -> str:
-        skipped = self.step.skipped.read()[0] if self.step.scaler.is_enabled() else 0
-        return f", {skipped} skipped" if skipped else ""
-
     def _announcement(self, done: int) -> str:
         verb = f"resuming at step {done}" if done else "training"
         loader = loader_name(self.inputs.manifest, self.config.data)
+        styles = "" if len(self.styles) == 1 else f"{len(self.styles)} styles, "
         return (
-            f"{verb}: {self.inputs.steps} steps of {self.config.train.batch_size} pictures, "
+            f"{verb}: {styles}{self.inputs.steps} steps of {self.config.train.batch_size} pictures, "
             f"{len(self.inputs.manifest.images)} in the folder, {self.config.data.image_size} px, "
             f"{self.config.train.precision} on {_device_name(self.device)}, loader {loader}; "
             f"run directory {self.out}"
         )
 
+    @contextlib.contextmanager
+    def explained_divergence(self) -> Iterator[None]:
+        """Say what becomes of the other styles when one goes wrong."""
+        try:
+            yield
+        except DivergedError as error:
+            if len(self.styles) == 1:
+                raise
+            raise DivergedError(
+                f"{error}. The other styles end with it, at their last checkpoints; go on with each of them by "
+                f"fastnst train --resume --out {self.out}/NAME"
+            ) from error
+
+
+def _earliest(failures: Iterable[LateFailure]) -> list[LateFailure]:
+    """Each picture once, as it failed first: a process may be killed between the lists of two styles."""
+    found: dict[str, LateFailure] = {}
+    for failure in failures:
+        known = found.get(failure.entry.path)
+        if known is None or failure.step < known.step:
+            found[failure.entry.path] = failure
+    return list(found.values())
+
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
+def _tell_of(name: str, notify: Callable[[str], None], text: str) -> None:
+    notify(f"{name}: {text}")
 
 
 def _nobody(_: object) -> None:

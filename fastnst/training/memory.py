@@ -57,13 +57,14 @@ def room_of_one_process(device: torch.device, launch: Launch) -> int:
     return available_memory(device) // (1 if device.type == "cuda" else launch.local_world_size)
 
 
-def largest_that_fits(config: Config, room: int, *, device_type: str) -> tuple[int, int] | None:
+def largest_that_fits(config: Config, room: int, *, device_type: str, styles: int = 1) -> tuple[int, int] | None:
     """The largest `train.batch_size` for which there is memory; failing that, of a single picture the largest size.
 
     Args:
         config: as for `estimate`.
         room: bytes.
         device_type: `cuda` or `cpu`.
+        styles: as for `estimate`.
 
     Returns:
         Batch size, at most that of `config`, and picture size: that of `config`, or less than that, a multiple of 16,
@@ -71,7 +72,7 @@ def largest_that_fits(config: Config, room: int, *, device_type: str) -> tuple[i
     """
 
     def of(batch_size: int, side: int) -> Estimate:
-        return estimate(_resized(config, batch_size, side), device_type=device_type)
+        return estimate(_resized(config, batch_size, side), device_type=device_type, styles=styles)
 
     side, asked = config.data.image_size, config.train.batch_size
     single = of(1, side)
@@ -102,13 +103,16 @@ def _largest_picture(need_of: Callable[[int], int], side: int, room: int) -> tup
 
 
 @contextlib.contextmanager
-def explained_memory_errors(config: Config, device: torch.device, launch: Launch = ALONE) -> Iterator[None]:
+def explained_memory_errors(
+    config: Config, device: torch.device, launch: Launch = ALONE, *, styles: int = 1
+) -> Iterator[None]:
     """Turn a lack of memory into an error that says what would fit.
 
     Args:
         config: resolved: not `auto`.
         device: where it runs.
         launch: the processes that share the run.
+        styles: that are trained together.
 
     Raises:
         DeviceError: instead of what PyTorch or Python raise.
@@ -126,11 +130,13 @@ def explained_memory_errors(config: Config, device: torch.device, launch: Launch
         precision = ", or use --precision bf16" if in_fp32 else ""
         raise DeviceError(
             f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
-            f"{config.data.image_size}; {_advice(config, room, device, launch)}{precision}"
+            f"{config.data.image_size}; {_advice(config, room, device, launch, styles)}{precision}"
         ) from error
 
 
-def describe_shortage(config: Config, need: Estimate, room: int, *, device_type: str, processes: int = 1) -> str | None:
+def describe_shortage(
+    config: Config, need: Estimate, room: int, *, device_type: str, processes: int = 1, styles: int = 1
+) -> str | None:
     """What to do where a run of `config`, which needs `need`, should not fit into `room` bytes; None where it should.
 
     Args:
@@ -139,6 +145,7 @@ def describe_shortage(config: Config, need: Estimate, room: int, *, device_type:
         room: bytes that are there for one process.
         device_type: `cuda` or `cpu`.
         processes: that share a batch.
+        styles: that are trained together.
     """
     if needed_memory(need) <= room:
         return None
@@ -146,7 +153,7 @@ def describe_shortage(config: Config, need: Estimate, room: int, *, device_type:
     wants = (
         f"it needs about {byte_count(needed_memory(need))}, reserve included, and {byte_count(room)} are there{each}"
     )
-    match largest_that_fits(config, room, device_type=device_type):
+    match largest_that_fits(config, room, device_type=device_type, styles=styles):
         case (batch_size, side) if side == config.data.image_size:
             return f"{wants}: set train.batch_size = {batch_size * processes}, the largest that should fit"
         case (_, side):
@@ -158,11 +165,11 @@ def describe_shortage(config: Config, need: Estimate, room: int, *, device_type:
             return f"{wants}: no train.batch_size or data.image_size should fit; use a device with more memory"
 
 
-def _advice(config: Config, room: int, device: torch.device, launch: Launch) -> str:
+def _advice(config: Config, room: int, device: torch.device, launch: Launch, styles: int) -> str:
     processes, own = launch.world_size, of_one_process(config, launch)
     try:
-        need = estimate(own, device_type=device.type)
-        shortage = describe_shortage(own, need, room, device_type=device.type, processes=processes)
+        need = estimate(own, device_type=device.type, styles=styles)
+        shortage = describe_shortage(own, need, room, device_type=device.type, processes=processes, styles=styles)
     except (RuntimeError, MemoryError, UserError):
         return "lower one of them"
     if shortage is not None:

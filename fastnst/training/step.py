@@ -1,6 +1,7 @@
 """One optimisation step: a uint8 batch in, loss terms out, weights changed in between."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,16 @@ def to_unit(batch: Tensor) -> Tensor:
     return batch.permute(0, 3, 1, 2).float().div_(255.0)
 
 
+@dataclass(frozen=True)
+class Content:
+    """What steps of several networks on one batch have in common."""
+
+    pictures: Tensor
+    """`[N, 3, H, W]` in [0, 1]."""
+    targets: dict[str, Tensor]
+    """φ of them, by content layer."""
+
+
 class TrainingStep:
     """Forward, loss, backward and Adam for one batch, in the asked precision.
 
@@ -32,6 +43,7 @@ class TrainingStep:
         config: learning rate, precision (resolved: not `auto`), engine and compile.
         device: where both are.
         parallel: what is called in place of `net`, to share its gradients with other processes.
+        beside: the step of another network with the same φ, layers and configuration; φ's weights are kept once.
     """
 
     def __init__(
@@ -42,6 +54,7 @@ class TrainingStep:
         device: torch.device,
         *,
         parallel: nn.Module | None = None,
+        beside: "TrainingStep | None" = None,
     ) -> None:
         self.net = net
         self._called = net if parallel is None else parallel
@@ -59,17 +72,30 @@ class TrainingStep:
         if config.compile:
             self._forward = torch.compile(self._loss_of)
         elif config.engine == "fused":
-            self._engine = LossEngine(loss, None if self._dtype == torch.float32 else self._dtype)
+            self._engine = LossEngine(
+                loss,
+                None if self._dtype == torch.float32 else self._dtype,
+                beside=beside._engine if beside is not None else None,
+            )
 
-    def __call__(self, step: int, batch: Tensor) -> LossTerms:
-        """Train on `batch` (uint8 `[N, H, W, 3]` on the device); returns the detached terms, still on the device."""
+    def __call__(self, step: int, batch: Tensor, content: Content | None = None) -> LossTerms:
+        """Train on a batch.
+
+        Args:
+            step: counted from 1.
+            batch: uint8 `[N, H, W, 3]` on the device.
+            content: `content_of` the batch, from this step or one beside it, where several share it.
+
+        Returns:
+            The detached terms, still on the device.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         if self._engine is None:
             terms = self._forward(batch)
             with phase("backward"):
                 self.scaler.scale(terms.total).backward()
         else:
-            terms = self._fused_pass(self._engine, batch)
+            terms = self._fused_pass(self._engine, batch, content)
         with phase("optimiser"):
             self.scaler.unscale_(self.optimizer)
             updates = self._updates().clone()
@@ -78,6 +104,14 @@ class TrainingStep:
         detached = terms.detach()
         self._record(step, detached, skipped=self._updates() == updates)
         return detached
+
+    def content_of(self, batch: Tensor) -> Content | None:
+        """What steps beside this one may share of a batch; None where each has to compute it itself (autograd)."""
+        if self._engine is None:
+            return None
+        pictures = to_unit(batch)
+        with phase("content pass"):
+            return Content(pictures, self._engine.content_targets(pictures))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on, by dotted name; weights are below `model.`."""
@@ -120,18 +154,17 @@ class TrainingStep:
             with phase("loss network"):
                 return self._loss(stylized, content)
 
-    def _fused_pass(self, engine: LossEngine, batch: Tensor) -> LossTerms:
+    def _fused_pass(self, engine: LossEngine, batch: Tensor, content: Content | None) -> LossTerms:
         """Forward and backward of one batch."""
-        content = to_unit(batch)
         # First, while the transform net holds nothing: a pass without gradient needs its two largest layers at once.
-        with phase("content pass"):
-            targets = engine.content_targets(content)
+        content = content or self.content_of(batch)
+        assert content is not None
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            stylized = self._stylized(content)
+            stylized = self._stylized(content.pictures)
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
         with phase("loss network"):
-            terms, gradient = engine(stylized.detach(), targets, scale)
-        del targets
+            terms, gradient = engine(stylized.detach(), content.targets, scale)
+        del content  # and its targets, unless the next network wants them
         with phase("backward"):
             stylized.backward(gradient)
         return terms

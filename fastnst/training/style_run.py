@@ -1,0 +1,219 @@
+"""One style of a run: its transform net and loss, and its run directory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastnst import __version__
+from fastnst.config import to_toml
+from fastnst.data.replacements import LateFailure
+from fastnst.device import ran_out_of_memory
+from fastnst.errors import DataError
+from fastnst.losses import LossTerms, PerceptualLoss
+from fastnst.models.style_model import MODEL_NAME, save_style_model
+from fastnst.models.transform_net import TransformNet
+from fastnst.storage import remove_leftovers, write_atomic
+from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
+from fastnst.training.checkpoint import Checkpoint, remove_old_checkpoints, save_checkpoint
+from fastnst.training.distributed import Team
+from fastnst.training.guard import Guard
+from fastnst.training.inputs import Inputs
+from fastnst.training.looks import Looks
+from fastnst.training.rejected import RejectedPictures
+from fastnst.training.restore import steps_of_run
+from fastnst.training.resume import (
+    changes_since,
+    check_fits,
+    checkpoint_to_resume,
+    origin_of,
+    shared_checkpoint,
+    tell_changes,
+)
+from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME
+from fastnst.training.step import TrainingStep
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+
+
+class StyleRun:
+    """What belongs to one style, in one process of the run; only rank 0's writes.
+
+    Args:
+        inputs: configuration, style picture, training pictures and VGG19.
+        out: the run directory, locked by this process if it leads.
+        notify: receives one line per event that a user should know of.
+        team: the processes that share the run.
+        beside: another style of the run; both have all in common but the style picture.
+        share: of `visualize.max_percent`, what this style's projections may take.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        out: Path,
+        notify: Callable[[str], None],
+        team: Team,
+        *,
+        beside: "StyleRun | None" = None,
+        share: float = 1.0,
+    ) -> None:
+        self.inputs, self.out, self.notify, self.team = inputs, out, notify, team
+        config, device = inputs.config, inputs.device
+        self.config, self.device = config, device
+        # Before each: a style's weights begin as they would in a run of its own.
+        torch.manual_seed(config.train.seed)
+        self.net = TransformNet(config.model.architecture, config.model.norm)
+        self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net.train()
+        loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
+        loss.set_style(inputs.style.to(device))
+        self.loss = loss
+        parallel = team.parallel(self.net, device, config.data.image_size)
+        other = beside.step if beside is not None else None
+        self.step: TrainingStep = TrainingStep(self.net, loss, config.train, device, parallel=parallel, beside=other)
+        self.guard = Guard(self.step, config.train, team, out, notify)
+        self.looks = Looks(inputs, self.net, loss, share=share) if team.leads else None
+        self.log: RunLog | None = None
+        self.done = 0
+        """Steps that are done already."""
+
+    def restore(self, changes: list[str], *, allow: bool) -> None:
+        """Take over the newest valid checkpoint, if there is one.
+
+        Args:
+            changes: what is known to differ from the run's saved configuration.
+            allow: go on though something differs from what the checkpoint was trained with.
+        """
+        if not self.team.leads:
+            self._take_over(None)
+            return
+        checkpoint = checkpoint_to_resume(self.out, self.notify)
+        if checkpoint is None:
+            tell_changes(changes, 0, self.notify)
+            self.notify(f"{self.out} holds no checkpoint yet; starting at step 0")
+            self._take_over(None)
+            return
+        origin = origin_of(self.inputs, world_size=self.team.launch.world_size)
+        changes = changes_since(checkpoint, origin, allow=allow)
+        check_fits(checkpoint, self.net)
+        self._take_over(checkpoint)
+        tell_changes(changes, checkpoint.step, self.notify)
+        # The style model is written behind its checkpoint, and a process may have been killed in between. What was
+        # allowed to change is recorded, so that it need not be allowed again.
+        if changes:
+            self._save_checkpoint(checkpoint.step)
+        if changes or steps_of_run(self.out) != checkpoint.step:
+            self._save_model(checkpoint.step)
+        remove_old_checkpoints(self.out, checkpoint.step, keep=self.config.train.keep_checkpoints)
+
+    def prepare(self, late: Sequence[LateFailure], notify: Callable[[str], None]) -> RejectedPictures:
+        """Write down the configuration and which pictures are not used; returns what takes down further ones."""
+        for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
+            remove_leftovers(self.out / name)
+        write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
+        return RejectedPictures(self.out, self.inputs.manifest, late, notify)
+
+    def begin(self, graph: "GraphDef | None") -> "GraphDef | None":
+        """Log what does not change, of a run that begins; `graph` is another style's, which is the same."""
+        if self.looks is None or self.log is None or self.done:
+            return graph
+        return self.looks.begin(self.log, graph)
+
+    def report(self) -> None:
+        """At the end, say what was spent on projections, and what was skipped."""
+        if self.looks is not None:
+            self.looks.report(self.notify)
+        if self.step.scaler.is_enabled():
+            skipped, scale = self.step.skipped.read()[0], self.step.scaler.get_scale()
+            self.notify(
+                f"fp16: {skipped} of {self.inputs.steps} steps skipped, since a gradient overflowed; "
+                f"the loss scale is now {scale:g}"
+            )
+
+    def projections_due(self, step: int) -> bool:
+        """Whether this process wants to project after `step`."""
+        return self.looks is not None and self.looks.projections_due(step, self.inputs.steps)
+
+    def log_metrics(self, step: int, terms: LossTerms, speed: Callable[[], Mapping[str, float]]) -> str:
+        """Log a step of which each process has its `terms`; returns the loss for the progress bar."""
+        scalars = self.team.mean(loss_scalars(terms))
+        self.guard.check_health(step)
+        if self.log is not None and self.looks is not None:
+            self.log.metrics(step, scalars | self._training_scalars() | dict(speed()) | self.looks.cost())
+        return f"{scalars['loss/total']:.4g}{self._skipped_note()}"
+
+    def look_and_save(self, step: int, *, looks: bool, projects: bool, saves: bool) -> None:
+        """What is due after `step`."""
+        if looks or projects or saves:
+            self.guard.check_weights(step)
+        if self.log is not None and self.looks is not None:
+            if looks:
+                self.looks.look(self.log, step)
+            if projects:
+                self.looks.project(self.log, step)
+            if saves:
+                self._save(self.log, step)
+
+    def _save(self, log: RunLog, step: int) -> None:
+        # In this order: what a checkpoint knows of has been logged, and a style model has a checkpoint to go on from.
+        log.flush()
+        self._save_checkpoint(step)
+        self._save_model(step)
+
+    def _save_checkpoint(self, step: int) -> None:
+        tensors = self.step.state_tensors()
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        origin = origin_of(self.inputs, world_size=self.team.launch.world_size)
+        state = {"scaler": self.step.state_values(), **origin}
+        save_checkpoint(self.out, step, tensors=tensors, state=state, keep=self.config.train.keep_checkpoints)
+
+    def _save_model(self, step: int) -> None:
+        assert self.config.style.picture is not None
+        metadata = {
+            "preset": self.config.preset,
+            "style": self.config.style.picture.name,
+            "style_sha256": self.inputs.style_sha256,
+            "steps": str(step),
+            "image_size": str(self.config.data.image_size),
+            "fastnst_version": __version__,
+        }
+        remove_leftovers(self.out / MODEL_NAME)
+        save_style_model(self.out / MODEL_NAME, self.net, metadata=metadata)
+
+    def _take_over(self, checkpoint: Checkpoint | None) -> None:
+        """Go on with rank 0's `checkpoint`, in all processes."""
+        checkpoint = shared_checkpoint(checkpoint, self.team)
+        if checkpoint is None:
+            return
+        try:
+            self.step.load_state(checkpoint.tensors, checkpoint.state["scaler"])
+            torch.set_rng_state(checkpoint.tensors["rng.cpu"])
+            if self.device.type == "cuda" and "rng.cuda" in checkpoint.tensors:
+                torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"], self.device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # The bytes are as they were written, by something else than this.
+            if ran_out_of_memory(error):
+                raise
+            raise DataError(
+                f"{checkpoint.path} holds no state that training can go on from ({str(error)[:200]}); remove it to go "
+                "on from an older one, or start a new run in another --out"
+            ) from error
+        self.done = checkpoint.step
+
+    def _training_scalars(self) -> dict[str, float]:
+        scalars = {"train/learning_rate": self.config.train.learning_rate}
+        if self.step.scaler.is_enabled():
+            scalars["train/loss_scale"] = float(self.step.scaler.get_scale())
+            scalars["train/skipped_steps"] = self.step.skipped.read()[0]
+        if self.device.type == "cuda":
+            scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return scalars
+
+    def _skipped_note(self) -> str:
+        skipped = self.step.skipped.read()[0] if self.step.scaler.is_enabled() else 0
+        return f", {skipped} skipped" if skipped else ""
