@@ -182,10 +182,26 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        gradients = torch.ops.aten.convolution_backward(
-            dz, _value(ctx.node), weight, ctx.bias_shape, *ctx.options, wanted
-        )
+        gradients = _convolution_backward(dz, _value(ctx.node), weight, ctx.bias_shape, ctx.options, wanted)
         return *gradients, None, None, None, None
+
+
+def _convolution_backward(
+    dz: Tensor, y: Tensor, weight: Tensor, bias_shape: list[int] | None, options: tuple[Any, ...], wanted: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of y, weight and bias, as far as they are wanted."""
+    backward = torch.ops.aten.convolution_backward
+    # oneDNN takes a weight's gradient faster from NCHW than from NHWC, both copies included, and y's gradient slower;
+    # in fp32 alone, and not that of a transposed convolution.
+    transposed = options[3]
+    splits = y.device.type == "cpu" and y.dtype == torch.float32 and not transposed and all(wanted[:2])
+    if not splits or y.is_contiguous():
+        return tuple(backward(dz, y, weight, bias_shape, *options, wanted))
+    dy, _, _ = backward(dz, y, weight, None, *options, [True, False, False])
+    # Any one of the three in NHWC would have all converted back.
+    planes = dz.contiguous(), y.contiguous(), weight.contiguous()
+    _, d_weight, d_bias = backward(*planes, bias_shape, *options, [False, True, wanted[2]])
+    return dy, torch.empty_like(weight).copy_(d_weight), d_bias
 
 
 def recomputed_instance_norm(

@@ -297,3 +297,40 @@ def test_bad_input():
         recomputed_batch_norm(x[:1, :, :1, :1], one, one, torch.zeros(4), torch.ones(4))
     with pytest.raises(ValueError, match=r"running_var has shape \(5,\)"):
         recomputed_batch_norm(x, one, one, torch.zeros(4), torch.ones(5))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("stride", "padding", "size"), [(1, 0, 6), (2, 0, 7), (2, 1, 6), (1, 1, 2)])
+def test_a_weights_gradient_from_planes_is_that_from_pixels(
+    stride: int, padding: int, size: int, with_bias: bool
+) -> None:
+    """On the CPU the input's gradient is taken in NHWC and the weight's in NCHW; both come out in NHWC."""
+    x = LAYOUTS["channels_last"](randn((2, 5, size, size), torch.float32, "cpu"))
+    filters = LAYOUTS["channels_last"](randn((3, 5, 3, 3), torch.float32, "cpu", seed=5))
+    bias = randn((3,), torch.float32, "cpu", seed=6) if with_bias else None
+    scale, shift = parameters(5, "cpu")
+
+    def gradients(dtype: torch.dtype, plain: bool) -> tuple[list[torch.Tensor], Ops]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, filters, scale, shift)]
+        extra = [] if bias is None else [bias.detach().to(dtype).requires_grad_()]
+        # A border, so that the smallest picture has a convolution.
+        y = (instance_norm if plain else recomputed_instance_norm)(
+            leaves[0], *leaves[2:], padding=1, padding_mode="zeros"
+        )
+        options = {"stride": stride, "padding": padding}
+        with Ops() as ops:
+            if plain:
+                z = F.conv2d(y, leaves[1], *extra, **options)
+            else:
+                z = convolution(y, leaves[1], *extra, **options)
+            z.backward(randn(tuple(z.shape), torch.float32, "cpu", seed=9).to(dtype))
+        return [leaf.grad for leaf in leaves + extra if leaf.grad is not None], ops
+
+    actual, ops = gradients(torch.float32, plain=False)
+    peer, _ = gradients(torch.float32, plain=True)
+    truth, _ = gradients(torch.float64, plain=True)
+    assert ops.counts["convolution_backward"] == 2
+    assert actual[1].stride() == filters.stride()
+    assert len(actual) == len(truth) == 4 + with_bias
+    for name, one, other, exact in zip(("x", "filters", "scale", "shift", "bias"), actual, peer, truth, strict=False):
+        assert_as_exact_as_torch(one, other, exact, conditioning=4.0, what=name)
