@@ -7,10 +7,15 @@ reported on its own and not part of the rate. The cache is made for this in a te
 read, and lies in the page cache; the time that making it takes stands in its row of the JSON file. With
 `--step-seconds`, the main thread multiplies matrices that long between batches, as a training step would, and the share
 of time it then waits for pictures is reported.
+
+`--tune` measures the DALI loader alone, for each of several numbers of threads and of batches kept ready, and on a GPU
+for several shares of the JPEGs that go to its decoding engines: what `data.workers`, `data.prefetch` and
+`fastnst.data.dali.HW_DECODER_LOAD` should be on this machine.
 """
 
 import contextlib
 import io
+import itertools
 import os
 import platform
 import statistics
@@ -40,6 +45,9 @@ if TYPE_CHECKING:
     from fastnst.data.cache import CachedManifest
 
 WARM_UP = 2
+TUNED_THREADS = (1, 2, 4, 8, 16)
+TUNED_PREFETCH = (1, 3, 6)
+TUNED_ENGINE_SHARES = (0.0, 0.35, 0.65, 0.9)
 
 
 @click.command()
@@ -52,6 +60,7 @@ WARM_UP = 2
 @click.option("--prefetch", default=3, show_default=True, help="Batches kept ready.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--step-seconds", default=0.0, show_default=True, help="Length of a made-up training step.")
+@click.option("--tune", is_flag=True, help="Measure the DALI loader with several settings instead.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write rows and environment here.")
 def main(
     folder: Path,
@@ -63,6 +72,7 @@ def main(
     prefetch: int,
     device: str,
     step_seconds: float,
+    tune: bool,
     json_file: Path | None,
 ) -> None:
     """Print pictures per second of plain Pillow, the Pillow loader, the DALI loader and a cache."""
@@ -72,6 +82,21 @@ def main(
     manifest = build_manifest(folder)
     order = RunOrder(0, len(manifest.images), batch_size, WARM_UP + batches)
     base = DataConfig(folder=folder, image_size=image_size, workers=workers, prefetch=prefetch)
+
+    if tune:
+        rows = _tune(manifest, order, base, repeats, step_seconds, target)
+        _write(
+            json_file,
+            rows,
+            target,
+            pictures=len(manifest.images),
+            image_size=image_size,
+            batch_size=batch_size,
+            batches=batches,
+            repeats=repeats,
+            step_seconds=step_seconds,
+        )
+        return
 
     def loader(name: str) -> Callable[[], Any]:
         config = base.model_copy(update={"loader": name})
@@ -101,18 +126,63 @@ def main(
                 f"({row['slowest']:.1f} … {row['fastest']:.1f})  "
                 f"first batch {row['first_batch_seconds']:.2f} s{waiting}"
             )
-    if json_file is not None:
-        settings = {
-            "pictures": len(manifest.images),
-            "image_size": image_size,
-            "batch_size": batch_size,
-            "batches": batches,
-            "repeats": repeats,
-            "workers": workers,
-            "prefetch": prefetch,
-            "step_seconds": step_seconds,
-        }
-        write_json(json_file, {"settings": settings, "environment": _environment(target), "rows": rows})
+    _write(
+        json_file,
+        rows,
+        target,
+        pictures=len(manifest.images),
+        image_size=image_size,
+        batch_size=batch_size,
+        batches=batches,
+        repeats=repeats,
+        workers=workers,
+        prefetch=prefetch,
+        step_seconds=step_seconds,
+    )
+
+
+def _write(file: Path | None, rows: list[dict[str, Any]], device: "torch.device", **settings: Any) -> None:
+    if file is not None:
+        write_json(file, {"settings": settings, "environment": _environment(device), "rows": rows})
+
+
+def _tune(
+    manifest: Manifest,
+    order: RunOrder,
+    base: DataConfig,
+    repeats: int,
+    step_seconds: float,
+    device: "torch.device",
+) -> list[dict[str, Any]]:
+    """A row for each setting of the DALI loader, and the fastest printed last."""
+    from fastnst.data import dali
+
+    cores = len(os.sched_getaffinity(0))
+    threads = [count for count in TUNED_THREADS if count <= 2 * cores]
+    shares = TUNED_ENGINE_SHARES if device.type == "cuda" else (dali.HW_DECODER_LOAD,)
+    usual, rows = dali.HW_DECODER_LOAD, []
+    try:
+        for count, depth, share in itertools.product(threads, TUNED_PREFETCH, shares):
+            config = base.model_copy(update={"loader": "dali", "workers": count, "prefetch": depth})
+            dali.HW_DECODER_LOAD = share
+            engines = f", {share:.0%} to the engines" if device.type == "cuda" else ""
+            name = f"{count} threads, {depth} batches ready{engines}"
+            row = _measure(
+                name,
+                lambda config=config: open_loader(manifest, order, config, device=device),
+                order,
+                repeats,
+                step_seconds,
+                device,
+            )
+            rows.append(row | {"workers": count, "prefetch": depth, "engines_share": share if engines else None})
+            waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
+            click.echo(f"{name:48} {row['pictures_per_second']:8.1f} pictures/s{waiting}")
+    finally:
+        dali.HW_DECODER_LOAD = usual
+    best = max(rows, key=lambda row: row["pictures_per_second"])
+    click.echo(f"fastest: {best['name']}")
+    return rows
 
 
 def _make_cache(manifest: Manifest, order: RunOrder, out: Path, config: DataConfig) -> "tuple[CachedManifest, float]":

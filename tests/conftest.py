@@ -23,6 +23,10 @@ PROJECT = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get("FASTNST_TEST_DATA") or PROJECT / "../shared/data").resolve()
 
 _INTERPRETER = re.compile(r"^tests/kernels/.*[\[-]interpreter[\]-]")
+_DEAR_FIXTURES = re.compile(
+    r"^tests/(test_kernel_benchmarks|test_end_to_end_benchmark|test_tensorboard_pages|kernels/test_compiled)\.py"
+    r"|^tests/test_security_files\.py::test_hostile_files_are_refused_shortly_and_cheaply"
+)
 
 # Settings of the person who runs the tests must not decide their outcome; nor may child processes inherit them.
 for _variable in [name for name in os.environ if name.startswith("FASTNST_")]:
@@ -120,15 +124,18 @@ def photo_folder(generated_photos: Path, tmp_path: Path) -> Path:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Deal tests out one by one, but all of Triton's interpreter to one worker, which runs them in a child process.
+    """Deal tests out one by one, but to one worker those that share what takes long to make.
 
-    See `tests/kernels/conftest.py`.
+    All of Triton's interpreter is such a group, which its worker runs in a child process: `tests/kernels/conftest.py`.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "interpreter" if _INTERPRETER.search(nodeid) else nodeid
+            if _INTERPRETER.search(nodeid):
+                return "interpreter"
+            shared = _DEAR_FIXTURES.search(nodeid)
+            return shared[0] if shared else nodeid
 
     return Scheduling(config, log)
 

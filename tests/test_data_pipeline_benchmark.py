@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data_pipeline
+import pytest
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -52,3 +55,25 @@ def test_benchmark_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> Non
     assert result.returncode != 0
     assert "holds no pictures" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_settings_of_dali_are_tried(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dali = pytest.importorskip(
+        "fastnst.data.dali", reason="DALI is made for Linux on x86-64 only", exc_type=ImportError
+    )
+    monkeypatch.setattr(data_pipeline, "TUNED_THREADS", (1, 2, 99_999))
+    monkeypatch.setattr(data_pipeline, "TUNED_PREFETCH", (1, 2))
+    share, file = dali.HW_DECODER_LOAD, tmp_path / "rows.json"
+    arguments = ["--folder", generated_photos, "--image-size", 16, "--batch-size", 2, "--batches", 2, "--repeats", 1]
+    with pytest.raises(SystemExit) as ended:
+        data_pipeline.main([*map(str, arguments), "--tune", "--json", str(file)])
+    assert ended.value.code == 0
+    rows = json.loads(file.read_text())["rows"]
+    # More threads than twice the cores would only wait.
+    assert [(row["workers"], row["prefetch"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(row["pictures_per_second"] > 0 for row in rows)
+    best = max(rows, key=lambda row: row["pictures_per_second"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"fastest: {best['name']}"
+    assert share == dali.HW_DECODER_LOAD
