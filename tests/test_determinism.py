@@ -21,7 +21,7 @@ from fastnst.config import load_config
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.weights import load_vgg19
-from fastnst.training import determinism, loop
+from fastnst.training import determinism
 from fastnst.training.step import TrainingStep
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_the_steps_of_a_run_are_made_in_its_mode(
             return super().__call__(step, batch)
 
     make_small(monkeypatch)
-    monkeypatch.setattr(loop, "TrainingStep", Watched)
+    monkeypatch.setattr("fastnst.training.style_run.TrainingStep", Watched)
     config = small_config(generated_photos, f"train.deterministic={str(deterministic).lower()}")
     said = train_small(config, tmp_path)
     assert seen == [deterministic] * 5
