@@ -877,4 +877,40 @@ STOPPED = (
     ),
 )
 
-FAULTS = (*RESUMED, *LOGGED, *DURABLE, *CHECKPOINTS, *PICTURES, *SECURE, *NUMBERS, *STOPPED)
+# Several styles in one process.
+TOGETHER = (
+    Fault(
+        "steps of a style that is ahead made again",
+        LOOP,
+        "styles = [style for style in self.styles if style.done < step]",
+        "styles = list(self.styles)",
+        "tests/test_styles.py::test_a_style_goes_on_alone_and_comes_back",
+        "after a kill between two saves, a style has been trained twice on the same pictures",
+    ),
+    Fault(
+        "list of the styles written too late",
+        LOOP,
+        "                    folder.write()\n",
+        "                    pass\n",
+        "tests/test_styles.py::test_a_run_killed_before_all_styles_have_begun",
+        "a run killed at its start cannot be resumed, and stands in the way of a new one",
+    ),
+    Fault(
+        "failed pictures of the first style's list only",
+        LOOP,
+        "failure for run in runs for failure in",
+        "failure for run in runs[:1] for failure in",
+        "tests/test_styles.py::test_a_picture_that_fails_is_noted_for_each_style",
+        "killed between two lists, the resumed run takes other pictures",
+    ),
+    Fault(
+        "weights of later styles begin elsewhere",
+        STYLE_RUN,
+        "        torch.manual_seed(config.train.seed)\n",
+        "        torch.manual_seed(config.train.seed) if beside is None else None\n",
+        "tests/test_styles.py::test_each_style_is_trained_as_if_alone",
+        "a style comes out otherwise than in a run of its own",
+    ),
+)
+
+FAULTS = (*RESUMED, *LOGGED, *DURABLE, *CHECKPOINTS, *PICTURES, *SECURE, *NUMBERS, *STOPPED, *TOGETHER)
