@@ -884,7 +884,7 @@ TOGETHER = (
         LOOP,
         "styles = [style for style in self.styles if style.done < step]",
         "styles = list(self.styles)",
-        "tests/test_styles.py::test_a_style_goes_on_alone_and_comes_back",
+        "tests/test_styles.py::test_a_run_killed_between_the_saves_of_two_styles_ends_like_one_that_was_not",
         "after a kill between two saves, a style has been trained twice on the same pictures",
     ),
     Fault(
