@@ -29,7 +29,7 @@ from fastnst.training.cuda_graph import Graph, Result, Streams
 aten = torch.ops.aten
 # For these a GPU would have to finish, or to be fed from memory that it cannot reach.
 FORBIDDEN = (aten._local_scalar_dense, aten.lift_fresh, aten.nonzero, aten.equal)
-# They launch nothing.
+# They launch nothing; nor do the profiler's notes.
 ALLOCATE_ONLY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
 
 
@@ -69,7 +69,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors_of(result):
             if storage(tensor) not in given:
                 self.own[storage(tensor)] = tensor
-        self.launches.append((op, args, kwargs, result))
+        if op.overloadpacket not in ALLOCATE_ONLY and op.namespace != "profiler":
+            self.launches.append((op, args, kwargs, result))
         return result
 
     def __exit__(self, *error: object) -> None:
@@ -99,8 +100,6 @@ class CpuGraph(Graph):
         self.poison()
         assert all(tensor.data_ptr() == address for tensor, address in self._recorded.addresses.values())
         for op, args, kwargs, result in self._recorded.launches:
-            if op.overloadpacket in ALLOCATE_ONLY:
-                continue
             for old, new in zip(tensors_of(result), tensors_of(op(*args, **kwargs)), strict=True):
                 if storage(old) != storage(new):
                     old.copy_(new)

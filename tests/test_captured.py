@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from fastnst.models.vgg19 import VGG19
 from fastnst.stylize import stylize
 from fastnst.training import captured
 from fastnst.training.captured import WARM_UP, Steps, make_steps, obstacle
+from fastnst.training.checkpoint import latest_checkpoint
+from fastnst.training.loop import train
 from fastnst.training.step import TrainingStep
 
 CPU = torch.device("cpu")
@@ -220,6 +223,26 @@ def test_looks_between_replays_change_nothing_and_see_the_newest_weights(maker: 
     assert_same(*outcomes)
     torch.testing.assert_close(*pictures, rtol=0, atol=0)
     assert not torch.equal(pictures[0][-1], pictures[0][-2])
+
+
+def test_projections_between_replays_change_nothing(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ("data.image_size=32", "data.workers=1", "data.loader=pillow", "train.batch_size=1", "style.size=32")
+    others = (f"train.steps={WARM_UP + 2}", "train.device=cpu", "train.samples=0", "visualize.every=1")
+    watched = ("visualize.pictures=1", 'visualize.transform_maps=["conv2:0"]', "visualize.max_percent=100")
+    options = {"data.folder": photo_folder, "style.picture": photo_folder / "picture_00.jpg", "loss.vgg": "random"}
+    config = load_config(preset="vgg-conv3", assignments=[*sizes, *others, *watched], options=options, environment={})
+    train(config, tmp_path / "launched", notify=nothing)
+    streams = CpuStreams()
+    monkeypatch.setattr(captured, "CudaStreams", lambda _: streams)
+    monkeypatch.setattr(captured, "obstacle", lambda *_, **__: None)
+    told: list[str] = []
+    train(config, tmp_path / "captured", notify=told.append)
+    assert [graph.replays for graph in streams.graphs] == [2]
+    assert any(text.startswith(f"projections: {WARM_UP + 3} sets in ") for text in told)
+    one, other = (latest_checkpoint(tmp_path / name, print) for name in ("launched", "captured"))
+    torch.testing.assert_close(one.tensors, other.tensors, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
