@@ -145,7 +145,7 @@ def test_a_graph_that_keeps_a_steps_memory_is_named(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, setting: str, told: bool
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda _: 2**40)
-    monkeypatch.setattr(memory, "estimate", round_numbers)
+    monkeypatch.setattr(memory, "estimate", lambda config, **_: round_numbers(config, device_type="cpu"))
     config = configure("train.precision=bf16", setting)
     with pytest.raises(DeviceError) as raised, memory.explained_memory_errors(config, torch.device("cuda")):
         raise GPU_ERROR

@@ -12,8 +12,8 @@ A graph repeats launches with the addresses and numbers that they had. Hence:
   replay that reads what it overwrites, and before its own.
 - The step's number, which `Health` takes down, is counted in the graph; the processor sets it where counts differ.
 - The terms lie in one tensor that the next replay overwrites, so each step hands out a copy of it.
-- Gradients are None when the capture begins, so that they lie in the graph's memory, and are parameters' `grad` again
-  after a step that was launched.
+- Gradients are None when the capture begins, so that they lie in the graph's memory. Where a launched step has put
+  others in their place, a replay puts them back.
 - Whatever replaces a tensor that a step changes (`TrainingStep.loads`) ends the graph; another is captured.
 
 Looks and launched steps in between allocate from PyTorch's ordinary memory. The graph's own is nobody else's.
@@ -191,7 +191,7 @@ class _Captured:
             return torch.stack([value for each in terms for value in _values(each)]), terms
 
         for step in steps:
-            step.optimizer.zero_grad(set_to_none=True)
+            step.optimizer.zero_grad(set_to_none=True)  # as the step does; now their memory can become the graph's
         self._graph: Graph
         self._graph, (self._packed, terms) = streams.capture(work)
         self._layers = [list(each.layers) for each in terms]

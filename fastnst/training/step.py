@@ -154,8 +154,6 @@ class TrainingStep:
     def abandon(self) -> None:
         """Forget a step that was begun and did not reach its end, of which the device has computed nothing."""
         self.optimizer.zero_grad(set_to_none=True)
-        for left_by_the_scaler in ("grad_scale", "found_inf"):
-            vars(self.optimizer).pop(left_by_the_scaler, None)
         if self.scaler.is_enabled():
             # One that knows of no step, since this one refuses to begin another.
             begun, self.scaler = self.scaler, self._new_scaler()
