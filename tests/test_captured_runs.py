@@ -13,7 +13,7 @@ import pytest
 import torch
 from graph_on_cpu import CpuStreams
 from small_runs import logged, make_small, small_config, train_small
-from test_captured import assert_same, launched, new_batch, new_step, seen
+from test_captured import Outcome, assert_same, launched, new_batch, new_step, seen
 from test_resume import assert_same_run, newest
 from tolerances import assert_as_exact_as_torch
 
@@ -177,8 +177,6 @@ def test_the_loader_works_within_the_feed(
 
 # On a GPU.
 
-CUDA = torch.device("cuda")
-
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -190,13 +188,13 @@ def test_cuda_replays_what_was_launched(precision: str) -> None:
     step = new_step(precision, norm="instance", device=device)
     terms = []
     batches = (new_batch(number, device=device) for number in range(1, LAST + 1))
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for number in range(1, LAST + 1):
             terms.append(seen(steps(number, steps.fetch(batches), [step])[0]))
         plain = new_step(precision, norm="instance", device=device)
         expected = launched([plain], range(1, LAST + 1), batch=lambda number: new_batch(number, device=device))
     assert steps.captured, told
-    assert_same(type(expected)(terms).of(step), expected)
+    assert_same(Outcome(terms).of(step), expected)
 
 
 @pytest.mark.gpu
@@ -247,7 +245,7 @@ def test_cuda_takes_odd_batches_looks_and_loaded_states_in_between() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     steps = Steps(TrainConfig(), device, notify=print)
     step, plain = (new_step("fp32", norm="instance", device=device) for _ in range(2))
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for number in range(1, 3 * LAST):
             batch = new_batch(number, 2 if number == LAST else 1, device)
             if number == 2 * LAST:
@@ -276,7 +274,7 @@ def test_a_capture_that_fails_on_cuda_leaves_training_as_it_was(monkeypatch: pyt
         original(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TrainingStep, "_record", reads)
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for number in range(1, LAST + 1):
             steps(number, new_batch(number, device=device), [step])
             plain(number, new_batch(number, device=device))
