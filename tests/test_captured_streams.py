@@ -1,5 +1,6 @@
 """What stands for CUDA in the tests of captured steps is as strict as CUDA, and batches come in time."""
 
+import contextlib
 import random
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastnst.training import captured
 from fastnst.training.captured import _Feed
+from fastnst.training.cuda_graph import CudaStreams
 
 # The graph of the tests is as strict as a real one.
 
@@ -87,3 +89,114 @@ def test_a_wait_or_a_mark_that_is_forgotten_would_be_found(forgotten: str, monke
         wrong += read_in_order(streams, feed, random.Random(-seed)) != list(range(1, 21))
         monkeypatch.undo()
     assert wrong > 25
+
+
+# What is asked of CUDA.
+
+
+class FakeStream:
+    """Notes what waits for what."""
+
+    def __init__(self, name: str, notes: list[str]) -> None:
+        self.name, self._notes = name, notes
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self._notes.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self._notes.append(f"{self.name} is marked")
+        return f"mark of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self._notes.append(f"{self.name} waits for {event}")
+
+
+class FakeCuda:
+    """Stands for `torch.cuda` as far as `CudaStreams` goes; the end of a capture fails where `fails` is set, and, like
+    PyTorch's, leaves its stream the current one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
+        self.notes: list[str] = []
+        self.current = FakeStream("main", self.notes)
+        self._names = iter(("side", "feed"))
+        self._fails = fails
+        for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream", "set_stream", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, _: torch.device) -> FakeStream:  # noqa: N802
+        return FakeStream(next(self._names), self.notes)
+
+    def CUDAGraph(self) -> "FakeCuda":  # noqa: N802
+        return self
+
+    @contextlib.contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: "FakeCuda", *, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
+        assert graph is self
+        before, self.current = self.current, stream
+        self.notes.append(f"{stream.name} is captured, {capture_error_mode}")
+        try:
+            yield
+        finally:
+            if self._fails:
+                raise RuntimeError("the end fails, too")
+            self.current = before
+
+    def current_stream(self, _: torch.device) -> FakeStream:
+        return self.current
+
+    def set_stream(self, stream: FakeStream) -> None:
+        self.current = stream
+
+    def synchronize(self, _: torch.device) -> None:
+        self.notes.append("the processor waits")
+
+    def replay(self) -> None:
+        self.notes.append(f"replay on {self.current.name}")
+
+    def reset(self) -> None:
+        self.notes.append("reset")
+
+
+def test_cuda_is_asked_for_a_side_stream_that_waits_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    streams = CudaStreams(torch.device("cuda", 0))
+    with streams.aside():
+        cuda.notes.append(f"steps on {cuda.current.name}")
+    graph, result = streams.capture(lambda: cuda.current.name)
+    graph.replay()
+    graph.drop()
+    assert result == "side"
+    assert cuda.notes == [
+        *("side waits for main", "steps on side", "main waits for side"),
+        # Loaders' threads may allocate meanwhile.
+        *("side is captured, thread_local", "replay on main", "the processor waits", "reset"),
+    ]
+
+
+def test_cuda_is_asked_for_marks_of_the_stream_that_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    streams = CudaStreams(torch.device("cuda", 0))
+    feed = _Feed(streams)
+    for number in range(3):
+        assert feed.fetch(iter([torch.full((1,), number)])).tolist() == [number]
+    later = ["main is marked", "feed is marked", "main waits for mark of feed"]
+    assert cuda.notes == [
+        *("feed is marked", "main waits for mark of feed"),
+        *later,
+        *("main is marked", "feed waits for mark of main", "feed is marked", "main waits for mark of feed"),
+    ]
+
+
+def test_the_stream_is_the_one_before_though_a_capture_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch, fails=True)
+    streams = CudaStreams(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="the end fails, too") as raised:
+        streams.capture(lambda: torch.zeros(2).view(3))
+    assert "invalid for input of size" in str(raised.value.__context__)
+    assert cuda.current.name == "main"
