@@ -8,7 +8,8 @@ All have the same networks, weights, style, loss, optimiser and uint8 batches, w
 are random, which changes no step's length. Loss, gradients and update of each are checked before it is timed, and its
 loss and gradients again when it is warm: what computes something else is refused, has no row, and the exit code is 1.
 
-    fastnst              the product's own training step, as this configuration and --set make it
+    fastnst              the product's own training step, as this configuration and --set make it; its row says whether
+                         steps were captured as a CUDA graph (--set train.capture=off launches them)
     eager_fp32           as the known example codes do it: plain modules, contiguous, TF32 where PyTorch takes it itself
     eager_channels_last  the same in channels_last
     eager_amp            the same with bf16 autocast

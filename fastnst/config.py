@@ -5,7 +5,6 @@ Precedence: command line (`--set` and named options) > environment (`FASTNST_SEC
 A part of the program receives its own section only, never the whole.
 """
 
-import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,16 @@ from pydantic import (
     model_validator,
 )
 
-from fastnst.config_text import UNSET, environment_texts, parse_value, read_toml, split_assignment, toml_value
+from fastnst.config_text import (
+    UNSET,
+    environment_texts,
+    nearest,
+    parse_value,
+    read_toml,
+    shown,
+    split_assignment,
+    toml_value,
+)
 from fastnst.errors import UserError
 
 DEFAULT_PRESET = "hwalsuklee"
@@ -133,7 +141,7 @@ class LossConfig(Section):
     def _known_layers(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
         for layer in layers:
             if layer not in LOSS_LAYERS:
-                raise ValueError(f"no VGG19 layer is named {layer!r}{_nearest(layer, LOSS_LAYERS)}")
+                raise ValueError(f"no VGG19 layer is named {layer!r}{nearest(layer, LOSS_LAYERS)}")
         if len(set(layers)) != len(layers):
             raise ValueError(f"a layer is named twice in {list(layers)}")
         return layers
@@ -173,6 +181,9 @@ class TrainConfig(Section):
     """The loss network's gradient: by passes of its own, or autograd of the plain formula. They round differently."""
     compile: bool = False
     """Run both networks and the loss through torch.compile; it takes the plain formula, whatever `engine` says."""
+    capture: Literal["auto", "off"] = "auto"
+    """On CUDA, steps of the fused engine in one process are captured once as a CUDA graph and replayed, unless they are
+    to be deterministic. The graph keeps a step's memory between steps, too; `off` launches each operation anew."""
     max_skipped_steps: int = Field(default=50, ge=1)
     """fp16: so many steps in a row without finite gradients end the run. Each halves the loss scale, which begins at
     65536: after 50 it is 6e-11, and gradients that overflow even then are above 1e15, or NaN at any scale."""
@@ -223,7 +234,7 @@ class VisualizeConfig(Section):
         for name in names:
             layer, colon, number = name.partition(":")
             if layer not in layers:
-                raise ValueError(f"there is no layer {layer!r}{_nearest(layer, layers)}")
+                raise ValueError(f"there is no layer {layer!r}{nearest(layer, layers)}")
             if colon and not number.isdecimal():
                 raise ValueError(f"{name!r} names no map; write a layer and a number, as in '{layer}:0'")
         return names
@@ -289,8 +300,8 @@ def load_config(
         _check_keys(values, source)
         name = values.get("preset", name)
     if name not in preset_names():
-        near = _nearest(_shown(name).strip("'"), preset_names())
-        raise UserError(f"unknown preset {_shown(name)}{near}; presets: {', '.join(preset_names())}")
+        near = nearest(shown(name).strip("'"), preset_names())
+        raise UserError(f"unknown preset {shown(name)}{near}; presets: {', '.join(preset_names())}")
     merged = tomllib.loads(resources.files("fastnst.presets").joinpath(f"{name}.toml").read_text("utf-8"))
     for _, values in sources:
         _merge(merged, values)
@@ -333,7 +344,7 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
         if section_name not in Config.model_fields:
             dotted = [f"{name}.{key}" for name, keys in _section_keys().items() for key in keys]
             raise UserError(
-                f"{source}: unknown key {_shown(section_name)}{_nearest(section_name, [*Config.model_fields, *dotted])}"
+                f"{source}: unknown key {shown(section_name)}{nearest(section_name, [*Config.model_fields, *dotted])}"
             )
         if section_name == "preset":
             continue
@@ -342,9 +353,9 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
             raise UserError(f"{source}: {section_name!r} is a section; set one of its keys: {', '.join(keys)}")
         for key in section:
             if key not in keys:
-                near = _nearest(key, keys, prefix=section_name + ".")
+                near = nearest(key, keys, prefix=section_name + ".")
                 raise UserError(
-                    f"{source}: unknown key {_shown(f'{section_name}.{key}')}{near}; "
+                    f"{source}: unknown key {shown(f'{section_name}.{key}')}{near}; "
                     f"[{section_name}] has {', '.join(keys)}"
                 )
 
@@ -355,11 +366,6 @@ def _section_keys() -> dict[str, list[str]]:
         for name, field in Config.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
-
-
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix + near[0]!r}?" if near else ""
 
 
 def _validate(values: dict[str, Any]) -> Config:
@@ -374,21 +380,12 @@ def _explain(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "literal_error":
         allowed = [str(value) for value in get_args(_annotation(key))]
-        given = _shown(item["input"])
-        near = _nearest(given.strip("'"), allowed)
+        given = shown(item["input"])
+        near = nearest(given.strip("'"), allowed)
         return f"{key} is {given}; allowed: {', '.join(allowed)}{near}"
     if item["type"] == "value_error":
         return f"{key}: {message}"
-    return f"{key} is {_shown(item['input'])}: {message[0].lower()}{message[1:]}"
-
-
-def _shown(value: object) -> str:
-    """A value for a message, where a file may hold numbers of thousands of digits, and tables in tables in tables."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"something too large to be shown ({type(value).__name__})"
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    return f"{key} is {shown(item['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _annotation(dotted: str) -> Any:

@@ -1,8 +1,9 @@
 """How configuration is written down: TOML files, environment variables and `--set` assignments, to values and back."""
 
+import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -98,6 +99,21 @@ def toml_value(value: object) -> str:
             return f'"./{UNSET}"'  # a file of that name, not the word
         case _:
             return _toml_string(str(value))
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A half-sentence that proposes the known name which looks most like `name`; empty where none does."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix + near[0]!r}?" if near else ""
+
+
+def shown(value: object) -> str:
+    """A value for a message, where a file may hold numbers of thousands of digits, and tables in tables in tables."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"something too large to be shown ({type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ RESUME, DIRECTORY, INPUTS, SIGNALS, HEALTH, DETERMINISM, MEMORY, REJECTED = (
     f"fastnst/training/{name}.py"
     for name in ("resume", "run_directory", "inputs", "signals", "health", "determinism", "memory", "rejected")
 )
+CAPTURED = "fastnst/training/captured.py"
 STORAGE, SUMMARIES, IMAGES, CLI, ERRORS = (
     f"fastnst/{name}.py" for name in ("storage", "summaries", "images", "cli", "errors")
 )
@@ -792,6 +793,67 @@ NUMBERS = (
     ),
 )
 
+# Steps that are replayed.
+
+REPLAYED = (
+    Fault(
+        "step's number is that of the capture",
+        CAPTURED,
+        "make_steps(self._number, self._pictures, steps)",
+        "make_steps(WARM_UP + 1, self._pictures, steps)",
+        "tests/test_captured.py::test_the_first_bad_step_is_named",
+        "whatever goes wrong later is said to have happened in step 4",
+    ),
+    Fault(
+        "counts of skipped steps replaced and not written to",
+        HEALTH,
+        "self._counts.copy_(torch.stack([total + skipped, (in_a_row + 1) * skipped]))",
+        "self._counts = torch.stack([total + skipped, (in_a_row + 1) * skipped])",
+        "tests/test_captured.py::test_skipped_steps_are_counted_in_replays",
+        "an fp16 run on a GPU that learns nothing goes on until its end",
+    ),
+    Fault(
+        "terms handed out that the next replay overwrites",
+        CAPTURED,
+        "self._packed.clone().unbind()",
+        "self._packed.unbind()",
+        "tests/test_captured.py::test_captured_steps_are_launched_ones",
+        "what is read late is the loss of another step",
+    ),
+    Fault(
+        "pictures not copied to where the graph reads them",
+        CAPTURED,
+        "        self._streams.copy(self._pictures, batch)\n",
+        "",
+        "tests/test_captured.py::test_captured_steps_are_launched_ones",
+        "a run learns from one batch for ever, or from nothing",
+    ),
+    Fault(
+        "step that failed to be captured not forgotten",
+        CAPTURED,
+        "                step.abandon()\n",
+        "                pass\n",
+        "tests/test_captured.py::test_where_a_capture_fails_launched_steps_go_on",
+        "an fp16 run ends where it could have gone on without a graph",
+    ),
+    Fault(
+        "state that was loaded not seen",
+        STEP,
+        'int(scaler.get("skipped_in_a_row", 0)))\n        self.loads += 1\n',
+        'int(scaler.get("skipped_in_a_row", 0)))\n',
+        "tests/test_captured.py::test_a_state_that_is_loaded_goes_on_wherever_it_was_saved",
+        "replays go on with moments that are not the run's any more",
+    ),
+    Fault(
+        "batch brought before the step that reads the last one is through",
+        CAPTURED,
+        "                if slot.free is not None:\n",
+        "                if False:\n",
+        "tests/test_captured_streams.py::test_each_step_reads_its_batch_in_whatever_order_the_streams_run",
+        "steps learn from pictures that are half overwritten",
+    ),
+)
+
 # Signals.
 
 STOPPED = (
@@ -913,4 +975,4 @@ TOGETHER = (
     ),
 )
 
-FAULTS = (*RESUMED, *LOGGED, *DURABLE, *CHECKPOINTS, *PICTURES, *SECURE, *NUMBERS, *STOPPED, *TOGETHER)
+FAULTS = (*RESUMED, *LOGGED, *DURABLE, *CHECKPOINTS, *PICTURES, *SECURE, *NUMBERS, *REPLAYED, *STOPPED, *TOGETHER)

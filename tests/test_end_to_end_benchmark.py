@@ -11,12 +11,14 @@ from typing import Any
 import end_to_end
 import pytest
 import torch
+from graph_on_cpu import CpuStreams
 from roofline import Machine, configured
 from step_bench import agreement, measure, providers, results
 from step_bench.providers import PROVIDERS, Fastnst, Plain, Task, make_task
 from torch import Tensor, nn
 
 from fastnst.config import Config
+from fastnst.training import captured
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -159,6 +161,7 @@ def test_rows_carry_figures_and_conditions(written: Path) -> None:
         assert {"device", "torch", "threads", "python", "revision", "date"} <= set(row["environment"])
         assert row["peak_memory_bytes"] > 0
     assert rows[0]["engine"]
+    assert rows[0]["captured"] is False
     peaks = {(row["provider"], row["batch_size"]): row["peak_memory_bytes"] for row in rows}
     # Gradients do not grow with the batch, activations do.
     assert 1 < peaks["eager_fp32", 2] / peaks["eager_fp32", 1] <= 2.1
@@ -177,6 +180,26 @@ def test_fastnst_is_held_against_the_fastest_eager_baseline(written: Path) -> No
         assert f"{ratio:.2f}× {best['provider']}" in page
     for row in rows:
         assert f"| {row['provider']} | {row['precision']} | {row['batch_size']} | " in page
+
+
+def test_a_row_says_that_steps_were_captured(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams: list[CpuStreams] = []
+
+    def open_streams(_: torch.device) -> CpuStreams:
+        streams.append(CpuStreams())
+        return streams[-1]
+
+    monkeypatch.setattr(captured, "CudaStreams", open_streams)
+    monkeypatch.setattr(captured, "obstacle", lambda *_, **__: None)
+    file = tmp_path / "rows.json"
+    arguments = ["--batch-size", "1", "--providers", "fastnst,eager_fp32", "--json", str(file), "--steps", "4"]
+    arguments += ["--folder", str(generated_photos), "--set", "data.loader=pillow", "--set", "data.workers=1"]
+    assert end_to_end.main([*TINY, *arguments]) == 0
+    rows = json.loads(file.read_text("utf-8"))
+    assert [row.get("captured") for row in rows] == [True, None, True]
+    assert [sum(graph.replays for graph in each.graphs) > 0 for each in streams] == [True, True]
 
 
 def test_fed_by_the_loader(generated_photos: Path, tmp_path: Path) -> None:

@@ -140,6 +140,18 @@ def test_memory_that_was_there_when_the_run_began_has_been_taken_by_something_el
     assert message.endswith("free it, or set a data.image_size below 100")
 
 
+@pytest.mark.parametrize(("setting", "told"), [("train.capture=auto", True), ("train.capture=off", False)])
+def test_a_graph_that_keeps_a_steps_memory_is_named(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, setting: str, told: bool
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda _: 2**40)
+    monkeypatch.setattr(memory, "estimate", lambda config, **_: round_numbers(config, device_type="cpu"))
+    config = configure("train.precision=bf16", setting)
+    with pytest.raises(DeviceError) as raised, memory.explained_memory_errors(config, torch.device("cuda")):
+        raise GPU_ERROR
+    assert ("train.capture=off, which frees a step's memory between steps" in str(raised.value)) is told
+
+
 def test_advice_that_fails_for_lack_of_memory_gives_way_to_plain_words(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -530,6 +530,9 @@ def test_the_command_line_trains_several_styles(
     ]
     assert f"fastnst tensorboard {folder}; use it: fastnst stylize {folder / 'picture_00'} PICTURE" in err
     assert json.loads((folder / STYLES_NAME).read_text()) == {name: str(path) for name, path in styles.items()}
+    code, out, err = fastnst("stylize", folder, styles[NAMES[0]], "--out", tmp_path / "painted.png")
+    assert code == 3
+    assert f"{folder} holds 2 style models, each in a folder; give one, such as {folder / 'picture_00'}" in err
     code, out, err = fastnst("train", "--resume", "--out", folder)
     assert (code, "nothing to do: 5 of 5 steps are done" in err) == (0, True)
     code, out, err = fastnst("train", "--resume", "--out", folder, "--steps", 6)

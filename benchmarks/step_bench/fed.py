@@ -43,13 +43,13 @@ def measure_fed(task: Task, folder: Path, steps: int) -> tuple[Fastnst, dict[str
     with open_loader(manifest, order, config.data, device=device) as loader:
         batches = iter(loader)
         for _ in range(warm_up):
-            provider(next(batches))
+            provider(provider.fetch(batches))
         _wait(device)
         begin = time.perf_counter()
         marks.append(_mark(device))
         for _ in range(steps):
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = provider.fetch(batches)
             waited += time.perf_counter() - asked
             provider(batch)
             marks.append(_mark(device))

@@ -6,6 +6,7 @@ call takes one uint8 batch `[N, S, S, 3]` on the device and makes one step.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from fastnst.device import DTYPES
 from fastnst.losses import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
+from fastnst.training.captured import Steps
 from fastnst.training.step import TrainingStep
 from step_bench.plain import PlainLoss, PlainTransformNet, PlainVGG19, common_name
 
@@ -72,12 +74,15 @@ def make_task(config: Config, device: torch.device) -> Task:
 
 
 class Fastnst:
-    """The product's own `TrainingStep`, as `fastnst train` makes it from this configuration."""
+    """The product's own `TrainingStep`, captured or launched as `fastnst train` would from this configuration.
+
+    `notes` says whether the newest step was captured.
+    """
 
     def __init__(self, task: Task) -> None:
         config, device = task.config, task.device
         self.precision = config.train.precision
-        self.notes = {"engine": config.train.engine, "compile": config.train.compile}
+        self.notes: dict[str, Any] = {"engine": config.train.engine, "compile": config.train.compile}
         self.net = TransformNet(config.model.architecture, config.model.norm)
         self.net.load_state_dict(task.transform)
         self.net.to(device=device, memory_format=torch.channels_last)
@@ -87,11 +92,18 @@ class Fastnst:
         self._loss = PerceptualLoss(vgg, config.loss).to(device=device)
         self._loss.set_style(task.style.to(device))
         self._step = TrainingStep(self.net, self._loss, config.train, device)
+        self._steps = Steps(config.train, device, notify=_say)
         self._made = 0
 
     def __call__(self, batch: Tensor) -> Tensor:
         self._made += 1
-        return self._step(self._made, batch).total
+        (terms,) = self._steps(self._made, batch, [self._step])
+        self.notes["captured"] = self._steps.captured
+        return terms.total
+
+    def fetch(self, batches: Iterator[Tensor]) -> Tensor:
+        """A loader's next batch, brought as in training; good for the next step."""
+        return self._steps.fetch(batches)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.net.named_parameters())
@@ -163,6 +175,10 @@ class Plain:
         mixed = self._dtype not in (torch.float32, torch.float64)
         with torch.autocast(self._device.type, dtype=self._dtype if mixed else None, enabled=mixed):
             return self._loss(self.net(pixels), pixels)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _amp(task: Task) -> str:

@@ -88,6 +88,8 @@ def _file_of(path: Path) -> Path:
         return path
     file = path / MODEL_NAME
     if not file.exists():
+        if inside := sorted(found.parent for found in path.glob(f"*/{MODEL_NAME}")):
+            raise DataError(f"{path} holds {len(inside)} style models, each in a folder; give one, such as {inside[0]}")
         raise DataError(
             f"{path} holds no {MODEL_NAME}: no style model was saved there yet; give a finished run or a file"
         )

@@ -18,11 +18,11 @@ class Health:
         self._names: tuple[str, ...] = ()
         self._first_bad_steps = torch.zeros(0, dtype=torch.int64, device=device)
 
-    def record(self, step: int, names: Sequence[str], bad: Tensor) -> None:
+    def record(self, step: int | Tensor, names: Sequence[str], bad: Tensor) -> None:
         """Take down a step's findings.
 
         Args:
-            step: counted from 1.
+            step: counted from 1; 0-d int64 on the device where a CUDA graph counts.
             names: of the values, the same for each step.
             bad: bool `[len(names)]` on the device, whether each was not finite.
         """
@@ -51,7 +51,8 @@ class SkippedSteps:
     def record(self, skipped: Tensor) -> None:
         """Count one step; `skipped` is a 0-d bool on the device."""
         total, in_a_row = self._counts.unbind()
-        self._counts = torch.stack([total + skipped, (in_a_row + 1) * skipped])
+        # In place: what a CUDA graph replays writes to where it wrote when it was captured.
+        self._counts.copy_(torch.stack([total + skipped, (in_a_row + 1) * skipped]))
 
     def read(self) -> tuple[int, int]:
         """How many in all, and how many the newest steps make in a row; waits for the device."""

@@ -12,12 +12,12 @@ from fastnst.data import Loader, loader_name, open_loader
 from fastnst.data.order import RunOrder
 from fastnst.data.replacements import LateFailure, read_late_failures, still_failed
 from fastnst.errors import DivergedError, StoppedBySignal
-from fastnst.losses import LossTerms
 from fastnst.models.style_model import MODEL_NAME
 from fastnst.progress import ProgressReport
 from fastnst.storage import lock_run
 from fastnst.summaries import RunLog
 from fastnst.training import determinism
+from fastnst.training.captured import Steps
 from fastnst.training.distributed import Team, check_equal, choose_device, open_team
 from fastnst.training.guard import explained_storage_errors
 from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve, with_styles
@@ -261,6 +261,7 @@ class _Run:
     def _steps(self, done: int) -> None:
         config, last = self.config.train, self.inputs.steps
         meter = Meter(config.batch_size, self.device)
+        steps = Steps(config, self.device, processes=self.team.launch.world_size, notify=self.notify)
         with (
             self._loader(done) as loader,
             ProgressReport(
@@ -273,9 +274,9 @@ class _Run:
             batches = self._batches(loader, done)
             for step in range(done + 1, last + 1):
                 with meter.waiting(), phase("data wait"):
-                    batch = next(batches)
+                    batch = steps.fetch(batches)
                 styles = [style for style in self.styles if style.done < step]
-                terms = self._step(step, batch, styles)
+                terms = steps(step, batch, [style.step for style in styles])
                 note = None
                 due = [style.projections_due(step) for style in styles]
                 # Asked once a step: a signal that comes later than this finds the next step, which it then ends.
@@ -303,13 +304,6 @@ class _Run:
                         f"stopped at step {step} of {last}, which is saved; "
                         f"go on with: fastnst train --resume --out {self.out}",
                     )
-
-    @staticmethod
-    def _step(step: int, batch: torch.Tensor, styles: Sequence[StyleRun]) -> list[LossTerms]:
-        if len(styles) == 1:
-            return [styles[0].step(step, batch)]
-        content = styles[0].step.content_of(batch)
-        return [style.step(step, batch, content) for style in styles]
 
     def _loader(self, done: int) -> Loader:
         return open_loader(

@@ -13,6 +13,7 @@ from fastnst.config import Config
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DeviceError, UserError
 from fastnst.progress import byte_count
+from fastnst.training.captured import obstacle
 from fastnst.training.estimate import Estimate, estimate
 from fastnst.training.launch import Launch, of_one_process
 
@@ -127,10 +128,12 @@ def explained_memory_errors(
         traceback.clear_frames(error.__traceback__)
         # On a CPU the 16-bit types take more memory, not less.
         in_fp32 = config.train.precision == "fp32" and device.type == "cuda"
-        precision = ", or use --precision bf16" if in_fp32 else ""
+        other = ", or use --precision bf16" if in_fp32 else ""
+        if obstacle(config.train, device, processes=launch.world_size) is None:
+            other += ", or --set train.capture=off, which frees a step's memory between steps"
         raise DeviceError(
             f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
-            f"{config.data.image_size}; {_advice(config, room, device, launch, styles)}{precision}"
+            f"{config.data.image_size}; {_advice(config, room, device, launch, styles)}{other}"
         ) from error
 
 

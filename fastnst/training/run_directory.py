@@ -11,7 +11,8 @@ from fastnst.storage import LOCK_NAME, is_leftover, storage_error
 CONFIG_NAME = "config.toml"
 REJECTED_NAME = "rejected.jsonl"
 
-# Keys that change how a run is fed, watched or how long it is, never the weights at a given step.
+# Keys that change how a run is fed, watched or how long it is, never the weights at a given step. A captured step is
+# replayed with the kernels and the numbers of one that is launched: `train.capture` decides what the processor does.
 FREE_KEYS = frozenset(
     {
         "train.steps",
@@ -22,6 +23,7 @@ FREE_KEYS = frozenset(
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.max_skipped_steps",
+        "train.capture",
         "data.workers",
         "data.prefetch",
         "data.max_failed_percent",

@@ -62,8 +62,11 @@ class TrainingStep:
         self.health = Health(device)
         self.skipped = SkippedSteps(device)
         self._dtype = DTYPES[resolve_precision(config.precision, device)]
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self._dtype == torch.float16)
+        # Fused Adam computes the same whether or not it is capturable, which a CUDA graph wants to be told.
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True, capturable=True)
+        self.scaler = self._new_scaler()
+        self.loads = 0
+        """How often `load_state` or `abandon` has put other tensors in the place of those that a step changes."""
         self._loss = loss
         self._parameters = dict(net.named_parameters())
         self._state: dict[str, Tensor] = {**self._parameters, **dict(net.named_buffers())}
@@ -78,11 +81,11 @@ class TrainingStep:
                 beside=beside._engine if beside is not None else None,
             )
 
-    def __call__(self, step: int, batch: Tensor, content: Content | None = None) -> LossTerms:
+    def __call__(self, step: int | Tensor, batch: Tensor, content: Content | None = None) -> LossTerms:
         """Train on a batch.
 
         Args:
-            step: counted from 1.
+            step: counted from 1; 0-d int64 on the device where a CUDA graph counts (see `captured`).
             batch: uint8 `[N, H, W, 3]` on the device.
             content: `content_of` the batch, from this step or one beside it, where several share it.
 
@@ -146,6 +149,19 @@ class TrainingStep:
         if scaler:  # empty where the run was not in fp16 before
             self.scaler.load_state_dict(scaler)
         self.skipped.restore(int(scaler.get("skipped_steps", 0)), int(scaler.get("skipped_in_a_row", 0)))
+        self.loads += 1
+
+    def abandon(self) -> None:
+        """Forget a step that was begun and did not reach its end, of which the device has computed nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            # One that knows of no step, since this one refuses to begin another.
+            begun, self.scaler = self.scaler, self._new_scaler()
+            self.scaler.load_state_dict(begun.state_dict())
+        self.loads += 1
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
 
     def _loss_of(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
@@ -181,7 +197,7 @@ class TrainingStep:
         return state["step"] if state else torch.zeros((), device=self.device)
 
     @torch.no_grad()
-    def _record(self, step: int, terms: LossTerms, *, skipped: Tensor) -> None:
+    def _record(self, step: int | Tensor, terms: LossTerms, *, skipped: Tensor) -> None:
         losses = {"total": terms.total, "tv": terms.tv} | terms.layers
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         names = [f"loss/{name}" for name in losses]
