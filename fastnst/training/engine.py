@@ -138,7 +138,7 @@ class LossEngine:
         return taps.terms(tv, watch), raw_gradient
 
     def entered(self, raw: Tensor, painted: Painted) -> tuple[Tensor, Tensor]:
-        """φ's input `[N, 3, H, W]` for the pictures in `raw`, and per picture the sums that `network_boundary` gives."""
+        """φ's input `[N, 3, H, W]` for the pictures in `raw`, and the sums that `network_boundary` gives."""
         return network_boundary(raw, self._mean, self._gain, **painted._asdict(), dtype=self._dtype)
 
     @torch.no_grad()
