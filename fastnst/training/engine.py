@@ -50,6 +50,7 @@ class LossEngine:
         self._dtype = dtype or loss.vgg.mean.dtype
         # RGB, as the pictures are; see `_stages`.
         self._mean, self._gain = loss.vgg.mean.flatten(), loss.vgg.gain.flatten()
+        self._shift = -self._mean * self._gain
         if beside is None:
             self._stages = _stages(loss.vgg, deepest_layer(loss.layers), self._dtype)
         else:
@@ -149,7 +150,7 @@ class LossEngine:
     def _input_of(self, pictures: Tensor) -> Tensor:
         """φ's input for `pictures` `[N, 3, H, W]`, floating or uint8, in `dtype`."""
         if pictures.dtype == torch.uint8:
-            return picture_input(pictures, 1 / 255, self._gain, -self._mean * self._gain, dtype=self._dtype)
+            return picture_input(pictures, 1 / 255, self._gain, self._shift, dtype=self._dtype)
         u = pictures.contiguous(memory_format=torch.channels_last) - self._mean.view(3, 1, 1)
         return u.mul_(self._gain.view(3, 1, 1)).to(self._dtype)
 
