@@ -40,7 +40,7 @@ def whole_numbers(shape, dtype, seed, device):
     return values.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
-@cases
+@settings(cases, max_examples=16)
 @given(height=sides, width=sides, padding=st.integers(0, 9), dtype=dtypes, seed=seeds)
 def test_a_border_is_numpys_reflection(tier, height, width, padding, dtype, seed):
     padding = padding if min(height, width) > 1 else 0
