@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from step_bench.launches import ARCHITECTURE, can_record
-from step_bench.step_model import PARTS, Operation, totals, training_step
+from step_bench.ledger import PARTS, Operation
+from step_bench.step_model import totals, training_step
 
 from fastnst.config import Config, load_config
 from fastnst.errors import UserError

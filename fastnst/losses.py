@@ -17,6 +17,8 @@ content weight tuned there applies to (s·Δφ)² = s²·(Δφ)². The Gram is q
 the Gram: s⁴. The other way around, Caffe's features under weights tuned in the unit scale, both factors divide.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -221,6 +223,17 @@ class TotalVariationTerm(nn.Module):
     def forward(self, stylized: Tensor) -> Tensor:
         return self.factor * total_variation(stylized, self.reduction)
 
+    def weights(self, shape: Sequence[int]) -> tuple[float, float]:
+        """What the batch's squared differences along the height and along the width, each summed up, count in the term.
+
+        Args:
+            shape: `[N, 3, H, W]` of the pictures.
+        """
+        n, c, h, w = shape
+        counts = (n * c * (h - 1) * w, n * c * h * (w - 1)) if self.reduction == "mean" else (n, n)
+        vertical, horizontal = (self.factor / count if count else math.nan for count in counts)  # no mean of nothing
+        return vertical, horizontal
+
 
 class Total(nn.Module):
     """content + style + tv."""
@@ -242,20 +255,6 @@ def total_variation(pictures: Tensor, reduction: str = "mean") -> Tensor:
     horizontal = F.mse_loss(pictures[..., 1:], pictures[..., :-1], reduction=reduction)
     total = vertical + horizontal
     return total / pictures.shape[0] if reduction == "sum" else total
-
-
-def total_variation_gradient(pictures: Tensor, reduction: str = "mean") -> Tensor:
-    """The gradient of `total_variation` with respect to `pictures`, like them in shape, fp32 or wider."""
-    pictures = _at_least_fp32(pictures)
-    gradient = torch.zeros_like(pictures)
-    for dimension in (2, 3):
-        length = pictures.shape[dimension] - 1
-        first, second = (pictures.narrow(dimension, begin, length) for begin in (0, 1))
-        difference = second - first
-        difference *= 2.0 / (difference.numel() if reduction == "mean" else pictures.shape[0])
-        gradient.narrow(dimension, 1, length).add_(difference)
-        gradient.narrow(dimension, 0, length).sub_(difference)
-    return gradient
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

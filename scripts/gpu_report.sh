@@ -121,7 +121,7 @@ tests=tests/kernels
 step "kernel tests on the GPU" 75 "$python" -m pytest $tests -m gpu -q -p no:cacheprovider -p no:benchmark \
     ${parallel[@]+"${parallel[@]}"}
 if [[ -n $smoke ]]; then
-    benchmarks smoke 300 "2x16x16x16 or 2x32x16x16"
+    benchmarks smoke 300 "2x16x16x16 or 2x32x16x16 or 2x3x48x48"
 else
     if ((${#parallel[@]})); then
         step "check of every provider" 45 "$python" -m pytest benchmarks/ -q -p no:cacheprovider --benchmark-disable \
@@ -129,7 +129,7 @@ else
     fi
     benchmarks instance_norm 50 instance_norm
     benchmarks gram 35 "style_loss or gram_matrix"
-    benchmarks pool 35 "max_pool2d or max_unpool2d"
+    benchmarks pool 35 "max_pool2d or max_unpool2d or picture_input or network_boundary"
     benchmarks tap 35 tap_backward
     benchmarks batch_norm 45 batch_norm
 fi

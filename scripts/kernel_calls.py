@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from op_calls import OPS
 
 import fastnst_kernels as fk
 from fastnst_kernels import cost
@@ -78,6 +78,13 @@ LAYER_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "max_pool2d_switches": ({},),
     "max_unpool2d_switches": ({},),
 }
+PICTURE_SHAPE = (3, 256, 256)
+# With the border of each transform net; a batch of bytes and what stands between networks is channels_last.
+PICTURE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "picture_input": ({}, {"padding": 4}, {"padding": 40}),
+    "network_boundary": ({},),
+    "network_boundary_backward": ({},),
+}
 # In 16-bit types these are for tensor cores.
 PRODUCTS = ("gram_matrix", "style_loss", "tap_backward style")
 
@@ -126,78 +133,6 @@ class Call:
         return least
 
 
-# Each makes what its op needs beside x and returns the result with the tensors whose gradients are wanted.
-Outcome = tuple[Tensor, list[Tensor]]
-
-
-def _leaf(*shape: int) -> Tensor:
-    return torch.empty(shape, requires_grad=True)
-
-
-def _instance_norm(x: Tensor, residual: bool = False, **options: Any) -> Outcome:
-    leaves = [x, _leaf(x.shape[1]), _leaf(x.shape[1])]
-    added = torch.empty_like(x, requires_grad=True) if residual else None
-    y = fk.instance_norm(*leaves, residual=added, **options)
-    return y, leaves if added is None else [*leaves, added]
-
-
-def _batch_norm(x: Tensor, residual: bool = False, **options: Any) -> Outcome:
-    leaves = [x, _leaf(x.shape[1]), _leaf(x.shape[1])]
-    running = torch.empty(x.shape[1]), torch.empty(x.shape[1])
-    added = torch.empty_like(x, requires_grad=True) if residual else None
-    y = fk.batch_norm(*leaves, *running, residual=added, **options)
-    return y, leaves if added is None else [*leaves, added]
-
-
-def _gram_matrix(x: Tensor) -> Outcome:
-    return fk.gram_matrix(x), [x]
-
-
-def _style_loss(x: Tensor) -> Outcome:
-    return fk.style_loss(x, torch.empty(x.shape[1], x.shape[1])), [x]
-
-
-def _max_pool(x: Tensor, kernel_size: int = 2, stride: int = 2) -> Outcome:
-    return fk.max_pool2d_switches(x, kernel_size, stride)[0], [x]
-
-
-def _max_unpool(x: Tensor, kernel_size: int = 2, stride: int = 2) -> Outcome:
-    """`x` gives the shape of the result, as in `cost`."""
-    n, c, *sides = x.shape
-    pooled = (n, c, *((side - kernel_size) // stride + 1 for side in sides))
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    y = torch.empty(pooled, dtype=x.dtype, memory_format=layout, requires_grad=True)
-    switches = torch.empty(pooled, dtype=torch.uint8, memory_format=layout).zero_()
-    return fk.max_unpool2d_switches(y, switches, sides, kernel_size, stride), [y]
-
-
-def _tap_backward(x: Tensor, style: bool = False, content: bool = False) -> Outcome:
-    """A gradient itself, it has none."""
-    n, c = x.shape[:2]
-    vector = torch.empty(n)
-    y = fk.tap_backward(
-        x.detach(),
-        incoming=torch.empty_like(x),
-        style_matrix=fk.StyleMatrix(torch.empty(n, c, c, dtype=x.dtype), vector) if style else None,
-        style_factor=vector if style else None,
-        content_target=torch.empty_like(x) if content else None,
-        content_factor=vector if content else None,
-    )
-    return y, []
-
-
-OPS: dict[str, Callable[..., Outcome]] = {
-    "instance_norm": _instance_norm,
-    "batch_norm": _batch_norm,
-    "gram_matrix": _gram_matrix,
-    "style_loss": _style_loss,
-    "tap_backward": _tap_backward,
-    "max_pool2d_switches": _max_pool,
-    "max_unpool2d_switches": _max_unpool,
-}
-
-
 def cases(op: str, thorough: bool = False) -> Iterator[Case]:
     """The cases of one op: `thorough`, every combination at the shapes that count, else one for each kernel, table
     entry, type and layout."""
@@ -215,6 +150,11 @@ def cases(op: str, thorough: bool = False) -> Iterator[Case]:
             for pair in pairs if thorough else pairs[:1]:
                 yield Case(op, mode | ADD, LARGE_SHAPE, *pair, hot=False)
                 yield Case(op, mode | ENLARGE, NARROW_SHAPE, *pair, hot=False)
+        return
+    if op in PICTURE_OPTIONS:
+        for options, n, dtype in product(PICTURE_OPTIONS[op], BATCHES if thorough else BATCHES[1:2], DTYPES):
+            yield Case(op, options, (n, *PICTURE_SHAPE), dtype, "channels_last", hot=True)
+        yield from (Case(op, {}, (2, 3, 13, 11), dtype, "channels_last", hot=False) for dtype in DTYPES)
         return
     for options in LAYER_OPTIONS[op]:
         if thorough:

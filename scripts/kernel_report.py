@@ -30,6 +30,8 @@ from kernel_calls import (
     LAYER_SHAPES,
     NORM_SHAPES,
     OPS,
+    PICTURE_OPTIONS,
+    PICTURE_SHAPE,
     Call,
     Case,
     broken_rules,
@@ -138,8 +140,10 @@ def bytes_section() -> str:
     """The tables of bytes in `kernels/README.md`. Nothing need be compiled for them."""
     calls = record_calls("sm_90", thorough=True, only=is_in_tables)
     norms = [call for call in calls if call.case.op.endswith("norm")]
-    layers = [call for call in calls if not call.case.op.endswith("norm")]
-    tables = [_markdown_table(traffic_rows(norms, NORM_SHAPES)), _markdown_table(traffic_rows(layers, LAYER_SHAPES))]
+    pictures = [call for call in calls if call.case.op in PICTURE_OPTIONS]
+    layers = [call for call in calls if not call.case.op.endswith("norm") and call.case.op not in PICTURE_OPTIONS]
+    kinds = ((norms, NORM_SHAPES), (layers, LAYER_SHAPES), (pictures, [PICTURE_SHAPE]))
+    tables = [_markdown_table(traffic_rows(*kind)) for kind in kinds]
     return "\n\n".join("\n".join(table) for table in tables)
 
 
@@ -260,7 +264,7 @@ def as_json(report: Report) -> dict[str, Any]:
 def show(report: Report, console: Console) -> None:
     """Tables for a terminal."""
     calls = [call for call in report.calls if call.architecture == report.calls[0].architecture]
-    for shapes in (NORM_SHAPES, LAYER_SHAPES):
+    for shapes in (NORM_SHAPES, LAYER_SHAPES, [PICTURE_SHAPE]):
         title = "Bytes moved over the minimum (launches); bf16, channels_last, N = 16"
         _print_table(console, title, traffic_rows(calls, shapes))
     for architecture in ARCHITECTURES.values():

@@ -4,7 +4,7 @@ What is real: configuration, manifest, style, loss, Adam, the log, checkpoints, 
 transform net is one convolution, pictures are drawn from the indices that the run's order names, the graph is empty.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastnst.config import Config, load_config
 from fastnst.data.order import RunOrder
+from fastnst.models.transform_net import Painted
 from fastnst.summaries import read_metrics
 from fastnst.training import looks, loop, style_run
 
@@ -38,8 +39,14 @@ class SmallNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 3, 3, padding=1)
         self.metadata = {"architecture": architecture, "norm": norm}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.conv1(x))
+    def forward(self, x: Tensor, *, raw: bool = False) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.to(self.conv1.weight.dtype) / 255
+        x = self.conv1(x) / 2
+        return x if raw else x.tanh() / 2 + 0.5  # the convolution's sigmoid
+
+    def painted(self, _: object, wanted: Sequence[int]) -> Painted:
+        return Painted((0, 0, *wanted), True, 0.5, 0.5)
 
 
 class SmallLoader:

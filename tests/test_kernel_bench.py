@@ -16,6 +16,8 @@ from kernel_bench.providers import PROVIDERS, Provider
 from kernel_bench.session import Measurement, OutOfTime, Session, Settings
 
 SMALL_NORM, SMALL_LAYER = (1, 16, 16, 16), (1, 32, 16, 16)
+SMALL_PICTURE = (1, 3, 48, 48)
+PICTURES = ("picture", "network")
 CPU = torch.device("cpu")
 
 
@@ -97,7 +99,7 @@ def test_a_provider_that_breaks_down_takes_no_other_along(monkeypatch: pytest.Mo
 def test_the_library_and_pytorch_are_right(op: str, dtype: str) -> None:
     """In the dtypes that the run above leaves out."""
     session = _session("fastnst", "eager", dtype=dtype, layout="contiguous")
-    shape = SMALL_NORM if "norm" in op else SMALL_LAYER
+    shape = SMALL_PICTURE if op.startswith(PICTURES) else SMALL_NORM if "norm" in op else SMALL_LAYER
     wanted = {("fastnst", "forward"), ("eager", "forward")}
     assert session.outcome(OPS[op], shape, "fastnst", "forward", wanted) is None
     assert session.outcome(OPS[op], shape, "eager", "forward", wanted) is None
@@ -245,7 +247,8 @@ def test_the_shapes_that_count_are_timed() -> None:
     norms = {(32, 256, 256), (64, 128, 128), (128, 64, 64)}
     layers = {(64, 256, 256), (128, 128, 128), (256, 64, 64), (512, 32, 32), (512, 16, 16)}
     for name, op in OPS.items():
-        assert set(op.sizes) == (norms if "norm" in name else layers)
+        pictures = {(3, 256, 256)} if name.startswith(PICTURES) else None
+        assert set(op.sizes) == (pictures or (norms if "norm" in name else layers))
     epilogues = {"", "+relu", "+residual", "+relu+pad", "+relu+up2+pad"}
     for norm in ("instance_norm", "batch_norm_training", "batch_norm_inference"):
         assert {name.removeprefix(norm) for name in OPS if name.startswith(norm)} == epilogues

@@ -85,14 +85,14 @@ class Injection:
         monkeypatch.setattr(TrainingStep, "__call__", injected)
 
     def picture(self, _: TrainingStep, value: float) -> None:
-        original = step_module.to_unit
+        """In place of the bytes, which hold no such value, floating pictures that do."""
 
         def poisoned(batch: Tensor) -> Tensor:
-            pictures = original(batch)
+            pictures = step_module.to_unit(batch)
             pictures[0, 1, 5, 7] = value
             return pictures
 
-        self.patches.setattr(step_module, "to_unit", poisoned)
+        self.patches.setattr(step_module, "as_pictures", poisoned)
 
     def total(self, _: TrainingStep, value: float) -> None:
         """The loss alone: its gradient stays finite."""

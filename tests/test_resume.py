@@ -212,8 +212,8 @@ class NetWithStatistics(SmallNet):
         super().__init__(architecture, norm)
         self.register_buffer("running_mean", torch.zeros(3))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
+    def forward(self, x: torch.Tensor, **how: bool) -> torch.Tensor:
+        y = super().forward(x, **how)
         self.get_buffer("running_mean").lerp_(y.detach().mean((0, 2, 3)), 0.1)
         return y
 

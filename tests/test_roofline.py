@@ -12,10 +12,11 @@ import pytest
 import roofline
 import torch
 from roofline import Machine, configured
-from step_bench import launches, step_model
+from step_bench import launches, ledger
+from step_bench.ledger import Operation
 from step_bench.plain import PlainLoss, PlainTransformNet, PlainVGG19
 from step_bench.shapes import transform_convs, vgg_layers
-from step_bench.step_model import Operation, totals, training_step
+from step_bench.step_model import totals, training_step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -129,7 +130,7 @@ def test_operands_of_an_op_are_what_its_cost_counts() -> None:
     """Where no tensor is shared, a pass moves at least what the cost model of its kernel says, and hardly more."""
     config = configured("johnson", 64, 2)
     for operation in training_step(config, "bf16"):
-        if operation.kind == "pool" and operation.part == step_model.VGG:
+        if operation.kind == "pool" and operation.part == ledger.VGG:
             block = int(operation.layer[-1])
             channels, side = (64, 128, 256, 512)[block - 1], 64 >> (block - 1)
             least = cost.max_pool2d_switches((2, channels, side, side), torch.bfloat16).minimum_bytes
@@ -140,12 +141,12 @@ def test_operands_of_an_op_are_what_its_cost_counts() -> None:
 def test_a_tensor_that_two_passes_read_counts_once_and_moves_twice() -> None:
     operations = {(op.part, op.layer, op.kind): op for op in training_step(configured("johnson", 64, 2), "fp32")}
     size, weight = 4 * 2 * 64 * 64 * 64, 4 * 9 * 64 * 64
-    style = operations[step_model.LOSS, "relu1_2", "style"]
+    style = operations[ledger.LOSS, "relu1_2", "style"]
     assert style.minimum_bytes == 2 * 4 * 64 * 64 // 2 + 2 * 64 * 64 * 4 + 0  # target in, matrices out; no features
     assert style.moved_bytes > size
-    gradient = operations[step_model.VGG_BACK, "conv1_2", "input gradient"]
+    gradient = operations[ledger.VGG_BACK, "conv1_2", "input gradient"]
     assert gradient.minimum_bytes == gradient.moved_bytes == 2 * size + weight
-    mask = operations[step_model.VGG_BACK, "relu1_1", "mask"]
+    mask = operations[ledger.VGG_BACK, "relu1_1", "mask"]
     assert (mask.minimum_bytes, mask.moved_bytes) == (size, 3 * size)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernel_bench import layer_ops, norm_ops
+from kernel_bench import layer_ops, norm_ops, picture_ops
 from kernel_bench.ops import Op
 
 _EPILOGUES = tuple(norm_ops.EPILOGUES)
@@ -15,6 +15,9 @@ _ALL = (
     layer_ops.TAP_STYLE,
     layer_ops.TAP_CONTENT,
     layer_ops.GRAM_MATRIX,
+    picture_ops.BOUNDARY,
+    picture_ops.BOUNDARY_BACKWARD,
+    *picture_ops.PICTURE_INPUTS,
     *(norm_ops.norm("batch_norm_training", epilogue, training=True) for epilogue in _EPILOGUES),
     *(norm_ops.norm("batch_norm_inference", epilogue, training=False) for epilogue in _EPILOGUES),
 )

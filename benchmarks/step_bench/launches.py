@@ -92,6 +92,22 @@ def _unpool(x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return fk.max_unpool2d_switches(y, switches, (h, w), 2, 2), []
 
 
+def _input(x: Tensor, padding: int = 0) -> tuple[Tensor, list[Tensor]]:
+    n, c, h, w = x.shape
+    pictures = torch.empty((n, h, w, c), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return fk.picture_input(pictures, 1 / 255, padding=padding, dtype=x.dtype), []
+
+
+def _boundary(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    vector, ending = torch.empty(3), {"window": (0, 0, *x.shape[2:]), "tanh": True, "factor": 0.5}
+    return fk.network_boundary(x.detach(), vector, vector, **ending, offset=0.5, dtype=x.dtype)[0], []
+
+
+def _boundary_backward(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    ending = {"window": (0, 0, *x.shape[2:]), "tanh": True, "factor": 0.5, "variation": (1.0, 1.0)}
+    return fk.network_boundary_backward(x.detach(), torch.empty_like(x), torch.empty(3), **ending), []
+
+
 _CALLS: dict[str, Any] = {
     "instance_norm": lambda x, **options: _norm(x, batch=False, **options),
     "batch_norm": lambda x, **options: _norm(x, batch=True, **options),
@@ -99,12 +115,15 @@ _CALLS: dict[str, Any] = {
     "max_pool2d_switches": lambda x: (fk.max_pool2d_switches(x.detach())[0], []),
     "max_unpool2d_switches": _unpool,
     "tap_backward": _tap,
+    "picture_input": _input,
+    "network_boundary": _boundary,
+    "network_boundary_backward": _boundary_backward,
 }
 
 
 def _least(op: str, shape: Shape, dtype: torch.dtype, backward: bool, options: dict[str, Any]) -> int:
     known = {name: value for name, value in options.items() if name not in ("padding_mode", "residual_border")}
-    if "padding" in known:
+    if isinstance(known.get("padding"), tuple):
         known["padding"] = max(known["padding"])  # the cost model's border is alike at all sides
     if op == "batch_norm":
         known["training"] = True

@@ -18,7 +18,6 @@ Nothing stays on chip from one pass to the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,79 +26,19 @@ from fastnst.config import Config
 from fastnst.device import DTYPES
 from fastnst_kernels import cost
 from step_bench.launches import launched_bytes
-from step_bench.shapes import Conv, VggLayer, transform_convs, vgg_layers
-
-IN, TRANSFORM, VGG, CONTENT, LOSS, VGG_BACK, TRANSFORM_BACK, UPDATE = PARTS = (
-    "pictures",
-    "transform net forward",
-    "VGG19 forward",
-    "VGG19 content",
-    "losses",
-    "VGG19 backward",
-    "transform net backward",
-    "update",
+from step_bench.ledger import (
+    CONTENT,
+    IN,
+    LOSS,
+    TRANSFORM,
+    TRANSFORM_BACK,
+    UPDATE,
+    VGG,
+    VGG_BACK,
+    Ledger,
+    Operation,
 )
-_PHASES = {CONTENT: "content", VGG_BACK: "backward", TRANSFORM_BACK: "backward", UPDATE: "backward"}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One pass of the step."""
-
-    part: str
-    layer: str
-    kind: str
-    flops: int
-    minimum_bytes: int
-    moved_bytes: int
-
-    def seconds(self, flops_per_s: float, bytes_per_s: float, *, planned: bool = False) -> float:
-        """The least time on a GPU of these rates; `planned`: with the bytes that we move."""
-        moved = self.moved_bytes if planned else self.minimum_bytes
-        return max(self.flops / flops_per_s, moved / bytes_per_s)
-
-
-@dataclass
-class _Ledger:
-    operations: list[Operation] = field(default_factory=list)
-    _read: set[tuple[str, str]] = field(default_factory=set)
-
-    def add(
-        self,
-        part: str,
-        layer: str,
-        kind: str,
-        *,
-        reads: dict[str, int],
-        writes: dict[str, int],
-        flops: int = 0,
-        vectors: int = 0,
-        moved: int | None = None,
-        through: str | None = None,
-    ) -> None:
-        """Note a pass.
-
-        Args:
-            part: one of `PARTS`.
-            layer: what it belongs to.
-            kind: what it is.
-            reads: tensors and their bytes.
-            writes: likewise.
-            flops: of its matrix products.
-            vectors: bytes of statistics and per-channel vectors, read and written.
-            moved: what our launches move; None: everything once.
-            through: the minimum does without this pass: who wrote this tensor, or who reads the result, does its work
-                and reads what else there is to read. The result then is that tensor by another name.
-        """
-        phase = _PHASES.get(part, "forward")
-        unread = {name: size for name, size in reads.items() if (phase, name) not in self._read}
-        self._read |= {(phase, name) for name in reads}
-        minimum = sum(unread.values()) + sum(writes.values()) + vectors
-        if through is not None:
-            minimum = sum(size for name, size in unread.items() if name != through)
-        if moved is None:
-            moved = sum(reads.values()) + sum(writes.values()) + vectors
-        self.operations.append(Operation(part, layer, kind, flops, minimum, moved))
+from step_bench.shapes import Conv, VggLayer, transform_convs, vgg_layers
 
 
 def training_step(config: Config, precision: str) -> list[Operation]:
@@ -116,7 +55,7 @@ class _Step:
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.config, self.dtype, self.item = config, dtype, dtype.itemsize
         self.batch = config.train.batch_size
-        self.book = _Ledger()
+        self.book = Ledger()
         self.first, self.convs = transform_convs(config)
         loss, side = config.loss, config.data.image_size
         self.side = side
@@ -151,10 +90,21 @@ class _Step:
             self.book.add(
                 IN, "weights", "cast", reads={"weights fp32": 4 * count}, writes={"weights": self.item * count}
             )
-        written = {"in to conv1": self._bytes(3, self.first)}
+        self._take_in("conv1", "in", self.first)
         if self.content:
-            written["x to conv1_1"] = self._bytes(3, self.side)
-        self.book.add(IN, "batch", "to pictures", reads={"batch": self.batch * 3 * self.side**2}, writes=written)
+            self._take_in("conv1_1", "x", self.side)
+
+    def _take_in(self, first: str, who: str, side: int) -> None:
+        """From bytes to the input of a network's first convolution, of `side` pixels with its border."""
+        border = (side - self.side) // 2
+        self.book.add(
+            IN,
+            first,
+            "from bytes",
+            reads={"batch": self.batch * 3 * self.side**2},
+            writes={f"{who} to {first}": self._bytes(3, side)},
+            moved=launched_bytes("picture_input", self._shape(3, self.side), self.dtype, padding=border),
+        )
 
     def _transform_forward(self) -> None:
         source = "in to conv1"
@@ -188,6 +138,7 @@ class _Step:
             "scale, normalise",
             reads={source: self._bytes(3, self.side)},
             writes={"ŷ to conv1_1": self._bytes(3, self.side)},
+            moved=launched_bytes("network_boundary", self._shape(3, self.side), self.dtype),
         )
 
     def _weight(self, conv: Conv) -> dict[str, int]:
@@ -321,6 +272,7 @@ class _Step:
             "scale, normalise",
             reads={self.into_vgg: pictures, self.painted: pictures},
             writes={"d out placed": pictures},
+            moved=launched_bytes("network_boundary_backward", self._shape(3, self.side), self.dtype),
         )
         # The gradient that goes around a block, from where it is made to where it is added.
         around: tuple[str, int] | None = None

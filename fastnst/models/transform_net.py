@@ -16,7 +16,7 @@ TF "SAME" at stride 2 pads nothing before and one zero after an even side; weigh
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastnst.errors import DataError, UserError
 from fastnst.models.padding import reflect_pad
-from fastnst_kernels import batch_norm, instance_norm
+from fastnst_kernels import batch_norm, instance_norm, picture_input
 from fastnst_kernels.recomputed import convolution, recomputed_batch_norm, recomputed_instance_norm
 
 ARCHITECTURES = ("hwalsuklee", "lengstrom", "johnson")
@@ -41,6 +41,16 @@ class Placing(NamedTuple):
     upsample: int = 1
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     padding_mode: str = "reflect"
+
+
+class Painted(NamedTuple):
+    """What of the last layer's raw output is the picture, and how it becomes it: factor·tanh?(output) + offset."""
+
+    window: tuple[int, int, int, int]
+    """Top, left, height and width, in pixels."""
+    tanh: bool
+    factor: float
+    offset: float
 
 
 _Wants = Callable[[Tensor], Placing]
@@ -118,14 +128,16 @@ class TransformNet(nn.Module):
         except UserError as error:
             raise DataError(f"the model's metadata: {error}") from error
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, raw: bool = False) -> Tensor:
         """Stylise.
 
         Args:
-            x: `[N, 3, H, W]`, RGB in [0, 1], H and W ≥ 16.
+            x: `[N, 3, H, W]`, RGB, floating in [0, 1] or uint8, H and W ≥ 16. Bytes are brought into the first layer's
+                type in one pass, and have no gradient.
+            raw: give the last layer's output as it is, of which `painted` tells how it becomes the picture.
 
         Returns:
-            `[N, 3, H, W]` on the same scale, fp32 or x's wider type, not clamped, channels_last.
+            `[N, 3, H, W]` on [0, 1]'s scale, fp32 or x's wider type, not clamped, channels_last; or the raw output.
 
         Raises:
             UserError: another shape, or a side below 16.
@@ -135,30 +147,44 @@ class TransformNet(nn.Module):
                 f"the transform net takes pictures [N, 3, H, W] with sides of {SMALLEST_SIDE} pixels or more, "
                 f"got {list(x.shape)}; enlarge the picture"
             )
-        height, width = x.shape[2:]
-        x = x.contiguous(memory_format=torch.channels_last)
-        if self.architecture == "hwalsuklee":
-            x = reflect_pad(x, 40)
-        elif self.architecture == "johnson":
-            x = x * 255.0
+        size = x.shape[2:]
         layers = [self.get_submodule(name) for name in LAYER_NAMES]
-        placing = layers[0].wants(x)  # type: ignore[operator]
-        if max(placing.padding):
-            x = reflect_pad(x, placing.padding[0])
+        x = self._entered(x)
         for layer, following in pairwise(layers):
             x = layer(x, following.wants)
         x = layers[-1](x)
-        x = _at_least_fp32(x[:, :, *self._inside(x.shape[2:], (height, width))])
+        if raw:
+            return x
+        (top, left, height, width), tanh, factor, offset = self.painted(x.shape[2:], size)
+        x = _at_least_fp32(x[:, :, top : top + height, left : left + width])
         x = x.contiguous(memory_format=torch.channels_last)
+        x = factor * (x.tanh() if tanh else x)
+        return x + offset if offset else x
+
+    def _entered(self, x: Tensor) -> Tensor:
+        """The pictures as the first layer wants them."""
+        johnson = self.architecture == "johnson"
+        border = 40 if self.architecture == "hwalsuklee" else max(self.conv1.wants(x).padding)
+        if x.dtype == torch.uint8:
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.conv1.weight.dtype
+            return picture_input(x, 1.0 if johnson else 1.0 / 255.0, padding=border, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return reflect_pad(x * 255.0 if johnson else x, border)
+
+    def painted(self, size: Sequence[int], wanted: Sequence[int]) -> Painted:
+        """How raw output of height and width `size` becomes the picture, which has height and width `wanted`."""
+        rows, columns = self._inside(size, wanted)
+        window = (rows.start, columns.start, wanted[0], wanted[1])
         match self.architecture:
             case "hwalsuklee":
-                return 0.5 * x.tanh() + 0.5
+                return Painted(window, True, 0.5, 0.5)
             case "lengstrom":
-                return (150.0 / 255.0) * x.tanh() + 0.5
+                return Painted(window, True, 150.0 / 255.0, 0.5)
             case _:
-                return x / 255.0
+                return Painted(window, False, 1.0 / 255.0, 0.0)
 
-    def _inside(self, size: tuple[int, ...], wanted: tuple[int, int]) -> tuple[slice, slice]:
+    def _inside(self, size: Sequence[int], wanted: Sequence[int]) -> tuple[slice, slice]:
         """Where the picture lies in the output, which is larger because strided convolutions round odd sides up.
 
         TF "SAME" pads an odd side by one zero before it, an even side by none, and the transposed convolutions

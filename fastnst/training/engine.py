@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst.losses import LossTerms, PerceptualLoss, total_variation_gradient
+from fastnst.losses import LossTerms, PerceptualLoss
+from fastnst.models.transform_net import Painted
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES, deepest_layer
 from fastnst.training.fused_ops import convolve_relu, pool, unpool
 from fastnst.training.taps import Taps
+from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
 
 
 class LossEngine:
@@ -46,6 +48,9 @@ class LossEngine:
     ) -> None:
         self._loss = loss
         self._dtype = dtype or loss.vgg.mean.dtype
+        # RGB, as the pictures are; see `_stages`.
+        self._mean, self._gain = loss.vgg.mean.flatten(), loss.vgg.gain.flatten()
+        self._shift = -self._mean * self._gain
         if beside is None:
             self._stages = _stages(loss.vgg, deepest_layer(loss.layers), self._dtype)
         else:
@@ -57,7 +62,7 @@ class LossEngine:
         """φ of the content pictures at the content layers, for any number of calls.
 
         Args:
-            content: `[N, 3, H, W]`, RGB in [0, 1].
+            content: `[N, 3, H, W]`, RGB, floating in [0, 1] or uint8.
 
         Raises:
             UserError: the pictures are too small for a layer.
@@ -66,11 +71,10 @@ class LossEngine:
         targets: dict[str, Tensor] = {}
         if layers:
             self._loss.vgg.check(content, layers)
-            for kept in self._forward(content, layers, for_backward=False):
+            for kept in self._forward(self._input_of(content), layers, for_backward=False):
                 targets |= {name: x for name, x in kept.outputs().items() if name in layers}
         return targets
 
-    @torch.no_grad()
     def __call__(
         self, stylized: Tensor, targets: Mapping[str, Tensor], d_total: Tensor | None = None
     ) -> tuple[LossTerms, Tensor]:
@@ -88,29 +92,71 @@ class LossEngine:
             ValueError: the loss has no style, or the targets are those of pictures of another size.
             UserError: the pictures are too small for a layer.
         """
-        loss = self._loss
-        loss.vgg.check(stylized, loss.layers)
-        taps = Taps(loss, targets, d_total)
-        gradient = self._backward(self.forward(stylized), taps)
-        watch = stylized.sum() * 0.0  # NaN unless all of it is finite
-        gradient = gradient.flip(1) if loss.vgg.flavour == "caffe" else gradient
-        gradient = (gradient * (loss.vgg.gain + watch)).to(stylized.dtype)
-        tv = torch.zeros_like(watch)
-        if loss.tv.factor:
-            tv = loss.tv(stylized)
-            factor = loss.tv.factor if d_total is None else loss.tv.factor * d_total
-            gradient += total_variation_gradient(stylized, loss.tv.reduction).mul_(factor)
-        return taps.terms(tv, watch), gradient
+        self._loss.vgg.check(stylized, self._loss.layers)
+        as_it_is = Painted((0, 0, *stylized.shape[2:]), False, 1.0, 0.0)
+        return self.of_raw(stylized, as_it_is, targets, d_total)
 
     @torch.no_grad()
-    def forward(self, stylized: Tensor) -> list["Kept"]:
-        """What the backward of a batch needs, front to back."""
-        return list(self._forward(stylized, self._loss.layers, for_backward=True))
+    def of_raw(
+        self, raw: Tensor, painted: Painted, targets: Mapping[str, Tensor], d_total: Tensor | None = None
+    ) -> tuple[LossTerms, Tensor]:
+        """As a call with the stylised pictures, from what the transform net's last layer put out, and back to there.
 
-    def _forward(self, pictures: Tensor, taps: tuple[str, ...], *, for_backward: bool) -> Iterator["Kept"]:
-        """Each stage, up to the deepest of `taps`, and what it leaves."""
+        Args:
+            raw: `[N, 3, H', W']`.
+            painted: what of it are the pictures.
+            targets: as above.
+            d_total: as above.
+
+        Returns:
+            The terms, and d_total · ∂total/∂raw, of raw's shape and type.
+
+        Raises:
+            ValueError: as above.
+            UserError: as above.
+        """
+        loss = self._loss
+        loss.vgg.check(raw[:, :, : painted.window[2], : painted.window[3]], loss.layers)
+        taps = Taps(loss, targets, d_total)
+        u, sums = self.entered(raw, painted)
+        vertical, horizontal, watch = sums.sum(0)
+        variation = loss.tv.weights(u.shape) if loss.tv.factor else (0.0, 0.0)
+        kept = self.forward(u)
+        del u
+        gradient = self._backward(kept, taps)
+        raw_gradient = network_boundary_backward(
+            *(raw, gradient, self._gain),
+            window=painted.window,
+            tanh=painted.tanh,
+            factor=painted.factor,
+            variation=variation,
+            d_variation=d_total,
+            watch=watch,
+        )
+        tv = torch.zeros_like(watch)
+        if loss.tv.factor:
+            tv = variation[0] * vertical + variation[1] * horizontal
+        return taps.terms(tv, watch), raw_gradient
+
+    def entered(self, raw: Tensor, painted: Painted) -> tuple[Tensor, Tensor]:
+        """φ's input `[N, 3, H, W]` for the pictures in `raw`, and the sums that `network_boundary` gives."""
+        return network_boundary(raw, self._mean, self._gain, **painted._asdict(), dtype=self._dtype)
+
+    @torch.no_grad()
+    def forward(self, u: Tensor) -> list["Kept"]:
+        """What the backward of a batch needs, front to back; `u` is what `entered` gives."""
+        return list(self._forward(u, self._loss.layers, for_backward=True))
+
+    def _input_of(self, pictures: Tensor) -> Tensor:
+        """φ's input for `pictures` `[N, 3, H, W]`, floating or uint8, in `dtype`."""
+        if pictures.dtype == torch.uint8:
+            return picture_input(pictures, 1 / 255, self._gain, self._shift, dtype=self._dtype)
+        u = pictures.contiguous(memory_format=torch.channels_last) - self._mean.view(3, 1, 1)
+        return u.mul_(self._gain.view(3, 1, 1)).to(self._dtype)
+
+    def _forward(self, x: Tensor, taps: tuple[str, ...], *, for_backward: bool) -> Iterator["Kept"]:
+        """Each stage, up to the deepest of `taps`, and what it leaves; x is the first convolution's input, RGB."""
         last = deepest_layer(taps)
-        x = self._loss.vgg.preprocess(pictures).to(self._dtype)
         for stage in self._stages:
             kept = Kept(stage)
             if stage.conv in taps:
@@ -192,6 +238,8 @@ def _stages(vgg: VGG19, last: str, dtype: torch.dtype) -> list[_Stage]:
         following = f"pool{block}"
         is_last_of_block = f"conv{block}_{int(index) + 1}" not in WEIGHT_SHAPES
         weight, bias = (vgg.get_parameter(f"{conv}.{name}").detach() for name in ("weight", "bias"))
+        if conv == "conv1_1" and vgg.flavour == "caffe":
+            weight = weight.flip(1)  # it takes BGR, and is given RGB
         stages.append(
             _Stage(
                 conv,

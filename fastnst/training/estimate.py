@@ -10,7 +10,7 @@ from torch.func import functional_call
 from fastnst.config import Config
 from fastnst.device import DTYPES
 from fastnst.losses import PerceptualLoss
-from fastnst.models.transform_net import TransformNet
+from fastnst.models.transform_net import Painted, TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training.engine import LossEngine
 
@@ -65,9 +65,11 @@ def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32),
     ):
-        batch = torch.empty(config.train.batch_size, 3, side, side).to(memory_format=torch.channels_last)
-        stylized = functional_call(net, fake_net, (batch,))
-        of_loss = functional_call(loss_pass, fake_loss, (stylized, batch))
+        shape = (config.train.batch_size, side, side, 3)
+        batch = torch.empty(shape, dtype=torch.uint8 if fused else torch.float32).permute(0, 3, 1, 2)
+        made = functional_call(net, fake_net, (batch,), {"raw": fused})
+        painted = {"painted": net.painted(made.shape[2:], batch.shape[2:])} if fused else {}
+        of_loss = functional_call(loss_pass, fake_loss, (made, batch), painted)
     if fused:
         for tensor in of_loss:
             keep(tensor)
@@ -92,12 +94,13 @@ class _FusedPass(nn.Module):
         super().__init__()
         self.loss, self.dtype = loss, dtype
 
-    def forward(self, stylized: Tensor, content: Tensor) -> list[Tensor]:
+    def forward(self, raw: Tensor, content: Tensor, painted: Painted) -> list[Tensor]:
         """All that is alive when the backward begins."""
         engine = LossEngine(self.loss, self.dtype)
         targets = engine.content_targets(content)
-        kept = [x for stage in engine.forward(stylized) for x in (*stage.outputs().values(), stage.switches)]
-        return [x for x in (*targets.values(), *kept) if x is not None]
+        u, _ = engine.entered(raw, painted)
+        kept = [x for stage in engine.forward(u) for x in (*stage.outputs().values(), stage.switches)]
+        return [x for x in (raw, *targets.values(), *kept) if x is not None]
 
 
 def _faked(module: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:

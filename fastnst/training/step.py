@@ -20,12 +20,17 @@ def to_unit(batch: Tensor) -> Tensor:
     return batch.permute(0, 3, 1, 2).float().div_(255.0)
 
 
+def as_pictures(batch: Tensor) -> Tensor:
+    """uint8 `[N, H, W, 3]` → the same memory as `[N, 3, H, W]`, channels_last."""
+    return batch.permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class Content:
     """What steps of several networks on one batch have in common."""
 
     pictures: Tensor
-    """`[N, 3, H, W]` in [0, 1]."""
+    """`[N, 3, H, W]`, uint8."""
     targets: dict[str, Tensor]
     """φ of them, by content layer."""
 
@@ -112,7 +117,7 @@ class TrainingStep:
         """What steps beside this one may share of a batch; None where each has to compute it itself (autograd)."""
         if self._engine is None:
             return None
-        pictures = to_unit(batch)
+        pictures = as_pictures(batch)
         with phase("content pass"):
             return Content(pictures, self._engine.content_targets(pictures))
 
@@ -166,7 +171,7 @@ class TrainingStep:
     def _loss_of(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            stylized = self._stylized(content)
+            stylized = self._transformed(content, raw=False)
             with phase("loss network"):
                 return self._loss(stylized, content)
 
@@ -176,20 +181,21 @@ class TrainingStep:
         content = content or self.content_of(batch)
         assert content is not None
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            stylized = self._stylized(content.pictures)
+            raw = self._transformed(content.pictures, raw=True)
+        painted = self.net.painted(raw.shape[2:], content.pictures.shape[2:])
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
         with phase("loss network"):
-            terms, gradient = engine(stylized.detach(), content.targets, scale)
+            terms, gradient = engine.of_raw(raw.detach(), painted, content.targets, scale)
         del content  # and its targets, unless the next network wants them
         with phase("backward"):
-            stylized.backward(gradient)
+            raw.backward(gradient)
         return terms
 
-    def _stylized(self, content: Tensor) -> Tensor:
+    def _transformed(self, content: Tensor, *, raw: bool) -> Tensor:
         """The one place that calls the transform net."""
         with phase("transform net"):
-            stylized: Tensor = self._called(content)
-        return stylized
+            made: Tensor = self._called(content, raw=raw)
+        return made
 
     def _updates(self) -> Tensor:
         """How many updates Adam has made, 0-d on the device; a step that the scaler left out is none."""

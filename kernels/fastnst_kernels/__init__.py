@@ -20,6 +20,14 @@ from fastnst_kernels.max_pool import (
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
+from fastnst_kernels.pictures import (
+    network_boundary,
+    network_boundary_backward,
+    network_boundary_backward_reference,
+    network_boundary_reference,
+    picture_input,
+    picture_input_reference,
+)
 from fastnst_kernels.taps import tap_backward, tap_backward_reference
 
 __all__ = [
@@ -34,6 +42,12 @@ __all__ = [
     "max_pool2d_switches_reference",
     "max_unpool2d_switches",
     "max_unpool2d_switches_reference",
+    "network_boundary",
+    "network_boundary_backward",
+    "network_boundary_backward_reference",
+    "network_boundary_reference",
+    "picture_input",
+    "picture_input_reference",
     "style_loss",
     "style_loss_and_matrix",
     "style_loss_reference",

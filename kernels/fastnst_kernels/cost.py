@@ -304,3 +304,37 @@ def max_unpool2d_switches_backward(
     """
     windows = _windows(shape, kernel_size, stride)
     return Cost(0, (_covered(shape, kernel_size, stride) + windows) * dtype.itemsize + windows)
+
+
+def picture_input(shape: Sequence[int], dtype: torch.dtype, padding: int = 0) -> Cost:
+    """Bytes of `shape` `[N, 3, H, W]` in, the bordered picture in `dtype` out; a multiplication and an addition each.
+
+    Scale and shift count as given; the border copies.
+    """
+    moved = _elements(shape) + enlarged_elements(shape, 1, padding) * dtype.itemsize + 2 * 3 * _statistics_size(dtype)
+    return Cost(2 * _elements(shape), moved)
+
+
+def _neighbours(shape: Sequence[int]) -> int:
+    n, c, h, w = shape
+    return n * c * ((h - 1) * w + h * (w - 1))
+
+
+def network_boundary(shape: Sequence[int], dtype: torch.dtype) -> Cost:
+    """z in, u out, both `shape` `[N, 3, H, W]` in `dtype`; mean and gain in, three sums per picture out.
+
+    Operations: per element tanh 1, factor and offset 2, mean and gain 2; per pair of neighbours difference, square and
+    sum.
+    """
+    vectors = (2 * 3 + 3 * shape[0]) * _statistics_size(dtype)
+    return Cost(5 * _elements(shape) + 3 * _neighbours(shape), 2 * _elements(shape) * dtype.itemsize + vectors)
+
+
+def network_boundary_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
+    """z and ∂L/∂u in, ∂L/∂z out, all of `shape` `[N, 3, H, W]` in `dtype`; gain in.
+
+    Operations: per element tanh 1, its slope 2, gain, factor and slope 3; per pair of neighbours difference 1, its
+    weight 1, and what it adds to both 2.
+    """
+    moved = 3 * _elements(shape) * dtype.itemsize + 3 * _statistics_size(dtype)
+    return Cost(6 * _elements(shape) + 4 * _neighbours(shape), moved)

@@ -71,7 +71,24 @@ def test_one_pass_ops_move_little_more_than_the_minimum(report: kernel_report.Re
     seen = set()
     for call in report.calls:
         one_pass = any("one_pass" in launch.kernel for launch in call.launches)
-        if call.case.hot and (one_pass or call.case.op.endswith("switches")):
+        others = call.case.op.endswith("switches") or call.case.op in kernel_calls.PICTURE_OPTIONS
+        if call.case.hot and (one_pass or others):
             seen.add(call.case.op)
             assert call.bytes <= 1.05 * call.minimum_bytes, call
-    assert {"instance_norm", "batch_norm", "max_pool2d_switches", "max_unpool2d_switches"} <= seen
+    ops = {"instance_norm", "batch_norm", "max_pool2d_switches", "max_unpool2d_switches"}
+    assert ops | kernel_calls.PICTURE_OPTIONS.keys() <= seen
+
+
+def test_rows_of_three_channels_move_in_16_bytes(report: kernel_report.Report) -> None:
+    """But bytes, which come as many at once as make a vector of what is written, or as a border of 4 pixels leaves."""
+    hot = {launch.identity for call in report.calls if call.case.hot for launch in call.launches}
+    seen = []
+    for kernel in report.kernels:
+        if kernel.module.endswith("pictures_kernels") and kernel.launches[0].identity in hot:
+            seen.append(kernel.kernel)
+            assert kernel.widest_store == 128, kernel
+            loads = 128
+            if kernel.kernel == "_picture_input_kernel":
+                loads = 32 if kernel.configuration["PADDING"] == 4 else 64
+            assert kernel.widest_load == loads, kernel
+    assert len(seen) == len(ARCHITECTURES) * len(kernel_calls.DTYPES) * (3 + 1 + 1)

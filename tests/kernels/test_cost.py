@@ -109,6 +109,15 @@ def test_pooling() -> None:
     assert cost.max_pool2d_switches(SHAPE, BF16, 1, 2).minimum_bytes == 36 * 2 + 36 * 2 + 36
 
 
+def test_pictures_at_the_ends_of_networks() -> None:
+    # 120 bytes in; with a border of 2, 8 × 9 positions of each of the 6 planes out; scale and shift, 3·4 bytes each.
+    assert cost.picture_input(SHAPE, BF16) == cost.Cost(240, 120 + 240 + 24)
+    assert cost.picture_input(SHAPE, BF16, 2) == cost.Cost(240, 120 + 6 * 72 * 2 + 24)
+    # 6 planes have 3·5 pairs along the height and 4·4 along the width.
+    assert cost.network_boundary(SHAPE, BF16) == cost.Cost(120 * 5 + 6 * 31 * 3, 480 + 24 + 2 * 3 * 4)
+    assert cost.network_boundary_backward(SHAPE, BF16) == cost.Cost(120 * 6 + 6 * 31 * 4, 720 + 12)
+
+
 def test_a_sum_is_one_after_the_other() -> None:
     assert cost.Cost(1, 2) + cost.Cost(10, 20) == cost.Cost(11, 22)
 

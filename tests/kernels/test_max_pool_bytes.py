@@ -1,13 +1,12 @@
 """What the 2×2 kernels move, counted, and where kernels find their elements when these outnumber 32 bits."""
 
 from collections.abc import Callable
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from byte_counter import count_bytes
 from kernel_cases import DTYPES, LAYOUTS, randn
+from last_program import LastProgram
 
 from fastnst_kernels import (
     max_pool2d_switches,
@@ -63,33 +62,6 @@ def test_counter_counts():
     assert (traffic.launches, traffic.total) == (1, 8 * 4 + 2 * 5)
 
 
-class _LastProgram:
-    """Stands where a kernel stood and runs the last program of its grid only."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        from triton.runtime.interpreter import interpreter_builder as builder
-
-        set_size, set_place = builder.set_grid_dim, builder.set_grid_idx
-
-        def size(*_: int) -> None:
-            set_size(*grid)
-
-        def place(*_: int) -> None:
-            set_place(*[blocks - 1 for blocks in grid])
-
-        def launch(*args: Any, **options: Any) -> None:
-            with (
-                mock.patch.object(builder, "set_grid_dim", size),
-                mock.patch.object(builder, "set_grid_idx", place),
-            ):
-                self._kernel[(1, 1, 1)](*args, **options)
-
-        return launch
-
-
 @in_interpreter
 @pytest.mark.parametrize(("side", "kernel_size"), [(3352, 2), (3351, 3)])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -98,7 +70,7 @@ def test_more_elements_than_32_bits_count(monkeypatch, layout, side, kernel_size
     program alone runs: an offset that overflowed would find other values there, or nothing at all."""
     for module in (max_pool_2x2, max_pool_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, _LastProgram(getattr(module, name)))
+            monkeypatch.setattr(module, name, LastProgram(getattr(module, name)))
 
     def untouched(side: int, dtype: torch.dtype) -> torch.Tensor:
         if layout == "contiguous":
