@@ -158,7 +158,7 @@ def _node(y: Tensor | None) -> Any:
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution that does not keep its input y, of which `node` is the node."""
+    """A convolution that does not keep its input y, of which `node` is the node; None: of an y that it keeps."""
 
     @staticmethod
     def forward(
@@ -171,7 +171,7 @@ class _Convolution(torch.autograd.Function):
         padding: int,
         transposed: bool,
     ) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, *(() if node is not None else (y,)))
         ctx.node, ctx.bias_shape = node, None if bias is None else list(bias.shape)
         ctx.options = ([stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1)
         z: Tensor = torch.ops.aten.convolution(y, weight, bias, *ctx.options)
@@ -180,9 +180,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
-        gradients = _convolution_backward(dz, _value(ctx.node), weight, ctx.bias_shape, ctx.options, wanted)
+        weight, *kept = ctx.saved_tensors
+        y = kept[0] if kept else _value(ctx.node)
+        gradients = _convolution_backward(dz, y, weight, ctx.bias_shape, ctx.options, list(ctx.needs_input_grad[:3]))
         return *gradients, None, None, None, None
 
 
@@ -191,17 +191,32 @@ def _convolution_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of y, weight and bias, as far as they are wanted."""
     backward = torch.ops.aten.convolution_backward
-    # oneDNN takes a weight's gradient faster from NCHW than from NHWC, both copies included, and y's gradient slower;
-    # in fp32 alone, and not that of a transposed convolution.
-    transposed = options[3]
-    splits = y.device.type == "cpu" and y.dtype == torch.float32 and not transposed and all(wanted[:2])
-    if not splits or y.is_contiguous():
+    if not wanted[1] or not _prefers_planes(y, transposed=options[3]):
         return tuple(backward(dz, y, weight, bias_shape, *options, wanted))
-    dy, _, _ = backward(dz, y, weight, None, *options, [True, False, False])
+    dy = backward(dz, y, weight, None, *options, [True, False, False])[0] if wanted[0] else None
     # Any one of the three in NHWC would have all converted back.
-    planes = dz.contiguous(), y.contiguous(), weight.contiguous()
+    planes = _planes(dz), _planes(y), weight.contiguous()
     _, d_weight, d_bias = backward(*planes, bias_shape, *options, [False, True, wanted[2]])
     return dy, torch.empty_like(weight).copy_(d_weight), d_bias
+
+
+def _prefers_planes(y: Tensor, *, transposed: bool) -> bool:
+    """Whether the weight's gradient of a convolution of y is taken in NCHW.
+
+    oneDNN takes it faster so than from NHWC, both copies included, and y's own gradient slower; in fp32 alone, and not
+    that of a transposed convolution.
+    """
+    return y.device.type == "cpu" and y.dtype == torch.float32 and not transposed and not y.is_contiguous()
+
+
+def _planes(x: Tensor) -> Tensor:
+    """`[N, C, H, W]` in NCHW; matrix by matrix, which PyTorch transposes faster than a tensor of four dimensions."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous()
+    planes = x.new_empty(x.shape)
+    for pixels, plane in zip(x.permute(0, 2, 3, 1), planes, strict=True):
+        plane.flatten(1).copy_(pixels.flatten(0, 1).t())
+    return planes
 
 
 def recomputed_instance_norm(
@@ -292,9 +307,16 @@ def convolution(
         if x.dtype == weight.dtype:
             result: Tensor = _Convolution.apply(x, weight, bias, node, stride, padding, transposed)
             return result
+    elif not _is_plain() and _prefers_planes(x, transposed=transposed) and x.dtype == weight.dtype and not _casts(x):
+        own: Tensor = _Convolution.apply(x, weight, bias, None, stride, padding, transposed)
+        return own
     if transposed:
         return F.conv_transpose2d(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)
+
+
+def _casts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _is_plain() -> bool:

@@ -12,7 +12,7 @@ from tolerances import assert_as_exact_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnst_kernels import batch_norm, instance_norm
-from fastnst_kernels.recomputed import convolution, recomputed_batch_norm, recomputed_instance_norm
+from fastnst_kernels.recomputed import _planes, convolution, recomputed_batch_norm, recomputed_instance_norm
 
 EPILOGUES: list[dict[str, Any]] = [
     {},
@@ -297,6 +297,39 @@ def test_bad_input():
         recomputed_batch_norm(x[:1, :, :1, :1], one, one, torch.zeros(4), torch.ones(4))
     with pytest.raises(ValueError, match=r"running_var has shape \(5,\)"):
         recomputed_batch_norm(x, one, one, torch.zeros(4), torch.ones(5))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("needs_input", [False, True])
+def test_a_kept_input_has_its_weights_gradient_from_planes_too(needs_input: bool, with_bias: bool) -> None:
+    """A convolution behind no norm, such as that of a picture, which needs no gradient itself."""
+    x = LAYOUTS["channels_last"](randn((2, 3, 7, 6), torch.float32, "cpu"))
+    filters = LAYOUTS["channels_last"](randn((4, 3, 3, 3), torch.float32, "cpu", seed=5))
+    extra = [randn((4,), torch.float32, "cpu", seed=6)] if with_bias else []
+    dz = randn((2, 4, 7, 6), torch.float32, "cpu", seed=7)
+
+    def gradients(dtype: torch.dtype, function: Callable[..., torch.Tensor]) -> list[torch.Tensor | None]:
+        leaves = [t.clone().to(dtype).requires_grad_(needs_input or t is not x) for t in (x, filters, *extra)]
+        function(*leaves, padding=1).backward(dz.to(dtype))
+        return [leaf.grad for leaf in leaves]
+
+    with Ops() as ops:
+        actual = gradients(torch.float32, convolution)
+    assert ops.counts["convolution_backward"] == 1 + needs_input
+    peer, truth = gradients(torch.float32, F.conv2d), gradients(torch.float64, F.conv2d)
+    assert [grad is None for grad in actual] == [not needs_input, *[False] * (1 + with_bias)]
+    for one, other, exact in zip(actual, peer, truth, strict=True):
+        if one is not None:
+            assert_as_exact_as_torch(one, other, exact, conditioning=4.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 1), (2, 1, 4, 5), (3, 5, 70, 3), (1, 64, 9, 9)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_planes_hold_the_same(shape: tuple[int, ...], layout: str) -> None:
+    x = LAYOUTS[layout](randn(shape, torch.float32, "cpu"))
+    planes = _planes(x)
+    assert planes.is_contiguous()
+    assert torch.equal(planes, x)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
