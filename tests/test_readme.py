@@ -98,6 +98,17 @@ def test_the_claims_about_training_steps_are_in_the_results(pattern: str) -> Non
     assert float(claim[2]) == pytest.approx(ours["peak_memory_bytes"] / best["peak_memory_bytes"], abs=0.006)
 
 
+def test_the_claim_about_styles_is_in_the_results() -> None:
+    claim = re.search(
+        r"take ([\d.]+) times as long as one after.*?`(benchmarks/results/[^`]+)`", README, flags=re.DOTALL
+    )
+    assert claim is not None
+    result = json.loads((ROOT / claim[2]).read_text("utf-8"))
+    assert float(claim[1]) == pytest.approx(result["together_over_alone"], abs=0.006)
+    assert (result["styles"], result["image_size"], result["batch_size"]) == (3, 128, 4)
+    assert result["weights_relative_distance"] == 0
+
+
 def test_the_claim_about_the_cache_is_in_the_results() -> None:
     pattern = r"deliver (\d+) times as many pictures per second.*?`(benchmarks/results/[^`]+)`"
     claim = re.search(pattern, README, flags=re.DOTALL)

@@ -8,7 +8,8 @@ JPEGs are plain: on a GPU, DALI itself keeps from the decoding engines what thes
 Pictures are decoded whole, though only their window is seen. `image_slice`, which decodes a region, gives the same
 bits with a margin around the window; on a CPU it saves next to nothing, as JPEG's entropy coding has to be read all the
 same. What it does to the share of the GPU's decoding engines was not measured; nor were, on a GPU, the settings below,
-which follow DALI's documentation.
+which follow DALI's documentation. On a CPU a thread per core with three batches ready is within the noise of the best
+(`benchmarks/results/data_pipeline_2_cores_256_settings.json`, by `benchmarks/data_pipeline.py --tune`).
 """
 
 import logging
