@@ -116,9 +116,10 @@ def test_each_style_is_trained_as_if_alone(
     ("preset", "more"),
     [
         ("johnson", ()),
-        ("hwalsuklee", ("train.precision=bf16",)),
+        # A CPU without instructions for bf16 takes a minute for it.
+        pytest.param("hwalsuklee", ("train.precision=bf16",), marks=pytest.mark.campaign),
         ("vgg-conv3", ("model.norm=batch",)),
-        ("johnson", ("train.engine=autograd",)),
+        pytest.param("johnson", ("train.engine=autograd",), marks=pytest.mark.campaign),
     ],
 )
 def test_real_networks_learn_what_they_learn_alone(

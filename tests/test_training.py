@@ -138,7 +138,10 @@ def test_the_loss_falls(configure: Configure, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+# `test_resume.py` and `test_crash.py` stop small runs at every step.
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.campaign), 3, pytest.param(5, marks=pytest.mark.campaign)]
+)
 @pytest.mark.parametrize(
     "variant",
     [
@@ -152,8 +155,6 @@ def test_the_loss_falls(configure: Configure, tmp_path: Path) -> None:
 def test_resumed_equals_uninterrupted_to_the_last_bit(
     configure: Configure, tmp_path: Path, steps: Steps, step: int, variant: tuple[str, ...]
 ) -> None:
-    if "data.loader=pillow" not in variant and step != 3:
-        pytest.skip("one stop is enough for the slow ones")
     config = configure(*variant)
     run(config, tmp_path / "whole")
     steps.calls.clear()
