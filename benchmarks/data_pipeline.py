@@ -83,19 +83,17 @@ def main(
     order = RunOrder(0, len(manifest.images), batch_size, WARM_UP + batches)
     base = DataConfig(folder=folder, image_size=image_size, workers=workers, prefetch=prefetch)
 
+    settings = {
+        "pictures": len(manifest.images),
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "batches": batches,
+        "repeats": repeats,
+        "step_seconds": step_seconds,
+    }
     if tune:
         rows = _tune(manifest, order, base, repeats, step_seconds, target)
-        _write(
-            json_file,
-            rows,
-            target,
-            pictures=len(manifest.images),
-            image_size=image_size,
-            batch_size=batch_size,
-            batches=batches,
-            repeats=repeats,
-            step_seconds=step_seconds,
-        )
+        _write(json_file, rows, target, settings)
         return
 
     def loader(name: str) -> Callable[[], Any]:
@@ -126,22 +124,10 @@ def main(
                 f"({row['slowest']:.1f} … {row['fastest']:.1f})  "
                 f"first batch {row['first_batch_seconds']:.2f} s{waiting}"
             )
-    _write(
-        json_file,
-        rows,
-        target,
-        pictures=len(manifest.images),
-        image_size=image_size,
-        batch_size=batch_size,
-        batches=batches,
-        repeats=repeats,
-        workers=workers,
-        prefetch=prefetch,
-        step_seconds=step_seconds,
-    )
+    _write(json_file, rows, target, settings | {"workers": workers, "prefetch": prefetch})
 
 
-def _write(file: Path | None, rows: list[dict[str, Any]], device: "torch.device", **settings: Any) -> None:
+def _write(file: Path | None, rows: list[dict[str, Any]], device: "torch.device", settings: dict[str, Any]) -> None:
     if file is not None:
         write_json(file, {"settings": settings, "environment": _environment(device), "rows": rows})
 

@@ -7,7 +7,8 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,24 @@ def fork_server() -> "Iterator[ForkServer]":
 
     with ForkServer() as server:
         yield server
+
+
+@pytest.fixture
+def fastnst(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process; returns its exit code, stdout and stderr."""
+    from fastnst import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastnst", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        output = capfd.readouterr()
+        return code, output.out, output.err
+
+    return run
 
 
 @pytest.fixture

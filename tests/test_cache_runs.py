@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from small_runs import logged, make_small, small_arguments, small_config, train_small
 
-from fastnst import cli, storage
+from fastnst import storage
 from fastnst.data import cache as cache_module
 from fastnst.data import open_loader
 from fastnst.data.cache_build import build_cache
@@ -38,23 +37,6 @@ def cache(few_photos: Path, tmp_path: Path) -> Path:
     return build_cache(
         build_manifest(few_photos, flat=False), tmp_path / "cache", size=16, fit="random_crop"
     ).cache.folder
-
-
-@pytest.fixture
-def fastnst(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Fastnst:
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastnst", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 def train_on(folder: Path, out: Path, photos: Path, *assignments: str, **options: Any) -> list[str]:

@@ -15,27 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnst import cli
 from fastnst.progress import byte_count
 from fastnst.summaries import RunLog
-
-
-@pytest.fixture
-def fastnst(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastnst", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
-
 
 Fastnst = Callable[..., tuple[int, str, str]]
 

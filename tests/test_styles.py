@@ -3,8 +3,7 @@
 import json
 import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from small_runs import ASSIGNMENTS, logged, make_small, small_config, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastnst import cli
 from fastnst.config import Config, load_config
 from fastnst.data import open_loader
 from fastnst.data.replacements import read_late_failures
@@ -487,23 +485,6 @@ def test_a_damaged_list_of_styles(tmp_path: Path, content: bytes) -> None:
 # The command line.
 
 Fastnst = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fastnst(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Fastnst]:
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastnst", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        output = capfd.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 def arguments_for(styles: dict[str, Path], photos: Path, *more: object) -> list[object]:
