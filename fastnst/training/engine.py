@@ -24,7 +24,7 @@ from torch import Tensor
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import Painted
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES, deepest_layer
-from fastnst.training.fused_ops import convolve_relu, pool, unpool
+from fastnst.training.fused_ops import convolve, convolve_backward, convolve_relu, pool, unpool
 from fastnst.training.taps import Taps
 from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
 
@@ -160,7 +160,7 @@ class LossEngine:
         for stage in self._stages:
             kept = Kept(stage)
             if stage.conv in taps:
-                x = kept.conv_out = F.conv2d(x, stage.weight, stage.bias, padding=1)
+                x = kept.conv_out = convolve(x, stage.weight, stage.bias)
                 x = x if stage.conv == last else F.relu(x)
             else:
                 x = convolve_relu(x, stage.weight, stage.bias)
@@ -196,7 +196,7 @@ class LossEngine:
                 gradient = taps.without_relu(stage.conv, done.conv_out, gradient)
                 done.conv_out = None
             assert gradient is not None
-            gradient = F.conv_transpose2d(gradient, stage.weight, padding=1)
+            gradient = convolve_backward(gradient, stage.weight)
         assert gradient is not None
         return gradient
 

@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches
+from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches, winograd
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """W ∗ x + b with 3×3 kernels and a border of zeros, without a gradient; arguments as in `convolve_relu`."""
+    if winograd.pays(x, weight):
+        return winograd.convolve(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 def convolve_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -19,6 +26,8 @@ def convolve_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: `[K, C, 3, 3]` of x's type, channels_last.
         bias: `[K]` of x's type.
     """
+    if winograd.pays(x, weight):
+        return winograd.convolve(x, weight, bias, relu=True)
     ones = (1, 1)
     if x.is_cuda and _fuses_on_cuda(x.dtype):
         return torch.cudnn_convolution_relu(x, weight, bias, ones, ones, ones, 1)
@@ -26,6 +35,13 @@ def convolve_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         fused: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, ones, ones, ones, 1, "relu", [], "")
         return fused
     return F.relu_(F.conv2d(x, weight, bias, padding=1))
+
+
+def convolve_backward(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Wᵀ ∗ gradient: of `[N, K, H, W]` and the weight of a convolution, `[N, C, H, W]`."""
+    if winograd.pays(gradient, weight):
+        return winograd.input_gradient(gradient, weight)
+    return F.conv_transpose2d(gradient, weight, padding=1)
 
 
 def relu_backward_(gradient: Tensor, output: Tensor) -> Tensor:

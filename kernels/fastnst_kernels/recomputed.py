@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnst_kernels import normalization, normalization_aten, normalization_autograd, placement, runtime
+from fastnst_kernels import normalization, normalization_aten, normalization_autograd, placement, runtime, winograd
 from fastnst_kernels.batch_norm import batch_norm, check_batch_norm, update_running
 from fastnst_kernels.instance_norm import check_instance_norm, instance_norm
 from fastnst_kernels.placement import Placement
@@ -174,6 +174,8 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(weight, *(() if node is not None else (y,)))
         ctx.node, ctx.bias_shape = node, None if bias is None else list(bias.shape)
         ctx.options = ([stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1)
+        if not transposed and winograd.pays(y, weight, stride, padding):
+            return winograd.convolve(y, weight, bias, padding=padding)
         z: Tensor = torch.ops.aten.convolution(y, weight, bias, *ctx.options)
         return z
 
@@ -190,8 +192,15 @@ def _convolution_backward(
     dz: Tensor, y: Tensor, weight: Tensor, bias_shape: list[int] | None, options: tuple[Any, ...], wanted: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of y, weight and bias, as far as they are wanted."""
+    (stride, _), (padding, _), _, transposed = options[:4]
+    if not transposed and winograd.pays(y, weight, stride, padding):
+        return (
+            winograd.input_gradient(dz, weight, padding=padding) if wanted[0] else None,
+            winograd.weight_gradient(y, dz, padding=padding) if wanted[1] else None,
+            dz.sum((0, 2, 3)) if wanted[2] else None,
+        )
     backward = torch.ops.aten.convolution_backward
-    if not wanted[1] or not _prefers_planes(y, transposed=options[3]):
+    if not wanted[1] or not _prefers_planes(y, transposed=transposed):
         return tuple(backward(dz, y, weight, bias_shape, *options, wanted))
     dy = backward(dz, y, weight, None, *options, [True, False, False])[0] if wanted[0] else None
     # Any one of the three in NHWC would have all converted back.
@@ -312,6 +321,9 @@ def convolution(
         return own
     if transposed:
         return F.conv_transpose2d(x, weight, bias, stride, padding)
+    tracked = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if not tracked and winograd.pays(x, weight, stride, padding) and not _casts(x):
+        return winograd.convolve(x, weight, bias, padding=padding)
     return F.conv2d(x, weight, bias, stride, padding)
 
 
