@@ -19,8 +19,9 @@ With --folder, fastnst is measured once more, fed by the loader from JPEG files:
 ahead as it does in training, so it has the machine to itself.
 
 `roofline_percent` is the bound of `benchmarks/roofline.py` (bf16 on a GPU, fp32 on a CPU, for every provider) over the
-median step; the two rates are measured first, or given. `benchmarks/step_bench/measure.py` says how time and memory are
-taken.
+median step; the two rates are measured first, or given. The bound counts convolutions in their plain form: with those
+that need fewer products, as on a CPU, a step may come out above 100 %. `benchmarks/step_bench/measure.py` says how time
+and memory are taken.
 """
 
 from __future__ import annotations

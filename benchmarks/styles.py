@@ -5,8 +5,8 @@
 Both kinds are the product's own training step on its own loader, fed from picture files. Together, each batch is
 decoded once and φ sees its content once; alone, each style has a loader to itself, and its steps are made when those of
 the style before it are done, as runs that follow one another would be. The kinds take turns, and begin alternately.
-Each turn opens its loaders anew; what comes before the loader's steady state (a warm-up that outlasts what it keeps
-ready) is not timed.
+Each turn opens its loaders anew; a warm-up that outlasts what a loader keeps ready is not timed, and the order goes on
+as far again behind the timed steps, so that they pay for as many pictures as they use.
 
 Both kinds see the same pictures in the same order, so that their weights must be equal to the last bit on a CPU, and
 within the rounding of the type on a GPU. What is not is refused: no row, exit code 1.
@@ -146,13 +146,13 @@ class _Bench:
         return seconds
 
     def _segment(self, turn: int, group: list[TrainingStep]) -> float:
-        """Seconds that the timed steps of a group take, on one loader."""
+        """Seconds that the timed steps of a group take, on one loader that has to go on behind them."""
         config = self._config
         order = RunOrder(
             config.train.seed + turn,
             len(self._manifest.images),
             config.train.batch_size,
-            self._warm_up + self._steps,
+            self._warm_up + self._steps + self._warm_up,
             fit=config.data.fit,
             flip=config.data.flip,
         )
@@ -161,10 +161,12 @@ class _Bench:
             for number, batch in enumerate(loader):
                 if number == self._warm_up:
                     begin = self._now()
+                if number == self._warm_up + self._steps:
+                    return self._now() - begin
                 content: Any = group[0].content_of(batch) if len(group) > 1 else None
                 for step in group:
                     step(number + 1, batch, content)
-            return self._now() - begin
+        raise AssertionError("the loader ended before the timed steps did")
 
     def distance(self) -> float:
         """The largest relative distance between the weights of a style's two networks."""

@@ -29,7 +29,7 @@ RESUME, DIRECTORY, INPUTS, SIGNALS, HEALTH, DETERMINISM, MEMORY, REJECTED = (
     f"fastnst/training/{name}.py"
     for name in ("resume", "run_directory", "inputs", "signals", "health", "determinism", "memory", "rejected")
 )
-CAPTURED = "fastnst/training/captured.py"
+CAPTURED, WINOGRAD = "fastnst/training/captured.py", "kernels/fastnst_kernels/winograd.py"
 STORAGE, SUMMARIES, IMAGES, CLI, ERRORS = (
     f"fastnst/{name}.py" for name in ("storage", "summaries", "images", "cli", "errors")
 )
@@ -975,4 +975,69 @@ TOGETHER = (
     ),
 )
 
-FAULTS = (*RESUMED, *LOGGED, *DURABLE, *CHECKPOINTS, *PICTURES, *SECURE, *NUMBERS, *REPLAYED, *STOPPED, *TOGETHER)
+# Convolutions in fewer products.
+
+FEWER_PRODUCTS = (
+    Fault(
+        "filters not turned round for the way back",
+        WINOGRAD,
+        "g = g.flip(1) if backward else g",
+        "g = g.flip(0).flip(0) if backward else g",
+        "tests/kernels/test_winograd.py::test_one_pixel_gives_the_kernel_turned_round",
+        "the gradient that reaches the transform net is not that of the loss",
+    ),
+    Fault(
+        "every band of tiles cut from the top",
+        WINOGRAD,
+        "_Band(slice(sample, sample + 1), first, min(",
+        "_Band(slice(sample, sample + 1), 0, min(",
+        "tests/kernels/test_winograd.py::test_it_is_pytorchs_convolution",
+        "of large pictures the upper part is computed over and over, and the rest is what lay in memory",
+    ),
+    Fault(
+        "windows begin a pixel before the picture whatever the border",
+        WINOGRAD,
+        "top = _TILE * band.first - padding",
+        "top = _TILE * band.first - 1",
+        "tests/kernels/test_winograd.py::test_it_is_pytorchs_convolution",
+        "unpadded convolutions see the picture a pixel further down",
+    ),
+    Fault(
+        "a weight's gradient without the sum over bands",
+        WINOGRAD,
+        "du.baddbmm_(",
+        "du.zero_().baddbmm_(",
+        "tests/kernels/test_winograd.py::test_it_is_pytorchs_convolution",
+        "the transform net learns from the last rows of the last picture alone",
+    ),
+    Fault(
+        "a ReLU that takes NaN for 0",
+        WINOGRAD,
+        "place.relu_()",
+        "place.nan_to_num_(0).relu_()",
+        "tests/kernels/test_winograd.py::test_what_is_not_finite_stays_so_and_in_its_tiles",
+        "training goes on with what is no number any more",
+    ),
+    Fault(
+        "few bits where large numbers cancel",
+        WINOGRAD,
+        "x.dtype not in (torch.float32, torch.float64)",
+        "x.dtype == torch.float16",
+        "tests/kernels/test_winograd.py::test_it_takes_full_precision_on_a_cpu_alone",
+        "in bf16 the error of a convolution is many times what it has to be",
+    ),
+)
+
+FAULTS = (
+    *RESUMED,
+    *LOGGED,
+    *DURABLE,
+    *CHECKPOINTS,
+    *PICTURES,
+    *SECURE,
+    *NUMBERS,
+    *REPLAYED,
+    *STOPPED,
+    *TOGETHER,
+    *FEWER_PRODUCTS,
+)
