@@ -17,7 +17,7 @@ from fastnst_kernels.gram import style_matrix_reference
 
 # Both fixtures, the tier and the poisoned allocations, may well last for all of a test's examples.
 cases = settings(
-    max_examples=25, deadline=None, derandomize=True, database=None,
+    max_examples=16, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ gather_switches = torch.ops.fastnst.gather_switches
 
 # Both fixtures, the tier and the poisoned allocations, may well last for all of a test's examples.
 cases = settings(
-    max_examples=32, deadline=None, derandomize=True, database=None,
+    max_examples=20, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 
