@@ -12,7 +12,7 @@ loss and gradients again when it is warm: what computes something else is refuse
                          steps were captured as a CUDA graph (--set train.capture=off launches them)
     eager_fp32           as the known example codes do it: plain modules, contiguous, TF32 where PyTorch takes it itself
     eager_channels_last  the same in channels_last
-    eager_amp            the same with bf16 autocast
+    eager_amp            the same with bf16 autocast; on a CPU without instructions for bf16 each step takes long
     compile              torch.compile: of eager_amp in max-autotune on a GPU, of eager_channels_last on a CPU
 
 With --folder, fastnst is measured once more, fed by the loader from JPEG files: the row fastnst_fed. Its loader works
