@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,9 @@ for _variable in [name for name in os.environ if name.startswith("FASTNST_")]:
 # The tensors are tiny, and every core has a process of its own: more threads would wait for one another longer than
 # they compute. OpenMP reads this once, when torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts its background jobs deaf to Ctrl-C, and so are their children: runs that the tests mean to stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(
     "fastnst", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
