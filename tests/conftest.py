@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+from run_command import exit_code_of
 
 if TYPE_CHECKING:
     from fork_server import ForkServer
@@ -125,15 +125,9 @@ def fork_server() -> "Iterator[ForkServer]":
 @pytest.fixture
 def fastnst(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command in this process; returns its exit code, stdout and stderr."""
-    from fastnst import cli
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastnst", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
+        code = exit_code_of(monkeypatch, *arguments)
         output = capfd.readouterr()
         return code, output.out, output.err
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_command import exit_code_of
 from test_visualize_page import Page
 
-from fastnst import cli
 from fastnst.config import load_config, to_toml
 from fastnst.errors import DataError
 from fastnst.models.style_model import save_style_model
@@ -34,12 +34,7 @@ def fastnst(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[
     """Run `fastnst visualize` in this process; returns its exit code, stdout as bytes, and stderr."""
 
     def run(*arguments: object) -> tuple[int, bytes, str]:
-        monkeypatch.setattr(sys, "argv", ["fastnst", "visualize", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
+        code = exit_code_of(monkeypatch, "visualize", *arguments)
         output = capfdbinary.readouterr()
         return code, output.out, output.err.decode()
 

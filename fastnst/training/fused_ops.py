@@ -17,9 +17,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def convolve_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """max(W ∗ x + b, 0) with 3×3 kernels and a border of zeros, without a gradient.
 
-    cuDNN and oneDNN have one call for it, which may turn NaN into 0. fp16, whose range convolutions may leave, takes
-    PyTorch's ReLU, which hands NaN on; so do deterministic runs on a GPU, since cuDNN is not asked for a deterministic
-    algorithm in that call.
+    On a CPU Winograd's algorithm comes first where it pays, and hands NaN on. cuDNN and oneDNN have one call for it,
+    which may turn NaN into 0. fp16, whose range convolutions may leave, takes PyTorch's ReLU, which hands NaN on; so do
+    deterministic runs on a GPU, since cuDNN is not asked for a deterministic algorithm in that call.
 
     Args:
         x: `[N, C, H, W]`, channels_last.
