@@ -10,7 +10,7 @@ of time it then waits for pictures is reported.
 
 `--tune` measures the DALI loader alone, for each of several numbers of threads and of batches kept ready, and on a GPU
 for several shares of the JPEGs that go to its decoding engines: what `data.workers`, `data.prefetch` and
-`fastnst.data.dali.HW_DECODER_LOAD` should be on this machine.
+`fastnst.data.loaders.dali.HW_DECODER_LOAD` should be on this machine.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ import numpy as np
 import PIL
 
 from fastnst.config import DataConfig
-from fastnst.data import open_loader
+from fastnst.data.crop import read_square, window_of
+from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.order import RunOrder
-from fastnst.data.window import read_square, window_of
+from fastnst.data.sampler import RunOrder
 from fastnst.errors import UserError
 from fastnst.storage import write_json
 
@@ -42,7 +42,7 @@ from fastnst.storage import write_json
 if TYPE_CHECKING:
     import torch
 
-    from fastnst.data.cache import CachedManifest
+    from fastnst.data.cache.format import CachedManifest
 
 WARM_UP = 2
 TUNED_THREADS = (1, 2, 4, 8, 16)
@@ -141,7 +141,7 @@ def _tune(
     device: "torch.device",
 ) -> list[dict[str, Any]]:
     """A row for each setting of the DALI loader, and the fastest printed last."""
-    from fastnst.data import dali
+    from fastnst.data.loaders import dali
 
     cores = len(os.sched_getaffinity(0))
     threads = [count for count in TUNED_THREADS if count <= 2 * cores]
@@ -173,8 +173,8 @@ def _tune(
 
 def _make_cache(manifest: Manifest, order: RunOrder, out: Path, config: DataConfig) -> "tuple[CachedManifest, float]":
     """A cache of the pictures that `order` reads, and the seconds that it took; its progress is not measured here."""
-    from fastnst.data.cache import CachedManifest
-    from fastnst.data.cache_build import build_cache
+    from fastnst.data.cache.build import build_cache
+    from fastnst.data.cache.format import CachedManifest
 
     read = sorted({int(index) for step in range(order.steps) for index in order.batch(step).indices})
     some = replace(manifest, images=[manifest.images[index] for index in read])

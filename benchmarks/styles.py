@@ -27,16 +27,16 @@ from kernel_bench.environment import environment
 from roofline import configured
 
 from fastnst.config import Config
-from fastnst.data import open_loader
+from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.order import RunOrder
+from fastnst.data.sampler import RunOrder
 from fastnst.device import resolve_device, resolve_precision
 from fastnst.errors import UserError
-from fastnst.losses import PerceptualLoss
+from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training import determinism
-from fastnst.training.step import TrainingStep
+from fastnst.training.step.train_step import TrainingStep
 
 STYLE_SIDE = 256
 TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}

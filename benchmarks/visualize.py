@@ -47,7 +47,7 @@ def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: b
 
     from fastnst.data.manifest import build_manifest
     from fastnst.models.weights import load_vgg19
-    from fastnst.visualize.pictures import squares
+    from fastnst.visualize.attribution.folder_batches import squares
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
@@ -103,7 +103,7 @@ def _gradients(net: "VGG19", picture: "Tensor", maps: list[int]) -> None:
 
 
 def _projections(net: "VGG19", picture: "Tensor", maps: list[int], seed: str) -> None:
-    from fastnst.visualize.deconvnet import Deconvnet
+    from fastnst.visualize.deconv.vgg import Deconvnet
 
     projections = Deconvnet(net)(_to_pictures(picture), LAYER, maps, seed=seed)
     assert projections.shape[1] == len(maps)
@@ -118,8 +118,8 @@ def _forward(net: "VGG19", batch: "Tensor") -> None:
 
 def _top(folder: Path, maps: list[int], size: int, vgg: str) -> None:
     """What the command does, but for its start-up."""
-    from fastnst.visualize import commands
-    from fastnst.visualize.report import write_report
+    from fastnst.visualize.commands import commands
+    from fastnst.visualize.sheets.report import write_report
 
     chosen = f"{maps[0]}-{maps[-1]}"
     options: dict[str, Any] = {"maps": chosen, "count": 9, "size": size, "loader": "pillow", "vgg": vgg}
@@ -136,7 +136,7 @@ def _warm_up(net: "VGG19", picture: "Tensor") -> None:
 def _to_pictures(batch: "Tensor") -> "Tensor":
     import torch
 
-    from fastnst.visualize.pictures import to_pictures
+    from fastnst.visualize.attribution.folder_batches import to_pictures
 
     return to_pictures(batch, torch.float32)
 

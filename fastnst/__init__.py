@@ -9,20 +9,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastnst.losses import PerceptualLoss
+    from fastnst.inference import stylize
+    from fastnst.losses.perceptual import PerceptualLoss
     from fastnst.models.style_model import load_style_model
     from fastnst.models.transform_net import TransformNet
     from fastnst.models.vgg19 import VGG19
-    from fastnst.stylize import stylize
-    from fastnst.visualize.deconvnet import Deconvnet
+    from fastnst.visualize.deconv.vgg import Deconvnet
 
 __version__ = "0.1.0"
 
 __all__ = ["VGG19", "Deconvnet", "PerceptualLoss", "TransformNet", "__version__", "load_style_model", "stylize"]
 
 _HOMES = {
-    "Deconvnet": "fastnst.visualize.deconvnet",
-    "PerceptualLoss": "fastnst.losses",
+    "Deconvnet": "fastnst.visualize.deconv.vgg",
+    "PerceptualLoss": "fastnst.losses.perceptual",
     "TransformNet": "fastnst.models.transform_net",
     "VGG19": "fastnst.models.vgg19",
     "load_style_model": "fastnst.models.style_model",
@@ -49,7 +49,7 @@ class _Package(ModuleType):
 
     @property
     def stylize(self) -> Any:
-        return import_module("fastnst.stylize").stylize
+        return import_module("fastnst.inference").stylize
 
     @stylize.setter
     def stylize(self, module: ModuleType) -> None:

@@ -1,6 +1,6 @@
 """`python -m fastnst`: the command line, also below torchrun."""
 
-from fastnst.cli import main
+from fastnst.cli.main import main
 
 if __name__ == "__main__":
     main()

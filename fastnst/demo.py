@@ -52,10 +52,10 @@ def run_demo(
     Raises:
         UserError: scikit-image is not installed, or `out` holds another run.
     """
+    from fastnst.inference import stylize_files
     from fastnst.models.weights import WeightsUnavailable, load_vgg19
-    from fastnst.stylize import stylize_files
-    from fastnst.training.loop import train
-    from fastnst.training.run_directory import prepare_run
+    from fastnst.training.run_dir.layout import prepare_run
+    from fastnst.training.trainer import train
 
     # A run this short has no two percent to spare for projections, and shall show them nevertheless.
     looks = ["train.sample_every=50", "train.log_every=10", "visualize.every=50", "visualize.max_percent=100"]

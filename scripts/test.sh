@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment if need be, then run the tests, one process per core up to four.
 #
-#   scripts/test.sh [PYTEST ARGUMENT…]      for example: scripts/test.sh tests/test_config.py -k preset
+#   scripts/test.sh [PYTEST ARGUMENT…]      for example: scripts/test.sh tests/config/test_config.py -k preset
 #
 # Paths are relative to the project's root. FASTNST_VENV and PYTHON: see setup.sh. `-n 0` keeps to one process.
 set -euo pipefail

@@ -16,19 +16,20 @@ import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
-from run_command import exit_code_of
+
+from helpers.run_command import exit_code_of
 
 if TYPE_CHECKING:
-    from fork_server import ForkServer
+    from helpers.fork_server import ForkServer
 
 PROJECT = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get("FASTNST_TEST_DATA") or PROJECT / "../shared/data").resolve()
 
 _INTERPRETER = re.compile(r"^tests/kernels/.*[\[-]interpreter[\]-]")
 _DEAR_FIXTURES = re.compile(
-    r"^tests/(test_kernel_benchmarks|test_end_to_end_benchmark|test_tensorboard_pages|test_styles_in_processes"
-    r"|kernels/test_compiled)\.py"
-    r"|^tests/test_security_files\.py(?=::test_(hostile_files_are_refused_shortly|a_header_that_no_model_needs))"
+    r"^tests/(benchmarks/test_kernel_benchmark_session|benchmarks/test_end_to_end|run_log/test_tensorboard_pages"
+    r"|training/test_multi_style_distributed|kernels/test_compiled)\.py"
+    r"|^tests/security/test_files\.py(?=::test_(hostile_files_are_refused_shortly|a_header_that_no_model_needs))"
 )
 
 # Settings of the person who runs the tests must not decide their outcome; nor may child processes inherit them.
@@ -116,7 +117,7 @@ def few_photos(generated_photos: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def fork_server() -> "Iterator[ForkServer]":
     """Forks of a process that has imported everything; see `fork_server.py`."""
-    from fork_server import ForkServer
+    from helpers.fork_server import ForkServer
 
     with ForkServer() as server:
         yield server

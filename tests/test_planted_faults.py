@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from planted_faults import FAULTS, Fault
+
+from helpers.planted_faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("fastnst", "kernels", "tests", "benchmarks", "pyproject.toml")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from fastnst.cli import cli
+from fastnst.cli.main import cli
 from fastnst.config import preset_names
 
 ROOT = Path(__file__).resolve().parents[1]

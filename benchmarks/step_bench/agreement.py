@@ -1,7 +1,7 @@
 """Whether a provider computes what it is timed for: loss, gradients and the update of a step, before anything is timed.
 
 The measure is the plain formulation in float32, contiguous, without TF32. It agrees with float64 itself
-(`tests/test_end_to_end_benchmark.py`).
+(`tests/benchmarks/test_end_to_end.py`).
 """
 
 from __future__ import annotations

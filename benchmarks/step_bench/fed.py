@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastnst.data import open_loader
+from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import build_manifest
-from fastnst.data.order import RunOrder
+from fastnst.data.sampler import RunOrder
 from step_bench import measure
 from step_bench.providers import Fastnst, Task
 

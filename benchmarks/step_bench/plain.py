@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastnst.config import LossConfig
 from fastnst.errors import UserError
-from fastnst.losses import UNIT_TO_255
+from fastnst.losses.perceptual import UNIT_TO_255
 from fastnst.models.vgg19 import BLOCKS
 
 _MEAN = (0.485, 0.456, 0.406)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from fastnst.config import Config
 from fastnst.device import DTYPES
-from fastnst.losses import PerceptualLoss
+from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
-from fastnst.training.captured import Steps
-from fastnst.training.step import TrainingStep
+from fastnst.training.step.graphed_step import Steps
+from fastnst.training.step.train_step import TrainingStep
 from step_bench.plain import PlainLoss, PlainTransformNet, PlainVGG19, common_name
 
 STYLE_SIDE = 256

@@ -19,7 +19,7 @@ from typing import Any
 import PIL
 from PIL import Image
 
-from fastnst.data.plain import check_whole, is_plain
+from fastnst.data.dali_safe import check_whole, is_plain
 from fastnst.errors import DataError
 from fastnst.images import (
     MIN_SIDE,

@@ -18,8 +18,8 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 
+from fastnst.data.crop import read_picture
 from fastnst.data.manifest import Entry, Manifest, fingerprint_of
-from fastnst.data.window import read_picture
 from fastnst.errors import DataError
 from fastnst.images import TRAINING_FORMATS, UnusablePictureError, explain_os_error, printable
 

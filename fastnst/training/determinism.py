@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 
 from fastnst.config import Config, TrainConfig
-from fastnst.losses import PerceptualLoss
+from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
-from fastnst.training.step import TrainingStep
+from fastnst.training.step.train_step import TrainingStep
 
 LONG_STEP_S = 1.0
 

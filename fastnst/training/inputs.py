@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastnst.config import Config, TrainConfig
-from fastnst.data.cache import is_cache
-from fastnst.data.cache_check import open_cache
+from fastnst.data.cache.format import is_cache
+from fastnst.data.cache.verify import open_cache
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.data.replacements import LateFailure, with_failed
 from fastnst.device import resolve_device, resolve_precision
@@ -25,7 +25,7 @@ from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.models.weights import load_vgg19
 from fastnst.progress import counted
 from fastnst.storage import sha256_of
-from fastnst.training.run_directory import REJECTED_NAME
+from fastnst.training.run_dir.layout import REJECTED_NAME
 
 LARGEST_STYLE_SIDE = 1024
 

@@ -11,19 +11,20 @@ from fastnst.config import to_toml
 from fastnst.data.replacements import LateFailure
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DataError
-from fastnst.losses import LossTerms, PerceptualLoss
+from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
+from fastnst.run_log.writer import METRICS_NAME, RunLog, loss_scalars
 from fastnst.storage import remove_leftovers, write_atomic
-from fastnst.summaries import METRICS_NAME, RunLog, loss_scalars
-from fastnst.training.checkpoint import Checkpoint, remove_old_checkpoints, save_checkpoint
-from fastnst.training.distributed import Team
-from fastnst.training.guard import Guard
+from fastnst.training.distributed.process_group import Team
+from fastnst.training.divergence import Guard
 from fastnst.training.inputs import Inputs
-from fastnst.training.looks import Looks
-from fastnst.training.rejected import RejectedPictures
-from fastnst.training.restore import steps_of_run
-from fastnst.training.resume import (
+from fastnst.training.monitoring.snapshots import Looks
+from fastnst.training.run_dir.checkpoint import Checkpoint, remove_old_checkpoints, save_checkpoint
+from fastnst.training.run_dir.layout import CONFIG_NAME, REJECTED_NAME
+from fastnst.training.run_dir.load_net import steps_of_run
+from fastnst.training.run_dir.rejected_images import RejectedPictures
+from fastnst.training.run_dir.resume import (
     changes_since,
     check_fits,
     checkpoint_to_resume,
@@ -31,8 +32,7 @@ from fastnst.training.resume import (
     shared_checkpoint,
     tell_changes,
 )
-from fastnst.training.run_directory import CONFIG_NAME, REJECTED_NAME
-from fastnst.training.step import TrainingStep
+from fastnst.training.step.train_step import TrainingStep
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.graph_pb2 import GraphDef

@@ -15,11 +15,11 @@ from fastnst.config import VisualizeConfig
 from fastnst.images import to_tensor
 from fastnst.models.transform_net import LAYER_NAMES, TransformNet
 from fastnst.models.vgg19 import VGG19
-from fastnst.visualize.deconvnet import Deconvnet
-from fastnst.visualize.render import about_grey, colour_scale
-from fastnst.visualize.seeds import Seeds, check_maps
-from fastnst.visualize.strips import layer_strip
-from fastnst.visualize.transform_deconvnet import TransformDeconvnet
+from fastnst.visualize.deconv.neurons import Seeds, check_maps
+from fastnst.visualize.deconv.transform_net import TransformDeconvnet
+from fastnst.visualize.deconv.vgg import Deconvnet
+from fastnst.visualize.sheets.render import about_grey, colour_scale
+from fastnst.visualize.sheets.strips import layer_strip
 
 
 class Evolution:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kernel_cases import gradients, parameters, randn
-from tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import batch_norm, batch_norm_reference, instance_norm, instance_norm_reference, placement
 from fastnst_kernels.placement import Placement
+from helpers.tolerances import assert_as_exact_as_torch
 
 EPS = 1e-5
 

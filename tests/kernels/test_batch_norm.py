@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, parameters, randn, same_format
-from tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import batch_norm, batch_norm_reference, normalization, runtime
+from helpers.tolerances import assert_as_exact_as_torch
 
 SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 2, 1), (4, 3, 1, 1)]
 CASES = [("channels_last", shape) for shape in SHAPES] + [(layout, SHAPES[0]) for layout in LAYOUTS]

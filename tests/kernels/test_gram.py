@@ -3,7 +3,6 @@
 import pytest
 import torch
 from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, randn, same_format, spread_like
-from tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import (
     gram_kernels,
@@ -16,6 +15,7 @@ from fastnst_kernels import (
     style_loss_reference,
 )
 from fastnst_kernels.gram import style_matrix_reference
+from helpers.tolerances import assert_as_exact_as_torch
 
 # One position; C = 3, 17 and 32; several tiles of 64, with a remainder, in aligned and in odd rows; primes; more
 # positions than a chunk. Tiles of 128 need more positions than an interpreter likes: see `test_every_configuration`.

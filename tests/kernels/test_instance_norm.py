@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, parameters, randn, same_format, spread_like
-from tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import instance_norm, instance_norm_reference, normalization, runtime
+from helpers.tolerances import assert_as_exact_as_torch
 
 # Odd and prime sides; C = 3, 17 and 32; a single sample; more rows than a tile holds.
 SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 2, 1)]

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import randn
-from tolerances import FLOOR
 from torch import Tensor
 
 from fastnst_kernels import winograd
 from fastnst_kernels.recomputed import convolution, recomputed_instance_norm
+from helpers.tolerances import FLOOR
 
 
 def gradients(x: Tensor, weight: Tensor, dz: Tensor, padding: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,84 @@
+"""`fastnst train --dry-run`: configuration, data, memory and disk of a run that is not begun."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from fastnst.config import Config
+    from fastnst.training.distributed.environment import Launch
+
+
+def print_plan(
+    config: "Config",
+    styles: Mapping[str, Path],
+    out: Path,
+    launch: "Launch",
+    resume: bool,
+    allow_changes: bool,
+    notify: Callable[[str], None],
+) -> None:
+    """Print what a run would be, and make nothing.
+
+    Args:
+        config: of the run; of several styles, of all.
+        styles: name → picture, if there are several.
+        out: what --out names.
+        launch: the processes that share the run.
+        resume: whether it is one that goes on.
+        allow_changes: with another configuration, too.
+        notify: receives messages.
+
+    Raises:
+        UserError: what would keep the run from beginning.
+    """
+    from fastnst.config import to_toml
+    from fastnst.models.weights import describe_source
+    from fastnst.progress import byte_count
+    from fastnst.training.distributed.environment import check_shareable, of_one_process
+    from fastnst.training.inputs import check_batch, read_manifest, read_style, resolve, total_steps
+    from fastnst.training.memory.available import describe_shortage, room_of_one_process
+    from fastnst.training.memory.estimate import estimate
+    from fastnst.training.run_dir.style_folder import StyleFolder, prepare_runs, run_configs
+
+    folder = StyleFolder(out, styles) if styles else None
+    configs = run_configs(config, styles, out) if styles else {out: config}
+    configs = {run: resolve(own)[0] for run, own in configs.items()}
+    config, device = resolve(next(iter(configs.values())))
+    check_shareable(config, launch)
+    changes = prepare_runs(configs, folder, resume=resume, allow_changes=allow_changes)
+    pictures = [(own.style.picture, read_style(own)[0]) for own in configs.values()]
+    manifest = read_manifest(config, notify)
+    check_batch(config, len(manifest.images))
+    steps = total_steps(config.train, len(manifest.images))
+    share, processes = of_one_process(config, launch), launch.world_size
+    need = estimate(share, device_type=device.type, styles=len(configs))
+    passes = steps * config.train.batch_size / len(manifest.images)
+    click.echo(to_toml(config))
+    for run, own_changes in zip(configs, changes, strict=True):
+        for change in own_changes:
+            click.echo(f"# changed    {change if folder is None else f'{run.name}: {change}'}")
+    for picture, style in pictures:
+        click.echo(f"# style      {picture}, {style.shape[3]}x{style.shape[2]} px")
+    if folder is not None:
+        click.echo(f"# styles     {len(configs)}, trained together; style.picture above is that of the first")
+    click.echo(
+        f"# data       {len(manifest.images)} pictures, {len(manifest.rejected)} refused, in {config.data.folder}"
+    )
+    click.echo(f"# VGG19      {describe_source(config.loss.vgg)}")
+    click.echo(f"# steps      {steps} of {config.train.batch_size} pictures, {passes:.2f} passes over the data")
+    if processes > 1:
+        click.echo(f"# processes  {processes}, {share.train.batch_size} pictures of a step in each")
+    click.echo(f"# device     {device}, {config.train.precision}")
+    click.echo(
+        f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
+        f"activations {byte_count(need.activations)}; workspaces come on top"
+    )
+    room = room_of_one_process(device, launch)
+    shortage = describe_shortage(share, need, room, device_type=device.type, processes=processes, styles=len(configs))
+    if shortage:
+        click.echo(f"# warning    memory: {shortage}")
+    click.echo(f"# disk       {byte_count(need.disk)} in {out}, and the log")
+    click.echo("# dry run: nothing was written")

@@ -1,0 +1,1 @@
+"""A folder of images that were decoded and resized once."""

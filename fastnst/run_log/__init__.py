@@ -1,0 +1,1 @@
+"""What a run writes down: metrics.jsonl and TensorBoard's event files."""

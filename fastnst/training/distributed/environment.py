@@ -1,0 +1,87 @@
+"""How many processes share a run, as `torchrun` says in the environment; no torch needed to read it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastnst.config import Config
+from fastnst.errors import UserError
+
+_ADVICE = "start several processes by: torchrun --nproc-per-node N -m fastnst train …"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that share a run."""
+
+    rank: int = 0
+    """0 leads: it prints and writes."""
+    world_size: int = 1
+    local_rank: int = 0
+    """Counted on this machine; also the number of its GPU."""
+    local_world_size: int = 1
+    """Processes on this machine."""
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch:
+    """What the environment says; one process alone where it says nothing.
+
+    Raises:
+        UserError: the variables contradict one another, or some are missing.
+    """
+    world_size = _number(environment, "WORLD_SIZE", 1)
+    if world_size == 1:
+        return Launch()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set; unset it, or {_ADVICE}")
+    rank = _number(environment, "RANK", 0)
+    local_rank = _number(environment, "LOCAL_RANK", rank)
+    local_world_size = _number(environment, "LOCAL_WORLD_SIZE", world_size)
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}; {_ADVICE}")
+    if not 0 <= local_rank < local_world_size:
+        raise UserError(f"LOCAL_RANK is {local_rank} and LOCAL_WORLD_SIZE {local_world_size}; {_ADVICE}")
+    return Launch(rank, world_size, local_rank, local_world_size)
+
+
+def check_shareable(config: Config, launch: Launch) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises:
+        UserError: the batch does not divide evenly, or the norm's statistics are those of a whole batch.
+    """
+    batch_size, processes = config.train.batch_size, launch.world_size
+    if batch_size % processes:
+        nearest = batch_size + processes - batch_size % processes
+        raise UserError(
+            f"train.batch_size {batch_size} cannot be shared evenly by {processes} processes; choose a multiple of "
+            f"{processes}, for example --set train.batch_size={nearest}"
+        )
+    if processes > 1 and config.model.norm == "batch":
+        raise UserError(
+            f"model.norm is 'batch', whose statistics are those of a whole batch, and {processes} processes see "
+            f"{batch_size // processes} of its {batch_size} pictures each; use --set model.norm=instance, or train in "
+            "one process"
+        )
+
+
+def of_one_process(config: Config, launch: Launch) -> Config:
+    """The configuration with this process's share of a batch, and of the machine's cores where nothing else is set."""
+    train = config.train.model_copy(update={"batch_size": max(1, config.train.batch_size // launch.world_size)})
+    data = config.data
+    if data.workers is None and launch.local_world_size > 1:
+        from fastnst.data.loaders import MOST_WORKERS
+
+        cores = len(os.sched_getaffinity(0)) // launch.local_world_size
+        data = data.model_copy(update={"workers": max(1, min(MOST_WORKERS, cores))})
+    return config.model_copy(update={"train": train, "data": data})
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or (name.endswith("WORLD_SIZE") and not int(text)):
+        raise UserError(f"the environment variable {name} is {text!r}, which is no such number; unset it, or {_ADVICE}")
+    return int(text)

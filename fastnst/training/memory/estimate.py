@@ -1,0 +1,108 @@
+"""What a run will need, before it starts: memory of one training step and disk of its run directory."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from fastnst.config import Config
+from fastnst.device import DTYPES
+from fastnst.losses.fused import LossEngine
+from fastnst.losses.perceptual import PerceptualLoss
+from fastnst.models.transform_net import Painted, TransformNet
+from fastnst.models.vgg19 import VGG19, deepest_layer
+
+_ADAM_TENSORS = 2
+SMALLEST_STYLE = 32  # the size does not matter for a Gram's, and any layer is reached
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, counted on tensors without storage; allocator overhead and convolution workspaces come on top."""
+
+    weights: int
+    """All networks, φ once more where it runs in another type than its weights', the gradients and Adam's moments."""
+    activations: int
+    """What is kept between forward and backward of one batch: by autograd, and by the engine for the loss network."""
+    disk: int
+    """Checkpoints at their most numerous and the style model; the log comes on top."""
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.activations
+
+
+def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
+    """Count the bytes of a run's tensors without allocating them.
+
+    Args:
+        config: architecture, loss layers, batch and picture size, precision (resolved: not `auto`), engine.
+        device_type: `cuda` or `cpu`, whose autocast rules apply.
+        styles: how many networks are trained together, one after the other in each step.
+    """
+    net = TransformNet(config.model.architecture, config.model.norm)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vgg = VGG19(last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers]))
+    loss = PerceptualLoss(vgg, config.loss)
+    loss.set_style(torch.zeros(1, 3, SMALLEST_STYLE, SMALLEST_STYLE))
+    dtype = DTYPES[config.train.precision]
+    fused = config.train.engine == "fused" and not config.train.compile
+    loss_pass: nn.Module = _FusedPass(loss, None if dtype == torch.float32 else dtype) if fused else loss
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    mode = FakeTensorMode()
+    fake_net, fake_loss = _faked(net, mode), _faked(loss_pass, mode)
+    fixed = {tensor.untyped_storage()._cdata for tensor in [*fake_net.values(), *fake_loss.values()]}
+    side = config.data.image_size
+    with (
+        mode,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32),
+    ):
+        shape = (config.train.batch_size, side, side, 3)
+        batch = torch.empty(shape, dtype=torch.uint8 if fused else torch.float32).permute(0, 3, 1, 2)
+        made = functional_call(net, fake_net, (batch,), {"raw": fused})
+        painted = {"painted": net.painted(made.shape[2:], batch.shape[2:])} if fused else {}
+        of_loss = functional_call(loss_pass, fake_loss, (made, batch), painted)
+    if fused:
+        for tensor in of_loss:
+            keep(tensor)
+    activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in fixed)
+    del of_loss  # until here, so that no storage's address is used twice
+    trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, vgg))
+    cast = frozen // 4 * dtype.itemsize if fused and dtype != torch.float32 else 0
+    trained *= styles
+    per_checkpoint = trained * (1 + _ADAM_TENSORS)
+    return Estimate(
+        weights=frozen + cast + trained * (2 + _ADAM_TENSORS),
+        activations=activations,
+        # While one is written, the one that it replaces is still there.
+        disk=per_checkpoint * (config.train.keep_checkpoints + 1) + trained,
+    )
+
+
+class _FusedPass(nn.Module):
+    """The fused loss network's forward; a module, so that its weights can be replaced by fake ones."""
+
+    def __init__(self, loss: PerceptualLoss, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.loss, self.dtype = loss, dtype
+
+    def forward(self, raw: Tensor, content: Tensor, painted: Painted) -> list[Tensor]:
+        """All that is alive when the backward begins."""
+        engine = LossEngine(self.loss, self.dtype)
+        targets = engine.content_targets(content)
+        u, _ = engine.entered(raw, painted)
+        kept = [x for stage in engine.forward(u) for x in (*stage.outputs().values(), stage.switches)]
+        return [x for x in (raw, *targets.values(), *kept) if x is not None]
+
+
+def _faked(module: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: mode.from_tensor(tensor) for name, tensor in named}

@@ -1,0 +1,1 @@
+"""One training step: launched, or captured as a CUDA graph."""

@@ -1,0 +1,1 @@
+"""Which pixels and images a map or class responds to."""

@@ -1,0 +1,200 @@
+"""Targets: the one number that saliency and occlusion explain, a class's logit or a feature map's total activation.
+
+The class names in `imagenet_classes.txt`, one line per class in the order of ILSVRC2012 (sorted by synset) and so of
+fc8's outputs, are the lemmas of these synsets in WordNet 3.0 (Miller 1995, "WordNet: a lexical database for English";
+© Princeton University). Parsing a class needs no torch.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from fastnst.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastnst.models.vgg19 import VGG19
+
+CLASSES = 1000
+CLASS_LAYER = "fc8"
+FORMS = f"class:N (0 … {CLASSES - 1}), class:NAME or layer:map"
+"""What `parse_target` understands, for help texts."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One output of VGG19.
+
+    Attributes:
+        layer: a layer of VGG19; `fc8` for a class.
+        map: number of the feature map, or of the class.
+        name: for captions, such as `golden retriever (class 207)` or `relu3_4:17`.
+    """
+
+    layer: str
+    map: int
+    name: str
+
+
+def parse_target(text: str) -> Target:
+    """`class:207`, `class:golden_retriever` or `relu3_4:17` as a target.
+
+    A class goes by its number, by any of its WordNet lemmas or by its synset (`n02099601`); case, spaces, underscores
+    and hyphens in a name do not matter.
+
+    Raises:
+        UserError: neither form; an unknown class, layer or map; or a name that several classes share.
+    """
+    head, colon, rest = (part.strip() for part in text.partition(":"))
+    if not (head and colon and rest):
+        raise UserError(f"target {text!r} is not understood; write {FORMS}, for example relu3_4:17")
+    return _class_target(rest) if head.lower() == "class" else _map_target(head, rest)
+
+
+def score(net: "VGG19", target: Target, pictures: "Tensor") -> "Tensor":
+    """What the target says of each picture; differentiable.
+
+    Args:
+        net: VGG19, loaded at least up to the target's layer.
+        target: what to read.
+        pictures: `[N, 3, H, W]`, RGB in [0, 1].
+
+    Returns:
+        `[N]`, in the net's type, half precision as fp32. For a class its logit, before any softmax (Simonyan et al.
+        2013, §3.1); for a feature map the sum of its activations over all positions (Zeiler & Fergus 2014, §4.2).
+
+    Raises:
+        DataError: a class, and the net ends before fc8.
+        UserError: unknown layer, a layer behind the net's last one, a map out of range, pictures of another shape or
+            type or too small for the layer.
+    """
+    check_target(net, target)
+    return total_activation(net(as_input(net, pictures), [target.layer])[target.layer], target)
+
+
+def total_activation(activations: "Tensor", target: Target) -> "Tensor":
+    """The target's score `[N]` out of its layer's `[N, C, H, W]` or `[N, C]`; UserError where it has no such map."""
+    import torch
+
+    from fastnst.visualize.deconv.neurons import check_maps
+
+    check_maps(target.layer, [target.map], activations.shape[1])
+    chosen = activations[:, target.map].flatten(1) if activations.ndim == 4 else activations[:, target.map, None]
+    # A map's sum may leave fp16's range where none of its activations does.
+    return chosen.sum(dim=1, dtype=torch.promote_types(chosen.dtype, torch.float32))
+
+
+def check_target(net: "VGG19", target: Target) -> None:
+    """DataError for a class where `net` ends before the classifier, UserError for a layer that VGG19 does not have."""
+    from fastnst.models.vgg19 import check_layer
+
+    check_layer(target.layer)
+    if target.layer == CLASS_LAYER and CLASS_LAYER not in net.layers:
+        raise DataError(
+            f"these VGG19 weights end at {net.last_layer}, and {target.name} needs the classifier up to {CLASS_LAYER}; "
+            f"give --vgg auto (torchvision's file has it), or a target layer:map such as {net.last_layer}:0"
+        )
+
+
+def as_input(net: "VGG19", pictures: "Tensor") -> "Tensor":
+    """`pictures` on the net's device and in its type.
+
+    Raises:
+        UserError: not `[N, 3, H, W]` with at least one picture, or not floats.
+    """
+    if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.shape[0] or not pictures.is_floating_point():
+        raise UserError(
+            f"pictures are floats [N, 3, H, W] in [0, 1], got {pictures.dtype} {list(pictures.shape)}; "
+            "fastnst.images.to_tensor makes one of a uint8 picture"
+        )
+    return pictures.to(net.mean)
+
+
+def check_choice(kind: str, given: str, choices: Sequence[str]) -> None:
+    """UserError, with the nearest choice, unless `given` is one of them."""
+    if given not in choices:
+        near = difflib.get_close_matches(given, choices, n=1)
+        hint = f"did you mean {near[0]!r}? The choices are" if near else "choose one of"
+        raise UserError(f"unknown {kind} {given!r}; {hint} {', '.join(choices)}")
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """UserError where `value` is below 1."""
+    if value < 1:
+        raise UserError(f"{name} is {value}; give at least 1")
+
+
+def _class_target(text: str) -> Target:
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        # The pattern first: Python refuses to read numbers of thousands of digits.
+        if not re.fullmatch(r"\+?0*[0-9]{1,3}", text):
+            raise UserError(f"there is no class {text}; ImageNet's are 0 … {CLASSES - 1}")
+        return _class(int(text))
+    numbers = _numbers_by_name().get(_key(text), ())
+    if not numbers:
+        raise UserError(f"no ImageNet class is named {text!r}; {_nearest(text)}")
+    if len(numbers) > 1:
+        listed = ", ".join(f"class:{number} ({'; '.join(_classes()[number][1:])})" for number in numbers)
+        raise UserError(f"several ImageNet classes are named {text!r}; give the number of one: {listed}")
+    return _class(numbers[0])
+
+
+def _class(number: int) -> Target:
+    return Target(CLASS_LAYER, number, f"{_classes()[number][1]} (class {number})")
+
+
+def _map_target(layer: str, text: str) -> Target:
+    from fastnst.models.vgg19 import LAYERS, WEIGHT_SHAPES, check_layer
+    from fastnst.visualize.deconv.neurons import check_maps
+
+    check_layer(layer)
+    made_by = [name for name in LAYERS[: LAYERS.index(layer) + 1] if name in WEIGHT_SHAPES][-1]
+    channels = WEIGHT_SHAPES[made_by][0]
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
+        raise UserError(f"target {layer}:{text} names no map; the maps of {layer} are 0 … {channels - 1}")
+    check_maps(layer, [int(text)], channels)
+    return Target(layer, int(text), f"{layer}:{int(text)}")
+
+
+@functools.cache
+def _classes() -> tuple[tuple[str, ...], ...]:
+    """Of each class its synset and its lemmas, the most usual one first."""
+    text = resources.files("fastnst.visualize.attribution").joinpath("imagenet_classes.txt").read_text("utf-8")
+    lines = (line.split(" ", maxsplit=1) for line in text.splitlines())
+    return tuple((synset, *lemmas.split(", ")) for synset, lemmas in lines)
+
+
+@functools.cache
+def _numbers_by_name() -> dict[str, tuple[int, ...]]:
+    numbers: dict[str, tuple[int, ...]] = {}
+    for number, names in enumerate(_classes()):
+        for key in {_key(name) for name in names}:
+            numbers[key] = (*numbers.get(key, ()), number)
+    return numbers
+
+
+def _key(name: str) -> str:
+    return "".join(_words(name))
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\s_-]+", name.casefold()) if word]
+
+
+def _nearest(text: str) -> str:
+    """What to try instead: one name for each class that has a name with all these words, or else names spelt alike."""
+    words = set(_words(text))
+    lemmas = [(lemma, number) for number, names in enumerate(_classes()) for lemma in names[1:]]
+    near = {number: lemma for lemma, number in reversed(lemmas) if words and words <= set(_words(lemma))}
+    if not near:
+        spelling = {_key(lemma): (number, lemma) for lemma, number in lemmas}
+        near = dict(spelling[key] for key in difflib.get_close_matches(_key(text), spelling, n=3))
+    if not near:
+        return f"give another name, or a number 0 … {CLASSES - 1}"
+    listed = ", ".join(f"{lemma!r} (class:{number})" for number, lemma in sorted(near.items())[:5])
+    return f"did you mean {listed}?"

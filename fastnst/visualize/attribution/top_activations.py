@@ -1,0 +1,278 @@
+"""What makes each feature map of VGG19 fire most, in a whole folder (Zeiler & Fergus 2014, §4.1 and Figure 2).
+
+One pass over the pictures finds the strongest activations of all asked maps; a second one, over the pictures that
+hold them, projects each back to pixels and cuts out what it saw.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastnst.data.manifest import Manifest
+from fastnst.errors import UserError
+from fastnst.models.vgg19 import VGG19
+from fastnst.visualize.attribution.folder_batches import check_squares, squares, to_pictures
+from fastnst.visualize.deconv.neurons import Seeds, check_maps
+from fastnst.visualize.deconv.receptive_field import receptive_field
+from fastnst.visualize.deconv.vgg import Deconvnet
+
+COUNT = 9
+"""Activations per map, as in the figure: three by three."""
+GREY = 0.5
+"""What lies outside a picture."""
+_MOST_SEEDS_AT_ONCE = 256
+_PIXELS_AT_ONCE = 2**20
+"""Of the windows that are projected together; on 64 maps, those of the first block, they take 268 MB."""
+
+
+@dataclass(frozen=True)
+class TopActivations:
+    """The strongest activations of M maps; all tensors are on the CPU.
+
+    A picture stands at most once in a map's row, with its strongest position: neighbouring positions of one texture
+    would crowd out all other pictures.
+
+    Attributes:
+        layer: where the maps are.
+        maps: M channels.
+        values: `[M, count]`, descending; -inf where there are fewer pictures than `count`.
+        pictures: `[M, count]` int64, index into the manifest's `images`; -1 where there are fewer.
+        positions: `[M, count, 2]` int64, row and column in the map; -1 where there are fewer.
+    """
+
+    layer: str
+    maps: tuple[int, ...]
+    values: Tensor
+    pictures: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class TopPatches:
+    """What each of the strongest activations saw; both `[M, count, 3, s, s]` float32 on the CPU.
+
+    The windows are the receptive field, s pixels wide, of the activation's position. They may reach beyond the picture.
+
+    Attributes:
+        projections: of the activation alone, back to pixels: positive and negative; 0 outside the picture.
+        patches: the same window of the picture, RGB in [0, 1]; grey (0.5) outside the picture.
+    """
+
+    projections: Tensor
+    patches: Tensor
+
+
+class RunningTop:
+    """The `count` strongest pictures of each of M maps so far; as large after a million pictures as after ten.
+
+    Of equal activations the picture with the lower index comes first, so the outcome depends neither on the order of
+    the pictures nor on how they are cut into batches.
+    """
+
+    def __init__(self, maps: int, count: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.values = torch.full((maps, count), -torch.inf, dtype=dtype, device=device)
+        self.pictures = torch.full((maps, count), -1, dtype=torch.int64, device=device)
+        self.positions = torch.full((maps, count, 2), -1, dtype=torch.int64, device=device)
+
+    def merge(self, values: Tensor, pictures: Tensor, positions: Tensor) -> None:
+        """Take further pictures in.
+
+        Args:
+            values: `[M, B]`, the strongest activation of each map in each picture.
+            pictures: `[B]` int64, none of them seen before.
+            positions: `[M, B, 2]` int64, where those are.
+        """
+        maps, count = self.values.shape
+        values = torch.cat((self.values, values), dim=1)
+        pictures = torch.cat((self.pictures, pictures.expand(maps, -1)), dim=1)
+        positions = torch.cat((self.positions, positions), dim=1)
+        # `topk` leaves open which of several equal values it takes; two sorts, the second stable, do not.
+        by_picture = pictures.argsort(dim=1)
+        by_value = values.gather(1, by_picture).argsort(dim=1, descending=True, stable=True)
+        best = by_picture.gather(1, by_value)[:, :count]
+        self.values, self.pictures = values.gather(1, best), pictures.gather(1, best)
+        self.positions = positions.gather(1, best[:, :, None].expand(-1, -1, 2))
+
+
+def default_size(layer: str) -> int:
+    """Side of the squares that suits a layer, in pixels: 224, or more where its receptive field is wider.
+
+    Raises:
+        UserError: see `receptive_field`.
+    """
+    return max(224, -(-receptive_field(layer).size // 32) * 32)
+
+
+@torch.no_grad()
+def find_top_activations(
+    net: VGG19,
+    manifest: Manifest,
+    layer: str,
+    maps: Sequence[int] | None = None,
+    *,
+    count: int = COUNT,
+    size: int | None = None,
+    batch_size: int = 16,
+    loader: str = "pillow",
+    workers: int | None = None,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> TopActivations:
+    """The strongest activations of feature maps in a whole folder, by one pass over it.
+
+    Time does not depend on the number of maps, nor memory on the number of pictures.
+
+    Args:
+        net: reaches as deep as `layer`.
+        manifest: the pictures. Of each, the middle square is looked at, resized to `size`.
+        layer: up to `pool5`.
+        maps: channels; None means all.
+        count: activations per map. A dead map's are zeros, at position (0, 0).
+        size: side of the squares in pixels, at least the layer's receptive field; None means `default_size(layer)`.
+        batch_size: pictures at a time. It may change the last digits of the activations, as convolutions round.
+        loader: `dali` or `pillow`.
+        workers: threads or processes that decode; None: one for each core.
+        device: where the net is.
+        progress: receives the number of pictures done and of all pictures, again and again.
+
+    Raises:
+        UserError: unknown layer, one behind the net's last or without positions, a map out of range, a size smaller
+            than the receptive field, or another option out of range.
+        DataError: no pictures, or one that changed since the folder was checked.
+    """
+    chosen = _check_maps(net, layer, maps)
+    size = _check_size(layer, size)
+    if count < 1:
+        raise UserError(f"{count} activations per map are nothing to show; choose at least 1")
+    check_squares(manifest, size, batch_size, loader)
+    total = len(manifest.images)
+    report = progress or (lambda _done, _total: None)
+    report(0, total)
+    dtype = net.mean.dtype
+    channels = torch.tensor(chosen, device=device)
+    top = RunningTop(len(chosen), count, dtype=dtype, device=device)
+    done = 0
+    passes = squares(manifest, size, batch_size=batch_size, loader=loader, device=device, workers=workers)
+    with closing(passes) as batches:
+        for indices, batch in batches:
+            activations = net(to_pictures(batch, dtype), [layer])[layer]
+            values, places = activations.flatten(2).max(2)
+            values, places = values.T[channels], places.T[channels]
+            width = activations.shape[3]
+            top.merge(values, indices.to(device), torch.stack((places // width, places % width), dim=2))
+            done += len(indices)
+            report(done, total)
+    return TopActivations(layer, chosen, top.values.cpu(), top.pictures.cpu(), top.positions.cpu())
+
+
+@torch.no_grad()
+def project_top(
+    net: VGG19,
+    manifest: Manifest,
+    top: TopActivations,
+    *,
+    size: int | None = None,
+    batch_size: int = 16,
+    loader: str = "pillow",
+    workers: int | None = None,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> TopPatches:
+    """Project the strongest activations back to pixels, and cut out what they saw.
+
+    Only pictures that hold one of them are read, once each. The result takes 24·M·count·s² bytes, s being the layer's
+    receptive field: 127 MB for nine activations of each map of `relu3_4`, 7.9 GB for `pool5`; there, take the maps in
+    parts.
+
+    Args:
+        net, manifest, size, loader: those of `find_top_activations`; with others the positions mean nothing.
+        top: what it found.
+        batch_size: pictures at a time.
+        workers: threads or processes that decode; None: one for each core.
+        device: where the net is.
+        progress: receives the number of pictures done and of those to be read, again and again.
+
+    Returns:
+        Projections and patches; 0 and grey where there are fewer pictures than `count`.
+
+    Raises:
+        UserError, DataError: as `find_top_activations`.
+    """
+    _check_maps(net, top.layer, top.maps)
+    size = _check_size(top.layer, size)
+    check_squares(manifest, size, batch_size, loader)
+    assert top.pictures.max() < len(manifest.images), "the pictures of another manifest"
+    side = receptive_field(top.layer).size
+    at_once = max(1, min(_MOST_SEEDS_AT_ONCE, _PIXELS_AT_ONCE // side**2))
+    slots = top.pictures.numel()
+    projections = torch.zeros(slots, 3, side, side)
+    patches = torch.full_like(projections, GREY)
+
+    kept, of_slot = top.pictures.flatten().unique(return_inverse=True)
+    if kept[0] < 0:
+        kept, of_slot = kept[1:], of_slot - 1
+    subset = replace(manifest, images=[manifest.images[index] for index in kept.tolist()])
+    report = progress or (lambda _done, _total: None)
+    report(0, len(kept))
+    deconvnet = Deconvnet(net)
+    channels = torch.tensor(top.maps).repeat_interleave(top.pictures.shape[1])
+    positions = top.positions.flatten(0, 1)
+    done = 0
+    passes = squares(subset, size, batch_size=batch_size, loader=loader, device=device, workers=workers)
+    with closing(passes) as batches:
+        for indices, batch in batches:
+            recording = deconvnet.record(to_pictures(batch, net.mean.dtype), [top.layer])
+            rows, here = (of_slot == indices[:, None]).nonzero(as_tuple=True)
+            for part_rows, part in zip(rows.split(at_once), here.split(at_once), strict=True):
+                seeds = Seeds.at(part_rows, channels[part], positions[part], device)
+                projected, corners = deconvnet.project_patches(recording, top.layer, seeds)
+                projections[part] = projected.to("cpu", torch.float32)
+                patches[part] = cut_out(batch, seeds.pictures, corners, side).cpu()
+            done += len(indices)
+            report(done, len(kept))
+    shape = (*top.pictures.shape, 3, side, side)
+    return TopPatches(projections.reshape(shape), patches.reshape(shape))
+
+
+def cut_out(batch: Tensor, pictures: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Windows of pictures as float32 `[K, 3, side, side]` in [0, 1], grey outside the picture.
+
+    Args:
+        batch: uint8 `[B, H, W, 3]`.
+        pictures: `[K]` int64, row in the batch.
+        corners: `[K, 2]` int64, top and left of each window; may be negative.
+        side: of the windows, in pixels.
+    """
+    height, width = batch.shape[1:3]
+    offsets = torch.arange(side, device=batch.device)
+    rows, columns = (corners[:, axis, None] + offsets for axis in (0, 1))
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    windows = batch[pictures[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return torch.where(inside[..., None], windows / 255, GREY).permute(0, 3, 1, 2)
+
+
+def _check_maps(net: VGG19, layer: str, maps: Sequence[int] | None) -> tuple[int, ...]:
+    # Layers without positions have no receptive field, and say so.
+    receptive_field(layer)
+    channels = Deconvnet(net).channels(layer)
+    chosen = tuple(range(channels)) if maps is None else tuple(maps)
+    if not chosen:
+        raise UserError(f"no map of {layer} is asked for; choose some of 0 … {channels - 1}")
+    check_maps(layer, chosen, channels)
+    return chosen
+
+
+def _check_size(layer: str, size: int | None) -> int:
+    field = receptive_field(layer).size
+    if size is None:
+        return default_size(layer)
+    if size < field:
+        raise UserError(
+            f"squares of {size} px are smaller than the receptive field of {layer}, {field} px; "
+            f"choose a size of at least {field}, or a shallower layer"
+        )
+    return size

@@ -1,0 +1,1 @@
+"""The `fastnst visualize` commands."""

@@ -1,0 +1,1 @@
+"""Projections of feature maps back to pixels (Zeiler & Fergus 2014)."""

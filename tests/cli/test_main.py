@@ -1,0 +1,280 @@
+"""The command line as a user meets it: help, plans, results, and what it says about bad input."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fastnst.progress import byte_count
+from fastnst.run_log.writer import RunLog
+
+Fastnst = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def small(photo_folder: Path) -> list[object]:
+    """Arguments of a training run that takes a second or two."""
+    sizes = ("data.image_size=32", "train.batch_size=2", "style.size=48", "train.samples=1", "data.workers=1")
+    settings = [argument for size in sizes for argument in ("--set", size)]
+    style = ["--style", photo_folder / "picture_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
+    return [*style, "--vgg", "random", "--device", "cpu", "--steps", 2, *settings]
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, fastnst.cli.main; sys.argv = ['fastnst', '--help']\n"
+    code += "try: fastnst.cli.main.main()\nexcept SystemExit: pass\n"
+    code += "loaded = {'torch', 'numpy', 'pydantic', 'PIL', 'rich'} & set(sys.modules)\nassert not loaded, loaded\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(), ("train",), ("stylize",), ("data",), ("data", "check"), ("data", "cache"), ("tensorboard",), ("demo",)],
+)
+def test_every_command_explains_itself(fastnst: Fastnst, command: tuple[str, ...]) -> None:
+    code, out, _ = fastnst(*command, "--help")
+    assert code == 0
+    assert out.startswith("Usage: ")
+
+
+def test_train_then_stylize(fastnst: Fastnst, small: list[object], tmp_path: Path, photo_folder: Path) -> None:
+    run = tmp_path / "run"
+    code, out, err = fastnst("train", *small, "--out", run)
+    assert code == 0, err
+    assert f"style model      {run / 'model.safetensors'}" in out
+    assert f"fastnst tensorboard {run}" in err
+    picture = tmp_path / "painted.png"
+    code, out, err = fastnst("stylize", run, photo_folder / "picture_01.png", "--out", picture, "--device", "cpu")
+    assert code == 0, err
+    assert out == f"{picture}\n"
+    with Image.open(picture) as painted, Image.open(photo_folder / "picture_01.png") as source:
+        assert painted.size == source.size
+
+
+def test_dry_run_prints_a_plan_and_writes_nothing(fastnst: Fastnst, small: list[object], tmp_path: Path) -> None:
+    code, out, err = fastnst("train", *small, "--out", tmp_path / "run", "--dry-run")
+    assert code == 0, err
+    assert 'preset = "vgg-conv3"' in out
+    assert "# data       12 pictures, 0 refused" in out
+    assert "# steps      2 of 2 pictures, 0.33 passes over the data" in out
+    assert "# memory     " in out
+    assert "# disk       " in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimate_counts_what_autograd_keeps() -> None:
+    from fastnst.config import load_config
+    from fastnst.losses.perceptual import PerceptualLoss
+    from fastnst.models.transform_net import TransformNet
+    from fastnst.models.vgg19 import VGG19
+    from fastnst.training.memory.estimate import estimate
+
+    settings = ["data.image_size=32", "train.batch_size=2", "train.precision=fp32", "train.engine=autograd"]
+    config = load_config(preset="vgg-conv3", assignments=settings, environment={})
+    need = estimate(config, device_type="cpu")
+    net, vgg = TransformNet("johnson"), VGG19(last_layer="relu3_4")
+    loss = PerceptualLoss(vgg, config.loss)
+    loss.set_style(torch.rand(1, 3, 32, 32))
+    kept: dict[int, torch.Tensor] = {}
+    fixed = [*net.parameters(), *loss.parameters(), *loss.buffers()]  # the style's Gram matrices are buffers
+    weights = {tensor.untyped_storage().data_ptr() for tensor in fixed}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    batch = torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = loss(net(batch), batch).total
+    assert total.requires_grad
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert need.activations == pytest.approx(real, rel=0.05), (byte_count(need.activations), byte_count(real))
+    trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, vgg))
+    assert need.weights == 4 * trained + frozen
+
+
+def test_data_check_names_each_refused_picture(fastnst: Fastnst, photo_folder: Path) -> None:
+    (photo_folder / "notes.jpg").write_text("not a picture")
+    code, out, err = fastnst("data", "check", photo_folder)
+    assert code == 0, err
+    first, *rest = out.splitlines()
+    assert first.startswith("12 pictures accepted (")
+    assert first.endswith("1 refused")
+    assert len(rest) == 1
+    assert rest[0].startswith("notes.jpg: ")
+    code, out, _ = fastnst("data", "check", photo_folder, "--json")
+    assert code == 0
+    assert '"accepted": 12' in out
+
+
+BadInput = Callable[[Path, Path], tuple[list[object], int, list[str]]]
+
+
+def _text_as_picture(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    (tmp / "style.jpg").write_text("This is not a picture.")
+    return ["--style", tmp / "style.jpg"], 3, ["style.jpg"]
+
+
+def _one_pixel(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    Image.new("RGB", (1, 1)).save(tmp / "pixel.png")
+    return ["--style", tmp / "pixel.png"], 3, ["pixel.png", "1"]
+
+
+def _huge(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    Image.new("1", (20000, 20000)).save(tmp / "huge.png")
+    return ["--style", tmp / "huge.png"], 3, ["huge.png", "400 million"]
+
+
+def _empty_folder(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    (tmp / "empty").mkdir()
+    return ["--data", tmp / "empty"], 3, [str(tmp / "empty")]
+
+
+def _file_as_folder(_: Path, photos: Path) -> tuple[list[object], int, list[str]]:
+    return ["--data", photos / "picture_00.jpg"], 3, ["picture_00.jpg"]
+
+
+def _other_weights(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(1000, 512)}, tmp / "resnet.pth")
+    return ["--vgg", tmp / "resnet.pth"], 3, ["resnet.pth", "VGG19"]
+
+
+def _text_as_weights(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    (tmp / "vgg.pth").write_text("weights")
+    return ["--vgg", tmp / "vgg.pth"], 3, ["vgg.pth"]
+
+
+def _output_is_a_file(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    (tmp / "taken").write_text("x")
+    return ["--out", tmp / "taken" / "run"], 3, [str(tmp / "taken")]
+
+
+def _full_directory(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    (tmp / "full").mkdir()
+    (tmp / "full" / "letter.txt").write_text("x")
+    return ["--out", tmp / "full"], 2, ["letter.txt", "--out"]
+
+
+def _fixed(arguments: list[object], code: int, *said: str) -> BadInput:
+    return lambda _tmp, _photos: (arguments, code, list(said))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(_fixed(["--style", "/nowhere/wave.jpg"], 3, "/nowhere/wave.jpg"), id="style-missing"),
+        pytest.param(_text_as_picture, id="style-text"),
+        pytest.param(_one_pixel, id="style-one-pixel"),
+        pytest.param(_huge, id="style-huge"),
+        pytest.param(_fixed(["--data", "/nowhere/photos"], 3, "/nowhere/photos"), id="data-missing"),
+        pytest.param(_empty_folder, id="data-empty"),
+        pytest.param(_file_as_folder, id="data-is-a-file"),
+        pytest.param(_fixed(["--vgg", "/nowhere/vgg.pth"], 3, "/nowhere/vgg.pth"), id="weights-missing"),
+        pytest.param(_other_weights, id="weights-of-another-net"),
+        pytest.param(_text_as_weights, id="weights-text"),
+        pytest.param(_fixed(["--preset", "lengstorm"], 2, "'lengstorm'", "lengstrom"), id="preset"),
+        pytest.param(_fixed(["--set", "train.stepz=3"], 2, "train.stepz", "'train.steps'"), id="key"),
+        pytest.param(_fixed(["--set", "train.learning_rate=fast"], 2, "learning_rate", "'fast'"), id="type"),
+        pytest.param(_fixed(["--set", 'loss.content_layers=["relu9_9"]'], 2, "relu9_9", "did you mean"), id="layer"),
+        pytest.param(_fixed(["--config", "/nowhere/run.toml"], 2, "/nowhere/run.toml"), id="config-missing"),
+        pytest.param(_fixed(["--loader", "turbo"], 2, "turbo", "dali, pillow"), id="loader"),
+        pytest.param(_fixed(["--precision", "fp8"], 2, "fp8", "bf16"), id="precision"),
+        pytest.param(_fixed(["--steps", "0"], 2, "train.steps", "0"), id="no-steps"),
+        pytest.param(
+            _fixed(["--device", "cuda"], 5, "cuda", "--device cpu"),
+            id="no-cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+        ),
+        pytest.param(_output_is_a_file, id="out-below-a-file"),
+        pytest.param(_full_directory, id="out-not-empty"),
+        pytest.param(_fixed(["--resume"], 2, "--resume", "config.toml"), id="nothing-to-resume"),
+    ],
+)
+def test_bad_input_gets_a_short_message_and_nothing_is_written(
+    fastnst: Fastnst, small: list[object], tmp_path: Path, photo_folder: Path, bad: BadInput
+) -> None:
+    arguments, expected_code, said = bad(tmp_path, photo_folder)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = fastnst("train", *small, "--out", tmp_path / "run", *arguments)
+    assert code == expected_code, err
+    assert out == ""
+    message = [line for line in err.splitlines() if not line.startswith(("Usage:", "Try ", "check pictures:"))]
+    assert 1 <= len([line for line in message if line.strip()]) <= 3, err
+    for words in said:
+        assert words in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_few_layers_are_named(fastnst: Fastnst, small: list[object], weights: Path, tmp_path: Path) -> None:
+    partial = weights / "vgg19_caffe_conv1_1-conv3_4.pth"
+    code, _, err = fastnst("train", *small, "--preset", "hwalsuklee", "--vgg", partial, "--out", tmp_path / "run")
+    assert code == 3
+    assert "conv4_1" in err
+    assert "conv3_4" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_stylize_says_what_is_wrong(fastnst: Fastnst, tmp_path: Path, photo_folder: Path) -> None:
+    picture = photo_folder / "picture_00.jpg"
+    (tmp_path / "model.safetensors").write_text("not a model")
+    for model in ("/nowhere/run", tmp_path / "model.safetensors", picture):
+        code, out, err = fastnst("stylize", model, picture, "--out", tmp_path / "out.png")
+        assert code == 3, err
+        assert str(model) in err
+        assert out == ""
+        assert not (tmp_path / "out.png").exists()
+
+
+def test_tensorboard_shows_every_point_and_picture(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        for step in range(30):
+            log.metrics(step, {"loss/total": float(step)})
+            log.pictures(step, "stylised", torch.rand(1, 3, 16, 16), ["cat"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fastnst", "tensorboard", str(tmp_path), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    plugin = f"http://localhost:{port}/data/plugin"
+    try:
+        points = _json_when_ready(f"{plugin}/scalars/scalars?tag=loss%2Ftotal&run=.", 30, process)
+        pictures = _json_when_ready(f"{plugin}/images/images?tag=stylised%2Fcat&run=.&sample=0", 30, process)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+    assert [step for _, step, _ in points] == list(range(30))
+    assert [picture["step"] for picture in pictures] == list(range(30))
+
+
+def _json_when_ready(url: str, count: int, process: subprocess.Popen[bytes]) -> list[Any]:
+    """The list at `url` once it has `count` entries, or what it is after a minute."""
+    deadline = time.monotonic() + 60
+    found: list[Any] = []
+    while len(found) < count and time.monotonic() < deadline:
+        assert process.poll() is None, f"TensorBoard ended with code {process.returncode}"
+        # TensorBoard answers 404 until it has read the log, and refuses before it listens.
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10) as response:
+            found = json.load(response)
+        time.sleep(0.2)
+    return found
+
+
+def test_tensorboard_needs_a_log(fastnst: Fastnst, tmp_path: Path) -> None:
+    code, _, err = fastnst("tensorboard", tmp_path)
+    assert code == 3
+    assert "holds no TensorBoard log" in err

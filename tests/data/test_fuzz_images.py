@@ -1,0 +1,153 @@
+"""Damaged pictures without end: each is read, or refused with a DataError; nothing else ever comes out."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastnst.data.manifest import build_manifest
+from fastnst.errors import DataError
+from fastnst.images import read_image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+
+def seeds() -> list[bytes]:
+    """Small pictures of all formats, colour modes and encodings that are read."""
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+    sixteen = Image.fromarray(rng.integers(0, 65536, (20, 24)).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    kinds: list[tuple[Image.Image, str, dict[str, object]]] = [
+        (colours, "JPEG", {"quality": 80, "exif": turned}),
+        (colours, "JPEG", {"progressive": True}),
+        (colours.convert("CMYK"), "JPEG", {}),
+        (colours.convert("L"), "JPEG", {}),
+        (colours, "PNG", {"exif": turned}),
+        (colours.convert("RGBA"), "PNG", {}),
+        (colours.convert("P"), "PNG", {"transparency": 3}),
+        (sixteen, "PNG", {}),
+        (colours, "WEBP", {}),
+        (colours.convert("RGBA"), "WEBP", {"lossless": True}),
+        (colours, "WEBP", {"save_all": True, "append_images": [colours.rotate(90)]}),
+        (colours, "BMP", {}),
+        (colours.convert("P"), "BMP", {}),
+        (colours, "TIFF", {"compression": "tiff_lzw"}),
+        (colours.convert("1"), "TIFF", {"compression": "group4"}),
+        (sixteen, "TIFF", {"compression": "tiff_adobe_deflate", "tiffinfo": {274: 6}}),
+    ]
+    encoded = []
+    for picture, picture_format, options in kinds:
+        stream = io.BytesIO()
+        picture.save(stream, picture_format, **options)
+        encoded.append(stream.getvalue())
+    return encoded
+
+
+SEEDS = seeds()
+Damage = Callable[[bytes], bytes]
+
+
+def _flip(place: float, bits: int) -> Damage:
+    def flip(data: bytes) -> bytes:
+        at = int(place * len(data))
+        return data[:at] + bytes([data[at] ^ bits]) + data[at + 1 :] if data else data
+
+    return flip
+
+
+def _insert(place: float, extra: bytes) -> Damage:
+    return lambda data: data[: int(place * len(data))] + extra + data[int(place * len(data)) :]
+
+
+def _replace(place: float, extra: bytes) -> Damage:
+    return lambda data: data[: int(place * len(data))] + extra + data[int(place * len(data)) + len(extra) :]
+
+
+def _cut(begin: float, length: float) -> Damage:
+    return lambda data: data[: int(begin * len(data))] + data[int(min(begin + length, 1.0) * len(data)) :]
+
+
+# Most of what steers a reader stands at the beginning.
+places = st.floats(0, 0.999) | st.floats(0, 0.15)
+numbers = st.sampled_from([b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\x00\x00\x00"])
+damages = st.one_of(
+    st.builds(_flip, places, st.integers(1, 255)),
+    st.builds(_insert, places, st.binary(min_size=1, max_size=8)),
+    st.builds(_replace, places, st.binary(min_size=1, max_size=8) | numbers),
+    st.builds(_cut, places, st.floats(0, 1)),
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A real picture with up to four damages."""
+    data = draw(st.sampled_from(SEEDS))
+    for damage in draw(st.lists(damages, min_size=1, max_size=4)):
+        data = damage(data)
+    return data
+
+
+def check(data: bytes, file: Path) -> bool:
+    """Whether it was read; every outcome but a proper array and a DataError is an error of the test."""
+    file.write_bytes(data)
+    read = False
+    for alpha in (False, True):
+        refusal = ""
+        try:
+            picture = read_image(file, alpha=alpha, min_side=1)
+        except DataError as error:
+            refusal = str(error)
+        if refusal:
+            assert str(file) in refusal
+            assert 20 < len(refusal) < 500 + len(str(file))
+            assert "\x1b" not in refusal
+        else:
+            assert picture.dtype == np.uint8
+            assert picture.ndim == 3
+            assert picture.shape[2] in ((3, 4) if alpha else (3,))
+            assert min(picture.shape) >= 1
+            read = True
+    try:
+        manifest = build_manifest(file.parent, workers=1, cache=False, min_side=1)
+    except DataError:
+        return read
+    # What training accepts, it can read.
+    assert read, manifest.images
+    return read
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "picture.png"
+
+
+def test_the_seeds_themselves_are_read(file: Path) -> None:
+    assert all(check(data, file) for data in SEEDS)
+
+
+@given(damaged())
+@settings(max_examples=500)
+def test_damaged_pictures(file: Path, data: bytes) -> None:
+    check(data, file)
+
+
+@given(st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"II*\0", b"MM\0*"]), st.binary())
+@settings(max_examples=100)
+@example(b"", b"")
+def test_anything_behind_a_signature(file: Path, signature: bytes, rest: bytes) -> None:
+    check(signature + rest, file)
+
+
+@pytest.mark.campaign
+@given(damaged())
+@settings(max_examples=100_000)
+def test_damaged_pictures_by_the_hundred_thousand(file: Path, data: bytes) -> None:
+    """A quarter of an hour: `pytest -m campaign tests/data/test_fuzz_images.py`."""
+    check(data, file)

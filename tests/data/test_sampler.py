@@ -1,0 +1,139 @@
+"""The order of a run: complete, even, the same from any place and for any number of processes."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastnst.data.sampler import RunOrder, Samples
+from fastnst.errors import UserError
+
+seeds = st.integers(0, 2**64 - 1)
+# Step 1 of RunOrder(2024, 10, 5, 4); crops in units of 2⁻²⁴.
+PINNED_INDICES = [2, 4, 3, 6, 8]
+PINNED_CROPS = [[924373, 13795113], [15574153, 5354625], [5528740, 4205607], [6568691, 9477340], [3439766, 14851932]]
+PINNED_FLIPS = [False, True, False, False, True]
+
+
+def joined(batches: list[Samples]) -> Samples:
+    return Samples(
+        *(np.concatenate([getattr(batch, name) for batch in batches]) for name in ("indices", "crop", "flip"))
+    )
+
+
+def assert_same(one: Samples, other: Samples) -> None:
+    np.testing.assert_array_equal(one.indices, other.indices)
+    np.testing.assert_array_equal(one.crop, other.crop)
+    np.testing.assert_array_equal(one.flip, other.flip)
+
+
+@given(seeds, st.integers(1, 60), st.integers(1, 70), st.integers(1, 12))
+def test_each_epoch_holds_every_picture_once(seed: int, num_images: int, batch_size: int, steps: int) -> None:
+    order = RunOrder(seed, num_images, batch_size, steps)
+    line = joined([order.batch(step) for step in range(steps)]).indices
+    assert len(line) == steps * batch_size
+    for first in range(0, len(line) - num_images + 1, num_images):
+        assert sorted(line[first : first + num_images]) == list(range(num_images))
+    unfinished = line[len(line) - len(line) % num_images :]
+    assert len(set(unfinished.tolist())) == len(unfinished)
+
+
+@given(seeds, st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.data())
+def test_ranks_share_the_batch_of_one_process(
+    seed: int, num_images: int, local: int, steps: int, world_size: int, data: st.DataObject
+) -> None:
+    alone = RunOrder(seed, num_images, local * world_size, steps)
+    shared = RunOrder(seed, num_images, local * world_size, steps, world_size=world_size)
+    assert shared.local_batch_size == local
+    step = data.draw(st.integers(0, steps - 1))
+    assert_same(alone.batch(step), joined([shared.batch(step, rank) for rank in range(world_size)]))
+
+
+def test_a_place_does_not_depend_on_batch_size_length_or_what_was_asked_before() -> None:
+    long = RunOrder(5, 17, 6, 100)
+    short = RunOrder(5, 17, 3, 50)
+    line = joined([long.batch(step) for step in range(25)])
+    backwards = [short.batch(step) for step in reversed(range(50))]
+    assert_same(line, joined(backwards[::-1]))
+
+
+def test_far_places_cost_no_more_than_near_ones() -> None:
+    # An order that walked to its place would not return from this.
+    far = RunOrder(0, 1000, 8, 10**15).batch(10**15 - 1)
+    assert len(set(far.indices.tolist())) >= 4
+
+
+def test_seed_epoch_and_picture_change_everything() -> None:
+    one, other = RunOrder(0, 500, 500, 2), RunOrder(1, 500, 500, 2)
+    for left, right in ((one.batch(0), other.batch(0)), (one.batch(0), one.batch(1))):
+        # Independent permutations agree in one place on average.
+        assert (left.indices == right.indices).sum() < 10
+        assert (left.crop == right.crop).mean() < 0.01
+        assert 0.4 < (left.flip == right.flip).mean() < 0.6
+
+
+def test_crops_and_flips_are_uniform_and_independent() -> None:
+    count = 40_000
+    samples = RunOrder(7, 1000, count, 1).batch(0)
+    assert samples.indices.dtype == np.int64
+    assert samples.crop.dtype == np.float32
+    assert samples.crop.shape == (count, 2)
+    assert samples.flip.dtype == np.bool_
+    assert samples.crop.min() >= 0
+    assert samples.crop.max() < 1
+    # Five standard deviations of the mean of `count` draws.
+    assert np.abs(samples.crop.mean(0) - 0.5).max() < 5 * np.sqrt(1 / 12 / count)
+    assert abs(samples.flip.mean() - 0.5) < 5 * np.sqrt(0.25 / count)
+    columns = np.column_stack([samples.crop, samples.flip, samples.indices])
+    assert np.abs(np.corrcoef(columns.T) - np.eye(4)).max() < 5 / np.sqrt(count)
+    histogram, _ = np.histogram(samples.crop[:, 0], bins=16, range=(0, 1))
+    assert ((histogram - count / 16) ** 2 / (count / 16)).sum() < 50  # χ², 15 degrees of freedom: p = 1e-5
+
+
+def test_every_picture_comes_first_equally_often() -> None:
+    epochs = 6000
+    firsts = [int(RunOrder(seed, 6, 1, 1).batch(0).indices[0]) for seed in range(epochs)]
+    counts = np.bincount(firsts, minlength=6)
+    assert ((counts - epochs / 6) ** 2 / (epochs / 6)).sum() < 36  # χ², 5 degrees of freedom: p = 1e-6
+
+
+@pytest.mark.parametrize("fit", ["center_crop", "squash"])
+def test_fixed_fits_take_the_middle_and_keep_the_rest(fit: str) -> None:
+    fixed, free = RunOrder(3, 50, 50, 1, fit=fit).batch(0), RunOrder(3, 50, 50, 1).batch(0)
+    assert (fixed.crop == 0.5).all()
+    np.testing.assert_array_equal(fixed.indices, free.indices)
+    np.testing.assert_array_equal(fixed.flip, free.flip)
+
+
+def test_flips_can_be_off() -> None:
+    assert not RunOrder(0, 50, 50, 1, flip=False).batch(0).flip.any()
+    assert RunOrder(0, 50, 50, 1).batch(0).flip.any()
+
+
+def test_the_order_of_a_seed_never_changes() -> None:
+    # A run that was interrupted under an older version has to go on as it would have.
+    samples = RunOrder(2024, 10, 5, 4).batch(1)
+    assert samples.indices.tolist() == PINNED_INDICES
+    np.testing.assert_array_equal((samples.crop * 2**24).astype(int), PINNED_CROPS)
+    assert samples.flip.tolist() == PINNED_FLIPS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 5, "world_size": 2}, "train.batch_size 5 cannot be shared evenly by 2"),
+        ({"num_images": 0}, "0 pictures"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is"),
+    ],
+)
+def test_impossible_orders_are_refused(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RunOrder(**{"seed": 0, "num_images": 4, "batch_size": 4, "steps": 4, **arguments})
+
+
+def test_places_outside_the_run_do_not_exist() -> None:
+    order = RunOrder(0, 4, 4, 4, world_size=2)
+    for step, rank in ((4, 0), (-1, 0), (0, 2)):
+        with pytest.raises(IndexError):
+            order.batch(step, rank)

@@ -1,0 +1,107 @@
+"""Runs of a few milliseconds: the real training loop over one convolution, fed from numbers instead of files.
+
+What is real: configuration, manifest, style, loss, Adam, the log, checkpoints, the style model. What is not: the
+transform net is one convolution, pictures are drawn from the indices that the run's order names, the graph is empty.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from torch import Tensor, nn
+
+from fastnst.config import Config, load_config
+from fastnst.data.sampler import RunOrder
+from fastnst.models.transform_net import Painted
+from fastnst.run_log.writer import read_metrics
+from fastnst.training import style_run, trainer
+from fastnst.training.monitoring import snapshots
+
+ASSIGNMENTS = (
+    *("data.image_size=16", "data.loader=pillow", "data.workers=1", "train.batch_size=2", "style.size=16"),
+    *("train.steps=5", "train.log_every=1", "train.sample_every=2", "train.samples=0", "train.checkpoint_every=2"),
+    *("train.device=cpu", "visualize.every=0", 'loss.content_layers=["relu1_1"]', 'loss.style_layers=["relu1_1"]'),
+    # So small that fp16 does not overflow at the loss scale it begins with.
+    *("loss.style_layer_weights=[]", "loss.content_weight=1e-5", "loss.style_weight=1e-6", "loss.tv_weight=1e-5"),
+)
+
+
+class SmallNet(nn.Module):
+    """Stands for `TransformNet`."""
+
+    def __init__(self, architecture: str, norm: str) -> None:
+        super().__init__()
+        self.architecture, self.norm = architecture, norm
+        self.conv1 = nn.Conv2d(3, 3, 3, padding=1)
+        self.metadata = {"architecture": architecture, "norm": norm}
+
+    def forward(self, x: Tensor, *, raw: bool = False) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.to(self.conv1.weight.dtype) / 255
+        x = self.conv1(x) / 2
+        return x if raw else x.tanh() / 2 + 0.5  # the convolution's sigmoid
+
+    def painted(self, _: object, wanted: Sequence[int]) -> Painted:
+        return Painted((0, 0, *wanted), True, 0.5, 0.5)
+
+
+class SmallLoader:
+    """Batches that differ wherever the order does."""
+
+    def __init__(self, _manifest: object, order: RunOrder, config: Any, *, start_step: int, **_: object) -> None:
+        self._order, self._size, self._start = order, config.image_size, start_step
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for step in range(self._start, self._order.steps):
+            samples = self._order.batch(step)
+            draw = np.random.default_rng([*samples.indices.tolist(), *samples.flip.astype(int).tolist()])
+            shape = (self._order.local_batch_size, self._size, self._size, 3)
+            yield torch.from_numpy(draw.integers(0, 256, shape, dtype=np.uint8))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, `fastnst.training.trainer.train` and the command line make small runs."""
+    monkeypatch.setattr(style_run, "TransformNet", SmallNet)
+    monkeypatch.setattr(trainer, "open_loader", SmallLoader)
+    monkeypatch.setattr(snapshots, "training_graph", lambda *_, **__: GraphDef())
+
+
+def small_config(photos: Path, *assignments: str) -> Config:
+    """Five steps of two pictures; a checkpoint after 2, 4 and 5."""
+    options = {"data.folder": photos, "style.picture": photos / "picture_00.jpg", "loss.vgg": "random"}
+    return load_config(preset="vgg-conv3", assignments=[*ASSIGNMENTS, *assignments], options=options, environment={})
+
+
+def small_arguments(photos: Path, out: Path, *assignments: str) -> list[str]:
+    """The same as a command line."""
+    sets = [word for assignment in (*ASSIGNMENTS, *assignments) for word in ("--set", assignment)]
+    picture = str(photos / "picture_00.jpg")
+    return [
+        *("train", "--style", picture, "--data", str(photos), "--preset", "vgg-conv3", "--vgg", "random"),
+        *("--out", str(out), *sets),
+    ]
+
+
+def train_small(config: Config, out: Path, **options: Any) -> list[str]:
+    """Train; returns what a user was told."""
+    messages: list[str] = []
+    trainer.train(config, out, notify=messages.append, **options)
+    return messages
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    """The rows of the metrics without what depends on the clock."""
+    return [{tag: value for tag, value in row.items() if "speed" not in tag} for row in read_metrics(run)]

@@ -1,0 +1,181 @@
+"""From bytes through the transform net into the loss network and back, against autograd of the plain formulation."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnst.config import LossConfig, load_config
+from fastnst.losses.fused import LossEngine
+from fastnst.losses.perceptual import LossTerms, PerceptualLoss, total_variation
+from fastnst.models.transform_net import ARCHITECTURES, TransformNet
+from fastnst.models.vgg19 import FLAVOURS, VGG19
+from fastnst.training.step.train_step import TrainingStep, as_pictures, to_unit
+from helpers.tolerances import FLOOR
+
+SIZES = [(16, 16), (17, 22), (19, 21)]  # odd sides move the picture within what TF "SAME" rounds up
+LOSS = LossConfig(content_layers=("relu1_2",), style_layers=("relu1_1", "relu2_1"), tv_weight=0.5)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=seeded())
+
+
+def loss_in(dtype: torch.dtype, flavour: str, **changes: object) -> PerceptualLoss:
+    vgg = VGG19("relu2_1", flavour, generator=seeded())
+    loss = PerceptualLoss(vgg, LOSS.model_copy(update=changes)).to(dtype)
+    loss.set_style(torch.rand(1, 3, 32, 32, generator=seeded(1)).to(dtype))
+    return loss
+
+
+def numbers(terms: LossTerms) -> list[float]:
+    return [float(term) for term in (terms.total, terms.content, terms.style, terms.tv, *terms.layers.values())]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pass_is_autograd_of_the_plain_formulation(
+    architecture: str, reduction: str, flavour: str, size: tuple[int, int]
+) -> None:
+    """In fp64, to 1e-10: the terms, and the gradient at the last layer's output."""
+    net = TransformNet(architecture, generator=seeded()).double()
+    loss = loss_in(torch.float64, flavour, tv_reduction=reduction)
+    batch = batch_of(*size)
+    content = batch.permute(0, 3, 1, 2).double() / 255
+    last: list[Tensor] = []
+    hook = net.out.register_forward_hook(lambda _, __, made: last.append(made))
+    expected = loss(net(content), content)
+    hook.remove()
+    (wanted,) = torch.autograd.grad(expected.total, last)
+    pictures = as_pictures(batch)
+    raw = net(pictures, raw=True)
+    assert raw.dtype == torch.float64
+    engine = LossEngine(loss)
+    painted = net.painted(raw.shape[2:], size)
+    terms, gradient = engine.of_raw(raw.detach(), painted, engine.content_targets(pictures))
+    assert numbers(terms) == pytest.approx(numbers(expected.detach()), rel=1e-10)
+    assert gradient.shape == raw.shape
+    assert float((gradient - wanted).abs().max()) <= 1e-10 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pass_errs_no_more_than_autograd_does(architecture: str, dtype: torch.dtype) -> None:
+    """By the rule of `tolerances.py`, in the norm, from one raw output in 16 bits on."""
+    net = TransformNet(architecture, generator=seeded())
+    exact, loss = (loss_in(wide, "caffe") for wide in (torch.float64, torch.float32))
+    batch = batch_of(17, 22)
+    pictures, content = as_pictures(batch), to_unit(batch)
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        raw = net(pictures, raw=True)
+    assert raw.dtype == dtype
+    painted = net.painted(raw.shape[2:], pictures.shape[2:])
+    (top, left, height, width), tanh, factor, offset = painted
+
+    def plain(of: PerceptualLoss, kind: torch.dtype, autocast: bool) -> tuple[list[float], Tensor]:
+        leaf = raw.to(raw.dtype if autocast else kind).requires_grad_()
+        inner = leaf[:, :, top : top + height, left : left + width].to(kind)
+        stylized = factor * (inner.tanh() if tanh else inner) + offset
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            terms = of(stylized, content.to(kind))
+        (gradient,) = torch.autograd.grad(terms.total, leaf)
+        return numbers(terms.detach()), gradient.double()
+
+    (truths, truth), (peers, peer) = plain(exact, torch.float64, False), plain(loss, torch.float32, True)
+    engine = LossEngine(loss, dtype)
+    terms, gradient = engine.of_raw(raw, painted, engine.content_targets(pictures))
+    assert gradient.dtype == dtype
+    error, peer_error = (float((g.double() - truth).norm()) for g in (gradient, peer))
+    assert error <= 2 * peer_error + FLOOR[dtype] * float(truth.norm())
+    for own, theirs, true in zip(numbers(terms), peers, truths, strict=True):
+        assert abs(own - true) <= 2 * abs(theirs - true) + FLOOR[dtype] * abs(true)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bytes_are_stylised_as_floating_pictures_are(architecture: str, size: tuple[int, int]) -> None:
+    net, batch = TransformNet(architecture, generator=seeded()), batch_of(*size)
+    with torch.no_grad():
+        floating, direct = net(to_unit(batch)), net(as_pictures(batch))
+        exact = net.double()(to_unit(batch).double())
+    assert direct.dtype == torch.float32
+    assert direct.is_contiguous(memory_format=torch.channels_last)
+    error, floats = (float((made.double() - exact).abs().max()) for made in (direct, floating))
+    assert error <= 2 * floats + FLOOR[torch.float32]
+
+
+def test_bytes_come_in_the_type_that_convolutions_run_in() -> None:
+    seen: list[torch.dtype] = []
+    net = TransformNet("johnson", generator=seeded())
+    net.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    pictures = as_pictures(batch_of(16, 16))
+    with torch.no_grad():
+        net(pictures)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            net(pictures)
+        net.double()(pictures)
+    assert seen == [torch.float32, torch.bfloat16, torch.float64]
+
+
+def test_floating_pictures_keep_their_gradient() -> None:
+    for architecture in ARCHITECTURES:
+        net = TransformNet(architecture, generator=seeded())
+        x = torch.rand(1, 3, 17, 16, generator=seeded(2)).requires_grad_()
+        (gradient,) = torch.autograd.grad(net(x).square().sum(), x)
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
+def test_a_step_takes_bytes_and_makes_no_floating_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between the two networks is the raw output and φ's input."""
+    config = load_config(preset="johnson", assignments=["train.precision=bf16"], environment={})
+    net, loss = TransformNet("johnson", generator=seeded()).train(), loss_in(torch.float32, "torchvision")
+    seen: list[tuple[torch.dtype, bool]] = []
+    forward = TransformNet.forward
+
+    def noted(self: TransformNet, x: Tensor, *, raw: bool = False) -> Tensor:
+        made = forward(self, x, raw=raw)
+        seen.extend(((x.dtype, x.requires_grad), (made.dtype, made.requires_grad)))
+        return made
+
+    monkeypatch.setattr(TransformNet, "forward", noted)
+    monkeypatch.setattr(
+        "fastnst.training.step.train_step.to_unit", lambda _: pytest.fail("the pictures were made floating")
+    )
+    terms = TrainingStep(net, loss, config.train, torch.device("cpu"))(1, batch_of(16, 16))
+    assert math.isfinite(float(terms.total))
+    assert seen == [(torch.uint8, False), (torch.bfloat16, True)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_raw_output_that_is_not_finite_shows(architecture: str, value: float) -> None:
+    """A tanh hides an infinity, in the plain formulation, too; nothing hides a NaN."""
+    net, loss = TransformNet(architecture), loss_in(torch.float32, "caffe", tv_weight=0.0)
+    engine, content = LossEngine(loss), as_pictures(batch_of(16, 16))
+    raw = torch.rand(2, 3, 16, 16, generator=seeded()).contiguous(memory_format=torch.channels_last)
+    raw[1, 2, 3, 4] = value
+    targets = engine.content_targets(content)
+    terms, gradient = engine.of_raw(raw, net.painted((16, 16), (16, 16)), targets)
+    hidden = architecture != "johnson" and value == math.inf
+    assert math.isfinite(float(terms.total)) == hidden
+    assert bool(gradient.isfinite().all()) == bool(gradient.isfinite().any()) == hidden
+
+
+def test_weights_of_total_variation_are_its_formula() -> None:
+    picture = torch.rand(2, 3, 5, 7, dtype=torch.float64, generator=seeded())
+    squares = picture.diff(dim=2).square().sum(), picture.diff(dim=3).square().sum()
+    for reduction in ("mean", "sum"):
+        term = loss_in(torch.float64, "caffe", tv_reduction=reduction).tv
+        vertical, horizontal = term.weights(picture.shape)
+        expected = term.factor * total_variation(picture, reduction)
+        torch.testing.assert_close(vertical * squares[0] + horizontal * squares[1], expected)
+    term = loss_in(torch.float64, "caffe", tv_reduction="mean").tv
+    assert math.isnan(term.weights((2, 3, 1, 7))[0])

@@ -1,0 +1,331 @@
+"""The graph page's graph: tiny computations by hand, then the training step of each architecture."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from tensorboard.compat.proto.node_def_pb2 import NodeDef
+from torch import Tensor, nn
+
+from fastnst.config import LossConfig, load_config
+from fastnst.errors import UserError
+from fastnst.losses.perceptual import PerceptualLoss
+from fastnst.models.transform_net import ARCHITECTURES, NORMS, TransformNet
+from fastnst.models.vgg19 import VGG19
+from fastnst.run_log.graph import GraphRecorder
+from fastnst.run_log.writer import training_graph
+
+
+class Block(nn.Module):
+    """conv, then a threshold that is a buffer."""
+
+    threshold: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(self.conv(x), self.threshold)
+
+
+class Net(nn.Module):
+    """One block, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) * 2.0
+
+
+LIKE = torch.empty(())
+
+
+def nodes(graph: GraphDef) -> dict[str, NodeDef]:
+    return {node.name: node for node in graph.node}
+
+
+def edges(recorder: GraphRecorder) -> dict[str, list[str]]:
+    return {node.name: list(node.input) for node in recorder.graph_def().node}
+
+
+def shapes(node: NodeDef) -> list[list[int]]:
+    return [[dim.size for dim in shape.dim] for shape in node.attr["_output_shapes"].list.shape]
+
+
+# By hand.
+
+
+def test_modules_are_scopes_and_tensors_are_edges() -> None:
+    net = Net()
+    with GraphRecorder(net) as recorder:
+        x = recorder.placeholder("picture", (2, 3, 8, 8), like=LIKE)
+        with recorder.scope("net"):
+            net(x)
+    assert edges(recorder) == {
+        "picture": [],
+        "net/block/conv/weight": [],
+        "net/block/conv/bias": [],
+        "net/block/conv/convolution": ["picture", "net/block/conv/weight", "net/block/conv/bias"],
+        "net/block/threshold": [],
+        "net/block/maximum": ["net/block/conv/convolution", "net/block/threshold"],
+        "net/mul": ["net/block/maximum"],
+    }
+    graph = nodes(recorder.graph_def())
+    assert {name: node.op for name, node in graph.items()} == {
+        "picture": "Placeholder",
+        "net/block/conv/weight": "Parameter",
+        "net/block/conv/bias": "Parameter",
+        "net/block/conv/convolution": "convolution",
+        "net/block/threshold": "Buffer",
+        "net/block/maximum": "maximum",
+        "net/mul": "mul",
+    }
+    assert shapes(graph["net/block/conv/convolution"]) == [[2, 4, 6, 6]]
+    assert shapes(graph["net/block/threshold"]) == [[]]
+    assert graph["net/mul"].attr["dtype"].type == 1  # TensorFlow's DT_FLOAT
+    assert graph["net/mul"].attr["other"].f == 2.0
+    assert list(graph["net/block/conv/convolution"].attr["stride"].list.i) == [1, 1]
+
+
+def test_a_module_that_is_used_twice_is_drawn_twice_with_its_parameters() -> None:
+    net = Net()
+    with GraphRecorder(net) as recorder:
+        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        y = recorder.placeholder("y", (1, 3, 8, 8), like=LIKE)
+        for name, picture in (("first", x), ("second", y)):
+            with recorder.scope(name):
+                net(picture)
+    for block in ("first", "second"):
+        inputs = [name for node, names in edges(recorder).items() if node.startswith(f"{block}/") for name in names]
+        assert f"{block}/block/conv/weight" in inputs
+        assert {name.split("/")[0] for name in inputs} == {block, {"first": "x", "second": "y"}[block]}
+
+
+def test_what_was_computed_before_is_not_drawn_again() -> None:
+    net = Net()
+    with GraphRecorder(net) as recorder:
+        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        with recorder.scope("first"):
+            net(x)
+        with recorder.scope("second"):
+            (net(x) + 1.0).relu_()
+    assert edges(recorder)["second/add"] == ["first/mul"]
+    assert [name for name in edges(recorder) if name.startswith("second/")] == ["second/add", "second/relu"]
+
+
+def test_views_are_told_apart_though_they_are_not_drawn() -> None:
+    with GraphRecorder() as recorder:
+        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        x[:, :, 1:] * 2.0
+        x[:, :, :-1] * 2.0
+        x[:, :, 1:] * 2.0
+        first, second = x.split([1, 2], dim=1)
+        first.sum(), second.sum(), x.transpose(2, 3).detach().sum()
+    assert edges(recorder) == {
+        "x": [],
+        "mul": ["x"],
+        "mul_1": ["x"],
+        "sum": ["x"],
+        "sum_1": ["x"],
+        "sum_2": ["x"],
+    }
+
+
+def test_writing_in_place_makes_the_writer_the_source() -> None:
+    with GraphRecorder() as recorder:
+        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        y = x * 2.0
+        same = y[:]
+        y.add_(1.0)
+        same.exp()
+        canvas = x.new_zeros(1, 3, 9, 9)
+        canvas[:, :, 1:, 1:] = x
+        canvas[:, :, 0].fill_(5.0)
+        canvas.sum()
+    assert edges(recorder) == {
+        "x": [],
+        "mul": ["x"],
+        "add": ["mul"],
+        "exp": ["add"],
+        "new_zeros": ["x"],
+        "copy": ["new_zeros", "x"],
+        "fill": ["copy"],
+        "sum": ["fill"],
+    }
+
+
+def test_several_outputs_and_several_inputs() -> None:
+    with GraphRecorder() as recorder:
+        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        values, places = x.max(dim=1)
+        torch.cat([values, places.float(), values])
+    assert edges(recorder)["to_copy"] == ["max:1"]
+    assert edges(recorder)["cat"] == ["max", "to_copy"]
+    largest = nodes(recorder.graph_def())["max"]
+    assert shapes(largest) == [[1, 8, 8], [1, 8, 8]]
+
+
+def test_constants_lie_where_they_are_used() -> None:
+    outside = torch.ones(3, 1, 1)
+    with GraphRecorder() as recorder:
+        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        with recorder.scope("here"):
+            x + outside + torch.zeros(1)
+    graph = nodes(recorder.graph_def())
+    assert {name for name, node in graph.items() if node.op == "Const"} == {"here/constant", "here/zeros"}
+    assert list(graph["here/add_1"].input) == ["here/add", "here/zeros"]
+
+
+def test_a_parameter_that_is_taken_outside_its_module_leads_into_the_modules_scope() -> None:
+    net = Net()
+    with GraphRecorder(net) as recorder:
+        x = recorder.placeholder("x", (1, 4, 8, 8), like=LIKE)
+        with recorder.scope("backwards"):
+            turned = net.block.conv.weight.flip(2, 3).transpose(0, 1)
+            F.conv2d(x.relu(), turned).exp()
+    assert edges(recorder) == {
+        "x": [],
+        "backwards/relu": ["x"],
+        "backwards/block/conv/weight": [],
+        "backwards/block/conv/flip": ["backwards/block/conv/weight"],
+        "backwards/block/conv/convolution": ["backwards/relu", "backwards/block/conv/flip"],
+        "backwards/block/conv/exp": ["backwards/block/conv/convolution"],
+    }
+
+
+def test_a_network_within_another_may_be_a_tree_of_its_own() -> None:
+    net = Net()
+    with GraphRecorder(net.block, net) as recorder:
+        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        with recorder.scope("inner"):
+            net.block(x)
+    assert "inner/conv/convolution" in edges(recorder)
+
+
+def test_nothing_is_computed() -> None:
+    net = nn.Conv2d(3, 1000, 3)
+    with GraphRecorder(net) as recorder:
+        x = recorder.placeholder("x", (1000, 3, 100_000, 100_000), like=LIKE)
+        y = net(x)
+    assert y.numel() > 10**15
+
+
+def test_an_error_leaves_no_hook_behind_and_closes_its_scopes() -> None:
+    net = Net()
+    with GraphRecorder(net) as recorder:
+        x = recorder.placeholder("x", (1, 5, 8, 8), like=LIKE)
+        with pytest.raises(RuntimeError), recorder.scope("broken"):
+            net(x)
+        with recorder.scope("after"):
+            x.exp()
+    assert edges(recorder)["after/exp"] == ["x"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+
+
+# The training step.
+
+BLOCKS = {"X_content", "transform_net", "vgg_transformed", "vgg_content", "visualization", "loss"}
+
+
+def perceptual_loss(last_layer: str = "relu5_1", flavour: str = "torchvision", **keys: object) -> PerceptualLoss:
+    config = load_config(environment={}).loss.model_copy(update=keys)
+    loss = PerceptualLoss(VGG19(last_layer, flavour), LossConfig.model_validate(config.model_dump()))
+    loss.set_style(torch.rand(1, 3, 32, 32))
+    return loss
+
+
+@pytest.fixture(scope="module")
+def loss() -> PerceptualLoss:
+    return perceptual_loss()
+
+
+def block_edges(graph: GraphDef) -> set[tuple[str, str]]:
+    pairs = {(name.split(":")[0].split("/")[0], node.name.split("/")[0]) for node in graph.node for name in node.input}
+    return {(source, target) for source, target in pairs if source != target}
+
+
+@pytest.mark.parametrize(("architecture", "norm"), [*itertools.product(ARCHITECTURES, NORMS)])
+def test_the_training_step_has_the_papers_blocks_and_each_layer(
+    loss: PerceptualLoss, architecture: str, norm: str
+) -> None:
+    net = TransformNet(architecture, norm)
+    graph = training_graph(net, loss, image_size=64)
+    names = [node.name for node in graph.node]
+    assert {name.split("/")[0] for name in names} == BLOCKS
+    assert names.index("X_content") == 0
+    assert {name.split("/")[1] for name in names if name.startswith("loss/")} >= {"content", "style", "tv", "total"}
+    assert 200 < len(names) < 1000
+    assert len(set(names)) == len(names)
+
+    # Edges come from what was drawn before: there is no cycle, and nothing hangs in the air.
+    place = {name: index for index, name in enumerate(names)}
+    for node in graph.node:
+        assert all(place[name.split(":")[0]] < place[node.name] for name in node.input)
+    assert block_edges(graph) == {
+        ("X_content", "transform_net"),
+        ("X_content", "vgg_content"),
+        ("transform_net", "vgg_transformed"),
+        ("transform_net", "loss"),
+        ("transform_net", "visualization"),
+        ("vgg_transformed", "visualization"),
+        ("vgg_transformed", "loss"),
+        ("vgg_content", "loss"),
+    }
+
+    layers = {name.rpartition("/")[0] for name in names}
+    for name, parameter in net.named_parameters():
+        block = name.rpartition(".")[0].replace(".", "/")
+        node = graph.node[place[f"transform_net/{name.replace('.', '/')}"]]
+        assert shapes(node) == [list(parameter.shape)]
+        assert f"visualization/transform_net/{block}" in layers
+    for layer in loss.vgg.layers:
+        assert f"vgg_transformed/{layer}" in layers
+        if layer.startswith("conv"):
+            assert f"visualization/vgg_transformed/{layer}" in layers
+    assert "vgg_content/relu4_2" in layers
+    assert "vgg_content/conv4_3" not in layers
+    assert {f"loss/style/relu{block}_1" for block in range(1, 6)} <= layers
+
+
+def test_recording_leaves_everything_as_it_was(loss: PerceptualLoss) -> None:
+    net = TransformNet("johnson", "batch").train()
+    before = {name: tensor.clone() for name, tensor in [*net.state_dict().items(), *loss.state_dict().items()]}
+    state = torch.get_rng_state()
+    first = training_graph(net, loss, image_size=64).SerializeToString(deterministic=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert training_graph(net, loss, image_size=64).SerializeToString(deterministic=True) == first
+    for name, tensor in [*net.state_dict().items(), *loss.state_dict().items()]:
+        assert type(tensor) is Tensor
+        assert torch.equal(tensor, before[name])
+    assert net.training
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    for module in [*net.modules(), *loss.modules()]:
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_the_whole_runs_sizes_are_on_the_edges(loss: PerceptualLoss) -> None:
+    graph = nodes(training_graph(TransformNet(), loss, image_size=256, batch_size=20))
+    assert shapes(graph["X_content"]) == [[20, 3, 256, 256]]
+    assert shapes(graph["vgg_content/conv4_2/convolution"]) == [[20, 512, 32, 32]]
+    assert shapes(graph["transform_net/out/convolution"]) == [[20, 3, 256, 256]]
+
+
+def test_double_precision_other_weights_and_no_content() -> None:
+    loss = perceptual_loss("relu2_2", "caffe", content_layers=(), style_layers=("relu2_2",), style_layer_weights=())
+    graph = nodes(training_graph(TransformNet().double(), loss.double(), image_size=33, batch_size=1))
+    assert graph["X_content"].attr["dtype"].type == 2  # TensorFlow's DT_DOUBLE
+    assert {name.split("/")[0] for name in graph} == BLOCKS - {"vgg_content"}
+    assert "vgg_transformed/flip" in graph
+
+
+def test_pictures_that_are_too_small_are_refused(loss: PerceptualLoss) -> None:
+    with pytest.raises(UserError, match="sides of 16 pixels or more"):
+        training_graph(TransformNet(), loss, image_size=8)

@@ -1,0 +1,216 @@
+"""What reaches out and what can be reached: nothing while training, this machine alone for TensorBoard."""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastnst.errors import DataError
+from fastnst.models import weights as weights_module
+from fastnst.models.download import DownloadError, Source
+from fastnst.models.vgg19 import VGG19
+from fastnst.models.weights import load_vgg19, torchvision_key
+from fastnst.run_log.writer import RunLog
+from helpers.malformed_files import Call, zipped
+
+# Python runs this in every process that it starts with the folder in its path; workers included.
+GUARD = """
+import sys
+
+def watch(event, arguments):
+    asks = event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
+    makes = event == "socket.__new__" and int(arguments[1]) in (2, 10)
+    # Local sockets, through which processes talk, have a text for an address.
+    reaches = event in ("socket.connect", "socket.sendto", "socket.bind") and isinstance(arguments[-1], tuple)
+    if asks or makes or reaches:
+        with open(LOG, "a") as log:
+            log.write(f"{sys.argv[:3]} {event} {arguments[1:]}\\n")
+        raise ConnectionError(f"{event}: the network is not to be used here")
+
+sys.addaudithook(watch)
+with open(LOG, "a") as log:
+    log.write("started\\n")
+"""
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> tuple[dict[str, str], Path]:
+    """An environment in which connections fail, and the file that tells of them."""
+    log, folder = tmp_path / "connections", tmp_path / "guard"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"LOG = {str(log)!r}\n{GUARD}")
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join(map(str, (folder, root, root / "kernels")))
+    return os.environ | {"PYTHONPATH": path, "FASTNST_CACHE": str(tmp_path / "cache")}, log
+
+
+def connections(log: Path) -> list[str]:
+    lines = log.read_text().splitlines()
+    assert "started" in lines
+    return [line for line in lines if line != "started"]
+
+
+def test_training_uses_no_network(guarded: tuple[dict[str, str], Path], photo_folder: Path, tmp_path: Path) -> None:
+    environment, log = guarded
+    state = {}
+    for name, tensor in VGG19("relu3_4", generator=torch.Generator().manual_seed(0)).state_dict().items():
+        layer, _, kind = name.partition(".")
+        state[f"{torchvision_key(layer)}.{kind}"] = tensor.contiguous()
+    torch.save(state, tmp_path / "vgg19.pth")
+    sizes = ("data.image_size=32", "train.batch_size=1", "style.size=32", "train.samples=1", "data.workers=1")
+    sizes += ("loss.vgg_flavour=torchvision", "visualize.every=0")
+    other_loader = "dali" if importlib.util.find_spec("nvidia.dali") else "pillow"
+    runs = (("random", "pillow", 1), (str(tmp_path / "vgg19.pth"), other_loader, 2))
+    for vgg, loader, steps in runs:
+        command = [sys.executable, "-m", "fastnst", "train", "--style", photo_folder / "picture_00.jpg"]
+        command += ["--data", photo_folder, "--preset", "vgg-conv3", "--loader", loader, "--device", "cpu"]
+        command += ["--vgg", vgg, "--steps", str(steps), "--out", tmp_path / f"run{steps}"]
+        command += [part for size in sizes for part in ("--set", size)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert connections(log) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9', timeout=1)",
+        "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)",
+        "import socket; socket.getaddrinfo('example.invalid', 80)",
+        "import socket; socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)",
+        "import socket; socket.gethostbyname('localhost')",
+    ],
+)
+def test_the_guard_sees_a_connection(guarded: tuple[dict[str, str], Path], code: str) -> None:
+    environment, log = guarded
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert connections(log) != []
+
+
+def test_auto_does_use_the_network(guarded: tuple[dict[str, str], Path], tmp_path: Path) -> None:
+    environment, log = guarded
+    code = "from fastnst.models.weights import load_vgg19\n"
+    code += "load_vgg19('auto', last_layer='relu1_1', notify=print, pause=0.0)"
+    environment |= {"TORCH_HOME": str(tmp_path), "FASTNST_VGG19_URL": "http://127.0.0.1:9/vgg19.pth"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=120)
+    assert b"WeightsUnavailable" in done.stderr
+    assert connections(log) != []
+
+
+def listening(process: int) -> set[str]:
+    """Addresses at which a process takes connections, from the kernel's own tables."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if found := re.fullmatch(r"socket:\[(\d+)\]", str(descriptor.readlink())):
+                inodes.add(found[1])
+    addresses = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                words = re.findall(".{8}", fields[1].partition(":")[0])
+                packed = b"".join(int(word, 16).to_bytes(4, sys.byteorder) for word in words)
+                addresses.add(socket.inet_ntop(family, packed))
+    return addresses
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [((), {"127.0.0.1", "::1"}), (("--host", "0.0.0.0"), {"0.0.0.0"})],
+    ids=["localhost", "asked"],
+)
+def test_tensorboard_listens_where_it_is_asked_to(tmp_path: Path, options: tuple[str, ...], expected: set[str]) -> None:
+    with RunLog(tmp_path) as log:
+        log.metrics(0, {"loss/total": 1.0})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fastnst", "tensorboard", str(tmp_path), "--port", str(port), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline, found = time.monotonic() + 120, set[str]()
+        while not found and time.monotonic() < deadline:
+            assert process.poll() is None, f"TensorBoard ended with code {process.returncode}"
+            found = listening(process.pid)
+            time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+    assert found
+    assert found <= expected
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Source]:
+    """VGG19's first layers where a download would have put them, and what is known of them."""
+    monkeypatch.setenv("FASTNST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    path = tmp_path / "cache" / "weights" / "vgg.pth"
+    path.parent.mkdir(parents=True)
+    net = VGG19("relu1_2", generator=torch.Generator().manual_seed(0))
+    state = {f"{torchvision_key(n[:7])}.{n[8:]}": t.contiguous() for n, t in net.state_dict().items()}
+    torch.save(state, path)
+    data = path.read_bytes()
+    return path, Source("http://127.0.0.1:9/", hashlib.sha256(data).hexdigest(), len(data), path.name)
+
+
+def test_cached_weights_are_checked_in_full_at_every_load(
+    cached: tuple[Path, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, source = cached
+
+    def no_network(*_: object, **__: object) -> None:
+        raise DownloadError("no network")
+
+    monkeypatch.setattr(weights_module, "fetch", no_network)
+    told: list[str] = []
+    whole, status = path.read_bytes(), path.stat()
+    for place in (0, len(whole) // 2, len(whole) - 1):
+        load_vgg19("auto", last_layer="relu1_2", notify=told.append, source=source)
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        # Neither size nor time tell: only what the file holds.
+        path.write_bytes(damaged)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        told.clear()
+        with pytest.raises(DataError):
+            load_vgg19("auto", last_layer="relu1_2", notify=told.append, source=source, progress=lambda *_: None)
+        assert any("is damaged" in line for line in told)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, suffix: str, value: float) -> None:
+    net = VGG19("relu1_2", generator=torch.Generator().manual_seed(0))
+    state = {f"{torchvision_key(n[:7])}.{n[8:]}": t.contiguous().clone() for n, t in net.state_dict().items()}
+    state["features.2.bias"][-1] = value
+    path = tmp_path / f"vgg{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(DataError, match="no finite numbers"):
+        load_vgg19(str(path), last_layer="relu1_2", flavour="caffe", notify=lambda _: None)
+
+
+def test_a_payload_does_not_run_where_nobody_looked_at_it_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_module, "check_torch_file", lambda _: None)
+    canary, path = tmp_path / "canary", tmp_path / "vgg.pth"
+    path.write_bytes(zipped(pickle.dumps(Call(os.system, f"touch {canary}"), 2)))
+    with pytest.raises(DataError):
+        load_vgg19(str(path), last_layer="relu1_1", notify=lambda _: None)
+    assert not canary.exists()

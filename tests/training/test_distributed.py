@@ -1,0 +1,412 @@
+"""Runs shared by several processes: what one process alone would have done, whatever happens to one of them.
+
+The comparison over fifty steps, and real torchruns:
+
+    python -m pytest -m campaign tests/training/test_distributed.py
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastnst.config import load_config
+from fastnst.errors import DataError, DeviceError, UserError
+from fastnst.training.distributed.environment import Launch, check_shareable, launched, of_one_process
+from fastnst.training.distributed.process_group import check_equal, choose_device
+from fastnst.training.memory.available import describe_shortage, needed_memory
+from fastnst.training.memory.estimate import estimate
+from fastnst.training.run_dir.checkpoint import checkpoint_steps
+from helpers.fork_server import Ended, ForkServer, arguments, next_command
+from helpers.run_comparison import assert_same_outcome, leftovers, metrics_of
+from helpers.torchrun_helpers import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 4
+SETTINGS = ("train.batch_size=4", "train.checkpoint_every=2", "train.keep_checkpoints=5")
+
+
+@pytest.fixture(scope="module")
+def shared(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbs; also the folder of what they printed."""
+    folder = tmp_path_factory.mktemp("shared")
+    argv = arguments(few_photos, folder / "run", steps=STEPS, settings=SETTINGS)
+    assert codes(run_ranks(fork_server, argv, folder)) == [0, 0]
+    return folder / "run"
+
+
+def codes(ended: list[Ended]) -> list[int]:
+    for each in ended:
+        assert "Traceback" not in each.printed, each.printed
+    return [each.code for each in ended]
+
+
+def said(ended: list[Ended]) -> list[tuple[int, str]]:
+    """Rank and text of each message of how the run ended."""
+    return [
+        (rank, line.removeprefix("fastnst: "))
+        for rank, each in enumerate(ended)
+        for line in each.printed.splitlines()
+        if line.startswith("fastnst: ")
+    ]
+
+
+def assert_close(run: Path, reference: Path, tolerance: float) -> None:
+    """Losses at each logged step, and all trained weights, relative to their norm."""
+    rows, expected = metrics_of(run), metrics_of(reference)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        # These are logged as what fp32 makes of them.
+        assert row == pytest.approx(other, rel=max(tolerance, 2.0**-22), abs=0)
+    weights, others = load_file(run / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert weights.keys() == others.keys()
+    errors = {name: float((weights[name] - tensor).norm() / tensor.norm()) for name, tensor in others.items()}
+    assert max(errors.values()) <= tolerance, errors
+
+
+# One run.
+
+
+def compare_with_one_process(fork_server: ForkServer, photos: Path, folder: Path, steps: int, tolerance: float) -> None:
+    """In fp64. In fp32 a rounding error soon makes a ReLU or a pool decide otherwise, and Adam a step of it.
+
+    Adam's weights alone would not show gradients of another scale; its moments do.
+    """
+    settings = (*SETTINGS, "train.samples=0", "train.keep_checkpoints=1")
+    for world_size in (1, 2):
+        argv = arguments(photos, folder / f"{world_size}" / "run", steps=steps, settings=settings)
+        in_double = dict.fromkeys(range(world_size), True)
+        ended = run_ranks(fork_server, argv, folder / f"{world_size}", world_size=world_size, in_double=in_double)
+        assert codes(ended) == [0] * world_size
+    assert_close(folder / "2" / "run", folder / "1" / "run", tolerance)
+    moments, others = (
+        load_file(folder / name / "run" / "checkpoints" / f"step_{steps:08d}" / "state.safetensors") for name in "21"
+    )
+    for name, tensor in others.items():
+        if name.startswith("optimizer.exp_avg"):
+            assert (moments[name] - tensor).norm() <= 10 * tolerance * tensor.norm(), name
+
+
+def test_two_processes_do_what_one_does(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
+    compare_with_one_process(fork_server, few_photos, tmp_path, 3, 1e-9)
+
+
+@pytest.mark.campaign
+def test_fifty_steps_of_two_processes(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
+    compare_with_one_process(fork_server, few_photos, tmp_path, 50, 1e-5)
+
+
+def test_one_process_writes_and_speaks(shared: Path) -> None:
+    assert len(list(shared.glob("events.out*"))) == 1
+    assert (shared.parent / "rank1" / "printed").read_text() == ""
+    printed = (shared.parent / "rank0" / "printed").read_text()
+    assert printed.count("training: 4 steps of 4 pictures") == 1
+    assert printed.count("style model") == 1
+
+
+def test_a_stop_signal_to_one_process_ends_all_at_the_same_step(
+    fork_server: ForkServer, shared: Path, few_photos: Path, tmp_path: Path
+) -> None:
+    """Sent to the one that does not lead; what is resumed comes to the last bit to what was not interrupted."""
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+    ended = run_ranks(
+        fork_server, argv, tmp_path, point={1: "after-backward"}, occurrence={1: 4}, signals={1: (signal.SIGTERM,)}
+    )
+    # The first backward belongs to no step (it settles the order of the sums), so that the fourth is that of step 3.
+    assert codes(ended) == [143, 143]
+    assert said(ended) == [(0, f"stopped at step 3 of 4, which is saved; go on with: {command(tmp_path / 'run')}")]
+    assert leftovers(tmp_path) == []
+    last = run_ranks(fork_server, next_command(argv), tmp_path)
+    assert codes(last) == [0, 0], last
+    assert [each.steps for each in last] == [[4], [4]]
+    # The additional checkpoint is that of the signal.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000003")
+    assert_same_outcome(tmp_path / "run", shared)
+
+
+@pytest.mark.parametrize(("killed", "agent"), [(1, True), (0, False)])
+def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes(
+    fork_server: ForkServer, shared: Path, few_photos: Path, tmp_path: Path, killed: int, agent: bool
+) -> None:
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+    struck = {"point": {killed: "after-backward"}, "occurrence": {killed: 4}}
+    ended = run_ranks(fork_server, argv, tmp_path, agent=agent, **struck)
+    survivor = ended[1 - killed]
+    assert ended[killed].killed
+    assert survivor.code == 5, survivor.printed
+    ((_, message),) = said([survivor])
+    assert re.match(rf"rank {killed} of 2 \(process \d+ on .*\) ended without a word", message)
+    assert "step 2 is the last that is saved" in message
+    assert survivor.seconds - ended[killed].seconds < 30
+    if agent:
+        last = run_ranks(fork_server, next_command(argv), tmp_path)
+        assert codes(last) == [0, 0], last
+        assert_same_outcome(tmp_path / "run", shared)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("killed", [0, 1, 2])
+def test_three_processes_resume_to_the_same_bits(
+    fork_server: ForkServer, few_photos: Path, tmp_path: Path, killed: int
+) -> None:
+    """With more than two, the order in which gradients are summed counts."""
+    settings = (*SETTINGS, "train.batch_size=3")
+    whole = arguments(few_photos, tmp_path / "whole" / "run", steps=STEPS, settings=settings)
+    assert codes(run_ranks(fork_server, whole, tmp_path / "whole", world_size=3)) == [0, 0, 0]
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=settings)
+    struck = {"point": {killed: "after-backward"}, "occurrence": {killed: 4}}
+    ended = run_ranks(fork_server, argv, tmp_path, world_size=3, **struck)
+    survivors = [each for rank, each in enumerate(ended) if rank != killed]
+    assert [each.code for each in survivors] == [5, 5]
+    ((_, message),) = said(survivors)
+    assert message.startswith(f"rank {killed} of 3 ")
+    assert max(each.seconds for each in survivors) - ended[killed].seconds < 30
+    assert codes(run_ranks(fork_server, next_command(argv), tmp_path, world_size=3)) == [0, 0, 0]
+    assert_same_outcome(tmp_path / "run", tmp_path / "whole" / "run")
+
+
+def test_a_value_that_is_not_finite_in_one_process_ends_all(
+    fork_server: ForkServer, few_photos: Path, tmp_path: Path
+) -> None:
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+    ended = run_ranks(fork_server, argv, tmp_path, poisoned_step={1: 3})
+    assert codes(ended) == [4, 4]
+    ((rank, message),) = said(ended)
+    assert rank == 0
+    assert message.startswith("training diverged: not finite since step 3: ")
+    assert checkpoint_steps(tmp_path / "run") == [2]
+    for tensor in load_file(tmp_path / "run" / "model.safetensors").values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_pictures_that_fail_are_replaced_as_in_one_process(
+    fork_server: ForkServer, photo_folder: Path, tmp_path: Path
+) -> None:
+    settings = (*SETTINGS, "data.max_failed_percent=50", "data.prefetch=2")
+    outcomes = []
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        photos = Path(shutil.copytree(photo_folder, folder / "photos"))
+        argv = arguments(photos, folder / "run", steps=9, settings=settings)
+        gone = {0: tuple(str(path) for path in sorted(photos.iterdir())[3:6])}
+        ended = run_ranks(fork_server, argv, folder, world_size=world_size, removed=gone)
+        assert codes(ended) == [0] * world_size
+        outcomes.append([(row["path"], row["step"]) for row in rejected(folder / "run")])
+    assert len(outcomes[0]) == 3
+    assert outcomes[0] == outcomes[1]
+    losses = [[row["loss/total"] for row in metrics_of(tmp_path / name / "run")] for name in "12"]
+    # Other pictures would have other losses, by some percent at least.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_too_many_failures_end_all_with_one_message(
+    fork_server: ForkServer, photo_folder: Path, tmp_path: Path
+) -> None:
+    argv = arguments(photo_folder, tmp_path / "run", steps=9, settings=(*SETTINGS, "data.prefetch=1"))
+    gone = {0: tuple(str(path) for path in photo_folder.iterdir())}
+    ended = run_ranks(fork_server, argv, tmp_path, removed=gone)
+    assert codes(ended) == [3, 3]
+    ((rank, message),) = said(ended)
+    assert rank == 0
+    assert "of 12 pictures" in message
+    assert len(rejected(tmp_path / "run")) > 3
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(("then", "now"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_is_named(
+    fork_server: ForkServer, shared: Path, few_photos: Path, tmp_path: Path, then: int, now: int
+) -> None:
+    if then == 2:
+        shutil.copytree(shared, tmp_path / "run")
+    else:
+        argv = arguments(few_photos, tmp_path / "run", steps=2, settings=SETTINGS)
+        assert codes(run_ranks(fork_server, argv, tmp_path, world_size=1)) == [0]
+    command = ("train", "--resume", "--out", str(tmp_path / "run"), "--steps", "6")
+    ended = run_ranks(fork_server, command, tmp_path, world_size=now)
+    assert codes(ended) == [2] * now
+    ((rank, message),) = said(ended)
+    assert rank == 0
+    assert f"the processes that share a step were {then}, are now {now}" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.batch_size=3", "train.batch_size 3 cannot be shared evenly by 2 processes; choose a multiple of 2"),
+        ("model.norm=batch", "model.norm is 'batch', whose statistics are those of a whole batch"),
+        ("train.batch_size=no", "train.batch_size"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_once(
+    fork_server: ForkServer, few_photos: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=(*SETTINGS, setting))
+    ended = run_ranks(fork_server, argv, tmp_path)
+    assert codes(ended) == [2, 2]
+    ((_, text),) = said(ended)
+    assert message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_is_printed_once(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+    ended = run_ranks(fork_server, (*argv, "--dry-run"), tmp_path)
+    assert codes(ended) == [0, 0]
+    assert "# processes  2, 2 pictures of a step in each" in ended[0].printed
+    assert ended[1].printed == ""
+
+
+ENVIRONMENT = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+
+
+def test_what_the_environment_says() -> None:
+    assert launched({}) == launched({"RANK": "0", "WORLD_SIZE": "1"}) == Launch(0, 1, 0, 1)
+    assert launched(ENVIRONMENT) == Launch(3, 4, 3, 4)
+    assert launched(ENVIRONMENT | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == Launch(3, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"RANK": "4"}, "RANK is 4 and WORLD_SIZE 4"),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 3 and LOCAL_WORLD_SIZE 2"),
+        ({"RANK": "", "MASTER_PORT": ""}, "WORLD_SIZE is 4, but RANK, MASTER_PORT is not set"),
+    ],
+)
+def test_an_environment_that_contradicts_itself(change: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        launched(ENVIRONMENT | change)
+
+
+def test_shares_of_a_batch_and_of_the_cores() -> None:
+    config = load_config(assignments=["train.batch_size=8"], environment={})
+    check_shareable(config, Launch(1, 4, 1, 4))
+    share = of_one_process(config, Launch(1, 4, 1, 1000))
+    assert (share.train.batch_size, share.data.workers) == (2, 1)
+    assert of_one_process(config, Launch()) == config
+
+
+def test_each_process_needs_a_gpu_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pytest.raises(DeviceError, match=r"4 processes on this machine share 2 GPUs.*--nproc-per-node 2"):
+        choose_device("auto", Launch(1, 4, 1, 4))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(DeviceError, match=r"2 processes on GPUs need NCCL, and torch .* is built without it"):
+        choose_device("cuda", Launch(1, 2, 1, 2))
+    choose_device("cpu", Launch(1, 2, 1, 2))
+    choose_device("cuda", Launch())
+    assert chosen == []
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    choose_device("cuda", Launch(3, 4, 1, 2))
+    assert chosen == [1]
+
+
+def test_memory_that_would_fit_counts_all_processes() -> None:
+    config = load_config(assignments=["train.batch_size=16", "train.precision=fp32"], environment={})
+    share = of_one_process(config, Launch(0, 4, 0, 4))
+    need = estimate(share, device_type="cpu")
+    text = describe_shortage(share, need, int(0.8 * needed_memory(need)), device_type="cpu", processes=4)
+    assert text is not None
+    assert "in each of 4 processes" in text
+    assert int(re.findall(r"train.batch_size = (\d+)", text)[0]) in (4, 8, 12)
+
+
+class _TwoThatDiffer:
+    """A team whose second member was given something else."""
+
+    def __init__(self, other: dict[str, Any]) -> None:
+        self._other = json.dumps(other)
+
+    def collect(self, text: str) -> list[str]:
+        return [text, self._other]
+
+    def leave_to(self) -> None:
+        pass
+
+
+def test_processes_that_were_given_different_things() -> None:
+    what = {"world_size": 2, "configuration": {"train.seed": "1", "train.batch_size": "4"}}
+    same = {"world_size": 2, "configuration.train.seed": "1", "configuration.train.batch_size": "4"}
+    check_equal(_TwoThatDiffer(same), what)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"rank 0 has configuration.train.seed = 1, and rank 1 has 2; give all"):
+        check_equal(_TwoThatDiffer(same | {"configuration.train.seed": "2"}), what)  # type: ignore[arg-type]
+
+
+# Below torchrun itself.
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("signum", [None, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_below_torchrun(few_photos: Path, tmp_path: Path, signum: signal.Signals | None) -> None:
+    """Undisturbed, with a signal to torchrun, and with one of its processes killed."""
+    settings = (*SETTINGS, "train.log_every=1")
+    argv = arguments(few_photos, tmp_path / "run", steps=6 if signum is None else 100000, settings=settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastnst"]
+    path = [str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path), "FASTNST_CACHE": str(tmp_path / "cache")}
+    with (
+        (tmp_path / "printed").open("w") as printed,
+        subprocess.Popen([*command, *argv], stdout=printed, stderr=printed, env=variables) as process,
+    ):
+        begin = time.monotonic()
+        if signum is not None:
+            while not (tmp_path / "run" / "checkpoints").exists():
+                assert time.monotonic() - begin < 300
+                assert process.poll() is None, (tmp_path / "printed").read_text()
+                time.sleep(0.1)
+            target = process.pid if signum != signal.SIGKILL else children(process.pid)[1]
+            struck = time.monotonic()
+            os.kill(target, signum)
+        process.wait(timeout=300)
+        if signum is not None:
+            assert time.monotonic() - struck < 30
+    text = (tmp_path / "printed").read_text()
+    ends = [line for line in text.splitlines() if line.startswith("fastnst: ")]
+    if signum is None:
+        assert (process.returncode, ends) == (0, [])
+        assert text.count("style model") == 1
+        return
+    assert len(ends) == 1, text
+    if signum == signal.SIGKILL:
+        assert "ended without a word" in ends[0]
+    else:
+        assert "which is saved" in ends[0]
+    steps = checkpoint_steps(tmp_path / "run")
+    resumed = [*command, "train", "--resume", "--out", str(tmp_path / "run"), "--steps", str(max(steps) + 1)]
+    subprocess.run(resumed, env=variables, check=True, timeout=300, capture_output=True)
+    assert checkpoint_steps(tmp_path / "run")[-1] == max(steps) + 1
+
+
+def children(pid: int) -> list[int]:
+    """The worker processes of a torchrun, by rank."""
+    ranks = {}
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(text[5:]): child for text in variables if text.startswith(b"RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def rejected(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
+
+
+def command(run: Path) -> str:
+    return f"fastnst train --resume --out {run}"

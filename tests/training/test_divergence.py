@@ -1,0 +1,375 @@
+"""NaN and infinities, put into each place a training step computes in: none is ever saved, and each is named.
+
+The faults are injected here; the training code knows nothing of them.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastnst.config import Config, load_config
+from fastnst.errors import DivergedError
+from fastnst.losses import perceptual
+from fastnst.losses.perceptual import PerceptualLoss
+from fastnst.models.transform_net import TransformNet
+from fastnst.models.vgg19 import VGG19
+from fastnst.run_log.writer import read_metrics
+from fastnst.training.monitoring.snapshots import Looks
+from fastnst.training.run_dir.checkpoint import latest_checkpoint
+from fastnst.training.step import train_step
+from fastnst.training.step.finite_checks import Health, SkippedSteps, not_finite
+from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.trainer import train
+
+Configure = Callable[..., Config]
+
+BAD_STEP = 2
+SPOT = (3, 5, 1, 2)
+# Random VGG19 weights answer strongly; with these no fp16 gradient overflows at the first loss scale.
+GENTLE = ("loss.content_weight=1e-4", "loss.style_weight=1e-4", "loss.tv_weight=1e-4")
+
+
+@pytest.fixture
+def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """Three steps of one 16 px picture, a checkpoint after each; without graph, samples and histograms."""
+    monkeypatch.setattr(Looks, "begin", lambda *_: None)
+    monkeypatch.setattr(Looks, "look", lambda *_: None)
+
+    def configure(*assignments: str) -> Config:
+        small = ("data.image_size=16", "train.batch_size=1", "data.workers=1", "data.loader=pillow", "train.steps=3")
+        log = ("train.log_every=3", "train.checkpoint_every=1", "train.samples=0", "visualize.every=0", "style.size=16")
+        options = {"data.folder": photo_folder, "style.picture": photo_folder / "picture_00.jpg", "loss.vgg": "random"}
+        settings = [*small, *log, "train.device=cpu", *GENTLE, *assignments]
+        return load_config(preset="vgg-conv3", assignments=settings, options=options, environment={})
+
+    return configure
+
+
+def run(config: Config, out: Path, *, resume: bool = False) -> list[str]:
+    """Train; returns what a user was told."""
+    messages: list[str] = []
+    train(config, out, resume=resume, notify=messages.append)
+    return messages
+
+
+class Injection:
+    """Calls `poison` before the steps it is due in, and `after` behind them; what `poison` arms ends with the step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.poison: Callable[[TrainingStep], None] = lambda _: None
+        self.after: Callable[[TrainingStep], None] = lambda _: None
+        self.due: Callable[[int], bool] = lambda step: step == BAD_STEP
+        original = TrainingStep.__call__
+
+        def injected(training: TrainingStep, step: int, batch: Tensor) -> object:
+            with monkeypatch.context() as self.patches:
+                self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+                if self.due(step):
+                    self.poison(training)
+                terms = original(training, step, batch)
+                if self.due(step):
+                    self.after(training)
+                for hook in self.hooks:
+                    hook.remove()
+                return terms
+
+        monkeypatch.setattr(TrainingStep, "__call__", injected)
+
+    def picture(self, _: TrainingStep, value: float) -> None:
+        """In place of the bytes, which hold no such value, floating pictures that do."""
+
+        def poisoned(batch: Tensor) -> Tensor:
+            pictures = train_step.to_unit(batch)
+            pictures[0, 1, 5, 7] = value
+            return pictures
+
+        self.patches.setattr(train_step, "as_pictures", poisoned)
+
+    def total(self, _: TrainingStep, value: float) -> None:
+        """The loss alone: its gradient stays finite."""
+        original = perceptual.Total.forward
+        self.patches.setattr(perceptual.Total, "forward", lambda *terms: original(*terms) + value)
+
+    def style_term(self, training: TrainingStep, value: float) -> None:
+        layer = training._loss.style["relu2_1"]
+        self.patches.setitem(layer._buffers, "gram", layer.target * value)
+
+    def gradient(self, training: TrainingStep, value: float) -> None:
+        """One value of one parameter: the loss stays finite."""
+
+        def poisoned(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            gradient[SPOT] = value
+            return gradient
+
+        self.hooks.append(training.net.res3.conv1.weight.register_hook(poisoned))
+
+    def weight(self, training: TrainingStep, value: float) -> None:
+        training.net.res3.conv1.weight.data[SPOT] = value
+
+    def moment(self, training: TrainingStep, value: float) -> None:
+        training.optimizer.state[training.net.res3.conv1.weight]["exp_avg"][SPOT] = value
+
+    def second_moment(self, training: TrainingStep, value: float) -> None:
+        training.optimizer.state[training.net.res3.conv1.weight]["exp_avg_sq"][SPOT] = value
+
+    def running_mean(self, training: TrainingStep, value: float) -> None:
+        training.net.get_buffer("conv2.running_mean")[3] = value
+
+
+@pytest.fixture
+def injection(monkeypatch: pytest.MonkeyPatch) -> Injection:
+    return Injection(monkeypatch)
+
+
+def assert_all_that_is_published_is_finite(out: Path) -> None:
+    files = [*(out / "checkpoints").glob("*/*.safetensors"), *out.glob("*.safetensors")]
+    assert len(files) >= 2
+    for file in files:
+        for name, tensor in load_file(file).items():
+            assert torch.isfinite(tensor).all(), (file, name)
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def newest_step(out: Path) -> int:
+    checkpoint = latest_checkpoint(out, print)
+    assert checkpoint is not None
+    return checkpoint.step
+
+
+def small_step(precision: str = "fp32", device: str = "cpu") -> tuple[TrainingStep, Tensor]:
+    """A training step and a batch of one 16 px picture for it."""
+    config = load_config(preset="vgg-conv3", assignments=[f"train.precision={precision}", *GENTLE], environment={})
+    net = TransformNet("johnson").to(device).train()
+    loss = PerceptualLoss(VGG19(last_layer="relu3_4"), config.loss).to(device)
+    loss.set_style(torch.rand(1, 3, 16, 16, device=device))
+    batch = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, device=device)
+    return TrainingStep(net, loss, config.train, torch.device(device)), batch
+
+
+# In fp16 the scaler leaves a step out whose gradients are not finite; what stays behind it cannot mend.
+SKIPPED_IN_FP16 = {"picture", "style_term", "gradient"}
+NAMED = {
+    "picture": "loss/total, ",
+    "total": "loss/total ",
+    "style_term": "loss/style/relu2_1",
+    "gradient": "the gradient of res3.conv1.weight, model.res3.conv1.weight ",
+    "weight": "loss/total, ",
+    "moment": "model.res3.conv1.weight ",
+    "second_moment": "model.res3.conv1.weight ",
+    "running_mean": "model.conv2.running_mean ",
+}
+# NaN everywhere, and infinities where they take another way than NaN; the other pairs wait for a campaign.
+OTHER_WAYS = {("total", "fp32"), ("gradient", "fp32"), ("second_moment", "fp32"), ("gradient", "fp16")}
+KEPT_IN_FP32 = {"moment", "second_moment", "running_mean"}
+CASES = [
+    pytest.param(
+        *(place, precision, value),
+        marks=()
+        if (value is math.nan and (place not in KEPT_IN_FP32 or precision == "fp32"))
+        or (place, precision) in OTHER_WAYS
+        else pytest.mark.campaign,
+    )
+    for precision in ("fp32", "bf16", "fp16")
+    for place in NAMED
+    for value in (math.nan, math.inf)
+]
+
+
+@pytest.mark.parametrize(("place", "precision", "value"), CASES)
+def test_what_is_not_finite_is_named_and_never_saved(
+    configure: Configure, tmp_path: Path, injection: Injection, place: str, precision: str, value: float
+) -> None:
+    """All cases: pytest -m 'campaign or not campaign' tests/training/test_divergence.py"""
+    out = tmp_path / "run"
+    injection.poison = lambda training: getattr(injection, place)(training, value)
+    norm = "batch" if place == "running_mean" else "instance"
+    config = configure(f"train.precision={precision}", f"model.norm={norm}")
+    if precision == "fp16" and place in SKIPPED_IN_FP16:
+        messages = run(config, out)
+        assert any("fp16: 1 of 3 steps skipped" in message for message in messages)
+        assert newest_step(out) == 3
+    else:
+        with pytest.raises(DivergedError) as raised:
+            run(config, out)
+        assert raised.value.exit_code == 4
+        message = str(raised.value)
+        if place == "second_moment" and value == math.inf:
+            # Adam divides by it: the weight stands still, and only the moment itself shows why.
+            assert "optimizer.exp_avg_sq.res3.conv1.weight holds a value that is not finite after step 2" in message
+        else:
+            assert "not finite since step 2: " in message
+            # The loss of a skipped step is passed over: there the weight is named that made it so.
+            named = NAMED["moment"] if (place, precision) == ("weight", "fp16") else NAMED[place]
+            assert named in message
+        assert f"the last good checkpoint is {out / 'checkpoints/step_00000001'}" in message
+        assert newest_step(out) == 1
+    assert_all_that_is_published_is_finite(out)
+
+
+@pytest.mark.parametrize("place", ["weight", "second_moment", "running_mean"])
+def test_what_goes_wrong_after_the_check_of_a_step_is_not_saved_with_it(
+    configure: Configure, tmp_path: Path, injection: Injection, place: str
+) -> None:
+    out = tmp_path / "run"
+    injection.after = lambda training: getattr(injection, place)(training, math.nan)
+    with pytest.raises(DivergedError, match=r"(conv2.running_mean|res3.conv1.weight) holds a value .* after step 2"):
+        run(configure("model.norm=batch"), out)
+    assert newest_step(out) == 1
+    assert_all_that_is_published_is_finite(out)
+
+
+def test_a_fault_that_is_read_late_has_the_step_and_the_name_it_had(injection: Injection) -> None:
+    injection.poison = lambda training: injection.gradient(training, math.inf)
+    training, batch = small_step()
+    for step in range(1, 5):
+        training(step, batch)
+    assert training.health.first_bad() == (2, ["the gradient of res3.conv1.weight", "model.res3.conv1.weight"])
+
+
+def test_skipped_steps_change_no_weight_and_are_counted_and_shown(
+    configure: Configure, tmp_path: Path, injection: Injection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    injection.poison = lambda training: injection.gradient(training, math.nan)
+    injection.due = lambda step: step in (2, 3)
+    log = ("train.log_every=1", "train.keep_checkpoints=9")
+    messages = run(configure("train.precision=fp16", "train.steps=4", *log), out)
+    rows = read_metrics(out)
+    assert [row["train/skipped_steps"] for row in rows] == [0, 1, 2, 2]
+    assert [row["train/loss_scale"] for row in rows] == [65536, 32768, 16384, 16384]
+    events = EventAccumulator(str(out))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/skipped_steps")] == [0, 1, 2, 2]
+    assert ", 2 skipped" in capsys.readouterr().err
+    (said,) = [message for message in messages if message.startswith("fp16: ")]
+    assert "2 of 4 steps skipped" in said
+    assert "the loss scale is now 16384" in said
+    saved = [load_file(out / f"checkpoints/step_0000000{step}/state.safetensors") for step in (1, 3, 4)]
+    trained = [name for name in saved[0] if name.startswith(("model.", "optimizer."))]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in trained)
+    assert not torch.equal(saved[1]["model.conv1.weight"], saved[2]["model.conv1.weight"])
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(
+    configure: Configure, tmp_path: Path, injection: Injection
+) -> None:
+    out = tmp_path / "run"
+    injection.poison = lambda training: injection.style_term(training, math.nan)
+    # Two, one that is good, and three: a limit of three is for those in a row.
+    injection.due = lambda step: step in (1, 2, 4, 5, 6)
+    config = configure("train.precision=fp16", "train.max_skipped_steps=3", "train.steps=9", "train.log_every=9")
+    with pytest.raises(DivergedError) as raised:
+        run(config, out)
+    assert raised.value.exit_code == 4
+    message = str(raised.value)
+    assert "the 3 steps up to step 6 were skipped" in message
+    assert "loss scale down to 2.05e+03; train.max_skipped_steps = 3" in message
+    assert "checkpoints/step_00000005" in message
+    assert "--precision fp32" in message
+    assert_all_that_is_published_is_finite(out)
+
+
+def test_the_counts_of_skipped_steps_come_back_on_resume(
+    configure: Configure, tmp_path: Path, injection: Injection
+) -> None:
+    out = tmp_path / "run"
+    injection.poison = lambda training: injection.gradient(training, math.inf)
+    injection.due = lambda step: step in (1, 3, 4)
+    fp16 = ("train.precision=fp16", "train.log_every=1", "train.max_skipped_steps=2")
+    run(configure("train.steps=3", *fp16), out)
+    with pytest.raises(DivergedError, match=r"the 2 steps up to step 4 were skipped.*step_00000003"):
+        run(configure("train.steps=6", *fp16), out, resume=True)
+    messages = run(configure("train.steps=5", *fp16[:2], "train.max_skipped_steps=3"), out, resume=True)
+    assert [row["train/skipped_steps"] for row in read_metrics(out)] == [1, 1, 2, 3, 3]
+    assert any("fp16: 3 of 5 steps skipped" in message for message in messages)
+
+
+def test_a_checkpoint_of_another_precision_brings_no_loss_scale() -> None:
+    before, batch = small_step()
+    before(1, batch)
+    after, _ = small_step("fp16")
+    after.load_state(before.state_tensors(), before.state_values())
+    after(2, batch)
+    assert after.skipped.read() == (0, 0)
+
+
+class NoValueIsRead(TorchDispatchMode):
+    """Fails where Python asks a tensor for its value, for which a GPU would have to finish all its work."""
+
+    def __torch_dispatch__(self, op: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        assert op is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_reads_nothing_back(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, batch = small_step(precision)
+    training(1, batch)
+    with monkeypatch.context() as patches, NoValueIsRead():
+        for name in ("tolist", "numpy"):
+            patches.setattr(Tensor, name, lambda _: pytest.fail("values are read"))
+        training(2, batch)
+        training(3, batch)
+    with pytest.raises(AssertionError, match="a value is read"), NoValueIsRead():
+        bool(training.state_tensors()["model.conv1.weight"].sum() > 0)
+    assert training.health.first_bad() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_waits_for_the_gpu(precision: str) -> None:
+    training, batch = small_step(precision, "cuda")
+    for step in (1, 2):
+        training(step, batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (3, 4, 5):
+            training(step, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert training.health.first_bad() is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_among_many_is_found_wherever_it_stands(value: float) -> None:
+    tensors = [torch.randn(64, 3, 9, 9), torch.randn(7), torch.full((), 3e38), -torch.randn(130, 130).t()]
+    assert not_finite(tensors).tolist() == [False] * 4
+    for index, tensor in enumerate(tensors):
+        for place in (0.0, 0.5, 1.0):
+            poisoned = [tensor.clone() for tensor in tensors]
+            poisoned[index][tuple(int(place * (side - 1)) for side in tensor.shape)] = value
+            assert not_finite(poisoned).tolist() == [other == index for other in range(4)]
+
+
+def test_health_keeps_the_first_step_of_each_name() -> None:
+    health = Health(torch.device("cpu"))
+    assert health.first_bad() is None
+    findings = [(5, [False] * 3), (6, [False, True, False]), (7, [True, True, True]), (8, [True, False, False])]
+    for step, bad in findings:
+        health.record(step, ["a", "b", "c"], torch.tensor(bad))
+    assert health.first_bad() == (6, ["b"])
+
+
+def test_skipped_steps_are_counted_in_all_and_in_a_row() -> None:
+    counts = SkippedSteps(torch.device("cpu"))
+    seen = []
+    for skipped in (True, True, False, True):
+        counts.record(torch.tensor(skipped))
+        seen.append(counts.read())
+    assert seen == [(1, 1), (2, 2), (2, 0), (3, 1)]
+    again = SkippedSteps(torch.device("cpu"))
+    again.restore(*counts.read())
+    again.record(torch.tensor(True))
+    assert again.read() == (4, 2)

@@ -1,0 +1,285 @@
+"""Runs whose steps are captured are those whose steps are launched: logs, checkpoints, models, traces.
+
+On a CPU by what stands for CUDA's graphs; the last tests are for a GPU.
+"""
+
+import copy
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_graphed_step import Outcome, assert_same, launched, new_batch, new_step, seen
+from test_resume import assert_same_run, newest
+
+from fastnst.config import TrainConfig
+from fastnst.data.sampler import RunOrder
+from fastnst.errors import DivergedError
+from fastnst.training import trainer
+from fastnst.training.step import graphed_step
+from fastnst.training.step.graphed_step import WARM_UP, Steps
+from fastnst.training.step.train_step import TrainingStep
+from helpers.fake_cuda_graph import CpuStreams
+from helpers.tiny_runs import logged, make_small, small_config, train_small
+from helpers.tolerances import assert_as_exact_as_torch
+
+LAST = WARM_UP + 4
+SETTINGS = (f"train.steps={LAST}", "train.log_every=2", "train.samples=1", "train.keep_checkpoints=99")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+
+
+class Made(list[CpuStreams]):
+    """The streams of each run that was begun since."""
+
+    @property
+    def replays(self) -> list[int]:
+        return [sum(graph.replays for graph in streams.graphs) for streams in self]
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
+    """From now on, runs are captured."""
+
+    def capture() -> Made:
+        made = Made()
+
+        def open_streams(_: torch.device) -> CpuStreams:
+            made.append(CpuStreams())
+            return made[-1]
+
+        monkeypatch.setattr(graphed_step, "CudaStreams", open_streams)
+        monkeypatch.setattr(graphed_step, "obstacle", lambda config, *_, **__: "" if config.capture == "off" else None)
+        return made
+
+    return capture
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_captured_run_leaves_what_a_launched_one_leaves(
+    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], precision: str
+) -> None:
+    config = small_config(generated_photos, *SETTINGS, f"train.precision={precision}")
+    messages = [train_small(config, tmp_path / "launched")]
+    made = capture()
+    messages.append(train_small(config, tmp_path / "captured"))
+    assert made.replays == [4]
+    assert_same_run(tmp_path / "launched", tmp_path / "captured")
+    assert [text.replace(str(tmp_path / "captured"), str(tmp_path / "launched")) for text in messages[1]] == messages[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_it_can_be_resumed_behind_each_step(
+    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], precision: str
+) -> None:
+    config = small_config(generated_photos, *SETTINGS, f"train.precision={precision}", "train.log_every=1")
+    train_small(config, tmp_path / "launched")
+    made = capture()
+    for step in range(1, LAST):
+        parts = tmp_path / f"ended_at_{step}"
+        first = config.model_copy(update={"train": config.train.model_copy(update={"steps": step})})
+        train_small(first, parts)
+        train_small(config, parts, resume=True)
+        assert_same_run(tmp_path / "launched", parts)
+    replays = [[max(0, step - WARM_UP), max(0, LAST - step - WARM_UP)] for step in range(1, LAST)]
+    assert made.replays == [count for pair in replays for count in pair]
+
+
+def test_a_run_may_go_on_without_capture(generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]) -> None:
+    train_small(small_config(generated_photos, *SETTINGS, "train.log_every=1"), tmp_path / "launched")
+    made = capture()
+    parts = tmp_path / "parts"
+    train_small(small_config(generated_photos, *SETTINGS, "train.log_every=1", "train.steps=5"), parts)
+    train_small(small_config(generated_photos, *SETTINGS, "train.log_every=1", "train.capture=off"), parts, resume=True)
+    assert made.replays == [2]
+    assert logged(tmp_path / "launched") == logged(parts)
+    torch.testing.assert_close(newest(tmp_path / "launched").tensors, newest(parts).tensors, rtol=0, atol=0)
+
+
+def test_several_styles_are_captured_together(
+    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
+) -> None:
+    config = small_config(generated_photos, *SETTINGS)
+    styles = {name: next(generated_photos.glob(f"{name}.*")) for name in ("picture_00", "picture_01")}
+    trainer.train_styles(config, styles, tmp_path / "launched", notify=print)
+    made = capture()
+    trainer.train_styles(config, styles, tmp_path / "captured", notify=print)
+    assert made.replays == [4]
+    for name in styles:
+        assert_same_run(tmp_path / "launched" / name, tmp_path / "captured" / name)
+
+
+def test_what_is_not_finite_ends_a_captured_run_and_is_named(
+    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Steps.__call__
+
+    def poisoned(steps: Steps, number: int, batch: torch.Tensor, of: list[TrainingStep]) -> object:
+        if number == LAST - 1:
+            of[0].net.get_parameter("conv1.weight").data[0] = torch.nan
+        return original(steps, number, batch, of)
+
+    monkeypatch.setattr(Steps, "__call__", poisoned)
+    made = capture()
+    with pytest.raises(DivergedError, match=rf"not finite since step {LAST - 1}: .*step_0000000{LAST - 3}"):
+        train_small(small_config(generated_photos, *SETTINGS), tmp_path / "run")
+    assert made.replays == [3]
+
+
+def test_a_trace_shows_replays_as_one_piece(
+    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
+) -> None:
+    made = capture()
+    train_small(small_config(generated_photos, "train.steps=18"), tmp_path / "run", profile=3)
+    assert made.replays == [15]
+    (file,) = (tmp_path / "run").glob("profile/*")
+    with gzip.open(file, "rt", encoding="utf-8") as text:
+        names = [event.get("name", "") for event in json.load(text)["traceEvents"]]
+    assert names.count("captured step") == 3
+    assert names.count("data wait") == 3
+    assert "backward" not in names
+
+
+def test_the_loader_works_within_the_feed(
+    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where on a GPU its copies are queued beside the step; a picture that fails takes the same way."""
+    within: list[bool] = []
+    feeding = [False]
+
+    class Watched(CpuStreams):
+        def feeding(self) -> "Watched":
+            return self
+
+        def __enter__(self) -> None:
+            feeding[0] = True
+
+        def __exit__(self, *_: object) -> None:
+            feeding[0] = False
+
+    original = RunOrder.batch
+
+    def watched(order: RunOrder, *args: object, **options: object) -> object:
+        within.append(feeding[0])
+        return original(order, *args, **options)
+
+    capture()
+    monkeypatch.setattr(graphed_step, "CudaStreams", Watched)
+    monkeypatch.setattr(RunOrder, "batch", watched)
+    train_small(small_config(generated_photos), tmp_path / "run")
+    assert within
+    assert all(within)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cuda_replays_what_was_launched(precision: str) -> None:
+    """Bit for bit where cuDNN takes the same algorithms, which it is told to."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    told: list[str] = []
+    steps = Steps(TrainConfig(), device, notify=told.append)
+    step = new_step(precision, norm="instance", device=device)
+    terms = []
+    batches = (new_batch(number, device=device) for number in range(1, LAST + 1))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        for number in range(1, LAST + 1):
+            terms.append(seen(steps(number, steps.fetch(batches), [step])[0]))
+        plain = new_step(precision, norm="instance", device=device)
+        expected = launched([plain], range(1, LAST + 1), batch=lambda number: new_batch(number, device=device))
+    assert steps.captured, told
+    assert_same(Outcome(terms).of(step), expected)
+
+
+@pytest.mark.gpu
+def test_a_replay_on_cuda_is_as_exact_as_a_launched_step() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    steps = Steps(TrainConfig(), device, notify=print)
+    one, other = (new_step("fp32", norm="instance", device=device) for _ in range(2))
+    truth = new_step("fp32", norm="instance")
+    for number in range(1, WARM_UP + 1):
+        steps(number, new_batch(number, device=device), [one])
+    for step in (other, truth):
+        step.load_state({name: tensor.to(step.device) for name, tensor in one.state_tensors().items()}, {})
+    steps(WARM_UP + 1, new_batch(0, device=device), [one])
+    for step in (other, truth):
+        step(WARM_UP + 1, new_batch(0, device=step.device))
+    assert steps.captured
+    for name, parameter in truth.net.named_parameters():
+        found, peer = (step.net.get_parameter(name).grad for step in (one, other))
+        # Sums over all places of a picture, the largest of which has 256 of them, and as many channels.
+        assert_as_exact_as_torch(found, peer, parameter.grad, conditioning=256.0, what=name)
+
+
+@pytest.mark.gpu
+def test_cuda_does_not_wait_between_steps_and_a_fault_is_named() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    steps = Steps(TrainConfig(), device, notify=print)
+    step = new_step("fp32", norm="instance", device=device)
+    batches = iter([new_batch(number, device=device) for number in range(2 * LAST)])
+    for number in range(1, LAST + 1):
+        steps(number, steps.fetch(batches), [step])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(LAST + 1, 2 * LAST):
+            steps(number, steps.fetch(batches), [step])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.health.first_bad() is None
+    step.net.get_parameter("conv1.weight").data[0] = torch.nan
+    steps(2 * LAST, steps.fetch(batches), [step])
+    bad = step.health.first_bad()
+    assert bad is not None
+    assert bad[0] == 2 * LAST
+
+
+@pytest.mark.gpu
+def test_cuda_takes_odd_batches_looks_and_loaded_states_in_between() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    steps = Steps(TrainConfig(), device, notify=print)
+    step, plain = (new_step("fp32", norm="instance", device=device) for _ in range(2))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        for number in range(1, 3 * LAST):
+            batch = new_batch(number, 2 if number == LAST else 1, device)
+            if number == 2 * LAST:
+                saved = copy.deepcopy((step.state_tensors(), step.state_values()))
+                step.load_state(*saved)
+            steps(number, batch, [step])
+            plain(number, batch)
+            del batch
+            with torch.no_grad():
+                step.net(torch.rand(1, 3, 48, 48, device=device))
+    assert steps.captured
+    for name, tensor in plain.state_tensors().items():
+        assert torch.equal(tensor, step.state_tensors()[name]), name
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_on_cuda_leaves_training_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    told: list[str] = []
+    steps = Steps(TrainConfig(), device, notify=told.append)
+    step, plain = (new_step("fp32", norm="instance", device=device) for _ in range(2))
+    original = TrainingStep._record
+
+    def reads(self: TrainingStep, *args: object, **options: object) -> None:
+        args[1].total.item()  # type: ignore[attr-defined]
+        original(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingStep, "_record", reads)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        for number in range(1, LAST + 1):
+            steps(number, new_batch(number, device=device), [step])
+            plain(number, new_batch(number, device=device))
+    assert not steps.captured
+    assert "the capture failed" in told[0]
+    for name, tensor in plain.state_tensors().items():
+        assert torch.equal(tensor, step.state_tensors()[name]), name

@@ -1,0 +1,268 @@
+"""Storage that refuses: whichever call of a save fails, what was saved stays, and nothing half is taken for whole.
+
+`fastnst` answers a refused write with one message and exit code 3. That holds for a line of the log as well: a run that
+went on would leave a gap that no one sees, and a disk that takes no line takes no checkpoint either. Only what could
+not be removed does not stop it.
+"""
+
+import errno
+import itertools
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastnst.cli import main as cli
+from fastnst.config import load_config
+from fastnst.models.style_model import read_style_metadata
+from fastnst.storage import StorageError, write_atomic
+from fastnst.training.run_dir.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from helpers.storage_faults import REMOVALS, Call, StorageFaults
+from helpers.tiny_runs import logged, make_small, small_arguments
+
+CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
+REASONS = {errno.ENOSPC: "No space left", errno.EIO: "Input/output error", errno.EROFS: "Read-only file system"}
+
+
+def is_tidying(call: Call) -> bool:
+    """A call that only removes: a file, a folder, or the name of a checkpoint that goes."""
+    return call.name in REMOVALS or call.target.endswith(".old.part")
+
+
+# One checkpoint.
+
+
+def save(run: Path, step: int, keep: int = 1) -> Path:
+    tensors = {"model.weight": torch.full((3,), float(step))}
+    return save_checkpoint(run, step, tensors=tensors, state={"step": step}, keep=keep)
+
+
+def refusal(run: Path, step: int) -> StorageError | None:
+    """What a save is answered with."""
+    try:
+        save(run, step)
+    except StorageError as error:
+        return error
+    return None
+
+
+def calls_of_a_save(run: Path, step: int) -> list[Call]:
+    with StorageFaults(run).installed() as layer:
+        save(run, step)
+    return layer.calls
+
+
+def test_content_then_name_then_what_is_old(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    calls = calls_of_a_save(tmp_path, 2)
+    folder, part = "checkpoints", "checkpoints/.step_00000002.part"
+    assert calls[:2] == [Call("fsync", ""), Call("mkdir", part)]
+    at = 2
+    for name in ("state.safetensors", "state.json", "manifest.json"):
+        temporary = f"{part}/.{name}.part"
+        expected = [
+            *(Call("open", temporary), Call("write", temporary), Call("fsync", temporary)),
+            *(Call("rename", temporary, f"{part}/{name}"), Call("fsync", part), Call("unlink", temporary)),
+        ]
+        assert calls[at : at + len(expected)] == expected
+        at += len(expected)
+    assert calls[at : at + 2] == [Call("rename", part, f"{folder}/step_00000002"), Call("fsync", folder)]
+    old = [call for call in calls if "step_00000001" in call.path]
+    assert old[0] == Call("rename", f"{folder}/step_00000001", f"{folder}/.step_00000001.old.part")
+    assert calls.index(old[0]) > at + 1
+    assert not [call for call in calls[at + 2 :] if not is_tidying(call)]
+
+
+def test_folders_that_are_made_are_durable(tmp_path: Path) -> None:
+    with StorageFaults(tmp_path).installed() as layer:
+        save(tmp_path / "runs" / "wave", 1)
+    for made, above in (("runs", ""), ("runs/wave", "runs"), ("runs/wave/checkpoints", "runs/wave")):
+        at = layer.calls.index(Call("mkdir", made))
+        assert layer.calls[at + 1] == Call("fsync", above)
+
+
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize("step", [2, 1], ids=["a new step", "the same step again"])
+@pytest.mark.parametrize("code", CODES, ids=lambda code: errno.errorcode[code])
+def test_any_call_of_a_save_may_fail(tmp_path: Path, code: int, step: int, for_good: bool) -> None:
+    """`step` 1 replaces the only checkpoint there is."""
+    save(tmp_path / "count", 1)
+    calls = calls_of_a_save(tmp_path / "count", step)
+    assert len(calls) > 25
+    essential = [at for at, call in enumerate(calls) if not is_tidying(call)]
+    stopped = []
+    for at in range(len(calls)):
+        run = tmp_path / f"run{at}"
+        save(run, 1)
+        with StorageFaults(run, at, code, for_good).installed():
+            error = refusal(run, step)
+        if error is not None:
+            stopped.append(at)
+            assert REASONS[code] in str(error)
+            assert error.exit_code == 3
+        notes: list[str] = []
+        checkpoint = latest_checkpoint(run, notes.append)
+        assert notes == []
+        assert checkpoint is not None
+        assert checkpoint.step in (1, step)
+        assert checkpoint.tensors["model.weight"].tolist() == [float(checkpoint.step)] * 3
+        for path in (run / "checkpoints").glob("step_*"):
+            load_checkpoint(path)
+        # The next save succeeds, and tidies up.
+        save(run, 3)
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000003"]
+    assert stopped == (list(range(essential[-1] + 1)) if for_good else essential)
+
+
+def test_a_process_killed_while_it_replaces_a_checkpoint_loses_none(tmp_path: Path) -> None:
+    """Between the two renames neither has the name; the one that stepped aside gets it back."""
+    save(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_00000001").rename(folder / ".step_00000001.replaced")
+    (folder / ".step_00000001.part").mkdir()
+    checkpoint = latest_checkpoint(tmp_path, print)
+    assert checkpoint is not None
+    assert checkpoint.path == folder / "step_00000001"
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda code: errno.errorcode[code])
+def test_any_call_of_an_atomic_write_may_fail(tmp_path: Path, code: int) -> None:
+    for at, for_good in itertools.product(range(6), (False, True)):
+        path = tmp_path / f"{at}{for_good}" / "file"
+        path.parent.mkdir()
+        path.write_bytes(b"old")
+        with StorageFaults(path.parent, at, code, for_good).installed() as layer:
+            try:
+                write_atomic(path, b"new and longer")
+            except StorageError:
+                assert not is_tidying(layer.calls[at])
+            else:
+                assert layer.calls[at].name == "unlink"
+        assert path.read_bytes() in (b"old", b"new and longer")
+    assert [call.name for call in layer.calls] == ["open", "write", "fsync", "rename", "fsync", "unlink"]
+
+
+# A whole run, through the command line.
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+
+
+def fastnst(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fastnst", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def check_what_is_there(run: Path) -> None:
+    """Nothing half-written has a final name."""
+    if (run / "config.toml").exists():
+        load_config(file=run / "config.toml", environment={})
+    if (run / "model.safetensors").exists():
+        assert read_style_metadata(run)["steps"] in ("2", "4", "5")
+        load_file(run / "model.safetensors")
+    for path in (run / "checkpoints").glob("step_*"):
+        load_checkpoint(path)
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    one, other = latest_checkpoint(run, print), latest_checkpoint(whole, print)
+    assert one is not None
+    assert other is not None
+    assert one.step == other.step == 5
+    assert one.state == other.state
+    for name, tensor in other.tensors.items():
+        assert torch.equal(one.tensors[name], tensor), name
+    assert logged(run) == logged(whole)
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(load_file(run / "model.safetensors")[name], tensor)
+
+
+def fail_everywhere(
+    photos: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    in_main_thread: bool,
+    every: int,
+) -> set[str]:
+    """Fail each `every`th call of a run, once or for good, with each code in turn; returns what was hit."""
+    whole = folder / "whole"
+    arguments = small_arguments(photos, whole, "train.keep_checkpoints=1")
+    assert fastnst(monkeypatch, *arguments) == 0
+    with StorageFaults(folder / "count", in_main_thread=in_main_thread).installed() as layer:
+        assert fastnst(monkeypatch, *small_arguments(photos, folder / "count", "train.keep_checkpoints=1")) == 0
+    hit: set[str] = set()
+    for at in range(0, len(layer.calls), every):
+        run = folder / f"run{at}"
+        code, for_good = CODES[at // every % 3], at // every % 2 == 1
+        arguments = small_arguments(photos, run, "train.keep_checkpoints=1")
+        faults = StorageFaults(run, at, code, for_good, in_main_thread)
+        capsys.readouterr()
+        with faults.installed():
+            ended = fastnst(monkeypatch, *arguments)
+        said = capsys.readouterr().err
+        assert faults.failed is not None
+        hit.add(re.sub(r"\d{5,}.*", "", Path(faults.failed.path).name))
+        check_what_is_there(run)
+        if ended:
+            messages = [line for line in said.splitlines() if line.startswith("fastnst: ")]
+            assert ended == 3, said
+            assert len(messages) == 1, said
+            assert f"cannot write {run}" in messages[0]
+            assert REASONS[code] in messages[0]
+        else:
+            assert is_tidying(faults.failed), faults.failed
+        assert "Traceback" not in said
+        begun = (run / "config.toml").exists()
+        again = ["train", "--resume", "--out", str(run)] if begun else arguments
+        assert fastnst(monkeypatch, *again) == 0
+        assert_same_run(run, whole)
+        if ended:
+            assert not [path for path in run.rglob("*") if re.search(r"\.(part|replaced)$", path.name)]
+        shutil.rmtree(run)
+    return hit
+
+
+@pytest.mark.usefixtures("_small")
+def test_calls_of_a_run_fail(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of them: `-m campaign` fails every one."""
+    fail_everywhere(generated_photos, tmp_path, monkeypatch, capsys, in_main_thread=True, every=17)
+
+
+@pytest.mark.usefixtures("_small")
+def test_calls_of_the_event_file_fail(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard writes in a thread of its own, which nobody waits for; a part of its calls."""
+    hit = fail_everywhere(generated_photos, tmp_path, monkeypatch, capsys, in_main_thread=False, every=37)
+    assert hit == {"events.out.tfevents."}
+
+
+@pytest.mark.campaign
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("in_main_thread", [True, False], ids=["run", "event file"])
+def test_every_call_of_a_run_fails(
+    generated_photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    in_main_thread: bool,
+) -> None:
+    """`pytest -m campaign tests/training/test_io_faults.py`: each call, about ten minutes on one core."""
+    hit = fail_everywhere(generated_photos, tmp_path, monkeypatch, capsys, in_main_thread=in_main_thread, every=1)
+    if in_main_thread:
+        assert {".lock", ".config.toml.part", "metrics.jsonl", ".model.safetensors.part", "checkpoints"} <= hit
+        assert {".state.safetensors.part", ".state.json.part", ".manifest.json.part", ".step_"} <= hit

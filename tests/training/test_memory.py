@@ -1,0 +1,273 @@
+"""What a run says when memory is short: which batch size, or which picture size, would fit."""
+
+import functools
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fastnst.cli import main as cli
+from fastnst.config import Config, load_config
+from fastnst.errors import DeviceError
+from fastnst.training.memory import available as memory
+from fastnst.training.memory.available import RESERVE_BYTES, available_memory, largest_that_fits, needed_memory
+from fastnst.training.memory.estimate import Estimate, estimate
+from fastnst.training.monitoring.snapshots import Looks
+from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.trainer import train
+
+GPU_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+CPU_ERROR = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+Configure = Callable[..., Config]
+
+
+def config_of(*assignments: str, preset: str = "vgg-conv3") -> Config:
+    settings = ["data.image_size=96", "train.batch_size=8", "train.precision=fp32", *assignments]
+    return load_config(preset=preset, assignments=settings, environment={})
+
+
+@functools.cache
+def need(batch_size: int, side: int, precision: str = "fp32") -> int:
+    sizes = (f"train.batch_size={batch_size}", f"data.image_size={side}", f"train.precision={precision}")
+    return needed_memory(estimate(config_of(*sizes), device_type="cpu"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_batch_size_is_the_largest_that_fits(precision: str) -> None:
+    config = config_of(f"train.precision={precision}")
+    five, six = need(5, 96, precision), need(6, 96, precision)
+    for room, fitting in ((five + 1000, 5), (six - 1000, 5), (100 * six, 8)):
+        assert largest_that_fits(config, room, device_type="cpu") == (fitting, 96)
+
+
+def test_where_one_picture_is_too_much_a_smaller_one_is_named() -> None:
+    config = config_of()
+    fits, does_not = need(1, 48), need(1, 64)
+    for room in (fits + 1000, does_not - 1000):
+        assert largest_that_fits(config, room, device_type="cpu") == (1, 48)
+    barely_the_weights = estimate(config, device_type="cpu").weights + RESERVE_BYTES + 1000
+    assert largest_that_fits(config, barely_the_weights, device_type="cpu") is None
+
+
+def test_pictures_too_small_for_the_networks_are_not_named() -> None:
+    deep = config_of(
+        "loss.style_layers=['relu5_1']", "loss.style_layer_weights=[]", "data.image_size=32", "train.batch_size=1"
+    )
+    assert largest_that_fits(deep, 10_000_000, device_type="cpu") is None
+    # 16 px do for relu5_1; the next size up is the one that was asked for.
+    enough = needed_memory(estimate(deep, device_type="cpu")) - 1000
+    assert largest_that_fits(deep, enough, device_type="cpu") == (1, 16)
+
+
+@pytest.fixture
+def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    monkeypatch.setattr(Looks, "begin", lambda *_: None)
+
+    def configure(*assignments: str) -> Config:
+        small = ("data.image_size=100", "train.batch_size=8", "data.workers=1", "data.loader=pillow", "train.steps=2")
+        quiet = ("train.samples=0", "visualize.every=0", "style.size=32", "train.device=cpu", "train.precision=fp32")
+        options = {"data.folder": photo_folder, "style.picture": photo_folder / "picture_00.jpg", "loss.vgg": "random"}
+        return load_config(
+            preset="vgg-conv3", assignments=[*small, *quiet, *assignments], options=options, environment={}
+        )
+
+    return configure
+
+
+def round_numbers(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
+    """Instead of an estimate, which takes a second: 1 GiB, and 100 MiB for each picture of 100 px."""
+    assert (device_type, styles) == ("cpu", 1)
+    pictures = config.train.batch_size * config.data.image_size**2 / 100**2
+    return Estimate(weights=2**30, activations=int(80 * 2**20 * pictures), disk=1000)
+
+
+def failure(
+    config: Config,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    room: int,
+    estimate: Callable[..., Estimate] = round_numbers,
+) -> str:
+    """What a user is told where a step fails with `error` and `room` bytes were there."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(memory, "available_memory", lambda _: room)
+    monkeypatch.setattr(memory, "estimate", estimate)
+    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    with pytest.raises(DeviceError) as raised:
+        train(config, out, notify=lambda _: None)
+    assert raised.value.exit_code == 5
+    assert raised.value.__cause__ is error
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("error", [GPU_ERROR, CPU_ERROR, MemoryError()], ids=["cuda", "cpu", "python"])
+def test_a_lack_of_memory_names_the_batch_size_that_fits(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    message = failure(configure(), tmp_path / "run", monkeypatch, error, int(2.55 * 2**30))
+    assert message == (
+        "out of memory with train.batch_size = 8 at data.image_size = 100; it needs about 2.8 GiB, reserve included, "
+        "and 2.5 GiB are there: set train.batch_size = 5, the largest that should fit"
+    )
+
+
+def test_a_lack_of_memory_for_one_picture_names_the_size_that_fits(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = failure(configure(), tmp_path / "one", monkeypatch, GPU_ERROR, 2**31 + 50 * 2**20)
+    assert "not even train.batch_size = 1 should fit; with it set data.image_size = 64, the largest" in message
+    message = failure(configure(), tmp_path / "none", monkeypatch, GPU_ERROR, 2**20)
+    assert "1.0 MiB are there: no train.batch_size or data.image_size should fit; use a device with more" in message
+
+
+def test_memory_that_was_there_when_the_run_began_has_been_taken_by_something_else(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = failure(configure(), tmp_path / "many", monkeypatch, GPU_ERROR, 2**40)
+    assert "1.0 TiB were there when the run began" in message
+    assert message.endswith("so something else has taken memory since: free it, or set train.batch_size = 4")
+    message = failure(configure("train.batch_size=1"), tmp_path / "one", monkeypatch, GPU_ERROR, 2**40)
+    assert message.endswith("free it, or set a data.image_size below 100")
+
+
+@pytest.mark.parametrize(("setting", "told"), [("train.capture=auto", True), ("train.capture=off", False)])
+def test_a_graph_that_keeps_a_steps_memory_is_named(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, setting: str, told: bool
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda _: 2**40)
+    monkeypatch.setattr(memory, "estimate", lambda config, **_: round_numbers(config, device_type="cpu"))
+    config = configure("train.precision=bf16", setting)
+    with pytest.raises(DeviceError) as raised, memory.explained_memory_errors(config, torch.device("cuda")):
+        raise GPU_ERROR
+    assert ("train.capture=off, which frees a step's memory between steps" in str(raised.value)) is told
+
+
+def test_advice_that_fails_for_lack_of_memory_gives_way_to_plain_words(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> Estimate:
+        raise CPU_ERROR
+
+    message = failure(configure(), tmp_path / "run", monkeypatch, GPU_ERROR, 2**30, fail)
+    assert message == "out of memory with train.batch_size = 8 at data.image_size = 100; lower one of them"
+
+
+def test_other_errors_pass(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        train(configure(), tmp_path / "run", notify=lambda _: None)
+
+
+def test_a_dry_run_warns_of_too_little_memory(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", "--style", photo_folder / "picture_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
+    arguments += ["--vgg", "random", "--device", "cpu", "--set", "data.image_size=96", "--set", "train.batch_size=8"]
+    arguments += ["--out", tmp_path / "run", "--dry-run"]
+    for room, warning in (
+        (need(8, 96), None),
+        (need(2, 96) + 1000, "1.1 GiB are there: set train.batch_size = 2, the largest that should fit"),
+        (need(1, 48), "not even train.batch_size = 1 should fit; with it set data.image_size = 48"),
+    ):
+        monkeypatch.setattr(memory, "available_memory", lambda _, room=room: room)
+        done = CliRunner().invoke(cli.cli, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert done.exit_code == 0
+        warnings = [line for line in done.stdout.splitlines() if line.startswith("# warning")]
+        assert len(warnings) == (warning is not None)
+        if warning is not None:
+            assert warning in warnings[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_offers_what_is_free_and_what_torch_holds_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
+    assert available_memory(torch.device("cuda")) == 5400
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_cpu_offers_what_the_system_and_the_control_groups_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    cpu = torch.device("cpu")
+    write(tmp_path, {"proc/meminfo": "MemTotal: 4000 kB\nMemAvailable: 3000 kB\n"})
+    assert available_memory(cpu, tmp_path) == 3000 * 1024
+    group = "sys/fs/cgroup/slice/job"
+    write(tmp_path, {"proc/self/cgroup": "0::/slice/job\n", f"{group}/memory.max": "max\n"})
+    assert available_memory(cpu, tmp_path) == 3000 * 1024
+    # The group's own limit is none; that of the group around it is what counts.
+    around = {"memory.max": "100000\n", "memory.current": "60000\n", "memory.stat": "anon 5\ninactive_file 10000\n"}
+    write(tmp_path, {f"sys/fs/cgroup/slice/{name}": text for name, text in around.items()})
+    assert available_memory(cpu, tmp_path) == 50_000
+    first = {"limit_in_bytes": "80000\n", "usage_in_bytes": "50000\n", "stat": "total_inactive_file 1000\n"}
+    write(tmp_path, {"proc/self/cgroup": "5:cpu:/a\n4:memory:/on/the/host\n0::/\n"})
+    write(tmp_path, {f"sys/fs/cgroup/memory/memory.{name}": text for name, text in first.items()})
+    assert available_memory(cpu, tmp_path) == 31_000
+    # An address space of 10 pages, of which 7 are in use.
+    page = resource.getpagesize()
+    write(tmp_path, {"proc/self/statm": "7 3 1 1 0 2 0\n"})
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10 * page, resource.RLIM_INFINITY))
+    assert available_memory(cpu, tmp_path) == 3 * page
+
+
+def test_this_machine_offers_some_memory() -> None:
+    assert 0 < available_memory(torch.device("cpu")) < 2**50
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+from fastnst.cli.main import main
+import fastnst.training.trainer
+from fastnst.training.memory.available import _text
+from pathlib import Path
+used = int(_text(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv.pop(1)),) * 2)
+main()
+"""
+
+
+@pytest.mark.campaign
+def test_what_is_advised_after_a_real_failure_does_train(photo_folder: Path, tmp_path: Path) -> None:
+    """pytest -m campaign tests/training/test_memory.py"""
+    room = needed_memory(estimate(config_of("data.image_size=128"), device_type="cpu"))
+    for path in list(photo_folder.iterdir()):
+        for copy in range(5):
+            shutil.copy2(path, photo_folder / f"{path.stem}_{copy}{path.suffix}")
+
+    def train_with(batch_size: int) -> subprocess.CompletedProcess[str]:
+        small = {"data.image_size": 128, "train.batch_size": batch_size, "data.workers": 1, "data.loader": "pillow"}
+        quiet = {"train.samples": 0, "visualize.every": 0, "style.size": 32, "train.steps": 2, "train.device": "cpu"}
+        command = [sys.executable, "-c", UNDER_A_LIMIT, room, "train", "--style", photo_folder / "picture_00.jpg"]
+        command += ["--data", photo_folder, "--preset", "vgg-conv3", "--vgg", "random"]
+        for key, value in (small | quiet).items():
+            command += ["--set", f"{key}={value}"]
+        command += ["--out", tmp_path / str(batch_size)]
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+    failed = train_with(64)
+    assert failed.returncode == 5, failed.stderr
+    assert "set train.batch_size = " in failed.stderr
+    advised = int(failed.stderr.split("set train.batch_size = ")[1].split(",")[0])
+    assert 6 <= advised <= 9
+    assert train_with(advised).returncode == 0

@@ -1,0 +1,87 @@
+"""A run directory has one owner: of eight processes that start on it at once, one trains and seven are told."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from fastnst.storage import LOCK_NAME
+from helpers.crash_points import Case
+from helpers.fork_server import ForkServer, arguments, next_command
+from helpers.run_comparison import assert_same_outcome
+
+PROCESSES = 8
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = fork_server.run(Case(arguments(few_photos, folder / "run", steps=STEPS), str(folder)))
+    assert ended.code == 0, ended.printed
+    return folder / "run"
+
+
+def start_together(fork_server: ForkServer, argv: tuple[str, ...], tmp_path: Path) -> None:
+    """All at once, in processes of their own; asserts that one of them did all the work."""
+    folders = [tmp_path / f"process {number}" for number in range(PROCESSES)]
+    # They come to the lock at the same moment, and the owner has not ended before the others have.
+    all_there = tuple(str(folder / "before-lock") for folder in folders)
+    cases = []
+    for folder in folders:
+        others_gone = tuple(str(other / "ended") for other in folders if other != folder)
+        cases.append(Case(argv, str(folder), meetings=(("before-lock", all_there), ("before-close", others_gone))))
+    ended = fork_server.run_together(cases)
+    (owner,) = [one for one in ended if one.code == 0]
+    assert owner.steps
+    for other in ended:
+        if other is not owner:
+            assert other.code == 2, other.printed
+            (said,) = [line for line in other.printed.splitlines() if line.startswith("fastnst: ")]
+            assert "is in use by another fastnst process; wait for it to end or choose another --out" in said
+            assert other.steps == []
+            assert "Traceback" not in other.printed
+
+
+def test_eight_processes_that_begin_one_run(
+    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
+) -> None:
+    start_together(fork_server, arguments(few_photos, tmp_path / "run", steps=STEPS), tmp_path)
+    assert_same_outcome(tmp_path / "run", undisturbed)
+
+
+def test_eight_processes_that_resume_a_killed_run(
+    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
+) -> None:
+    """The lock of the process that was killed stands in nobody's way; those of the living do."""
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS)
+    ended = fork_server.run(Case(argv, str(tmp_path), point="after-backward", occurrence=3, signals=(signal.SIGKILL,)))
+    assert ended.killed
+    assert (tmp_path / "run" / LOCK_NAME).exists()
+    start_together(fork_server, next_command(argv), tmp_path)
+    assert_same_outcome(tmp_path / "run", undisturbed)
+
+
+def test_the_processes_that_load_pictures_do_not_hold_the_lock_of_a_killed_run(
+    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
+) -> None:
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS)
+    ended = fork_server.run(Case(argv, str(tmp_path), point="after-backward", occurrence=3, real_loader=True))
+    assert ended.killed
+    last = fork_server.run(Case(next_command(argv), str(tmp_path)))
+    assert last.code == 0, last.printed
+    assert_same_outcome(tmp_path / "run", undisturbed)
+
+
+def test_a_run_is_not_given_away_before_its_last_line(
+    fork_server: ForkServer, few_photos: Path, tmp_path: Path
+) -> None:
+    """Another process that comes while the first one closes its log is refused."""
+    argv = arguments(few_photos, tmp_path / "run", steps=2)
+    folders = tmp_path / "first", tmp_path / "second"
+    first = Case(argv, str(folders[0]), meetings=(("before-close", (str(folders[1] / "ended"),)),))
+    second = Case(argv, str(folders[1]), meetings=(("before-inputs", (str(folders[0] / "before-close"),)),))
+    owner, other = fork_server.run_together([first, second])
+    assert owner.code == 0, owner.printed
+    assert other.code == 2, other.printed
+    assert "is in use by another fastnst process" in other.printed

@@ -1,0 +1,173 @@
+"""Stop signals in each phase of a training run: the exit code, one message, and nothing lost.
+
+All three signals in every phase:
+
+    python -m pytest -m campaign tests/training/test_signals_in_training.py
+"""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastnst.training.signals import STOP_SIGNALS
+from helpers.crash_points import Case
+from helpers.fork_server import Ended, ForkServer, arguments, next_command
+from helpers.run_comparison import assert_same_outcome, leftovers
+
+STEPS = 4
+SETTINGS = (
+    "train.sample_every=2",
+    "visualize.every=2",
+    "visualize.max_percent=100",
+    "visualize.pictures=1",
+    "visualize.transform_maps=['up2:0']",
+)
+
+# Phase → where the signal comes, at which passing, and what the message says beside the signal's name.
+PHASES = {
+    "start": ("before-inputs", 1, ""),
+    "indexing": ("before-check", 2, ""),
+    "first-looks": ("before-samples", 1, ""),
+    "step": ("after-backward", 3, "stopped at step 3 of 4, which is saved; go on with: fastnst train --resume"),
+    "save": ("mid-write:tensors", 1, "stopped at step 3 of 4, which is saved"),
+    "style-model": ("before-rename:model", 1, "stopped at step 3 of 4, which is saved"),
+    "samples": ("before-samples", 2, "stopped at step 3 of 4, which is saved"),
+    "projections": ("after-projections", 1, "stopped at step 3 of 4, which is saved"),
+    "last-save": ("before-rename:checkpoint", 2, "all 4 steps are done and saved"),
+    "end": ("before-close", 1, "all 4 steps are done and saved"),
+    "last-words": ("after-run", 1, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = fork_server.run(Case(arguments(few_photos, folder / "run", steps=STEPS, settings=SETTINGS), str(folder)))
+    assert ended.code == 0, ended.printed
+    return folder / "run"
+
+
+def assert_ended_in_good_order(ended: Ended, signum: signal.Signals, message: str) -> None:
+    assert (ended.code, ended.killed) == (128 + signum, False), ended.printed
+    assert "Traceback" not in ended.printed
+    (said,) = [line for line in ended.printed.splitlines() if line.startswith("fastnst: ")]
+    assert message in said
+    # The step that is under way at its end names where, and not what: whoever reads it has just sent the signal.
+    assert signum.name in said or "stopped at step" in said
+    assert ended.after_signal is not None
+    assert ended.after_signal < 20
+
+
+def stop_and_go_on(
+    phase: str, signum: signal.Signals, fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
+) -> None:
+    point, occurrence, message = PHASES[phase]
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+    case = Case(argv, str(tmp_path), point=point, occurrence=occurrence, signals=(signum,))
+    ended = fork_server.run(case)
+    assert_ended_in_good_order(ended, signum, message)
+    assert leftovers(tmp_path) == []
+    last = fork_server.run(Case(next_command(argv), str(tmp_path)))
+    assert last.code == 0, last.printed
+    # Nothing is done twice: the signal made the run save what it had.
+    assert [*ended.steps, *last.steps] == list(range(1, STEPS + 1))
+    assert_same_outcome(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_any_phase_loses_nothing(
+    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path, phase: str
+) -> None:
+    signum = STOP_SIGNALS[list(PHASES).index(phase) % len(STOP_SIGNALS)]
+    stop_and_go_on(phase, signum, fork_server, undisturbed, few_photos, tmp_path)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_each_signal_in_each_phase_loses_nothing(
+    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path, phase: str, signum: signal.Signals
+) -> None:
+    """python -m pytest -m campaign tests/training/test_signals_in_training.py"""
+    stop_and_go_on(phase, signum, fork_server, undisturbed, few_photos, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("point", "signals"),
+    [
+        ("after-backward", (signal.SIGINT, signal.SIGINT)),
+        ("mid-write:tensors", (signal.SIGTERM, signal.SIGHUP)),
+    ],
+)
+def test_a_second_signal_forces_the_end_and_the_last_checkpoint_stands(
+    fork_server: ForkServer,
+    undisturbed: Path,
+    few_photos: Path,
+    tmp_path: Path,
+    point: str,
+    signals: tuple[signal.Signals, ...],
+) -> None:
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+    ended = fork_server.run(Case(argv, str(tmp_path), point=point, occurrence=2, signals=signals))
+    assert_ended_in_good_order(ended, signals[1], "a second time; what was done since the last checkpoint is lost")
+    last = fork_server.run(Case(next_command(argv), str(tmp_path)))
+    assert last.code == 0, last.printed
+    assert_same_outcome(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_signal_to_all_processes_of_a_run_is_one_to_the_run(
+    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    """A terminal's Ctrl-C and hang-up, and a supervisor's SIGTERM, reach the processes that load pictures as well."""
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+    case = Case(argv, str(tmp_path), "after-backward", 2, (signum,), real_loader=True, whole_group=True)
+    ended = fork_server.run(case)
+    assert_ended_in_good_order(ended, signum, "stopped at step 2 of 4, which is saved")
+    assert [line for line in ended.printed.splitlines() if "unexpectedly" in line or "warn" in line.lower()] == []
+    last = fork_server.run(Case(next_command(argv), str(tmp_path)))
+    assert last.code == 0, last.printed
+    assert_same_outcome(tmp_path / "run", undisturbed)
+
+
+# A fresh interpreter, in which the import of torch, the longest part of a start, is where the signal comes.
+START = """
+import os, signal, sys
+
+_, module, signum, *argv = sys.argv
+
+class Strike:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), int(signum))
+
+sys.meta_path.insert(0, Strike())
+from fastnst.cli.main import main
+sys.argv = ["fastnst", *argv]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "signum"),
+    [("torch", signal.SIGINT), ("torch", signal.SIGTERM), ("torch", signal.SIGHUP), ("torch.nn", signal.SIGTERM)],
+)
+def test_a_signal_while_importing(few_photos: Path, tmp_path: Path, module: str, signum: signal.Signals) -> None:
+    command = [sys.executable, "-c", START, module, str(int(signum)), *arguments(few_photos, tmp_path / "run", steps=1)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 128 + signum, done.stderr
+    assert done.stderr == f"fastnst: stopped by {signum.name}\n"
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_below_nohup_outlives_its_terminal(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
+    argv = arguments(few_photos, tmp_path / "run", steps=2)
+    case = Case(argv, str(tmp_path), "after-step", 1, (signal.SIGHUP,), ignored=(signal.SIGHUP,))
+    ended = fork_server.run(case)
+    assert ended.code == 0, ended.printed
+    assert ended.steps == [1, 2]
+    assert ended.after_signal is not None

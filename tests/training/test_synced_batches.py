@@ -1,0 +1,167 @@
+"""Failures that processes share, with threads in their place: together they read what one alone reads."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastnst.data.manifest import Entry, Manifest
+from fastnst.data.replacements import LateFailure, Replacements
+from fastnst.data.sampler import RunOrder
+from fastnst.errors import DataError
+from fastnst.training.distributed.environment import Launch
+from fastnst.training.distributed.synced_batches import SharedBatches, SharedFailures
+
+TIMEOUT_S = 60.0
+
+
+class Threads:
+    """What the teams of all threads have in common."""
+
+    def __init__(self, world_size: int) -> None:
+        self.texts = [""] * world_size
+        self.barrier = threading.Barrier(world_size, timeout=TIMEOUT_S)
+
+
+class EndedElsewhere(Exception):
+    """Another thread raises."""
+
+
+class ThreadTeam:
+    """As much of a `Team` as is used here."""
+
+    def __init__(self, rank: int, threads: Threads) -> None:
+        self.launch = Launch(rank, len(threads.texts), rank, len(threads.texts))
+        self.leads = rank == 0
+        self._threads = threads
+
+    def collect(self, text: str) -> list[str]:
+        self._threads.texts[self.launch.rank] = text
+        self._threads.barrier.wait()
+        texts = list(self._threads.texts)
+        self._threads.barrier.wait()
+        return texts if any(texts) else []
+
+    def leave_to(self, rank: int = 0) -> None:
+        if rank != self.launch.rank:
+            raise EndedElsewhere
+
+
+class FakeLoader:
+    """Delivers the indices of pictures instead of these; reads ahead, and finds a failure ahead or when due.
+
+    A picture in `bad` cannot be read in that step, and can again in later ones: who finds it is one process alone.
+    """
+
+    def __init__(
+        self, order: RunOrder, rank: int, replacements: Replacements, bad: dict[int, int], *, ahead: int, early: bool
+    ) -> None:
+        self._order, self._rank, self._replacements, self._bad = order, rank, replacements, bad
+        self._ahead, self._early = ahead, early
+        self._read: list[np.ndarray] = []
+        self._step = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        while True:
+            self._read_ahead()
+            if not self._read:
+                raise StopIteration
+            failed = self._failed(self._step, self._read[0])
+            if not failed:
+                break
+            self._replacements.fail(self._step, failed)
+            self.seek(self._step)
+        self._step += 1
+        return torch.from_numpy(self._read.pop(0))
+
+    def seek(self, step: int) -> None:
+        self._read.clear()
+        self._step = step
+
+    def _read_ahead(self) -> None:
+        while len(self._read) < self._ahead and self._step + len(self._read) < self._order.steps:
+            step = self._step + len(self._read)
+            indices = self._replacements.indices(step, self._order.batch(step, self._rank).indices)
+            failed = self._failed(step, indices) if self._early else []
+            if failed:
+                self._replacements.fail(step, failed)
+                continue
+            self._read.append(indices)
+
+    def _failed(self, step: int, indices: np.ndarray) -> list[tuple[int, str]]:
+        return [(index, "damaged") for index in indices.tolist() if self._bad.get(index) == step]
+
+
+def manifest_of(pictures: int) -> Manifest:
+    entries = [Entry(f"{index:03d}.png", 1, 1, 1, "PNG", True, 0) for index in range(pictures)]
+    return Manifest(Path("pictures"), entries, [], "fingerprint")
+
+
+def read_all(
+    world_size: int, pictures: int, bad: dict[int, int], *, batch_size: int, ahead: int, early: bool, percent: float
+) -> tuple[list[list[int]], list[tuple[int, str]], list[BaseException]]:
+    """Pictures of each step in the order of the ranks, failures as rank 0 notes them, and how the ranks ended."""
+    threads, steps = Threads(world_size), 10
+    order = RunOrder(5, pictures, batch_size, steps, world_size=world_size)
+    manifest, noted = manifest_of(pictures), []
+
+    def note(failure: LateFailure) -> None:
+        noted.append((failure.step, failure.entry.path))
+
+    def read(rank: int) -> tuple[list[list[int]], BaseException | None]:
+        failures = SharedFailures(
+            manifest, ThreadTeam(rank, threads), max_percent=percent, earlier=(), note=note if not rank else pytest.fail
+        )
+        loader = FakeLoader(order, rank, failures.replacements, bad, ahead=ahead, early=early)
+        batches = SharedBatches(loader, order, rank, failures, start_step=0, read_ahead=ahead)
+        read: list[list[int]] = []
+        try:
+            for _ in range(steps):
+                read.append(next(batches).tolist())
+        except (DataError, EndedElsewhere) as error:
+            return read, error
+        return read, None
+
+    with ThreadPoolExecutor(world_size) as pool:
+        ended = list(pool.map(read, range(world_size)))
+    by_step = [list(chain(*parts)) for parts in zip(*(each for each, _ in ended), strict=True)]
+    return by_step, noted, [error for _, error in ended if error is not None]
+
+
+@settings(max_examples=40)
+@given(
+    pictures=st.integers(8, 30),
+    bad=st.dictionaries(st.integers(0, 19), st.integers(0, 9), max_size=8),
+    share=st.integers(1, 3),
+    world_size=st.integers(2, 3),
+    ahead=st.integers(1, 3),
+    early=st.booleans(),
+)
+def test_several_read_what_one_reads(
+    pictures: int, bad: dict[int, int], share: int, world_size: int, ahead: int, early: bool
+) -> None:
+    how = {"batch_size": 6 * share, "ahead": ahead, "early": early, "percent": 99.0}
+    alone = read_all(1, pictures, bad, **how)
+    together = read_all(world_size, pictures, bad, **how)
+    assert together[0] == alone[0]
+    if not early:
+        assert sorted(together[1]) == sorted(alone[1])
+    assert len(together[2]) == len(alone[2]) * world_size
+
+
+def test_too_many_failures_end_all_in_the_same_step() -> None:
+    _, noted, errors = read_all(3, 9, dict.fromkeys(range(8), 1), batch_size=6, ahead=2, early=False, percent=1.0)
+    assert sorted(type(error).__name__ for error in errors) == ["DataError", "EndedElsewhere", "EndedElsewhere"]
+    (told,) = [error for error in errors if isinstance(error, DataError)]
+    assert "of 9 pictures" in str(told)
+    assert len(noted) > 3

@@ -1,0 +1,350 @@
+"""The deconvnet of VGG19: by hand, against autograd, adjointness of every layer, windows against whole maps, captum."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from captum.attr import Deconvolution
+from torch import Tensor, nn
+
+from fastnst.models.vgg19 import LAYERS, VGG19
+from fastnst.visualize.deconv import transposed, windows
+from fastnst.visualize.deconv.neurons import Seeds
+from fastnst.visualize.deconv.receptive_field import receptive_field
+from fastnst.visualize.deconv.vgg import Deconvnet, Recording
+from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches
+
+CONVOLUTIONAL = LAYERS[: LAYERS.index("pool5") + 1]
+NARROW = (6, 8, 8, 10, 10)
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _pictures(*shape: int, seed: int = 1) -> Tensor:
+    return torch.rand(*shape, generator=_generator(seed), dtype=torch.float64)
+
+
+def _net(last: str, channels: Sequence[int] = NARROW, flavour: str = "torchvision") -> VGG19:
+    """A VGG19 in fp64 that has every layer, but few channels in each: `channels` per block, 12 from fc6 on."""
+    with torch.device("meta"):
+        net = VGG19(last, flavour)
+    preprocessing = VGG19("conv1_1", flavour, generator=_generator())
+    net.mean, net.gain = preprocessing.mean, preprocessing.gain
+    inputs = 3
+    for name in net.layers:
+        if name.startswith("conv"):
+            outputs = channels[int(name[4]) - 1]
+            setattr(net, name, nn.utils.skip_init(nn.Conv2d, inputs, outputs, 3, padding=1))
+            inputs = outputs
+        elif name.startswith("fc"):
+            inputs = 49 * inputs if name == "fc6" else inputs
+            setattr(net, name, nn.utils.skip_init(type(net.get_submodule(name)), inputs, 12))
+            inputs = 12
+    generator = _generator(2)
+    for parameter in net.requires_grad_(False).parameters():
+        fan_in = parameter[0].numel()
+        parameter.normal_(0, (2 / fan_in) ** 0.5 if parameter.ndim > 1 else 0.1, generator=generator)
+    return net.double()
+
+
+@pytest.fixture(scope="module")
+def narrow() -> VGG19:
+    return _net("fc8")
+
+
+def _plain(last: str) -> VGG19:
+    """One channel in every layer, RGB as it is, no biases; every filter passes on its first input channel."""
+    net = _net(last, [1] * 5)
+    net.mean.zero_()
+    net.gain.fill_(1)
+    for parameter in net.parameters():
+        parameter.zero_()
+        if parameter.ndim == 4:
+            parameter[0, 0, 1, 1] = 1
+    return net
+
+
+def _red(rows: Sequence[Sequence[float]]) -> Tensor:
+    picture = torch.zeros(1, 3, len(rows), len(rows[0]), dtype=torch.float64)
+    picture[0, 0] = torch.tensor(rows)
+    return picture
+
+
+def _with(recording: Recording, layer: str, activations: Tensor) -> Recording:
+    return replace(recording, activations={layer: activations})
+
+
+# By hand.
+
+
+def test_one_convolution() -> None:
+    net = _plain("conv1_1")
+    net.conv1_1.weight[0, 0] = torch.arange(1.0, 10.0).reshape(3, 3)
+    net.conv1_1.weight[0, 1, 1, 1] = 10
+    net.conv1_1.bias.fill_(100)
+    deconvnet = Deconvnet(net)
+    picture = _red([[0, 0, 0], [0, 2, 0], [0, 0, 0]])
+    projection = deconvnet(picture, "conv1_1", [0], seed=(0, 0))[0, 0]
+    # The corner sees the 2 through the filter's last entry: 9·2 + 100. That value comes back, the bias does not.
+    expected = torch.zeros_like(projection)
+    expected[0, :2, :2] = 118 * torch.tensor([[5.0, 6.0], [8.0, 9.0]])
+    expected[1, 0, 0] = 118 * 10
+    assert torch.equal(projection, expected)
+    net.conv1_1.bias.zero_()
+    # All nine activations 2·(9, 8, … 1) meet the filter's entries 9, 8, … 1 again in the middle.
+    everything = deconvnet(picture, "conv1_1", [0], seed="all")[0, 0]
+    assert everything[0, 1, 1] == 2 * sum(i * i for i in range(1, 10))
+
+
+def test_convolution_pooling_convolution() -> None:
+    net = _plain("relu2_1")
+    net.conv1_2.weight.mul_(2)
+    net.conv2_1.weight[0, 0] = torch.tensor([[0, 0, 0], [0, 1, -3], [0, 0.5, 0]])
+    net.conv2_1.bias.fill_(1)
+    deconvnet = Deconvnet(net)
+    picture = _red([[1, 2, 0, 0], [3, 9, 4, 0], [0, 5, 0, 7], [6, 0, 8, 0]])
+    recording = deconvnet.record(picture, ["pool1", "conv2_1", "relu2_1"])
+    assert recording.activations["pool1"][0, 0].tolist() == [[18, 8], [12, 16]]
+    assert recording.activations["conv2_1"][0, 0, 0, 0] == 18 - 3 * 8 + 0.5 * 12 + 1
+    # Its 1 becomes (1, -3; 0.5, 0) at the pool, lands where 9, 4 and 6 had been, loses the -3, and is doubled.
+    corner = Seeds.at([0], [0], [(0, 0)])
+    for layer in ("conv2_1", "relu2_1"):
+        projection = deconvnet.project(recording, layer, corner)
+        assert torch.equal(projection, _red([[0] * 4, [0, 2, 0, 0], [0] * 4, [1, 0, 0, 0]]))
+    linear = deconvnet.project(recording, "conv2_1", corner, rectify=False)
+    assert torch.equal(linear, _red([[0] * 4, [0, 2, -6, 0], [0] * 4, [1, 0, 0, 0]]))
+    # A negative activation comes back from the convolution, where its sign turns, and not from the ReLU behind it.
+    net.conv2_1.bias.fill_(-2)
+    recording = deconvnet.record(picture, ["conv2_1", "relu2_1"])
+    projection = deconvnet.project(recording, "conv2_1", corner)
+    assert torch.equal(projection, _red([[0] * 4, [0, 0, 12, 0], [0] * 4, [0] * 4]))
+    assert not deconvnet.project(recording, "relu2_1", corner).any()
+
+
+@pytest.mark.parametrize("seed", ["all", (1, 1)])
+def test_of_equal_maxima_the_first_is_switched_to(seed: str | tuple[int, int]) -> None:
+    projection = Deconvnet(_plain("pool1"))(torch.ones(1, 3, 4, 4, dtype=torch.float64), "pool1", [0], seed=seed)
+    lit = [[0, 0], [0, 2], [2, 0], [2, 2]] if seed == "all" else [[2, 2]]
+    assert projection[0, 0, 0].nonzero().tolist() == lit
+
+
+def test_what_an_odd_size_leaves_out_of_the_pooling_stays_dark() -> None:
+    picture = _red([[float(5 * row + column) for column in range(5)] for row in range(7)])
+    projection = Deconvnet(_plain("pool1"))(picture, "pool1", [0], seed="all")[0, 0, 0]
+    assert projection.nonzero().tolist() == [[row, column] for row in (1, 3, 5) for column in (1, 3)]
+    assert torch.equal(projection, torch.where(projection != 0, picture[0, 0], 0))
+    assert Deconvnet(_plain("pool1"))(picture, "pool1", [0])[0, 0, 0].nonzero().tolist() == [[5, 3]]
+
+
+def test_values_add_where_pools_overlap() -> None:
+    """VGG19 pools 2×2 at stride 2; the same steps around 3×3 at stride 2, as in Zeiler & Fergus' own net."""
+    x = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    x[0, 0, 2, 2], x[0, 0, 0, 0], x[0, 0, 4, 3] = 5, 7, 1
+    pooled, switches = max_pool2d_switches(x, 3, 2)
+    assert pooled[0, 0].tolist() == [[7, 5], [5, 5]]
+    weight = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    weight[0, 0, 1] = torch.tensor([0, 1, 10])
+    signal = transposed.whole(pooled, 0, 1)
+    signal = transposed.convolution(signal, weight)
+    assert signal.values[0, 0].tolist() == [[7, 75], [5, 55]]
+    signal = replace(signal, values=max_unpool2d_switches(signal.values, switches, (5, 5), 3, 2), size=(5, 5))
+    expected = torch.zeros_like(x)
+    expected[0, 0, 0, 0], expected[0, 0, 2, 2] = 7, 75 + 5 + 55
+    assert torch.equal(signal.values, expected)
+    signal = transposed.convolution(signal, weight)
+    assert signal.values[0, 0, 2].tolist() == [0, 0, 135, 1350, 0]
+
+
+def test_preprocessing_is_undone_without_its_mean() -> None:
+    net = _net("conv1_1", [1] * 5, "caffe")
+    net.conv1_1.weight.zero_()
+    net.conv1_1.weight[0, 0, 1, 1] = 2
+    picture = _pictures(1, 3, 4, 4)
+    projection = Deconvnet(net)(picture, "conv1_1", [0], seed=(1, 2))[0, 0]
+    # BGR in 0-255: the net's first channel is blue.
+    activation = 2 * 255 * (picture[0, 2, 1, 2] - 103.939 / 255) + net.conv1_1.bias
+    assert projection.nonzero().tolist() == [[2, 1, 2]]
+    torch.testing.assert_close(projection[2, 1, 2], (activation * 2 * 255)[0], rtol=1e-6, atol=0)
+
+
+# Linearity: the exact adjoint.
+
+
+def _linear(net: VGG19, pictures: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """The net's linear part on `v`, pooling where the maxima of `pictures` are; by PyTorch alone."""
+    x, v = net.preprocess(pictures), net.preprocess(v + net.mean)
+    outputs = {}
+    for name in net.layers:
+        layer = net.get_submodule(name)
+        if name.startswith("conv"):
+            x, v = layer(x), F.conv2d(v, layer.weight, padding=1)  # type: ignore[arg-type]
+        elif name.startswith("pool"):
+            x, index = F.max_pool2d(x, 2, return_indices=True)
+            v = v.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+        elif name.startswith("fc"):
+            v = F.adaptive_avg_pool2d(v, 7).flatten(1) if name == "fc6" else v
+            x, v = layer(x), F.linear(v, layer.weight)  # type: ignore[arg-type]
+        else:
+            x = F.relu(x)
+        outputs[name] = v
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("make_net", "shape", "first"),
+    [
+        pytest.param(lambda: _net("fc8"), (2, 3, 37, 70), "conv1_1", id="narrow, odd"),
+        pytest.param(lambda: _net("fc8", [4] * 5, "caffe"), (1, 3, 256, 300), "pool5", id="averaging of 8x9"),
+        pytest.param(
+            lambda: VGG19("pool5", "caffe", generator=_generator()).double(), (1, 3, 33, 38), "conv1_1", id="wide"
+        ),
+    ],
+)
+def test_every_layer_is_projected_by_the_adjoint(
+    make_net: Callable[[], VGG19], shape: tuple[int, ...], first: str
+) -> None:
+    """⟨A x, y⟩ = ⟨x, Aᵀ y⟩ for each layer from `first` on, x being any picture and y any activations."""
+    net = make_net()
+    deconvnet = Deconvnet(net)
+    pictures, x = _pictures(*shape), _pictures(*shape, seed=3) - 0.5
+    recording = deconvnet.record(pictures, net.layers)
+    images = _linear(net, pictures, x)
+    for layer in net.layers[net.layers.index(first) :]:
+        outputs = images[layer]
+        y = torch.randn(outputs.shape, generator=_generator(4), dtype=torch.float64)
+        adjoint = deconvnet.project_layer(_with(recording, layer, y), layer, rectify=False)
+        left, right = (outputs * y).sum(), (x * adjoint).sum()
+        assert abs(left - right) <= 1e-10 * outputs.norm() * y.norm(), layer
+        assert abs(left) >= 1e-6 * outputs.norm() * y.norm(), layer
+
+
+def test_all_activations_of_a_positive_net_come_back_by_its_gradient() -> None:
+    """With nothing negative no ReLU does anything: the projection is autograd's vector-Jacobian product."""
+    net = _net("fc8")
+    net.mean.zero_()
+    for parameter in net.parameters():
+        parameter.abs_()
+    deconvnet = Deconvnet(net)
+    pictures = _pictures(2, 3, 45, 36).requires_grad_()
+    recording = deconvnet.record(pictures, LAYERS)
+    for layer in LAYERS:
+        output = net(pictures, [layer])[layer]
+        (expected,) = torch.autograd.grad(output, pictures, output.detach())
+        actual = deconvnet.project_layer(recording, layer)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
+        # The whole is the sum of what its maps give.
+        maps = range(output.shape[1])
+        parts = deconvnet(pictures, layer, maps, seed="all").sum(1)
+        torch.testing.assert_close(parts, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
+
+
+# Windows against whole maps.
+
+
+def _by_whole_maps(deconvnet: Deconvnet, recording: Recording, layer: str, seeds: Seeds) -> Tensor:
+    """Everything zero but the seed, all channels, all of the map: the definition."""
+    projections = []
+    activations = recording.activations[layer]
+    for index in range(len(seeds)):
+        place = [int(seeds.pictures[index]), int(seeds.maps[index])]
+        if seeds.positions is not None and activations.ndim == 4:
+            place += seeds.positions[index].tolist()
+        alone = torch.zeros_like(activations)
+        alone[tuple(place)] = activations[tuple(place)]
+        projections.append(deconvnet.project_layer(_with(recording, layer, alone), layer)[place[0]])
+    return torch.stack(projections)
+
+
+@hypothesis.given(
+    layer=st.sampled_from(CONVOLUTIONAL),
+    height=st.integers(1, 80),
+    width=st.integers(1, 80),
+    batch_size=st.sampled_from([1, 2, 16]),
+    places=st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3),
+)
+@hypothesis.settings(max_examples=60)
+def test_windows_give_what_whole_maps_give(
+    narrow: VGG19, layer: str, height: int, width: int, batch_size: int, places: list[tuple[int, float, float]]
+) -> None:
+    smallest = receptive_field(layer).jump
+    pictures = _pictures(2, 3, max(height, smallest), max(width, smallest))
+    deconvnet = Deconvnet(narrow)
+    recording = deconvnet.record(pictures, [layer])
+    activations = recording.activations[layer]
+    rows, columns = activations.shape[2:]
+    # Half of the seeds at borders and corners: 0 and 1 are what the strategy likes best.
+    positions = [(round(y * (rows - 1)), round(x * (columns - 1))) for _, y, x in places]
+    chosen = [picture for picture, _, _ in places]
+    maps = [int(activations[p, :, r, c].argmax()) for p, (r, c) in zip(chosen, positions, strict=True)]
+    seeds = Seeds.at(chosen, maps, positions)
+    expected = _by_whole_maps(deconvnet, recording, layer, seeds)
+    scale = 1e-12 * float(expected.abs().max())
+    projections = deconvnet.project(recording, layer, seeds, batch_size=batch_size)
+    torch.testing.assert_close(projections, expected, rtol=0, atol=scale)
+    cropped, corners = deconvnet.project_patches(recording, layer, seeds, batch_size=batch_size)
+    side = receptive_field(layer).size
+    torch.testing.assert_close(cropped, windows.cut(expected, corners, side), rtol=0, atol=scale)
+    # Nothing is left out: put back, the patches are the projections.
+    again = torch.zeros_like(expected)
+    windows.put_back(cropped, corners, again)
+    torch.testing.assert_close(again, expected, rtol=0, atol=scale)
+
+
+@pytest.mark.parametrize("layer", [*CONVOLUTIONAL, "fc6", "relu7", "fc8"])
+def test_a_map_by_itself_gives_what_it_gives_among_zeros(narrow: VGG19, layer: str) -> None:
+    deconvnet = Deconvnet(narrow)
+    recording = deconvnet.record(_pictures(2, 3, 47, 66), [layer])
+    pictures, maps = [0, 1, 1], [5, 0, 3]
+    everywhere = Seeds.every_position(pictures, maps)
+    strongest = Seeds.strongest(recording.activations[layer], pictures, maps)
+    for seeds in (everywhere, strongest):
+        expected = _by_whole_maps(deconvnet, recording, layer, seeds)
+        for batch_size in (1, 2, 16):
+            actual = deconvnet.project(recording, layer, seeds, batch_size=batch_size)
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+        assert expected.flatten(1).any(1).sum() >= 1
+
+
+# A peer.
+
+
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations:UserWarning")
+@pytest.mark.parametrize("layer", ["relu1_1", "conv1_2", "relu1_2", "relu2_2"])
+def test_captum_agrees(layer: str) -> None:
+    """On relu2_2 the pool's switches, too: PyTorch's backward goes to the first maximum as well."""
+    net = VGG19(layer, "caffe", generator=_generator()).double()
+    modules: list[nn.Module] = [_Preprocessing(net)]
+    for name in net.layers:
+        kind = {"relu": nn.ReLU(), "pool": nn.MaxPool2d(2)}.get(name[:4])
+        modules.append(kind or net.get_submodule(name))
+    pictures = _pictures(2, 3, 12, 15)
+    deconvnet = Deconvnet(net)
+    recording = deconvnet.record(pictures, [layer])
+    # Of maps that are all zero there is nothing to compare.
+    maps = recording.activations[layer].amax((2, 3)).topk(3).indices.flatten()
+    seeds = Seeds.strongest(recording.activations[layer], [0, 0, 0, 1, 1, 1], maps)
+    actual = deconvnet.project(recording, layer, seeds)
+    assert seeds.positions is not None
+    peer = Deconvolution(nn.Sequential(*modules))
+    for index, place in enumerate(zip(seeds.maps.tolist(), *seeds.positions.T.tolist(), strict=True)):
+        picture = seeds.pictures[index : index + 1]
+        # captum starts from a gradient of 1 where the deconvnet starts from the activation.
+        value = recording.activations[layer][(int(picture), *place)]
+        assert value > 0
+        expected = value * peer.attribute(pictures[picture].requires_grad_(), target=place)[0]
+        torch.testing.assert_close(actual[index], expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+
+
+class _Preprocessing(nn.Module):
+    def __init__(self, net: VGG19) -> None:
+        super().__init__()
+        self.preprocess = net.preprocess
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.preprocess(x)

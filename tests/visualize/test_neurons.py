@@ -1,0 +1,78 @@
+"""Seeds: how they are chosen, and what cannot be one."""
+
+import pytest
+import torch
+
+from fastnst.errors import UserError
+from fastnst.visualize.deconv.neurons import Seeds, check_maps
+
+
+def test_every_position_has_none() -> None:
+    seeds = Seeds.every_position([0, 0, 1], [4, 5, 6])
+    assert (seeds.pictures.tolist(), seeds.maps.tolist(), seeds.positions) == ([0, 0, 1], [4, 5, 6], None)
+    assert seeds.maps.dtype == seeds.pictures.dtype == torch.int64
+    assert len(seeds) == 3
+
+
+def test_positions_are_kept() -> None:
+    seeds = Seeds.at([1, 0], torch.tensor([2, 3], dtype=torch.int32), [(4, 5), (6, 7)])
+    assert seeds.maps.tolist() == [2, 3]
+    assert seeds.positions is not None
+    assert seeds.positions.tolist() == [[4, 5], [6, 7]]
+    assert seeds.positions.dtype == torch.int64
+
+
+def test_strongest_finds_each_maps_own_maximum() -> None:
+    activations = torch.zeros(2, 3, 4, 5)
+    activations[0, 1, 3, 2] = 7
+    activations[1, 1, 0, 4] = 8
+    activations[1, 2] = -1
+    activations[1, 2, 2, 1] = -0.5
+    seeds = Seeds.strongest(activations.contiguous(memory_format=torch.channels_last), [0, 1, 1], [1, 1, 2])
+    assert seeds.positions is not None
+    assert seeds.positions.tolist() == [[3, 2], [0, 4], [2, 1]]
+
+
+def test_the_first_of_equal_maxima_in_row_major_order_is_the_strongest() -> None:
+    activations = torch.zeros(1, 2, 3, 4)
+    activations[0, 1, 2, 0] = activations[0, 1, 1, 3] = 5
+    seeds = Seeds.strongest(activations, [0, 0], [0, 1])
+    assert seeds.positions is not None
+    assert seeds.positions.tolist() == [[0, 0], [1, 3]]
+
+
+def test_a_layer_without_positions_counts_as_maps_of_one() -> None:
+    seeds = Seeds.strongest(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), [0, 1], [1, 0])
+    assert seeds.positions is not None
+    assert seeds.positions.tolist() == [[0, 0], [0, 0]]
+
+
+def test_no_seeds() -> None:
+    for seeds in (Seeds.at([], [], []), Seeds.strongest(torch.rand(1, 2, 3, 4), [], [])):
+        assert len(seeds) == 0
+        assert seeds.positions is not None
+        assert tuple(seeds.positions.shape) == (0, 2)
+
+
+def test_a_part() -> None:
+    seeds = Seeds.at([0, 1, 2], [3, 4, 5], [(0, 1), (2, 3), (4, 5)])[1:3]
+    assert (seeds.pictures.tolist(), seeds.maps.tolist()) == ([1, 2], [4, 5])
+    assert seeds.positions is not None
+    assert seeds.positions.tolist() == [[2, 3], [4, 5]]
+    assert Seeds.every_position([0, 1], [2, 3])[:1].positions is None
+
+
+def test_what_does_not_pair_up_is_refused() -> None:
+    with pytest.raises(UserError, match=r"pictures \[2\] and maps \[1\] do not pair up"):
+        Seeds.every_position([0, 1], [2])
+    with pytest.raises(UserError, match=r"positions are \[1, 2\], expected \[2, 2\]"):
+        Seeds.at([0, 1], [2, 3], [(0, 0)])
+    with pytest.raises(UserError, match=r"positions are \[2, 3\], expected \[2, 2\]"):
+        Seeds.at([0, 1], [2, 3], [(0, 0, 0), (0, 0, 0)])
+
+
+@pytest.mark.parametrize("number", [-1, 256, 1000])
+def test_a_map_out_of_range_is_named_with_the_range(number: int) -> None:
+    check_maps("relu3_4", [0, 255], 256)
+    with pytest.raises(UserError, match=rf"^relu3_4 has no map {number}; its maps are 0 … 255$"):
+        check_maps("relu3_4", [3, number], 256)

@@ -1,0 +1,266 @@
+"""Saliency maps: hand-computed gradients, agreement with captum and autograd, what the methods promise."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from captum.attr import GuidedBackprop, Saliency
+from torch import Tensor, nn
+
+from fastnst.errors import DataError, UserError
+from fastnst.images import read_image, to_tensor
+from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19
+from fastnst.models.weights import load_vgg19
+from fastnst.visualize.attribution.saliency import METHODS, saliency
+from fastnst.visualize.attribution.targets import Target, parse_target, score
+
+TARGETS = ("conv1_1:5", "relu1_1:5", "relu1_2:60", "pool1:0", "conv2_2:127", "relu2_2:3")
+
+
+class AsSequential(nn.Module):
+    """VGG19 up to a layer out of PyTorch's own modules, as captum wants it; each map's sum is an output."""
+
+    def __init__(self, net: VGG19, last_layer: str) -> None:
+        super().__init__()
+        self.prepare = net.preprocess
+        layers: list[nn.Module] = []
+        for name in LAYERS[: LAYERS.index(last_layer) + 1]:
+            if name.startswith("relu"):
+                layers.append(nn.ReLU())
+            elif name.startswith("pool"):
+                layers.append(nn.MaxPool2d(2))
+            else:
+                ours = net.get_submodule(name)
+                conv = nn.Conv2d(ours.in_channels, ours.out_channels, 3, padding=1).to(ours.weight.dtype)
+                conv.load_state_dict(ours.state_dict())
+                layers.append(conv)
+        self.layers = nn.Sequential(*layers).requires_grad_(False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.layers(self.prepare(pictures)).sum(dim=(2, 3))
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def net(request: pytest.FixtureRequest) -> VGG19:
+    net = VGG19("relu2_2", request.param, generator=torch.Generator().manual_seed(3)).double()
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            # Biases of either sign, so that ReLUs close for that reason, too.
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    return net
+
+
+@pytest.fixture
+def pictures() -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(3, 3, 13, 18, generator=generator, dtype=torch.float64)
+
+
+def captum_map(method: Callable[..., Tensor], pictures: Tensor, target: Target) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting backward hooks on ReLU")
+        attribution = method(pictures.clone().requires_grad_(), target=target.map)
+    return attribution.detach().abs().amax(dim=1)
+
+
+def assert_near(actual: Tensor, expected: Tensor, relative: float) -> None:
+    assert actual.shape == expected.shape
+    largest = expected.abs().max().item()
+    assert largest > 0
+    assert (actual - expected).abs().max().item() <= relative * largest
+
+
+# By hand.
+
+
+@pytest.fixture
+def two_colours() -> VGG19:
+    """conv1_1 copies red to map 0 and twice green to map 1; conv1_2's map 0 is their difference, plus a bias."""
+    net = VGG19("relu1_2").double()
+    for conv in (net.conv1_1, net.conv1_2):
+        conv.weight.zero_()
+    net.conv1_1.weight[0, 0, 1, 1] = 1
+    net.conv1_1.weight[1, 1, 1, 1] = 2
+    net.conv1_1.bias[:2] = 10
+    net.conv1_2.weight[0, :2, 1, 1] = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    net.conv1_2.bias[0] = 30
+    return net
+
+
+def test_plain_by_hand(two_colours: VGG19) -> None:
+    red, green = two_colours.gain[0].item(), two_colours.gain[1].item()
+    pictures = torch.rand(1, 3, 4, 5, dtype=torch.float64)
+    found = saliency(two_colours, pictures, parse_target("relu1_2:0"))
+    assert 2 * green > red
+    torch.testing.assert_close(found, torch.full((1, 4, 5), 2 * green, dtype=torch.float64))
+
+
+def test_guided_stops_what_would_lower_the_target(two_colours: VGG19) -> None:
+    pictures = torch.rand(1, 3, 4, 5, dtype=torch.float64)
+    found = saliency(two_colours, pictures, parse_target("relu1_2:0"), method="guided")
+    # Green's gradient is negative at relu1_1 and ends there; red's remains.
+    torch.testing.assert_close(found, torch.full((1, 4, 5), two_colours.gain[0].item(), dtype=torch.float64))
+
+
+def test_a_closed_relu_hides_its_pixels(two_colours: VGG19) -> None:
+    two_colours.conv1_1.bias[0] = 0
+    dark_left = torch.zeros(1, 3, 2, 4, dtype=torch.float64)
+    dark_left[:, :, :, 2:] = 1
+    found = saliency(two_colours, dark_left, parse_target("relu1_1:0"), method="guided")
+    red = two_colours.gain[0].item()
+    assert found.tolist() == [[[0, 0, red, red]] * 2]
+
+
+# Agreement.
+
+
+@pytest.mark.parametrize("target", [parse_target(text) for text in TARGETS], ids=TARGETS)
+def test_plain_is_captums_saliency(net: VGG19, pictures: Tensor, target: Target) -> None:
+    peer = captum_map(Saliency(AsSequential(net, target.layer)).attribute, pictures, target)
+    assert_near(saliency(net, pictures, target), peer, 1e-12)
+
+
+@pytest.mark.parametrize("target", [parse_target(text) for text in TARGETS], ids=TARGETS)
+def test_guided_is_captums_guided_backpropagation(net: VGG19, pictures: Tensor, target: Target) -> None:
+    peer = captum_map(GuidedBackprop(AsSequential(net, target.layer)).attribute, pictures, target)
+    found = saliency(net, pictures, target, method="guided")
+    assert_near(found, peer, 1e-12)
+    if target.layer not in ("conv1_1", "relu1_1"):
+        plain = saliency(net, pictures, target)
+        assert not torch.allclose(found, plain, rtol=0.1)
+
+
+@pytest.mark.parametrize("number", [7, 100])
+def test_agrees_with_captum_on_a_photo_in_single_precision(content: Path, weights: Path, number: int) -> None:
+    file = weights / "vgg19_caffe_conv1_1-conv3_4.pth"
+    net = load_vgg19(str(file), last_layer="relu3_4", notify=lambda _: None)
+    photo = to_tensor(read_image(sorted(content.iterdir())[0]))
+    photo = torch.nn.functional.interpolate(photo, size=(60, 76), mode="area")
+    target = Target("relu3_4", number, "")
+    peer = AsSequential(net, "relu3_4")
+    assert_near(saliency(net, photo, target), captum_map(Saliency(peer).attribute, photo, target), 1e-5)
+    guided = captum_map(GuidedBackprop(peer).attribute, photo, target)
+    assert_near(saliency(net, photo, target, method="guided"), guided, 1e-5)
+
+
+def test_smoothgrad_is_the_mean_over_noisy_copies(net: VGG19, pictures: Tensor) -> None:
+    target = parse_target("relu2_2:3")
+    expected = []
+    for picture in pictures:
+        generator = torch.Generator().manual_seed(11)
+        total = torch.zeros_like(picture)
+        for _ in range(5):
+            grain = torch.randn(picture.shape, generator=generator).double()
+            noisy = (picture + 0.2 * (picture.max() - picture.min()) * grain)[None].requires_grad_()
+            total += torch.autograd.grad(score(net, target, noisy).sum(), noisy)[0][0]
+        expected.append((total / 5).abs().amax(dim=0))
+    settings = {"method": "smoothgrad", "samples": 5, "noise": 0.2, "seed": 11}
+    for batch_size in (1, 2, 16):
+        found = saliency(net, pictures, target, batch_size=batch_size, **settings)
+        assert_near(found, torch.stack(expected), 1e-12)
+
+
+def test_smoothgrad_without_noise_is_plain(net: VGG19, pictures: Tensor) -> None:
+    target = parse_target("conv2_2:1")
+    found = saliency(net, pictures, target, method="smoothgrad", noise=0.0, samples=3)
+    assert_near(found, saliency(net, pictures, target), 1e-12)
+
+
+def test_smoothgrads_noise_follows_the_seed(net: VGG19, pictures: Tensor) -> None:
+    target = parse_target("relu2_2:3")
+    one, again, other = (
+        saliency(net, pictures[:1], target, method="smoothgrad", samples=2, seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+# What every method promises.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_picture_stands_for_itself(net: VGG19, pictures: Tensor, method: str) -> None:
+    target = parse_target("relu2_2:3")
+    together = saliency(net, pictures, target, method=method, samples=3, batch_size=2)
+    assert together.shape == (3, 13, 18)
+    assert bool((together >= 0).all())
+    for picture, expected in zip(pictures.split(1), together.split(1), strict=True):
+        assert_near(saliency(net, picture, target, method=method, samples=3), expected, 1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda context: context.__name__)
+def test_works_where_gradients_are_off(
+    net: VGG19, pictures: Tensor, method: str, context: Callable[[], torch.no_grad]
+) -> None:
+    target = parse_target("relu2_2:3")
+    expected = saliency(net, pictures, target, method=method, samples=2)
+    with context():
+        made_here = pictures + 0
+        assert torch.equal(saliency(net, made_here, target, method=method, samples=2), expected)
+        assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_leaves_everything_as_it_was(net: VGG19, pictures: Tensor, method: str) -> None:
+    target = parse_target("relu2_2:3")
+    net.conv1_2.weight.requires_grad_()
+    wanted = pictures.clone().requires_grad_()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    random = torch.get_rng_state()
+    try:
+        found = saliency(net, wanted, target, method=method, samples=2)
+        assert not found.requires_grad
+        assert wanted.grad is None
+        assert net.conv1_2.weight.grad is None
+        assert net.conv1_2.weight.requires_grad
+        assert not net.conv1_1.weight.requires_grad
+    finally:
+        net.conv1_2.weight.requires_grad_(False)
+    assert torch.equal(wanted, pictures)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not net.training
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    # Guided passes leave no hook behind: the next plain gradient is PyTorch's own.
+    (plain,) = torch.autograd.grad(score(net, target, wanted).sum(), wanted)
+    assert torch.equal(saliency(net, pictures, target), plain.abs().amax(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "giuded"}, "unknown saliency method 'giuded'; did you mean 'guided'"),
+        ({"samples": 0}, "samples is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"noise": -0.1}, "noise is -0.1"),
+        ({"noise": float("nan")}, "noise is nan"),
+        ({"target": Target("relu2_2", 128, "")}, "its maps are 0 … 127"),
+        ({"target": Target("relu3_1", 0, "")}, "lies behind relu2_2"),
+        ({"pictures": torch.zeros(3, 8, 8)}, r"got torch.float32 \[3, 8, 8\]"),
+        ({"pictures": torch.zeros(1, 3, 1, 8)}, "too small for relu2_2"),
+    ],
+)
+def test_what_cannot_be_done_is_said(net: VGG19, arguments: dict[str, object], message: str) -> None:
+    usual = {"pictures": torch.zeros(1, 3, 8, 8), "target": parse_target("relu2_2:0")}
+    with pytest.raises(UserError, match=message):
+        saliency(net, **(usual | arguments))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_needs_the_classifier(net: VGG19, method: str) -> None:
+    with pytest.raises(DataError, match="needs the classifier"):
+        saliency(net, torch.zeros(1, 3, 32, 32), parse_target("class:7"), method=method)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gpu_finds_the_same(net: VGG19, pictures: Tensor, method: str) -> None:
+    target = parse_target("relu2_2:3")
+    expected = saliency(net, pictures, target, method=method, samples=3)
+    twin = VGG19("relu2_2", net.flavour).double()
+    twin.load_state_dict(net.state_dict())
+    found = saliency(twin.cuda(), pictures, target, method=method, samples=3)
+    assert found.is_cuda
+    assert_near(found.cpu(), expected, 1e-10)
