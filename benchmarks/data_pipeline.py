@@ -1,12 +1,12 @@
-"""Pictures per second of each source: plain Pillow in one process, both loaders, and a cache of decoded pictures.
+"""Images per second of each source: plain Pillow in one process, both loaders, and a cache of decoded images.
 
     python benchmarks/data_pipeline.py --folder PHOTOS [--image-size 256] [--batch-size 16] [--workers 2] [--json FILE]
 
-Every row reads the same pictures with the same crops. Start-up (the first batch, with the warm-up behind it) is
-reported on its own and not part of the rate. The cache is made for this in a temporary folder, of the pictures that are
+Every row reads the same images with the same crops. Start-up (the first batch, with the warm-up behind it) is
+reported on its own and not part of the rate. The cache is made for this in a temporary folder, of the images that are
 read, and lies in the page cache; the time that making it takes stands in its row of the JSON file. With
 `--step-seconds`, the main thread multiplies matrices that long between batches, as a training step would, and the share
-of time it then waits for pictures is reported.
+of time it then waits for images is reported.
 
 `--tune` measures the DALI loader alone, for each of several numbers of threads and of batches kept ready, and on a GPU
 for several shares of the JPEGs that go to its decoding engines: what `data.workers`, `data.prefetch` and
@@ -31,10 +31,10 @@ import numpy as np
 import PIL
 
 from fastnst.config import DataConfig
-from fastnst.data.crop import read_square, window_of
+from fastnst.data.crop import crop_box, read_crop
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.sampler import RunOrder
+from fastnst.data.sampler import Sampler
 from fastnst.errors import UserError
 from fastnst.storage import write_json
 
@@ -51,7 +51,7 @@ TUNED_ENGINE_SHARES = (0.0, 0.35, 0.65, 0.9)
 
 
 @click.command()
-@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder of pictures.")
+@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder of images.")
 @click.option("--image-size", default=256, show_default=True, help="Side of the squares, in pixels.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--batches", default=20, show_default=True, help="Timed batches per repeat.")
@@ -75,16 +75,16 @@ def main(
     tune: bool,
     json_file: Path | None,
 ) -> None:
-    """Print pictures per second of plain Pillow, the Pillow loader, the DALI loader and a cache."""
+    """Print images per second of plain Pillow, the Pillow loader, the DALI loader and a cache."""
     from fastnst.device import resolve_device
 
     target = resolve_device(device)
     manifest = build_manifest(folder)
-    order = RunOrder(0, len(manifest.images), batch_size, WARM_UP + batches)
+    order = Sampler(0, len(manifest.images), batch_size, WARM_UP + batches)
     base = DataConfig(folder=folder, image_size=image_size, workers=workers, prefetch=prefetch)
 
     settings = {
-        "pictures": len(manifest.images),
+        "images": len(manifest.images),
         "image_size": image_size,
         "batch_size": batch_size,
         "batches": batches,
@@ -120,7 +120,7 @@ def main(
             rows.append(row)
             waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
             click.echo(
-                f"{name:34} {row['pictures_per_second']:8.1f} pictures/s "
+                f"{name:34} {row['pictures_per_second']:8.1f} images/s "
                 f"({row['slowest']:.1f} … {row['fastest']:.1f})  "
                 f"first batch {row['first_batch_seconds']:.2f} s{waiting}"
             )
@@ -134,7 +134,7 @@ def _write(file: Path | None, rows: list[dict[str, Any]], device: "torch.device"
 
 def _tune(
     manifest: Manifest,
-    order: RunOrder,
+    order: Sampler,
     base: DataConfig,
     repeats: int,
     step_seconds: float,
@@ -163,7 +163,7 @@ def _tune(
             )
             rows.append(row | {"workers": count, "prefetch": depth, "engines_share": share if engines else None})
             waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
-            click.echo(f"{name:48} {row['pictures_per_second']:8.1f} pictures/s{waiting}")
+            click.echo(f"{name:48} {row['pictures_per_second']:8.1f} images/s{waiting}")
     finally:
         dali.HW_DECODER_LOAD = usual
     best = max(rows, key=lambda row: row["pictures_per_second"])
@@ -171,8 +171,8 @@ def _tune(
     return rows
 
 
-def _make_cache(manifest: Manifest, order: RunOrder, out: Path, config: DataConfig) -> "tuple[CachedManifest, float]":
-    """A cache of the pictures that `order` reads, and the seconds that it took; its progress is not measured here."""
+def _make_cache(manifest: Manifest, order: Sampler, out: Path, config: DataConfig) -> "tuple[CachedManifest, float]":
+    """A cache of the images that `order` reads, and the seconds that it took; its progress is not measured here."""
     from fastnst.data.cache.build import build_cache
     from fastnst.data.cache.format import CachedManifest
 
@@ -186,9 +186,9 @@ def _make_cache(manifest: Manifest, order: RunOrder, out: Path, config: DataConf
 
 
 class _Plain:
-    """The least that has to be done: file, decode, resize; one picture after another, where it is asked for."""
+    """The least that has to be done: file, decode, resize; one image after another, where it is asked for."""
 
-    def __init__(self, manifest: Manifest, order: RunOrder, image_size: int) -> None:
+    def __init__(self, manifest: Manifest, order: Sampler, image_size: int) -> None:
         self._manifest, self._order, self._image_size = manifest, order, image_size
 
     def __enter__(self) -> "_Plain":
@@ -203,16 +203,16 @@ class _Plain:
             squares = []
             for index, crop, flip in zip(samples.indices, samples.crop, samples.flip, strict=True):
                 entry = self._manifest.images[index]
-                window = window_of(entry.width, entry.height, self._order.fit, crop, self._image_size)
+                window = crop_box(entry.width, entry.height, self._order.fit, crop, self._image_size)
                 path = str(self._manifest.folder / entry.path)
-                squares.append(read_square(path, entry, window, self._image_size, bool(flip)))
+                squares.append(read_crop(path, entry, window, self._image_size, bool(flip)))
             yield np.stack(squares)
 
 
 def _measure(
     name: str,
     open_source: Callable[[], Any],
-    order: RunOrder,
+    order: Sampler,
     repeats: int,
     step_seconds: float,
     device: "torch.device",

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
     add("--preset", help="networks, loss layers and weights; default: hwalsuklee")
-    add("--image-size", type=int, default=256, help="side of the pictures; default: 256")
+    add("--image-size", type=int, default=256, help="side of the images; default: 256")
     add("--batch-size", default="4", metavar="N,…", help="one or more; default: 4")
     add("--steps", type=_positive, default=20, help="timed steps of each provider; default: 20")
     add("--providers", default=",".join(PROVIDERS), metavar="NAME,…", help="default: all")

@@ -1,4 +1,4 @@
-"""What a training step costs at least, layer by layer, on any GPU: FLOPs, bytes, and a bound in ms and pictures/s.
+"""What a training step costs at least, layer by layer, on any GPU: FLOPs, bytes, and a bound in ms and images/s.
 
     python benchmarks/roofline.py --tflops 790 --tb-per-s 4.3
     python benchmarks/roofline.py --preset johnson --batch-size 32 --precision bf16 --markdown plan.md --json plan.json
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tflops", type=_positive, default=H200_TFLOPS, help="10¹² FLOPs per second; default: 790")
     parser.add_argument("--tb-per-s", type=_positive, default=H200_TB_PER_S, help="10¹² bytes per second; default: 4.3")
     parser.add_argument("--preset", help="default: hwalsuklee")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the pictures; default: 256")
+    parser.add_argument("--image-size", type=int, default=256, help="side of the images; default: 256")
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -117,10 +117,10 @@ def markdown(config: Config, precision: str, machine: Machine, operations: Seque
         f"Preset {settings['preset']}, {settings['image_size']}², batch {settings['batch_size']}, {precision}; "
         f"our bytes: {settings['moved_bytes_from']}.",
         "",
-        f"- {whole['gflop_per_image']:.1f} GFLOP per picture; by FLOPs alone "
-        f"{whole['flops_only_images_per_second']:.0f} pictures/s",
-        f"- bound: {whole['bound_ms']:.2f} ms per step, {whole['bound_images_per_second']:.0f} pictures/s",
-        f"- plan: {whole['plan_ms']:.2f} ms per step, {whole['plan_images_per_second']:.0f} pictures/s, moving "
+        f"- {whole['gflop_per_image']:.1f} GFLOP per image; by FLOPs alone "
+        f"{whole['flops_only_images_per_second']:.0f} images/s",
+        f"- bound: {whole['bound_ms']:.2f} ms per step, {whole['bound_images_per_second']:.0f} images/s",
+        f"- plan: {whole['plan_ms']:.2f} ms per step, {whole['plan_images_per_second']:.0f} images/s, moving "
         f"{whole['moved_over_minimum']:.3f} times the minimum bytes",
         "",
         *_table("part", [(part, [op for op in operations if op.part == part]) for part in PARTS], machine),

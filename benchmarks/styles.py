@@ -2,13 +2,13 @@
 
     python benchmarks/styles.py --folder PHOTOS --styles 3 --image-size 128 --batch-size 4 --steps 8 --json FILE
 
-Both kinds are the product's own training step on its own loader, fed from picture files. Together, each batch is
+Both kinds are the product's own training step on its own loader, fed from image files. Together, each batch is
 decoded once and φ sees its content once; alone, each style has a loader to itself, and its steps are made when those of
 the style before it are done, as runs that follow one another would be. The kinds take turns, and begin alternately.
 Each turn opens its loaders anew; a warm-up that outlasts what a loader keeps ready is not timed, and the order goes on
-as far again behind the timed steps, so that they pay for as many pictures as they use.
+as far again behind the timed steps, so that they pay for as many images as they use.
 
-Both kinds see the same pictures in the same order, so that their weights must be equal to the last bit on a CPU, and
+Both kinds see the same images in the same order, so that their weights must be equal to the last bit on a CPU, and
 within the rounding of the type on a GPU. What is not is refused: no row, exit code 1.
 """
 
@@ -29,7 +29,7 @@ from roofline import configured
 from fastnst.config import Config
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.sampler import RunOrder
+from fastnst.data.sampler import Sampler
 from fastnst.device import resolve_device, resolve_precision
 from fastnst.errors import UserError
 from fastnst.losses.perceptual import PerceptualLoss
@@ -56,11 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--folder", type=Path, required=True, metavar="PHOTOS", help="a folder of pictures")
+    add("--folder", type=Path, required=True, metavar="PHOTOS", help="a folder of images")
     add("--styles", type=int, default=3, help="default: 3")
     add("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
     add("--preset", help="networks, loss layers and weights; default: hwalsuklee")
-    add("--image-size", type=int, default=256, help="side of the pictures; default: 256")
+    add("--image-size", type=int, default=256, help="side of the images; default: 256")
     add("--batch-size", type=int, default=4, help="default: 4")
     add("--steps", type=int, default=8, help="timed steps of a turn; default: 8")
     add("--turns", type=int, default=2, help="of each kind; default: 2")
@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         "batch_size": config.train.batch_size,
         "precision": precision,
         "loader": config.data.loader,
-        "pictures": len(manifest.images),
+        "images": len(manifest.images),
         "steps_per_turn": options.steps,
         "seconds_per_step_of_all": {kind: list(values) for kind, values in seconds.items()},
         "together_over_alone": medians["together"] / medians["alone"],
@@ -148,7 +148,7 @@ class _Bench:
     def _segment(self, turn: int, group: list[TrainingStep]) -> float:
         """Seconds that the timed steps of a group take, on one loader that has to go on behind them."""
         config = self._config
-        order = RunOrder(
+        order = Sampler(
             config.train.seed + turn,
             len(self._manifest.images),
             config.train.batch_size,

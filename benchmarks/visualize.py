@@ -2,10 +2,10 @@
 
     python benchmarks/visualize.py --folder PHOTOS [--vgg auto|random|FILE] [--size 224] [--json FILE]
 
-First, all maps of relu3_4 on one picture, the folder's first: projected from the strongest activation of each, and from
+First, all maps of relu3_4 on one image, the folder's first: projected from the strongest activation of each, and from
 all activations of each, the forward pass included; beside one input gradient of each map's strongest activation, by
 autograd with the same weights, 16 to a batch. Then the nine strongest activations of all maps in the whole folder
-(`fastnst visualize top`), from reading files to writing sheets; beside a bare forward pass over the same pictures,
+(`fastnst visualize top`), from reading files to writing sheets; beside a bare forward pass over the same images,
 which are decoded before the clock starts.
 """
 
@@ -33,7 +33,7 @@ SEVERAL_TIMES_AT_MOST = {"projections / gradients": 1.5, "top / forward pass": 3
 
 
 @click.command()
-@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder of pictures.")
+@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder of images.")
 @click.option("--vgg", default="auto", show_default=True, help="auto, random, or a file of VGG19's weights.")
 @click.option("--size", default=224, show_default=True, help="Side of the squares, in pixels.")
 @click.option("--threads", default=2, show_default=True, help="PyTorch's threads.")
@@ -55,7 +55,7 @@ def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: b
     net = load_vgg19(vgg, last_layer=LAYER, notify=lambda line: click.echo(line, err=True))
     decoded = list(squares(manifest, size, batch_size=BATCH, loader="pillow", device=cpu))
     maps = list(range(16 if quick else 256))
-    # Batches come in an order of their own; the folder's first picture is in one of them.
+    # Batches come in an order of their own; the folder's first image is in one of them.
     first = next(batch[(indices == 0)] for indices, batch in decoded if (indices == 0).any())
     work: dict[str, Callable[[], object]] = {
         f"input gradients, {BATCH} to a batch": lambda: _gradients(net, first, maps),
@@ -80,7 +80,7 @@ def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: b
         settings = {
             "layer": LAYER,
             "maps": len(maps),
-            "pictures": len(manifest.images),
+            "images": len(manifest.images),
             "size": size,
             "batch_size": BATCH,
             "threads": threads,
@@ -91,21 +91,21 @@ def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: b
         write_json(json_file, report)
 
 
-def _gradients(net: "VGG19", picture: "Tensor", maps: list[int]) -> None:
+def _gradients(net: "VGG19", image: "Tensor", maps: list[int]) -> None:
     import torch
 
     for start in range(0, len(maps), BATCH):
         chosen = maps[start : start + BATCH]
-        pixels = _to_pictures(picture).expand(len(chosen), -1, -1, -1).clone(memory_format=torch.channels_last)
+        pixels = _to_images(image).expand(len(chosen), -1, -1, -1).clone(memory_format=torch.channels_last)
         activations = net(pixels.requires_grad_(), [LAYER])[LAYER]
         activations[range(len(chosen)), chosen].flatten(1).amax(1).sum().backward()
         assert pixels.grad is not None
 
 
-def _projections(net: "VGG19", picture: "Tensor", maps: list[int], seed: str) -> None:
+def _projections(net: "VGG19", image: "Tensor", maps: list[int], seed: str) -> None:
     from fastnst.visualize.deconv.vgg import Deconvnet
 
-    projections = Deconvnet(net)(_to_pictures(picture), LAYER, maps, seed=seed)
+    projections = Deconvnet(net)(_to_images(image), LAYER, maps, seed=seed)
     assert projections.shape[1] == len(maps)
 
 
@@ -113,7 +113,7 @@ def _forward(net: "VGG19", batch: "Tensor") -> None:
     import torch
 
     with torch.inference_mode():
-        net(_to_pictures(batch), [LAYER])
+        net(_to_images(batch), [LAYER])
 
 
 def _top(folder: Path, maps: list[int], size: int, vgg: str) -> None:
@@ -128,17 +128,17 @@ def _top(folder: Path, maps: list[int], size: int, vgg: str) -> None:
         write_report(report, Path(out), command="fastnst visualize top", inputs=[])
 
 
-def _warm_up(net: "VGG19", picture: "Tensor") -> None:
+def _warm_up(net: "VGG19", image: "Tensor") -> None:
     for _ in range(2):
-        _forward(net, picture)
+        _forward(net, image)
 
 
-def _to_pictures(batch: "Tensor") -> "Tensor":
+def _to_images(batch: "Tensor") -> "Tensor":
     import torch
 
-    from fastnst.visualize.attribution.folder_batches import to_pictures
+    from fastnst.visualize.attribution.folder_batches import to_images
 
-    return to_pictures(batch, torch.float32)
+    return to_images(batch, torch.float32)
 
 
 def _seconds(act: Callable[[], object]) -> float:

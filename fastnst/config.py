@@ -24,11 +24,13 @@ from pydantic import (
 )
 
 from fastnst.config_text import (
+    RENAMED_KEYS,
     UNSET,
     environment_texts,
     nearest,
     parse_value,
     read_toml,
+    rename_old_keys,
     shown,
     split_assignment,
     toml_value,
@@ -73,35 +75,35 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where training pictures come from and how each becomes a square."""
+    """Where training images come from and how each becomes a square."""
 
     folder: Path | None = None
-    """Folder of JPEG, PNG and WebP pictures, searched with its subfolders, or a cache (`fastnst data cache`)."""
+    """Folder of JPEG, PNG and WebP images, searched with its subfolders, or a cache (`fastnst data cache`)."""
     image_size: int = Field(default=256, ge=16, le=2048)
-    """Side of the square training pictures, in pixels."""
+    """Side of the square training images, in pixels."""
     loader: Literal["dali", "pillow"] = "dali"
     """What decodes and resizes: DALI (on the GPU if there is one) or Pillow in processes; a cache needs neither."""
     fit: Literal["random_crop", "center_crop", "squash"] = "random_crop"
-    """How a picture becomes square: short side resized to `image_size` and cropped, or both sides resized."""
+    """How an image becomes square: short side resized to `image_size` and cropped, or both sides resized."""
     flip: bool = True
-    """Mirror each picture left to right with probability one half."""
+    """Mirror each image left to right with probability one half."""
     workers: int | None = Field(default=None, ge=1, le=256)
     """DALI's or a cache's threads, or Pillow's processes; unset: as many as there are cores, at most 16."""
     prefetch: int = Field(default=3, ge=1, le=64)
     """Batches kept ready ahead of the training step."""
     max_failed_percent: float = Field(default=1.0, ge=0, le=100)
-    """Most pictures, in percent of those accepted, that may turn unreadable during the run; each is replaced by the
+    """Most images, in percent of those accepted, that may turn unreadable during the run; each is replaced by the
     next one. Three always may; 0: none."""
 
 
 class StyleConfig(Section):
     """The painting."""
 
-    picture: Path | None = None
-    """The style picture."""
+    image: Path | None = None
+    """The style image."""
     size: int | None = Field(default=None, ge=16, le=4096)
-    """Longest side of the style picture in pixels while its Gram matrices are taken: larger strokes with smaller
-    numbers. Smaller pictures are not enlarged. Unset: the picture's own size, at most 1024."""
+    """Longest side of the style image in pixels while its Gram matrices are taken: larger strokes with smaller
+    numbers. Smaller images are not enlarged. Unset: the image's own size, at most 1024."""
 
 
 class ModelConfig(Section):
@@ -110,7 +112,7 @@ class ModelConfig(Section):
     architecture: Literal["hwalsuklee", "lengstrom", "johnson"] = "hwalsuklee"
     """Padding, upsampling, output and initialisation, each as one published implementation has them."""
     norm: Literal["instance", "batch"] = "instance"
-    """Statistics per picture (Ulyanov et al. 2016) or per batch (Johnson et al. 2016)."""
+    """Statistics per image (Ulyanov et al. 2016) or per batch (Johnson et al. 2016)."""
 
 
 class LossConfig(Section):
@@ -172,7 +174,7 @@ class TrainConfig(Section):
     steps: int | None = Field(default=None, ge=1)
     """Steps to train; unset: as many as `epochs` needs."""
     epochs: float = Field(default=2.0, gt=0, le=1e9)
-    """Passes over the pictures; used where `steps` is unset."""
+    """Passes over the images; used where `steps` is unset."""
     learning_rate: float = Field(default=1e-3, gt=0)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Type of the matrix work; sums, losses and statistics stay fp32. `auto`: bf16 on CUDA, fp32 on a CPU."""
@@ -201,7 +203,7 @@ class TrainConfig(Section):
     sample_every: int = Field(default=500, ge=1)
     """Steps between two sets of stylised samples and histograms in TensorBoard."""
     samples: int = Field(default=4, ge=0, le=64)
-    """Fixed pictures, the first of the folder, that are stylised for TensorBoard."""
+    """Fixed images, the first of the folder, that are stylised for TensorBoard."""
     checkpoint_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
@@ -219,11 +221,11 @@ class VisualizeConfig(Section):
     """Steps between two sets of projections, beside those before the first step and after the last; 0: none at all."""
     max_percent: float = Field(default=2.0, gt=0, le=100)
     """Most of the training time that projections may take; a set that would take more is left out."""
-    pictures: int = Field(default=2, ge=1, le=64)
-    """Fixed pictures, the first of the folder, on which the networks are watched."""
+    images: int = Field(default=2, ge=1, le=64)
+    """Fixed images, the first of the folder, on which the networks are watched."""
     vgg_maps: tuple[str, ...] = ()
-    """Maps of VGG19, looking at the stylised picture: `relu3_1:17` (that map's strongest activation) or `relu3_1` (all
-    maps at once). Empty: of each layer of the loss, the map that answers the first photograph most strongly."""
+    """Maps of VGG19, looking at the stylised image: `relu3_1:17` (that map's strongest activation) or `relu3_1` (all
+    maps at once). Empty: of each layer of the loss, the map that answers the first photo most strongly."""
     transform_maps: tuple[str, ...] = ("conv2:0", "conv3:0", "res1:0", "res3:0", "res5:0", "up1:0", "up2:0")
     """Maps of the transform net, written alike; all activations of a map are projected together."""
 
@@ -286,17 +288,18 @@ def load_config(
     in_file = {} if file is None else read_toml(file)
     in_environment: dict[str, Any] = {}
     for key, text in environment_texts(os.environ if environment is None else environment).items():
-        _put(in_environment, key, parse_value(text, _annotation(key)))
+        _put(in_environment, key, parse_value(text, _annotation(RENAMED_KEYS.get(key, key))))
     on_command_line: dict[str, Any] = {}
     for key, value in {"preset": preset, **(options or {})}.items():
         if value is not None:
             _put(on_command_line, key, value)
     for key, text in map(split_assignment, assignments):
-        _put(on_command_line, key, parse_value(text, _annotation(key)))
+        _put(on_command_line, key, parse_value(text, _annotation(RENAMED_KEYS.get(key, key))))
 
     sources = ((str(file), in_file), ("the environment", in_environment), ("the command line", on_command_line))
     name: Any = DEFAULT_PRESET
     for source, values in sources:
+        rename_old_keys(values, source)
         _check_keys(values, source)
         name = values.get("preset", name)
     if name not in preset_names():

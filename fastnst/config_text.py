@@ -1,6 +1,7 @@
 """How configuration is written down: TOML files, environment variables and `--set` assignments, to values and back."""
 
 import difflib
+import logging
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 from fastnst.errors import UserError
 from fastnst.storage import read_regular_file
 
+log = logging.getLogger(__name__)
+
+RENAMED_KEYS = {"style.picture": "style.image", "visualize.pictures": "visualize.images"}
+"""Old name → name; a source that uses the old one is told the new one, and read."""
 ENVIRONMENT_PREFIX = "FASTNST_"
 MAX_FILE_BYTES = 1 << 20
 _MAX_DOTS = 500
@@ -47,6 +52,28 @@ def environment_texts(environment: Mapping[str, str]) -> dict[str, str]:
         for variable, text in environment.items()
         if (name := variable.removeprefix(ENVIRONMENT_PREFIX)) != variable and ("__" in name or name == "PRESET")
     }
+
+
+def current_keys(values: Mapping[str, str]) -> dict[str, str]:
+    """Return dotted key → value with today's names, of values that an older version may have saved."""
+    return {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
+
+
+def rename_old_keys(values: dict[str, Any], source: str) -> None:
+    """Give the keys of a source their new names, and say so.
+
+    Raises:
+        UserError: a key is set under both names.
+    """
+    for old, new in RENAMED_KEYS.items():
+        (section, old_key), new_key = old.split("."), new.partition(".")[2]
+        keys = values.get(section)
+        if not isinstance(keys, dict) or old_key not in keys:
+            continue
+        if new_key in keys:
+            raise UserError(f"{source}: {old} is the old name of {new}, and both are set; remove {old}")
+        keys[new_key] = keys.pop(old_key)
+        log.warning("%s: %s is now named %s; the old name still works", source, old, new)
 
 
 def split_assignment(assignment: str) -> tuple[str, str]:

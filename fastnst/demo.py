@@ -1,7 +1,7 @@
 """`fastnst demo`: a small style from nothing but what is installed, in a few minutes on two CPU cores.
 
-The photographs come with scikit-image and are in the public domain (NASA's astronaut and deep field, a rocket, a cat, a
-cup of coffee); the style picture is painted here.
+The photos come with scikit-image and are in the public domain (NASA's astronaut and deep field, a rocket, a cat, a
+cup of coffee); the style image is painted here.
 """
 
 import math
@@ -35,17 +35,17 @@ _PALETTE = ("#0b1e3f", "#123c69", "#1f6f8b", "#3fa7a3", "#e8c547", "#f2e3bc", "#
 
 @dataclass(frozen=True)
 class DemoResult:
-    picture: Path
+    image: Path
     model: Path
 
 
 def run_demo(
     out: Path, *, vgg: str, steps: int | None, notify: Callable[[str], None], stop: StopRequest | None = None
 ) -> DemoResult:
-    """Train a style on crops of a few photographs, and paint one of them.
+    """Train a style on crops of a few photos, and paint one of them.
 
     Args:
-        out: the run directory, new or empty; pictures are put into `out` with the suffix `-pictures`.
+        out: the run directory, new or empty; images are put into `out` with the suffix `-images`.
         vgg: as `--vgg`; where `auto` finds no weights and cannot download them, the demo says so and takes `random`.
         steps: training steps; None: as many as show the style.
 
@@ -60,15 +60,15 @@ def run_demo(
     # A run this short has no two percent to spare for projections, and shall show them nevertheless.
     looks = ["train.sample_every=50", "train.log_every=10", "visualize.every=50", "visualize.max_percent=100"]
     assignments = [f"data.image_size={IMAGE_SIZE}", *looks]
-    pictures = out.with_name(out.name + "-pictures")
-    style = pictures / "style.png"
+    images = out.with_name(out.name + "-images")
+    style = images / "style.png"
     options = {
         "train.steps": steps or STEPS,
-        "style.picture": style.absolute(),
-        "data.folder": (pictures / "photos").absolute(),
+        "style.image": style.absolute(),
+        "data.folder": (images / "photos").absolute(),
     }
     prepare_run(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
-    photos = write_photos(pictures / "photos")
+    photos = write_photos(images / "photos")
     write_image(style, paint_strokes(256))
     if vgg == "auto":
         try:
@@ -81,15 +81,15 @@ def run_demo(
     config = load_config(preset="vgg-conv3", assignments=assignments, options=options | {"loss.vgg": vgg})
     model = train(config, out, notify=notify, stop=stop)
     shown = next(path for path in photos if path.stem == SHOWN)
-    return DemoResult(stylize_files(out, [shown], pictures / f"{SHOWN}-stylised.png", notify=notify)[0], model)
+    return DemoResult(stylize_files(out, [shown], images / f"{SHOWN}-stylised.png", notify=notify)[0], model)
 
 
 def write_photos(folder: Path) -> list[Path]:
-    """The demo's photographs as PNG files in `folder`."""
+    """The demo's photos as PNG files in `folder`."""
     try:
         from skimage import data
     except ImportError as error:
-        raise UserError("the demo's photographs come with scikit-image; pip install 'fastnst[demo]'") from error
+        raise UserError("the demo's photos come with scikit-image; pip install 'fastnst[demo]'") from error
     paths = []
     for name in PHOTOS:
         path = folder / f"{name}.png"
@@ -99,7 +99,7 @@ def write_photos(folder: Path) -> list[Path]:
 
 
 def paint_strokes(side: int, seed: int = 7) -> np.ndarray:
-    """A style picture: strokes of paint along a swirling flow, uint8 `[side, side, 3]`."""
+    """A style image: strokes of paint along a swirling flow, uint8 `[side, side, 3]`."""
     rng = np.random.default_rng(seed)
     scale = 3  # drawn larger and reduced, for smooth edges
     canvas = Image.new("RGB", (side * scale, side * scale), _PALETTE[1])

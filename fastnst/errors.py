@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-    """A picture, a folder, a weights file, a model or the storage beneath them cannot be used."""
+    """An image, a folder, a weights file, a model or the storage beneath them cannot be used."""
 
     exit_code = 3
 
@@ -32,7 +32,7 @@ class DeviceError(UserError):
 class StoppedBySignal(BaseException):
     """Work ended early, in good order, because the process received `signum`.
 
-    It may be raised wherever the program stands, also where any `Exception` is taken for a damaged picture.
+    It may be raised wherever the program stands, also where any `Exception` is taken for a damaged image.
     """
 
     def __init__(self, signum: int, message: str) -> None:

@@ -1,7 +1,7 @@
-"""One picture: read it from a file that may be anything, check it, and write it.
+"""One image: read it from a file that may be anything, check it, and write it.
 
 Reading always ends in upright, 8-bit RGB: the orientation tag is applied; grayscale, palette, CMYK and 16-bit
-pictures are converted; transparency is dropped, or kept on request. Colour profiles are not applied. Only the formats
+images are converted; transparency is dropped, or kept on request. Colour profiles are not applied. Only the formats
 named here are ever tried, and Pillow's limit on the number of pixels is an error, because a file may come from
 anywhere.
 """
@@ -51,12 +51,12 @@ _UPRIGHT = {
 _filters_lock = threading.RLock()
 
 
-class UnusablePictureError(Exception):
-    """Why a file cannot serve as a picture, and what to do; without the file's name, which the caller knows."""
+class UnusableImageError(Exception):
+    """Why a file cannot serve as an image, and what to do; without the file's name, which the caller knows."""
 
 
 def read_image(path: Path | str, *, alpha: bool = False, min_side: int = MIN_SIDE) -> np.ndarray:
-    """One picture, upright, of any mode, from a JPEG, PNG, WebP, BMP or TIFF file; of an animation, the first frame.
+    """One image, upright, of any mode, from a JPEG, PNG, WebP, BMP or TIFF file; of an animation, the first frame.
 
     Args:
         path: the file; its suffix does not matter.
@@ -67,23 +67,23 @@ def read_image(path: Path | str, *, alpha: bool = False, min_side: int = MIN_SID
         uint8 `[H, W, 3]`; with `alpha`, `[H, W, 4]` if the file has transparency.
 
     Raises:
-        DataError: missing, unreadable, not a picture, damaged, cut short, too small or too large.
+        DataError: missing, unreadable, not an image, damaged, cut short, too small or too large.
     """
     path = Path(path)
     try:
         with quietly():
-            picture = decode(read_bytes(path), formats=READABLE_FORMATS, alpha=alpha)
-        check_size(picture.width, picture.height, min_side)
-    except UnusablePictureError as error:
-        raise DataError(f"cannot use {printable(path)} as a picture: {error}") from error
-    return _to_array(picture)
+            image = decode(read_bytes(path), formats=READABLE_FORMATS, alpha=alpha)
+        check_size(image.width, image.height, min_side)
+    except UnusableImageError as error:
+        raise DataError(f"cannot use {printable(path)} as an image: {error}") from error
+    return _to_array(image)
 
 
 def write_image(path: Path | str, array: np.ndarray) -> None:
-    """Write a picture atomically; its suffix chooses JPEG, PNG or WebP.
+    """Write an image atomically; its suffix chooses JPEG, PNG or WebP.
 
     JPEG and WebP are written in quality 95, JPEG with colour at full resolution. JPEG knows no transparency: a
-    picture with alpha is laid on white.
+    image with alpha is laid on white.
 
     Args:
         path: ends in .jpg, .jpeg, .png or .webp.
@@ -96,26 +96,26 @@ def write_image(path: Path | str, array: np.ndarray) -> None:
     check_writable_suffix(path)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (3, 4) or array.size == 0:
         raise DataError(
-            f"cannot write {printable(path)}: a picture is a uint8 array [H, W, 3 or 4], "
+            f"cannot write {printable(path)}: an image is a uint8 array [H, W, 3 or 4], "
             f"not {array.dtype} {list(array.shape)}; see fastnst.images.to_array"
         )
-    picture = Image.fromarray(np.ascontiguousarray(array))
-    picture_format = SUFFIXES[path.suffix.lower()]
+    image = Image.fromarray(np.ascontiguousarray(array))
+    image_format = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {}
-    if picture_format == "JPEG":
+    if image_format == "JPEG":
         options = {"quality": 95, "subsampling": 0}
-        if picture.mode == "RGBA":
-            on_white = Image.new("RGBA", picture.size, "white")
-            on_white.alpha_composite(picture)
-            picture = on_white.convert("RGB")
-    elif picture_format == "WEBP":
+        if image.mode == "RGBA":
+            on_white = Image.new("RGBA", image.size, "white")
+            on_white.alpha_composite(image)
+            image = on_white.convert("RGB")
+    elif image_format == "WEBP":
         options = {"quality": 95}
     encoded = io.BytesIO()
     try:
-        picture.save(encoded, picture_format, **options)
+        image.save(encoded, image_format, **options)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot write {printable(path)}: {picture_format} refuses {picture.width} × {picture.height} px "
+            f"cannot write {printable(path)}: {image_format} refuses {image.width} × {image.height} px "
             f"({error}); choose a name that ends in .png"
         ) from error
     write_atomic(path, encoded.getvalue())
@@ -131,7 +131,7 @@ def check_writable_suffix(path: Path) -> None:
 
 
 def to_tensor(array: np.ndarray) -> "torch.Tensor":
-    """A uint8 picture `[H, W, 3]` as float32 `[1, 3, H, W]` in [0, 1], channels_last."""
+    """A uint8 image `[H, W, 3]` as float32 `[1, 3, H, W]` in [0, 1], channels_last."""
     import torch
 
     assert array.dtype == np.uint8, array.dtype
@@ -142,7 +142,7 @@ def to_tensor(array: np.ndarray) -> "torch.Tensor":
 
 
 def to_array(tensor: "torch.Tensor") -> np.ndarray:
-    """A float picture `[3, H, W]` or `[1, 3, H, W]` in [0, 1], on any device, as uint8 `[H, W, 3]`.
+    """A float image `[3, H, W]` or `[1, 3, H, W]` in [0, 1], on any device, as uint8 `[H, W, 3]`.
 
     Values are clamped, then rounded to the nearest of the 256 levels.
 
@@ -151,23 +151,23 @@ def to_array(tensor: "torch.Tensor") -> np.ndarray:
     """
     import torch
 
-    picture = tensor.detach()
-    if picture.ndim == 4:
-        assert picture.shape[0] == 1, picture.shape
-        picture = picture[0]
-    assert picture.ndim == 3, picture.shape
-    assert picture.shape[0] == 3, picture.shape
-    picture = picture.to(torch.float32)
-    if bool(torch.isnan(picture).any()):
-        raise DataError("the picture holds NaN; the model has diverged or its precision overflows, try fp32")
-    return picture.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    image = tensor.detach()
+    if image.ndim == 4:
+        assert image.shape[0] == 1, image.shape
+        image = image[0]
+    assert image.ndim == 3, image.shape
+    assert image.shape[0] == 3, image.shape
+    image = image.to(torch.float32)
+    if bool(torch.isnan(image).any()):
+        raise DataError("the image holds NaN; the model has diverged or its precision overflows, try fp32")
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def read_bytes(path: Path | str) -> bytes:
     """Everything in a regular file.
 
     Raises:
-        UnusablePictureError: it is missing, unreadable, above 1 GiB, or no regular file (a pipe would block).
+        UnusableImageError: it is missing, unreadable, above 1 GiB, or no regular file (a pipe would block).
     """
     return read_with_time(path)[0]
 
@@ -175,93 +175,93 @@ def read_bytes(path: Path | str) -> bytes:
 def read_with_time(path: Path | str) -> tuple[bytes, int]:
     """Everything in a regular file, and its modification time in ns; see `read_bytes`."""
     try:
-        # Unbuffered, and by descriptor: this runs for every picture of every batch.
+        # Unbuffered, and by descriptor: this runs for every image of every batch.
         with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise UnusablePictureError("it is not a regular file; give a picture's file")
+                raise UnusableImageError("it is not a regular file; give an image's file")
             if status.st_size > MAX_FILE_BYTES:
-                raise UnusablePictureError(f"its {status.st_size / 2**30:.1f} GiB are above 1 GiB; store it smaller")
+                raise UnusableImageError(f"its {status.st_size / 2**30:.1f} GiB are above 1 GiB; store it smaller")
             return file.readall(), status.st_mtime_ns
     except OSError as error:
-        raise UnusablePictureError(explain_os_error(error)) from error
+        raise UnusableImageError(explain_os_error(error)) from error
 
 
 def decode(data: bytes, *, formats: tuple[str, ...], alpha: bool = False) -> Image.Image:
-    """The upright picture in an encoded file's bytes, in mode RGB, or RGBA if it has transparency and `alpha` is set.
+    """The upright image in an encoded file's bytes, in mode RGB, or RGBA if it has transparency and `alpha` is set.
 
     Raises:
-        UnusablePictureError: another format, damaged, cut short, or above Pillow's limit on the number of pixels.
+        UnusableImageError: another format, damaged, cut short, or above Pillow's limit on the number of pixels.
     """
-    picture = open_picture(data, formats=formats)
-    load(picture)
-    orientation = orientation_of(picture)
-    # One name: what it was before each step is given back, where the largest pictures have 360 MB.
-    picture = _to_rgb(picture, alpha=alpha)
-    return _make_upright(picture, orientation)
+    image = open_image(data, formats=formats)
+    load(image)
+    orientation = orientation_of(image)
+    # One name: what it was before each step is given back, where the largest images have 360 MB.
+    image = _to_rgb(image, alpha=alpha)
+    return _make_upright(image, orientation)
 
 
-def open_picture(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
-    """The picture, its pixels not yet decoded, and known to be not too many.
+def open_image(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
+    """The image, its pixels not yet decoded, and known to be not too many.
 
     Raises:
-        UnusablePictureError: see `decode`.
+        UnusableImageError: see `decode`.
     """
     if not data:
-        raise UnusablePictureError("the file is empty; fetch it again")
+        raise UnusableImageError("the file is empty; fetch it again")
     try:
         with quietly():
-            picture = Image.open(io.BytesIO(data), formats=formats)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
-        raise UnusablePictureError(_too_many(int(pixels[0]) if pixels else None)) from error
+        raise UnusableImageError(_too_many(int(pixels[0]) if pixels else None)) from error
     except UnidentifiedImageError as error:
-        raise UnusablePictureError(_what_it_is(data, formats)) from error
+        raise UnusableImageError(_what_it_is(data, formats)) from error
     except Exception as error:  # Pillow's parsers raise whatever a damaged header leads them to.
         if data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little"):
-            raise UnusablePictureError(_CUT_SHORT) from error
-        raise UnusablePictureError(f"its header is damaged ({_brief(error)}); fetch it again") from error
-    pixels_of_picture = picture.width * picture.height
-    if Image.MAX_IMAGE_PIXELS is not None and pixels_of_picture > Image.MAX_IMAGE_PIXELS:
-        raise UnusablePictureError(_too_many(pixels_of_picture, picture.size))
-    if picture.format == "WEBP" and pixels_of_picture > MAX_WEBP_PIXELS:
-        raise UnusablePictureError(_too_many(pixels_of_picture, picture.size, MAX_WEBP_PIXELS))
-    return picture
+            raise UnusableImageError(_CUT_SHORT) from error
+        raise UnusableImageError(f"its header is damaged ({_brief(error)}); fetch it again") from error
+    pixels_of_image = image.width * image.height
+    if Image.MAX_IMAGE_PIXELS is not None and pixels_of_image > Image.MAX_IMAGE_PIXELS:
+        raise UnusableImageError(_too_many(pixels_of_image, image.size))
+    if image.format == "WEBP" and pixels_of_image > MAX_WEBP_PIXELS:
+        raise UnusableImageError(_too_many(pixels_of_image, image.size, MAX_WEBP_PIXELS))
+    return image
 
 
-def load(picture: Image.Image) -> None:
+def load(image: Image.Image) -> None:
     """Decode the pixels.
 
     Raises:
-        UnusablePictureError: they are damaged or cut short.
+        UnusableImageError: they are damaged or cut short.
     """
     try:
-        picture.load()
+        image.load()
     except MemoryError:
         raise
     except Exception as error:  # As above: decoders and their plugins raise nearly anything.
         if "truncated" in str(error):
-            raise UnusablePictureError(_CUT_SHORT) from error
-        raise UnusablePictureError(f"its pixels are damaged ({_brief(error)}); fetch it again") from error
+            raise UnusableImageError(_CUT_SHORT) from error
+        raise UnusableImageError(f"its pixels are damaged ({_brief(error)}); fetch it again") from error
 
 
-def orientation_of(picture: Image.Image) -> int:
-    """How a picture, already loaded, still has to be turned, as its tag says: 1 (not at all) to 8.
+def orientation_of(image: Image.Image) -> int:
+    """How an image, already loaded, still has to be turned, as its tag says: 1 (not at all) to 8.
 
     Before loading, the tag may not be known (PNG), or not yet heeded by Pillow itself (TIFF).
     """
     try:
         with quietly():
-            value = picture.getexif().get(_ORIENTATION_TAG, 1)
+            value = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # A damaged tag block says nothing about the pixels, which may be whole.
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def check_size(width: int, height: int, min_side: int) -> None:
-    """Raise UnusablePictureError if the short side has fewer than `min_side` pixels."""
+    """Raise UnusableImageError if the short side has fewer than `min_side` pixels."""
     if min(width, height) < min_side:
-        raise UnusablePictureError(f"{width} × {height} px is too small; the short side needs at least {min_side} px")
+        raise UnusableImageError(f"{width} × {height} px is too small; the short side needs at least {min_side} px")
 
 
 def printable(path: Path | str) -> str:
@@ -288,45 +288,45 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def _to_rgb(picture: Image.Image, *, alpha: bool) -> Image.Image:
-    transparent = picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
+def _to_rgb(image: Image.Image, *, alpha: bool) -> Image.Image:
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     target = "RGBA" if alpha and transparent else "RGB"
-    if picture.mode == target:
-        return picture
-    if picture.mode.startswith("I"):
+    if image.mode == target:
+        return image
+    if image.mode.startswith("I"):
         # 16 bits per sample, which `convert` would clip at 255. 65535 / 257 = 255.
-        gray = np.empty((picture.height, picture.width), np.uint8)
-        for rows, strip in _strips(picture):
+        gray = np.empty((image.height, image.width), np.uint8)
+        for rows, strip in _strips(image):
             gray[rows] = (np.clip(strip.astype(np.int64), 0, 65535) + 128) // 257
-        picture = Image.fromarray(gray)
-    elif picture.mode == "F":
-        raise UnusablePictureError("its samples are floating-point numbers; convert it to 8 bits")
-    elif picture.mode in ("P", "PA", "La") and transparent:
-        picture = picture.convert("RGBA" if picture.mode != "La" else "LA")
+        image = Image.fromarray(gray)
+    elif image.mode == "F":
+        raise UnusableImageError("its samples are floating-point numbers; convert it to 8 bits")
+    elif image.mode in ("P", "PA", "La") and transparent:
+        image = image.convert("RGBA" if image.mode != "La" else "LA")
     try:
-        return picture.convert(target)
+        return image.convert(target)
     except ValueError as error:
-        raise UnusablePictureError(f"its colour mode {picture.mode} cannot become RGB; convert it") from error
+        raise UnusableImageError(f"its colour mode {image.mode} cannot become RGB; convert it") from error
 
 
-def _to_array(picture: Image.Image) -> np.ndarray:
-    array = np.empty((picture.height, picture.width, len(picture.getbands())), np.uint8)
-    for rows, strip in _strips(picture):
+def _to_array(image: Image.Image) -> np.ndarray:
+    array = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+    for rows, strip in _strips(image):
         array[rows] = strip
     return array
 
 
-def _strips(picture: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
-    """Rows and their samples, a few megabytes at a time: whole, the largest pictures would take gigabytes of copies."""
-    height = max(1, (1 << 20) // picture.width)
-    for top in range(0, picture.height, height):
-        bottom = min(top + height, picture.height)
-        yield slice(top, bottom), np.asarray(picture.crop((0, top, picture.width, bottom)))
+def _strips(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows and their samples, a few megabytes at a time: whole, the largest images would take gigabytes of copies."""
+    height = max(1, (1 << 20) // image.width)
+    for top in range(0, image.height, height):
+        bottom = min(top + height, image.height)
+        yield slice(top, bottom), np.asarray(image.crop((0, top, image.width, bottom)))
 
 
-def _make_upright(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture as the camera was held, given its orientation tag."""
-    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+def _make_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The image as the camera was held, given its orientation tag."""
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _too_many(pixels: int | None, size: tuple[int, int] | None = None, limit: int | None = None) -> str:
@@ -351,15 +351,15 @@ def _what_it_is(data: bytes, formats: tuple[str, ...]) -> str:
     }
     name = next((name for start, name in signatures.items() if data.startswith(start)), None)
     if data[4:8] == b"ftyp":
-        name = {b"avif": "an AVIF", b"avis": "an AVIF"}.get(data[8:12], "a HEIF picture or a video")
+        name = {b"avif": "an AVIF", b"avis": "an AVIF"}.get(data[8:12], "a HEIF image or a video")
     if name is not None and name.removeprefix("a ") in formats:
         return f"it is {name} of a kind that cannot be decoded, or its header is damaged; convert it"
     if name is not None:
         return f"it is {name}; convert it to {allowed}"
     text = data[:512].strip()
     if text and all(byte >= 32 or byte in b"\t\r\n\f" for byte in text) and b"\x7f" not in text:
-        return f"it holds text, not a picture; give {allowed}"
-    return f"it is no picture that can be read, or its first bytes are damaged; give {allowed}"
+        return f"it holds text, not an image; give {allowed}"
+    return f"it is no image that can be read, or its first bytes are damaged; give {allowed}"
 
 
 def _brief(error: Exception) -> str:

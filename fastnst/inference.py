@@ -1,4 +1,4 @@
-"""Painting pictures with a trained transform net: tensors with `stylize`, files with `stylize_files`."""
+"""Painting images with a trained transform net: tensors with `stylize`, files with `stylize_files`."""
 
 import contextlib
 import math
@@ -29,43 +29,43 @@ _BYTES_PER_PIXEL_HALF_ON_CPU = 5400
 _BORDER = 80  # pixels that the widest padding adds to a side
 
 
-def stylize(model: TransformNet, pictures: Tensor, *, precision: str = "auto") -> Tensor:
-    """Paint pictures.
+def stylize(model: TransformNet, images: Tensor, *, precision: str = "auto") -> Tensor:
+    """Paint images.
 
     Args:
         model: the network, on the device where it is to work; whatever its mode, it runs in evaluation mode.
-        pictures: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
+        images: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
         precision: type of the matrix work, `bf16`, `fp16` or `fp32`; `auto` is `fp32`.
 
     Returns:
-        RGB in [0, 1], fp32 `[N, 3, H, W]`, channels_last, on the device of `pictures`, without gradient.
+        RGB in [0, 1], fp32 `[N, 3, H, W]`, channels_last, on the device of `images`, without gradient.
 
     Raises:
         UserError: another shape, whole numbers instead of floats, or an unknown precision.
         DeviceError: the device lacks the memory, or the precision.
     """
-    if not pictures.is_floating_point():
-        raise UserError(f"pictures are floats in [0, 1], got {pictures.dtype}; divide by 255 first")
+    if not images.is_floating_point():
+        raise UserError(f"images are floats in [0, 1], got {images.dtype}; divide by 255 first")
     device = next(model.parameters()).device
     dtype = DTYPES[_resolve(precision, device)]
     was_training = model.training
     model.eval()  # batch norm: the statistics of training, which stay as they are
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return model(pictures.to(device, torch.float32)).clamp_(0, 1).to(pictures.device)
+            return model(images.to(device, torch.float32)).clamp_(0, 1).to(images.device)
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
     finally:
         model.train(was_training)
     # Here the failed pass has been let go, with all that it held.
-    count, _, height, width = pictures.shape
+    count, _, height, width = images.shape
     raise _too_large(count, height, width, device, precision)
 
 
 def stylize_files(
     model: Path,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     out: Path,
     *,
     device: str = "auto",
@@ -73,19 +73,19 @@ def stylize_files(
     notify: Callable[[str], None],
     written: Callable[[Path], None] = lambda _: None,
 ) -> list[Path]:
-    """Paint picture files with a style model.
+    """Paint image files with a style model.
 
     The result has the size of its source as it is seen (orientation tags are applied) and keeps its transparency; JPEG
-    has none, there the picture is laid on white. A picture that cannot be used is named, and the others go on.
+    has none, there the image is laid on white. An image that cannot be used is named, and the others go on.
 
     Args:
         model: a `model.safetensors`, or the run directory that holds one.
-        pictures: files, and folders whose pictures (not those of subfolders) are all taken.
-        out: for one picture its result, whose suffix chooses JPEG, PNG or WebP; for several, or where the name has no
+        images: files, and folders whose images (not those of subfolders) are all taken.
+        out: for one image its result, whose suffix chooses JPEG, PNG or WebP; for several, or where the name has no
             suffix, a folder, in which each keeps its name. Files in it are replaced, inputs never.
         device: `auto`, `cuda` or `cpu`.
         precision: `auto` (fp32), `bf16`, `fp16` or `fp32`.
-        notify: told of each picture that is passed over.
+        notify: told of each image that is passed over.
         written: told of each result as soon as it is there.
 
     Returns:
@@ -93,18 +93,18 @@ def stylize_files(
 
     Raises:
         UserError: a result would replace an input or another result, or `out` is no folder where one is needed.
-        DataError: the model cannot be used, the storage refuses, or, after all others are done, some picture could
+        DataError: the model cannot be used, the storage refuses, or, after all others are done, some image could
             not be painted.
-        DeviceError: no such device, or it lacks the memory for some picture.
+        DeviceError: no such device, or it lacks the memory for some image.
     """
-    jobs = _plan(pictures, out)
+    jobs = _plan(images, out)
     where = resolve_device(device)
     precision = _resolve(precision, where)
     net = load_style_model(model, device=where)
     results: list[Path] = []
     failures: list[UserError] = []
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(ProgressReport("stylize", len(jobs), "pictures")) if len(jobs) > 1 else None
+        progress = stack.enter_context(ProgressReport("stylize", len(jobs), "images")) if len(jobs) > 1 else None
         for job in jobs:
             try:
                 _paint(net, job, precision)
@@ -120,7 +120,7 @@ def stylize_files(
                 progress.advance()
     if failures:
         kind = DeviceError if all(isinstance(error, DeviceError) for error in failures) else DataError
-        raise kind(f"{len(failures)} of {len(jobs)} pictures could not be painted, see above; the others are in {out}")
+        raise kind(f"{len(failures)} of {len(jobs)} images could not be painted, see above; the others are in {out}")
     return results
 
 
@@ -130,39 +130,39 @@ class _Job:
     result: Path
 
 
-def _plan(pictures: Sequence[Path], out: Path) -> list[_Job]:
+def _plan(images: Sequence[Path], out: Path) -> list[_Job]:
     """Which file becomes which, refused as a whole before the first is touched."""
-    sources = list(dict.fromkeys(file for picture in pictures for file in _files_of(picture)))
+    sources = list(dict.fromkeys(file for image in images for file in _files_of(image)))
     if not sources:
-        raise UserError("no picture was named; give one or more files or folders")
-    one = len(sources) == 1 and not pictures[0].is_dir()
+        raise UserError("no image was named; give one or more files or folders")
+    one = len(sources) == 1 and not images[0].is_dir()
     if one and not out.is_dir() and out.suffix:
         check_writable_suffix(out)
         jobs = [_Job(sources[0], out)]
     elif out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, and a folder is needed for {len(sources)} pictures; name a folder")
+        raise UserError(f"--out {out} is a file, and a folder is needed for {len(sources)} images; name a folder")
     elif out.suffix.lower() in SUFFIXES and not out.is_dir():
-        raise UserError(f"--out {out} names one picture, and there are {len(sources)} to write; name a folder")
+        raise UserError(f"--out {out} names one image, and there are {len(sources)} to write; name a folder")
     else:
         jobs = [_Job(source, out / _result_name(source)) for source in sources]
     _refuse_overwriting(jobs)
     return jobs
 
 
-def _files_of(picture: Path) -> list[Path]:
-    if not picture.is_dir():
-        return [picture]
+def _files_of(image: Path) -> list[Path]:
+    if not image.is_dir():
+        return [image]
     try:
-        entries = sorted(picture.iterdir())
+        entries = sorted(image.iterdir())
     except OSError as error:
-        raise DataError(f"cannot read the folder {picture}: {error.strerror}; check its permissions") from error
+        raise DataError(f"cannot read the folder {image}: {error.strerror}; check its permissions") from error
     files = [
         entry
         for entry in entries
         if entry.suffix.lower() in _RESULT_SUFFIX and not entry.name.startswith(".") and entry.is_file()
     ]
     if not files:
-        raise DataError(f"the folder {picture} holds no picture ({', '.join(_RESULT_SUFFIX)}); give another")
+        raise DataError(f"the folder {image} holds no image ({', '.join(_RESULT_SUFFIX)}); give another")
     return files
 
 
@@ -218,12 +218,12 @@ def _resolve(precision: str, device: torch.device) -> str:
 
 
 def _storage_refuses(error: UserError) -> bool:
-    """Whether `error` is the operating system's, met while writing: it would meet every other picture, too."""
+    """Whether `error` is the operating system's, met while writing: it would meet every other image, too."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
 
 
 def _too_large(count: int, height: int, width: int, device: torch.device, precision: str) -> DeviceError:
-    shown = f"{width} × {height} px" if count == 1 else f"{count} pictures of {width} × {height} px"
+    shown = f"{width} × {height} px" if count == 1 else f"{count} images of {width} × {height} px"
     free = _free_bytes(device)
     fits = ""
     if free is not None:

@@ -24,7 +24,7 @@ class ProgressReport:
         label: what is being done, for example `train`.
         total: items in all; None where that is not known.
         unit: what one item is, in the plural.
-        rate_per_item: how many of `rate_unit` one item stands for (a training step stands for a batch of pictures).
+        rate_per_item: how many of `rate_unit` one item stands for (a training step stands for a batch of images).
         rate_unit: unit of the speed that is shown.
         start: items done before, by an earlier process; they count as done but not towards the speed.
     """

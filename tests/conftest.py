@@ -1,4 +1,4 @@
-"""What every test may lean on: an environment without the user's settings, real test data, small generated pictures.
+"""What every test may lean on: an environment without the user's settings, real test data, small generated images.
 
 Nothing here imports torch before a test asks for it, so that the tests which watch over imports see what users see.
 """
@@ -56,7 +56,7 @@ def _cache_in_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of real pictures and weights (`FASTNST_TEST_DATA`, default `../shared/data`)."""
+    """The folder of real images and weights (`FASTNST_TEST_DATA`, default `../shared/data`)."""
     if not TEST_DATA.is_dir():
         pytest.skip(f"no test data at {TEST_DATA}; set FASTNST_TEST_DATA to the folder that holds it")
     return TEST_DATA
@@ -64,7 +64,7 @@ def test_data() -> Path:
 
 @pytest.fixture(scope="session")
 def photos(test_data: Path) -> Path:
-    """256 photographs, JPEG, of which two are grayscale."""
+    """256 photos, JPEG, of which two are grayscale."""
     return _subfolder(test_data, "photos")
 
 
@@ -76,32 +76,32 @@ def styles(test_data: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def awkward(test_data: Path) -> Path:
-    """21 pictures that break loaders."""
+    """21 images that break loaders."""
     return _subfolder(test_data, "awkward")
 
 
 @pytest.fixture(scope="session")
 def weights(test_data: Path) -> Path:
-    """Real VGG19 layers, a published transform net, and a picture that it made."""
+    """Real VGG19 layers, a published transform net, and an image that it made."""
     return _subfolder(test_data, "weights")
 
 
 @pytest.fixture(scope="session")
 def content(test_data: Path) -> Path:
-    """Six photographs that style-transfer projects show their results on."""
+    """Six photos that style-transfer projects show their results on."""
     return _subfolder(test_data, "content")
 
 
 @pytest.fixture(scope="session")
 def generated_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve RGB pictures of 40 to 120 px, four each of JPEG, PNG and WebP. All tests share them: do not write here."""
+    """Twelve RGB images of 40 to 120 px, four each of JPEG, PNG and WebP. All tests share them: do not write here."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for index in range(12):
         width, height = (int(side) for side in rng.integers(40, 121, size=2))
         suffix = (".jpg", ".png", ".webp")[index % 3]
-        picture = Image.fromarray(_smooth_picture(rng, height, width))
-        picture.save(folder / f"picture_{index:02d}{suffix}", quality=92)
+        image = Image.fromarray(_smooth_image(rng, height, width))
+        image.save(folder / f"image_{index:02d}{suffix}", quality=92)
     return folder
 
 
@@ -183,8 +183,8 @@ def _subfolder(test_data: Path, name: str) -> Path:
     return folder
 
 
-def _smooth_picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Random colours, blended, with a little grain, as uint8 [H, W, 3]: like a photograph, it survives JPEG."""
+def _smooth_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Random colours, blended, with a little grain, as uint8 [H, W, 3]: like a photo, it survives JPEG."""
     colours = Image.fromarray(rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8))
     blended = np.asarray(colours.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
     grain = rng.normal(0.0, 3.0, size=(height, width, 3)).astype(np.float32)

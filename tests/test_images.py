@@ -1,4 +1,4 @@
-"""One picture: what is read from any file, what is refused and why, what is written."""
+"""One image: what is read from any file, what is refused and why, what is written."""
 
 import io
 import os
@@ -24,7 +24,7 @@ RGB = np.stack([RAMP_X * 8, RAMP_Y * 12, RAMP_X + RAMP_Y], -1).astype(np.uint8)
 ALPHA = (RAMP_X * 8).astype(np.uint8)
 GRAY = RGB[..., 0]
 
-# What a camera held in each way stores, so that the picture, turned as its tag says, is the one that was seen.
+# What a camera held in each way stores, so that the image, turned as its tag says, is the one that was seen.
 STORED = {
     1: lambda seen: seen,
     2: lambda seen: seen[:, ::-1],
@@ -38,8 +38,8 @@ STORED = {
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:
-    picture = Image.fromarray(np.ascontiguousarray(array))
-    (picture.convert(mode) if mode else picture).save(path, **options)
+    image = Image.fromarray(np.ascontiguousarray(array))
+    (image.convert(mode) if mode else image).save(path, **options)
     return path
 
 
@@ -62,10 +62,10 @@ def zeros(count: int) -> bytes:
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tif"])
 def test_lossless_formats_are_read_exactly(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", RGB, **({"lossless": True} if suffix == ".webp" else {}))
-    picture = read_image(path)
-    assert picture.dtype == np.uint8
-    assert picture.flags.writeable
-    np.testing.assert_array_equal(picture, RGB)
+    image = read_image(path)
+    assert image.dtype == np.uint8
+    assert image.flags.writeable
+    np.testing.assert_array_equal(image, RGB)
 
 
 def test_format_is_told_by_content_not_by_name(tmp_path: Path) -> None:
@@ -84,9 +84,9 @@ def test_grayscale_and_one_bit_repeat_in_all_channels(tmp_path: Path) -> None:
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     deep = np.full((HEIGHT, WIDTH), 128 * 257, np.uint16)
     deep[0, :3] = 0, 65535, 300  # 300 / 257 = 1.17
-    picture = read_image(save(tmp_path / "a.png", deep))
-    assert picture[0, :3, 0].tolist() == [0, 255, 1]
-    assert (picture[1:] == 128).all()
+    image = read_image(save(tmp_path / "a.png", deep))
+    assert image[0, :3, 0].tolist() == [0, 255, 1]
+    assert (image[1:] == 128).all()
 
 
 def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_gray_with_alpha_and_a_transparent_colour(tmp_path: Path) -> None:
 
 def test_cmyk(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", RGB, "CMYK", quality=95)
-    with Image.open(path) as picture:
-        assert picture.mode == "CMYK"
+    with Image.open(path) as image:
+        assert image.mode == "CMYK"
     assert np.abs(read_image(path).astype(int) - RGB).mean() < 4
 
 
@@ -163,7 +163,7 @@ def broken_files() -> dict[str, tuple[bytes, str]]:
         "without_end.jpg": (jpeg.getvalue()[:-2], "cut short"),
         "half.webp": (webp.getvalue()[: len(webp.getvalue()) // 2], "cut short"),
         "moving.gif": (gif.getvalue(), "a GIF"),
-        "bytes.png": (bytes(range(256)) * 4, "no picture"),
+        "bytes.png": (bytes(range(256)) * 4, "no image"),
         "paper.jpg": (b"%PDF-1.7\n\xff", "a PDF"),
         "phone.heic": (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIF"),
         "head.jpg": (jpeg.getvalue()[:40], "header is damaged"),
@@ -223,7 +223,7 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "largest_error"), [(".png", 0), (".PNG", 0), (".jpg", 6), (".jpeg", 6), (".webp", 12)]
 )
-def test_written_pictures_read_back(tmp_path: Path, suffix: str, largest_error: int) -> None:
+def test_written_images_read_back(tmp_path: Path, suffix: str, largest_error: int) -> None:
     write_image(tmp_path / f"new/a{suffix}", RGB)
     assert np.abs(read_image(tmp_path / f"new/a{suffix}").astype(int) - RGB).max() <= largest_error
 
@@ -255,7 +255,7 @@ def test_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("array", [RGB.astype(np.float32), GRAY, RGB[..., :2], RGB[:0]])
-def test_only_uint8_pictures_are_written(tmp_path: Path, array: np.ndarray) -> None:
+def test_only_uint8_images_are_written(tmp_path: Path, array: np.ndarray) -> None:
     with pytest.raises(DataError, match="uint8 array"):
         write_image(tmp_path / "a.png", array)
 
@@ -277,9 +277,9 @@ def test_array_is_clamped_and_rounded() -> None:
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_array_undoes_tensor(height: int, width: int, seed: int) -> None:
-    picture = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    np.testing.assert_array_equal(to_array(to_tensor(picture)), picture)
-    np.testing.assert_array_equal(to_array(to_tensor(picture)[0].double()), picture)
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    np.testing.assert_array_equal(to_array(to_tensor(image)), image)
+    np.testing.assert_array_equal(to_array(to_tensor(image)[0].double()), image)
 
 
 def test_importing_needs_no_torch() -> None:

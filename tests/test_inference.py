@@ -40,7 +40,7 @@ class Calls(list[object]):
         self.append(value)
 
 
-def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+def image(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
@@ -50,8 +50,8 @@ def write(path: Path, array: np.ndarray, **options: object) -> Path:
     return path
 
 
-def paint(model: Path, *pictures: Path, out: Path, **options: object) -> list[Path]:
-    return stylize_files(model, pictures, out, device="cpu", notify=Calls(), **options)
+def paint(model: Path, *images: Path, out: Path, **options: object) -> list[Path]:
+    return stylize_files(model, images, out, device="cpu", notify=Calls(), **options)
 
 
 def expected(net: TransformNet, array: np.ndarray) -> np.ndarray:
@@ -63,15 +63,15 @@ def expected(net: TransformNet, array: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (37, 53), (64, 49)])
-def test_one_picture_of_any_size(model: Path, net: TransformNet, tmp_path: Path, height: int, width: int) -> None:
-    array = picture(height, width)
+def test_one_image_of_any_size(model: Path, net: TransformNet, tmp_path: Path, height: int, width: int) -> None:
+    array = image(height, width)
     out = tmp_path / "new folder" / "out.png"
     assert paint(model, write(tmp_path / "in.png", array), out=out) == [out]
     assert np.array_equal(read_image(out), expected(net, array))
 
 
 def test_the_model_may_be_named_by_its_file(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.png", picture(20, 20))
+    source = write(tmp_path / "in.png", image(20, 20))
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     paint(model, source, out=one)
     paint(model / "model.safetensors", source, out=two)
@@ -82,14 +82,14 @@ def test_the_model_may_be_named_by_its_file(model: Path, tmp_path: Path) -> None
     ("name", "image_format"), [("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.png", "PNG"), ("a.webp", "WEBP")]
 )
 def test_the_suffix_chooses_the_format(model: Path, tmp_path: Path, name: str, image_format: str) -> None:
-    source = write(tmp_path / "in.png", picture(20, 24))
+    source = write(tmp_path / "in.png", image(20, 24))
     paint(model, source, out=tmp_path / name)
     with Image.open(tmp_path / name) as painted:
         assert (painted.format, painted.size) == (image_format, (24, 20))
 
 
 def test_transparency_passes_through_unchanged(model: Path, net: TransformNet, tmp_path: Path) -> None:
-    array = picture(33, 40, 4)
+    array = image(33, 40, 4)
     source = write(tmp_path / "in.png", array)
     for name in ("out.png", "out.webp"):
         paint(model, source, out=tmp_path / name)
@@ -101,7 +101,7 @@ def test_transparency_passes_through_unchanged(model: Path, net: TransformNet, t
 
 
 def test_jpeg_has_no_transparency_and_lies_on_white(model: Path, tmp_path: Path) -> None:
-    array = picture(32, 32, 4)
+    array = image(32, 32, 4)
     array[:16, :, 3], array[16:, :, 3] = 0, 255
     out = tmp_path / "out.jpg"
     paint(model, write(tmp_path / "in.png", array), out=out)
@@ -115,7 +115,7 @@ def test_jpeg_has_no_transparency_and_lies_on_white(model: Path, tmp_path: Path)
 def test_orientation_tags_are_applied(model: Path, net: TransformNet, tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    source = write(tmp_path / "in.png", picture(20, 36), exif=exif)
+    source = write(tmp_path / "in.png", image(20, 36), exif=exif)
     upright = read_image(source)
     assert upright.shape[:2] == ((20, 36) if orientation < 5 else (36, 20))
     paint(model, source, out=tmp_path / "out.png")
@@ -124,10 +124,8 @@ def test_orientation_tags_are_applied(model: Path, net: TransformNet, tmp_path: 
         assert np.array_equal(np.asarray(painted), expected(net, upright))
 
 
-def test_several_pictures_keep_their_names(model: Path, net: TransformNet, tmp_path: Path) -> None:
-    sources = [
-        write(tmp_path / name, picture(18 + seed, 20, seed=seed)) for seed, name in enumerate(("b.png", "a.png"))
-    ]
+def test_several_images_keep_their_names(model: Path, net: TransformNet, tmp_path: Path) -> None:
+    sources = [write(tmp_path / name, image(18 + seed, 20, seed=seed)) for seed, name in enumerate(("b.png", "a.png"))]
     done = Calls()
     results = paint(model, *sources, out=tmp_path / "out", written=done)
     assert results == [tmp_path / "out" / "b.png", tmp_path / "out" / "a.png"]
@@ -136,57 +134,57 @@ def test_several_pictures_keep_their_names(model: Path, net: TransformNet, tmp_p
         assert np.array_equal(read_image(result), expected(net, read_image(source)))
 
 
-def test_a_folder_is_painted_picture_by_picture(model: Path, photo_folder: Path, tmp_path: Path) -> None:
-    write(photo_folder / "scan.TIF", picture(20, 20))
-    write(photo_folder / "screen.bmp", picture(20, 20))
-    write(photo_folder / "camera.jpe", picture(20, 20), format="JPEG")
-    write(photo_folder / ".hidden.png", picture(20, 20))
-    write(photo_folder / "below" / "deeper.png", picture(20, 20))
-    (photo_folder / "notes.txt").write_text("no picture")
+def test_a_folder_is_painted_image_by_image(model: Path, photo_folder: Path, tmp_path: Path) -> None:
+    write(photo_folder / "scan.TIF", image(20, 20))
+    write(photo_folder / "screen.bmp", image(20, 20))
+    write(photo_folder / "camera.jpe", image(20, 20), format="JPEG")
+    write(photo_folder / ".hidden.png", image(20, 20))
+    write(photo_folder / "below" / "deeper.png", image(20, 20))
+    (photo_folder / "notes.txt").write_text("no image")
     results = paint(model, photo_folder, out=tmp_path / "out")
-    names = [path.name for path in photo_folder.glob("picture_*")] + ["scan.png", "screen.png", "camera.jpg"]
+    names = [path.name for path in photo_folder.glob("image_*")] + ["scan.png", "screen.png", "camera.jpg"]
     assert sorted(path.name for path in results) == sorted(names)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
 
 
-def test_a_folder_of_one_picture_makes_a_folder_of_one(model: Path, tmp_path: Path) -> None:
-    write(tmp_path / "in" / "a.png", picture(20, 20))
+def test_a_folder_of_one_image_makes_a_folder_of_one(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.png", image(20, 20))
     assert paint(model, tmp_path / "in", out=tmp_path / "out") == [tmp_path / "out" / "a.png"]
 
 
-def test_one_picture_into_a_folder(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", picture(20, 20))
+def test_one_image_into_a_folder(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.png", image(20, 20))
     (tmp_path / "v1.0").mkdir()
     assert paint(model, source, out=tmp_path / "v1.0") == [tmp_path / "v1.0" / "a.png"]
     assert paint(model, source, out=tmp_path / "new") == [tmp_path / "new" / "a.png"]
 
 
 def test_results_of_an_earlier_run_are_replaced(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", picture(20, 20))
+    source = write(tmp_path / "a.png", image(20, 20))
     out = tmp_path / "out.png"
     out.write_text("old")
     paint(model, source, out=out)
     assert read_image(out).shape == (20, 20, 3)
 
 
-def test_the_same_picture_named_twice_is_painted_once(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "in" / "a.png", picture(20, 20))
+def test_the_same_image_named_twice_is_painted_once(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in" / "a.png", image(20, 20))
     assert paint(model, source, source.parent, out=tmp_path / "out") == [tmp_path / "out" / "a.png"]
 
 
 # Names that clash: nothing is written at all.
 
 
-def refused(model: Path, *pictures: Path, out: Path) -> str:
+def refused(model: Path, *images: Path, out: Path) -> str:
     with pytest.raises(UserError) as caught:
-        paint(model, *pictures, out=out)
+        paint(model, *images, out=out)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
 def test_an_input_is_never_replaced(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", picture(20, 20))
-    other = write(tmp_path / "b.png", picture(20, 20))
+    source = write(tmp_path / "a.png", image(20, 20))
+    other = write(tmp_path / "b.png", image(20, 20))
     link = tmp_path / "link.png"
     link.symlink_to(source)
     before = source.read_bytes()
@@ -198,24 +196,24 @@ def test_an_input_is_never_replaced(model: Path, tmp_path: Path) -> None:
     assert source.read_bytes() == before
 
 
-def test_two_pictures_of_one_name(model: Path, tmp_path: Path) -> None:
-    one, two = write(tmp_path / "x" / "a.png", picture(20, 20)), write(tmp_path / "y" / "a.png", picture(20, 20))
+def test_two_images_of_one_name(model: Path, tmp_path: Path) -> None:
+    one, two = write(tmp_path / "x" / "a.png", image(20, 20)), write(tmp_path / "y" / "a.png", image(20, 20))
     text = refused(model, one, two, out=tmp_path / "out")
     assert f"{one} and {two} would both become {tmp_path / 'out' / 'a.png'}" in text
-    scan = write(tmp_path / "x" / "a.tif", picture(20, 20))
+    scan = write(tmp_path / "x" / "a.tif", image(20, 20))
     assert "would both become" in refused(model, one, scan, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_several_pictures_need_a_folder(model: Path, photo_folder: Path, tmp_path: Path) -> None:
+def test_several_images_need_a_folder(model: Path, photo_folder: Path, tmp_path: Path) -> None:
     assert "there are 12 to write; name a folder" in refused(model, photo_folder, out=tmp_path / "out.png")
     (tmp_path / "file").write_text("in the way")
     assert "is a file" in refused(model, photo_folder, out=tmp_path / "file")
-    assert "no picture was named" in refused(model, out=tmp_path / "out")
+    assert "no image was named" in refused(model, out=tmp_path / "out")
 
 
 def test_an_unknown_suffix_is_refused_before_any_work(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", picture(20, 20))
+    source = write(tmp_path / "a.png", image(20, 20))
     with pytest.raises(DataError, match=r"\.gif names no format to write"):
         paint(tmp_path / "no model is looked for", source, out=tmp_path / "out.gif")
 
@@ -227,10 +225,10 @@ def test_an_unknown_suffix_is_refused_before_any_work(tmp_path: Path) -> None:
     ("name", "reason"),
     [("absent.png", "no such file"), ("text.png", "holds text"), ("small.png", "too small"), ("cut.png", "cut short")],
 )
-def test_a_picture_that_cannot_be_used(model: Path, tmp_path: Path, name: str, reason: str) -> None:
-    (tmp_path / "text.png").write_text("no picture")
-    write(tmp_path / "small.png", picture(15, 40))
-    whole = write(tmp_path / "whole.png", picture(64, 64)).read_bytes()
+def test_a_image_that_cannot_be_used(model: Path, tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    write(tmp_path / "small.png", image(15, 40))
+    whole = write(tmp_path / "whole.png", image(64, 64)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=reason) as caught:
         paint(model, tmp_path / name, out=tmp_path / "out.png")
@@ -239,12 +237,10 @@ def test_a_picture_that_cannot_be_used(model: Path, tmp_path: Path, name: str, r
 
 
 def test_among_many_a_bad_one_is_named_and_the_others_go_on(model: Path, photo_folder: Path, tmp_path: Path) -> None:
-    (photo_folder / "picture_00a.png").write_text("no picture")
-    (photo_folder / "picture_02a.jpg").write_bytes(b"")
+    (photo_folder / "image_00a.png").write_text("no image")
+    (photo_folder / "image_02a.jpg").write_bytes(b"")
     notes, done = Calls(), Calls()
-    with pytest.raises(
-        DataError, match=r"2 of 14 pictures could not be painted, see above; the others are in"
-    ) as caught:
+    with pytest.raises(DataError, match=r"2 of 14 images could not be painted, see above; the others are in") as caught:
         stylize_files(model, [photo_folder], tmp_path / "out", device="cpu", notify=notes, written=done)
     assert caught.value.exit_code == 3
     assert [name in str(note) for name, note in zip(("00a.png", "02a.jpg"), notes, strict=True)] == [True, True]
@@ -268,18 +264,18 @@ def test_no_space_left_stops_at_once(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_folder_without_pictures(model: Path, tmp_path: Path) -> None:
+def test_a_folder_without_images(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
-    with pytest.raises(DataError, match="holds no picture"):
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match="holds no image"):
         paint(model, tmp_path / "in", out=tmp_path / "out")
 
 
-def test_a_model_that_paints_no_numbers_is_named_with_the_picture(
+def test_a_model_that_paints_no_numbers_is_named_with_the_image(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TransformNet, "forward", lambda _, x: torch.full_like(x, float("nan")))
-    source = write(tmp_path / "a.png", picture(20, 20))
+    source = write(tmp_path / "a.png", image(20, 20))
     with pytest.raises(DataError, match=f"cannot paint {source}: "):
         paint(model, source, out=tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
@@ -292,18 +288,18 @@ def test_too_little_memory_is_said_beforehand_with_a_size_that_fits(
 
     module = sys.modules["fastnst.inference"]
     monkeypatch.setattr(module, "_free_bytes", lambda _: 20_000_000)
-    large, small = write(tmp_path / "large.png", picture(300, 400)), write(tmp_path / "small.png", picture(20, 20))
+    large, small = write(tmp_path / "large.png", image(300, 400)), write(tmp_path / "small.png", image(20, 20))
     with pytest.raises(DeviceError, match=r"large.png: cpu has too little memory for 400 × 300 px; about") as caught:
         paint(model, large, out=tmp_path / "out.png")
     assert caught.value.exit_code == 5
     assert "scale it down" in str(caught.value)
-    with pytest.raises(DeviceError, match="1 of 2 pictures"):
+    with pytest.raises(DeviceError, match="1 of 2 images"):
         paint(model, large, small, out=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["small.png"]
 
 
 def test_unknown_devices_and_precisions(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", picture(20, 20))
+    source = write(tmp_path / "a.png", image(20, 20))
     with pytest.raises(UserError, match="unknown device 'tpu'; choose auto, cuda or cpu"):
         stylize_files(model, [source], tmp_path / "out.png", device="tpu", notify=Calls())
     with pytest.raises(UserError, match="unknown precision 'fp8'; choose auto, bf16, fp16, fp32"):
@@ -311,7 +307,7 @@ def test_unknown_devices_and_precisions(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cmyk_pil_sample.jpg", "misnamed_png.jpg"])
-def test_awkward_pictures_that_are_whole(model: Path, awkward: Path, tmp_path: Path, name: str) -> None:
+def test_awkward_images_that_are_whole(model: Path, awkward: Path, tmp_path: Path, name: str) -> None:
     paint(model, awkward / name, out=tmp_path / "out.png")
     assert read_image(tmp_path / "out.png").shape == read_image(awkward / name).shape
 
@@ -319,7 +315,7 @@ def test_awkward_pictures_that_are_whole(model: Path, awkward: Path, tmp_path: P
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_gpu_paints_the_same(model: Path, tmp_path: Path, precision: str) -> None:
-    source = write(tmp_path / "a.png", np.asarray(Image.fromarray(picture(8, 8)).resize((97, 70))))
+    source = write(tmp_path / "a.png", np.asarray(Image.fromarray(image(8, 8)).resize((97, 70))))
     cpu, gpu = tmp_path / "cpu.png", tmp_path / "gpu.png"
     paint(model, source, out=cpu)
     stylize_files(model, [source], gpu, device="cuda", precision=precision, notify=Calls())

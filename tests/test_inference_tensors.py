@@ -21,14 +21,14 @@ def net() -> TransformNet:
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 23), (31, 64)])
 def test_a_batch_keeps_its_shape_and_range(net: TransformNet, height: int, width: int) -> None:
-    pictures = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    painted = stylize(net, pictures)
-    assert painted.shape == pictures.shape
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    painted = stylize(net, images)
+    assert painted.shape == images.shape
     assert painted.dtype == torch.float32
     assert painted.is_contiguous(memory_format=torch.channels_last)
     assert painted.std() > 0.05
     with torch.no_grad():
-        assert torch.equal(painted, net(pictures).clamp(0, 1))
+        assert torch.equal(painted, net(images).clamp(0, 1))
 
 
 def test_results_are_clamped() -> None:
@@ -41,15 +41,15 @@ def test_results_are_clamped() -> None:
     assert (painted[:, 1:] == 0).all()
 
 
-def test_the_model_and_the_pictures_stay_as_they_were() -> None:
+def test_the_model_and_the_images_stay_as_they_were() -> None:
     net = TransformNet("johnson", "batch", generator=torch.Generator().manual_seed(0)).train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    pictures = torch.rand(2, 3, 16, 16, requires_grad=True)
-    kept = pictures.detach().clone()
-    painted = stylize(net, pictures)
+    images = torch.rand(2, 3, 16, 16, requires_grad=True)
+    kept = images.detach().clone()
+    painted = stylize(net, images)
     assert net.training
     assert not painted.requires_grad
-    assert torch.equal(pictures, kept)
+    assert torch.equal(images, kept)
     for name, tensor in net.state_dict().items():  # the running statistics above all
         assert torch.equal(tensor, before[name]), name
     assert torch.equal(painted, stylize(net.eval(), kept))
@@ -57,15 +57,15 @@ def test_the_model_and_the_pictures_stay_as_they_were() -> None:
 
 
 def test_bf16_is_near_fp32(net: TransformNet) -> None:
-    pictures = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    exact, rough = stylize(net, pictures), stylize(net, pictures, precision="bf16")
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact, rough = stylize(net, images), stylize(net, images, precision="bf16")
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert (rough - exact).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize(
-    ("pictures", "options", "reason"),
+    ("images", "options", "reason"),
     [
         (torch.rand(3, 16, 16), {}, r"\[3, 16, 16\]"),
         (torch.rand(1, 1, 16, 16), {}, r"\[1, 1, 16, 16\]"),
@@ -75,10 +75,10 @@ def test_bf16_is_near_fp32(net: TransformNet) -> None:
     ],
 )
 def test_tensors_that_cannot_be_painted(
-    net: TransformNet, pictures: Tensor, options: dict[str, str], reason: str
+    net: TransformNet, images: Tensor, options: dict[str, str], reason: str
 ) -> None:
     with pytest.raises(UserError, match=reason):
-        stylize(net, pictures, **options)
+        stylize(net, images, **options)
 
 
 def test_the_public_name_is_the_function_whatever_was_imported_first() -> None:
@@ -104,7 +104,7 @@ def test_running_out_of_memory_is_no_traceback(
         raise error
 
     monkeypatch.setattr(TransformNet, "forward", fail)
-    with pytest.raises(DeviceError, match=r"cpu has too little memory for 2 pictures of 40 × 30 px"):
+    with pytest.raises(DeviceError, match=r"cpu has too little memory for 2 images of 40 × 30 px"):
         stylize(net, torch.rand(2, 3, 30, 40))
 
 

@@ -50,7 +50,7 @@ def test_steps_of_an_earlier_process_do_not_count_towards_the_speed(clock: Clock
 
 def test_nothing_done_prints_nothing(clock: Clock) -> None:
     stream = io.StringIO()
-    with ProgressReport("check", None, "pictures", stream=stream):
+    with ProgressReport("check", None, "images", stream=stream):
         clock.now += 60.0
     assert stream.getvalue() == ""
 

@@ -82,7 +82,7 @@ def test_the_claim_about_projections_is_in_the_results() -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        r"makes ([\d.]+) times as many pictures.*?with ([\d.]+) times its memory.*?`(benchmarks/results/[^`]+)`",
+        r"makes ([\d.]+) times as many images.*?with ([\d.]+) times its memory.*?`(benchmarks/results/[^`]+)`",
         r"for the default preset it is ([\d.]+) times with ([\d.]+) times\s+\(`(benchmarks/results/[^`]+)`",
     ],
 )
@@ -110,7 +110,7 @@ def test_the_claim_about_styles_is_in_the_results() -> None:
 
 
 def test_the_claim_about_the_cache_is_in_the_results() -> None:
-    pattern = r"deliver (\d+) times as many pictures per second.*?`(benchmarks/results/[^`]+)`"
+    pattern = r"deliver (\d+) times as many images per second.*?`(benchmarks/results/[^`]+)`"
     claim = re.search(pattern, README, flags=re.DOTALL)
     assert claim is not None
     speed = {

@@ -1,4 +1,4 @@
-"""fastnst end to end: pictures read, decoded and resized by the loader while the step before runs."""
+"""fastnst end to end: images read, decoded and resized by the loader while the step before runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import build_manifest
-from fastnst.data.sampler import RunOrder
+from fastnst.data.sampler import Sampler
 from step_bench import measure
 from step_bench.providers import Fastnst, Task
 
@@ -24,12 +24,12 @@ def measure_fed(task: Task, folder: Path, steps: int) -> tuple[Fastnst, dict[str
     Images per second are those of the whole time, waiting included; percentiles are of single steps.
 
     Raises:
-        UserError: the folder holds no pictures, or the loader is not installed.
+        UserError: the folder holds no images, or the loader is not installed.
     """
     config, device = task.config, task.device
     manifest = build_manifest(folder)
     warm_up = 2 * config.data.prefetch + (8 if device.type == "cuda" else 1)
-    order = RunOrder(
+    order = Sampler(
         config.train.seed,
         len(manifest.images),
         config.train.batch_size,
@@ -62,7 +62,7 @@ def measure_fed(task: Task, folder: Path, steps: int) -> tuple[Fastnst, dict[str
         "ms_per_step": 1000 * elapsed / steps,
         "peak_memory_bytes": None,  # that of the loader and that of the step are not told apart
         "loader": config.data.loader,
-        "pictures": len(manifest.images),
+        "images": len(manifest.images),
         "waiting_share": waited / elapsed,
     }
     return provider, facts

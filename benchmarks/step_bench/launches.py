@@ -32,8 +32,8 @@ def launched_bytes(op: str, shape: Shape, dtype: torch.dtype, *, backward: bool 
 
     Args:
         op: a function of `fastnst_kernels`.
-        shape: `[N, C, H, W]` of its picture; of the result for an unpooling.
-        dtype: of the pictures.
+        shape: `[N, C, H, W]` of its image; of the result for an unpooling.
+        dtype: of the images.
         backward: of the op's backward instead.
         options: as `fastnst_kernels.cost` has them, and how a norm places its result; `residual_border`: pixels that
             the residual is larger at each side.
@@ -94,8 +94,8 @@ def _unpool(x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def _input(x: Tensor, padding: int = 0) -> tuple[Tensor, list[Tensor]]:
     n, c, h, w = x.shape
-    pictures = torch.empty((n, h, w, c), dtype=torch.uint8).permute(0, 3, 1, 2)
-    return fk.picture_input(pictures, 1 / 255, padding=padding, dtype=x.dtype), []
+    images = torch.empty((n, h, w, c), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return fk.picture_input(images, 1 / 255, padding=padding, dtype=x.dtype), []
 
 
 def _boundary(x: Tensor) -> tuple[Tensor, list[Tensor]]:

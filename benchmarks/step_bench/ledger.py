@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 IN, TRANSFORM, VGG, CONTENT, LOSS, VGG_BACK, TRANSFORM_BACK, UPDATE = PARTS = (
-    "pictures",
+    "images",
     "transform net forward",
     "VGG19 forward",
     "VGG19 content",
@@ -68,9 +68,9 @@ class Ledger:
             through: the minimum does without this pass: who wrote this tensor, or who reads the result, does its work
                 and reads what else there is to read. The result then is that tensor by another name.
         """
-        phase = _PHASES.get(part, "forward")
-        unread = {name: size for name, size in reads.items() if (phase, name) not in self._read}
-        self._read |= {(phase, name) for name in reads}
+        record_span = _PHASES.get(part, "forward")
+        unread = {name: size for name, size in reads.items() if (record_span, name) not in self._read}
+        self._read |= {(record_span, name) for name in reads}
         minimum = sum(unread.values()) + sum(writes.values()) + vectors
         if through is not None:
             minimum = sum(size for name, size in unread.items() if name != through)

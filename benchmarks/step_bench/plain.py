@@ -207,7 +207,7 @@ class PlainLoss(nn.Module):
 
     @torch.no_grad()
     def set_style(self, pixels: Tensor) -> None:
-        """Take the Grams of a style picture `[1, 3, H, W]`."""
+        """Take the Grams of a style image `[1, 3, H, W]`."""
         for name, features in self.vgg(pixels, self.config.style_layers).items():
             gram = gram_matrix(features)
             self.grams[name] = gram if gram.dtype == torch.float64 else gram.float()

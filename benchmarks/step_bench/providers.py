@@ -19,7 +19,7 @@ from fastnst.device import DTYPES
 from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
-from fastnst.training.step.graphed_step import Steps
+from fastnst.training.step.graphed_step import GraphedStep
 from fastnst.training.step.train_step import TrainingStep
 from step_bench.plain import PlainLoss, PlainTransformNet, PlainVGG19, common_name
 
@@ -92,7 +92,7 @@ class Fastnst:
         self._loss = PerceptualLoss(vgg, config.loss).to(device=device)
         self._loss.set_style(task.style.to(device))
         self._step = TrainingStep(self.net, self._loss, config.train, device)
-        self._steps = Steps(config.train, device, notify=_say)
+        self._steps = GraphedStep(config.train, device, notify=_say)
         self._made = 0
 
     def __call__(self, batch: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Plain:
     Args:
         task: networks, weights, style, loss.
         precision: `fp32`, `bf16` or `fp16` by autocast, or `fp64`. VGG19, which nobody trains, is held in it.
-        channels_last: the layout of weights and pictures; else contiguous.
+        channels_last: the layout of weights and images; else contiguous.
         compiled: None, or the options of `torch.compile`.
     """
 

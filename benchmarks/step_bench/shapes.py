@@ -17,7 +17,7 @@ class Conv:
         side: of the input as it is stored, with its border and enlargement.
         reach: of the part that the convolution makes, before a transposed one is cut.
         out: of the result.
-        residual: side of the picture that the norm adds; 0: none.
+        residual: side of the image that the norm adds; 0: none.
         own_border: pixels around what the residual counts.
         upsample, border: how the norm places its result for the next convolution; what that adds to the side.
     """
@@ -47,7 +47,7 @@ class Conv:
 
     @property
     def flops(self) -> int:
-        """Of one picture and one pass: forward, gradient of the input, gradient of the weight cost the same."""
+        """Of one image and one pass: forward, gradient of the input, gradient of the weight cost the same."""
         positions = (self.side if self.transposed else self.out) ** 2
         return 2 * positions * self.inputs * self.outputs * self.kernel**2
 
@@ -61,7 +61,7 @@ def transform_convs(config: Config) -> tuple[int, list[Conv]]:
     plan += [("up1", 128, 64, 3, 1), ("up2", 64, 32, 3, 1), ("out", 32, 3, 9, 1)]
 
     def placing(name: str, kernel: int, stride: int, size: int) -> tuple[int, tuple[int, int, int, int], str]:
-        """How a convolution wants a picture of `size`."""
+        """How a convolution wants an image of `size`."""
         if name.startswith("up"):
             return (2, (1,) * 4, "reflect") if johnson else (1, (0,) * 4, "reflect")
         if johnson:
@@ -129,7 +129,7 @@ class VggLayer:
 
     @property
     def flops(self) -> int:
-        """Of one picture and one pass."""
+        """Of one image and one pass."""
         return 0 if self.is_pool else 2 * self.side**2 * self.inputs * self.outputs * 9
 
 

@@ -9,7 +9,7 @@ launch for an H100, without one), and the passes that are left between them: ReL
 sums of residual gradients, casts of weights and weight gradients, the cut behind transposed convolutions.
 
 Minimum bytes: what passes cannot do without, whoever writes them. The passes are convolution, norm (statistics need the
-whole picture before the first result), pooling, Gram matrix, content term, the boundaries between pictures and
+whole image before the first result), pooling, Gram matrix, content term, the boundaries between images and
 networks, Adam; pointwise work rides along with them. Each tensor that has to exist between two passes is written once
 and, in each phase of the step (forward, content, backward), read once however many passes want it; so is each weight.
 Nothing stays on chip from one pass to the next.
@@ -45,7 +45,7 @@ def training_step(config: Config, precision: str) -> list[Operation]:
     """All passes of a step, in the order in which they run.
 
     Args:
-        config: architecture, norm, loss layers, picture and batch size.
+        config: architecture, norm, loss layers, image and batch size.
         precision: `bf16`, `fp16` or `fp32`, of activations and of the weights in products.
     """
     return _Step(config, DTYPES[precision]).run()
@@ -131,7 +131,7 @@ class _Step:
                 if conv.residual:
                     reads[block] = self._bytes(conv.outputs, conv.out)
                 self._norm(TRANSFORM, conv, reads, {source: self._bytes(conv.outputs, conv.placed)}, backward=False)
-        self.painted = source
+        self.output_mapping = source
         self.book.add(
             TRANSFORM,
             "ŷ",
@@ -160,7 +160,7 @@ class _Step:
         moved = launched_bytes(kind, shape, self.dtype, backward=backward, **options, **placing)
         norm = getattr(cost, kind + ("_backward" if backward else ""))
         training = {"training": True} if self.config.model.norm == "batch" else {}
-        # Statistics and per-channel vectors: what is left of the cost of the op without its pictures.
+        # Statistics and per-channel vectors: what is left of the cost of the op without its images.
         least = norm(shape, self.dtype, **training).minimum_bytes
         vectors = least - (3 if backward else 2) * self._bytes(conv.outputs, conv.out)
         self.book.add(part, conv.name, kind, reads=reads, writes=writes, vectors=vectors, moved=moved)
@@ -265,13 +265,13 @@ class _Step:
 
     def _transform_backward(self) -> None:
         assert self.into_vgg is not None
-        pictures = self._bytes(3, self.side)
+        images = self._bytes(3, self.side)
         self.book.add(
             TRANSFORM_BACK,
             "ŷ",
             "scale, normalise",
-            reads={self.into_vgg: pictures, self.painted: pictures},
-            writes={"d out placed": pictures},
+            reads={self.into_vgg: images, self.output_mapping: images},
+            writes={"d out placed": images},
             moved=launched_bytes("network_boundary_backward", self._shape(3, self.side), self.dtype),
         )
         # The gradient that goes around a block, from where it is made to where it is added.

@@ -1,4 +1,4 @@
-"""`fastnst data …`: pictures are checked, or decoded once; NumPy and torch are imported inside the commands."""
+"""`fastnst data …`: images are checked, or decoded once; NumPy and torch are imported inside the commands."""
 
 import json
 import os
@@ -18,14 +18,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="One JSON object on
 
 @click.group()
 def data() -> None:
-    """Check training pictures, or decode them once for many runs."""
+    """Check training images, or decode them once for many runs."""
 
 
 @data.command()
 @_folder
 @_json
 def check(folder: Path, as_json: bool) -> None:
-    """Check every picture of FOLDER as training does; say which are refused, and why. Of a cache, verify every byte."""
+    """Check every image of FOLDER as training does; say which are refused, and why. Of a cache, verify every byte."""
     from fastnst.config import Config, DataConfig
     from fastnst.data.cache.format import is_cache
     from fastnst.training.inputs import read_manifest
@@ -41,7 +41,7 @@ def check(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(result, indent=2))
         return
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
-    click.echo(f"{len(manifest.images)} pictures accepted ({kinds}), {len(manifest.rejected)} refused")
+    click.echo(f"{len(manifest.images)} images accepted ({kinds}), {len(manifest.rejected)} refused")
     for item in manifest.rejected:
         click.echo(f"{item.path}: {item.reason}")
 
@@ -57,11 +57,11 @@ def check(folder: Path, as_json: bool) -> None:
     help="As data.fit.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="CACHE", help="Default: caches/FOLDER-SIZE.")
-@click.option("--rebuild", is_flag=True, help="Make again what is damaged, or was made of other pictures.")
+@click.option("--rebuild", is_flag=True, help="Make again what is damaged, or was made of other images.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode; default: one for each core.")
 @_json
 def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Decode and resize the pictures of FOLDER once, for `fastnst train --data CACHE` to read at the speed of memory.
+    """Decode and resize the images of FOLDER once, for `fastnst train --data CACHE` to read at the speed of memory.
 
     What is finished outlives an interruption: the same command goes on.
     """
@@ -72,22 +72,22 @@ def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: A
     from fastnst.progress import byte_count, counted
 
     if is_cache(folder):
-        raise DataError(f"{folder} is a cache already; give the folder that its pictures are in")
-    with counted("check pictures", "pictures") as progress:
+        raise DataError(f"{folder} is a cache already; give the folder that its images are in")
+    with counted("check images", "images") as progress:
         manifest = build_manifest(folder, progress=progress, flat=False)
     if out is None:
         out = Path("caches") / f"{Path(os.path.abspath(folder)).name}-{size}"  # noqa: PTH100
     built = build_cache(manifest, out, size=size, notify=lambda text: click.echo(text, err=True), **options)
     made = built.cache
     if as_json:
-        result = {"cache": str(out), "size": size, "fit": made.fit, "pictures": len(made.pictures), "bytes": made.bytes}
+        result = {"cache": str(out), "size": size, "fit": made.fit, "images": len(made.images), "bytes": made.bytes}
         result |= {"shards": len(made.shards), "shards_kept": built.kept, "rejected": _rejected(made.rejected)}
         click.echo(json.dumps(result, indent=2))
         return
     click.echo(out)
     keys = f"--set data.image_size={size}" + (f" --set data.fit={made.fit}" if made.fit != "random_crop" else "")
     click.echo(
-        f"{len(made.pictures)} pictures of {size} px ({made.fit}), {len(made.rejected)} refused, "
+        f"{len(made.images)} images of {size} px ({made.fit}), {len(made.rejected)} refused, "
         f"{byte_count(made.bytes)} in {len(made.shards)} shards; train with: --data {out} {keys}",
         err=True,
     )
@@ -103,15 +103,15 @@ def _check_cache(folder: Path, as_json: bool) -> None:
     with counted("verify cache", "MB", scale=1e6) as progress:
         damaged = verify(cache, known=False, progress=progress)
     if as_json:
-        formats = Counter(stored.entry.format for stored in cache.pictures)
-        result = {"folder": str(folder), "accepted": len(cache.pictures), "formats": formats}
+        formats = Counter(stored.entry.format for stored in cache.images)
+        result = {"folder": str(folder), "accepted": len(cache.images), "formats": formats}
         result |= {"size": cache.size, "fit": cache.fit, "shards": len(cache.shards), "damaged": damaged}
         click.echo(json.dumps(result | {"rejected": _rejected(cache.rejected)}, indent=2))
     if damaged:
         raise DataError(describe_damage(cache, damaged))
     if not as_json:
         click.echo(
-            f"{len(cache.pictures)} pictures of {cache.size} px ({cache.fit}) in {len(cache.shards)} shards, all as "
+            f"{len(cache.images)} images of {cache.size} px ({cache.fit}) in {len(cache.shards)} shards, all as "
             f"they were written; {len(cache.rejected)} were refused"
         )
 

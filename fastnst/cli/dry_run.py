@@ -8,14 +8,14 @@ import click
 
 if TYPE_CHECKING:
     from fastnst.config import Config
-    from fastnst.training.distributed.environment import Launch
+    from fastnst.training.distributed.environment import DistEnv
 
 
 def print_plan(
     config: "Config",
     styles: Mapping[str, Path],
     out: Path,
-    launch: "Launch",
+    dist_env: "DistEnv",
     resume: bool,
     allow_changes: bool,
     notify: Callable[[str], None],
@@ -24,9 +24,9 @@ def print_plan(
 
     Args:
         config: of the run; of several styles, of all.
-        styles: name → picture, if there are several.
+        styles: name → image, if there are several.
         out: what --out names.
-        launch: the processes that share the run.
+        dist_env: the processes that share the run.
         resume: whether it is one that goes on.
         allow_changes: with another configuration, too.
         notify: receives messages.
@@ -37,46 +37,44 @@ def print_plan(
     from fastnst.config import to_toml
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
-    from fastnst.training.distributed.environment import check_shareable, of_one_process
+    from fastnst.training.distributed.environment import check_divisible, local_config
     from fastnst.training.inputs import check_batch, read_manifest, read_style, resolve, total_steps
     from fastnst.training.memory.available import describe_shortage, room_of_one_process
     from fastnst.training.memory.estimate import estimate
-    from fastnst.training.run_dir.style_folder import StyleFolder, prepare_runs, run_configs
+    from fastnst.training.run_dir.style_folder import MultiStyleDir, run_configs, validate_run_dirs
 
-    folder = StyleFolder(out, styles) if styles else None
+    folder = MultiStyleDir(out, styles) if styles else None
     configs = run_configs(config, styles, out) if styles else {out: config}
     configs = {run: resolve(own)[0] for run, own in configs.items()}
     config, device = resolve(next(iter(configs.values())))
-    check_shareable(config, launch)
-    changes = prepare_runs(configs, folder, resume=resume, allow_changes=allow_changes)
-    pictures = [(own.style.picture, read_style(own)[0]) for own in configs.values()]
+    check_divisible(config, dist_env)
+    changes = validate_run_dirs(configs, folder, resume=resume, allow_changes=allow_changes)
+    images = [(own.style.image, read_style(own)[0]) for own in configs.values()]
     manifest = read_manifest(config, notify)
     check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
-    share, processes = of_one_process(config, launch), launch.world_size
+    share, processes = local_config(config, dist_env), dist_env.world_size
     need = estimate(share, device_type=device.type, styles=len(configs))
     passes = steps * config.train.batch_size / len(manifest.images)
     click.echo(to_toml(config))
     for run, own_changes in zip(configs, changes, strict=True):
         for change in own_changes:
             click.echo(f"# changed    {change if folder is None else f'{run.name}: {change}'}")
-    for picture, style in pictures:
-        click.echo(f"# style      {picture}, {style.shape[3]}x{style.shape[2]} px")
+    for image, style in images:
+        click.echo(f"# style      {image}, {style.shape[3]}x{style.shape[2]} px")
     if folder is not None:
-        click.echo(f"# styles     {len(configs)}, trained together; style.picture above is that of the first")
-    click.echo(
-        f"# data       {len(manifest.images)} pictures, {len(manifest.rejected)} refused, in {config.data.folder}"
-    )
+        click.echo(f"# styles     {len(configs)}, trained together; style.image above is that of the first")
+    click.echo(f"# data       {len(manifest.images)} images, {len(manifest.rejected)} refused, in {config.data.folder}")
     click.echo(f"# VGG19      {describe_source(config.loss.vgg)}")
-    click.echo(f"# steps      {steps} of {config.train.batch_size} pictures, {passes:.2f} passes over the data")
+    click.echo(f"# steps      {steps} of {config.train.batch_size} images, {passes:.2f} passes over the data")
     if processes > 1:
-        click.echo(f"# processes  {processes}, {share.train.batch_size} pictures of a step in each")
+        click.echo(f"# processes  {processes}, {share.train.batch_size} images of a step in each")
     click.echo(f"# device     {device}, {config.train.precision}")
     click.echo(
         f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
         f"activations {byte_count(need.activations)}; workspaces come on top"
     )
-    room = room_of_one_process(device, launch)
+    room = room_of_one_process(device, dist_env)
     shortage = describe_shortage(share, need, room, device_type=device.type, processes=processes, styles=len(configs))
     if shortage:
         click.echo(f"# warning    memory: {shortage}")

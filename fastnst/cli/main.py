@@ -15,7 +15,7 @@ from fastnst.cli.visualize import visualize
 
 if TYPE_CHECKING:
     from fastnst.config import Config
-    from fastnst.training.distributed.environment import Launch
+    from fastnst.training.distributed.environment import DistEnv
     from fastnst.training.signals import StopRequest
 
 _LONGEST_MESSAGE = 4000
@@ -73,17 +73,15 @@ _train_options: list[Callable[[Any], Any]] = [
         "styles",
         type=click.Path(path_type=Path),
         multiple=True,
-        metavar="PICTURE",
+        metavar="IMAGE",
         help="The painting to learn; several at once, each given by --style, cost less than one after the other.",
     ),
-    click.option(
-        "--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photographs to train on, or a cache."
-    ),
+    click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photos to train on, or a cache."),
     click.option("--preset", metavar="NAME", help="hwalsuklee (the default), lengstrom, johnson or vgg-conv3."),
     click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE.toml", help="Configuration file."),
     click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Set one configuration key."),
     click.option("--vgg", metavar="auto|random|FILE", help="VGG19 weights; auto finds or downloads torchvision's."),
-    click.option("--loader", metavar="dali|pillow", help="What decodes and resizes the pictures."),
+    click.option("--loader", metavar="dali|pillow", help="What decodes and resizes the images."),
     click.option("--device", metavar="cuda|cpu", help="Default: cuda where there is one."),
     click.option("--precision", metavar="bf16|fp16|fp32", help="Default: bf16 on CUDA, fp32 on a CPU."),
     click.option("--steps", type=int, help="Steps to train (default: two passes over the data)."),
@@ -94,7 +92,7 @@ _train_options: list[Callable[[Any], Any]] = [
         help="Run directory (default: runs/STYLE), or the folder of several.",
     ),
     click.option("--resume", is_flag=True, help="Go on with the run in --out."),
-    click.option("--allow-changes", is_flag=True, help="With --resume: go on though options or pictures changed."),
+    click.option("--allow-changes", is_flag=True, help="With --resume: go on though options or images changed."),
     click.option("--dry-run", is_flag=True, help="Print configuration, data, memory and disk, and stop."),
 ]
 
@@ -124,17 +122,17 @@ def train(
     fastnst train --resume --out runs/wave
     fastnst train --style wave.jpg --style scream.jpg --data train2017 --out runs/both
     """
-    from fastnst.training.distributed.environment import launched
-    from fastnst.training.run_dir.style_folder import named_styles
+    from fastnst.training.distributed.environment import DistEnv
+    from fastnst.training.run_dir.style_folder import style_names
 
-    launch = launched()
-    if launch.world_size > 1:
+    dist_env = DistEnv.from_environ()
+    if dist_env.world_size > 1:
         # Of a connection that breaks when a process ends, torch prints pages; the run says in a line what it means.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with _said_once(launch):
+    with _said_once(dist_env):
         if allow_changes and not resume:
             raise click.UsageError("--allow-changes is for a run that goes on; give --resume with it")
-        together = named_styles([style.absolute() for style in styles])
+        together = style_names([style.absolute() for style in styles])
         if resume:
             if out is None:
                 raise click.UsageError("--resume needs --out RUN, the directory of the run to go on with")
@@ -143,51 +141,51 @@ def train(
                 options["file"] = configuration
         config = _train_config(style=next(iter(together.values()), None), **options)
         if out is None:
-            if config.style.picture is None:
-                raise click.UsageError("no style picture; give one with --style PICTURE")
-            out = _default_out(list(together) or [config.style.picture.stem])
+            if config.style.image is None:
+                raise click.UsageError("no style image; give one with --style IMAGE")
+            out = _default_out(list(together) or [config.style.image.stem])
         one = len(together) < 2 and not (resume and _is_folder_of_styles(out))
     if dry_run:
-        if launch.rank == 0:
+        if dist_env.rank == 0:
             from fastnst.cli.dry_run import print_plan
 
-            print_plan(config, {} if one else together, out, launch, resume, allow_changes, _notify)
+            print_plan(config, {} if one else together, out, dist_env, resume, allow_changes, _notify)
         return
 
     if profile is not None:
         # The profiler announces itself on stderr, and takes the limit when torch is imported.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with _said_once(launch):
+    with _said_once(dist_env):
         from fastnst.training import trainer
 
     common: dict[str, Any] = {"resume": resume, "allow_changes": allow_changes, "profile": profile}
     common |= {"notify": _notify, "stop": _stop_request()}
     models = [trainer.train(config, out, **common)] if one else trainer.train_styles(config, together, out, **common)
-    if launch.rank:
+    if dist_env.rank:
         return
     for model in models:
         click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
-    _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {models[0].parent} PICTURE --out PICTURE")
+    _notify(f"look at it: fastnst tensorboard {out}; use it: fastnst stylize {models[0].parent} IMAGE --out IMAGE")
 
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("pictures", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="PICTURE...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="PICTURE|FOLDER", help="Where to write.")
+@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="IMAGE|FOLDER", help="Where to write.")
 @click.option("--device", default="auto", metavar="cuda|cpu", help="Default: cuda where there is one.")
 @click.option("--precision", default="auto", metavar="bf16|fp16|fp32", help="Default: fp32.")
-def stylize(model: Path, pictures: tuple[Path, ...], out: Path, device: str, precision: str) -> None:
-    """Paint pictures with a style MODEL: a run directory or a model.safetensors.
+def stylize(model: Path, images: tuple[Path, ...], out: Path, device: str, precision: str) -> None:
+    """Paint images with a style MODEL: a run directory or a model.safetensors.
 
-    A PICTURE may be a folder. The result has the size of its source, and the format of its suffix.
+    A IMAGE may be a folder. The result has the size of its source, and the format of its suffix.
     """
     from fastnst.inference import stylize_files
 
-    # Results are printed when all is done, but also when some picture failed: the bar owns the terminal until then.
+    # Results are printed when all is done, but also when some image failed: the bar owns the terminal until then.
     written: list[Path] = []
     try:
-        stylize_files(model, pictures, out, device=device, precision=precision, notify=_notify, written=written.append)
+        stylize_files(model, images, out, device=device, precision=precision, notify=_notify, written=written.append)
     finally:
         for path in written:
             click.echo(path)
@@ -203,7 +201,7 @@ def tensorboard(run: Path, port: int, host: str) -> None:
 
     if not any(run.rglob("events.out.tfevents.*")):
         raise DataError(f"{run} holds no TensorBoard log; give a run directory that fastnst train has written")
-    # TensorBoard takes this process's place, so that signals and its exit code are its own. It keeps 10 pictures per
+    # TensorBoard takes this process's place, so that signals and its exit code are its own. It keeps 10 images per
     # tag unless told otherwise, and the sliders want them all. Without its data server it follows only the newest file
     # of a run; `visualize --run` writes one of its own beside that of a training that goes on.
     keep = "images=1000,histograms=1000,scalars=10000,text=1000"
@@ -216,11 +214,11 @@ def tensorboard(run: Path, port: int, host: str) -> None:
 @click.option("--vgg", default="auto", metavar="auto|random|FILE", help="auto falls back to random without a network.")
 @click.option("--steps", type=int, default=None, help="Steps to train.")
 def demo(out: Path, vgg: str, steps: int | None) -> None:
-    """Train a small style on pictures that ship with a dependency, and paint one with it."""
+    """Train a small style on images that ship with a dependency, and paint one with it."""
     from fastnst.demo import run_demo
 
     result = run_demo(out, vgg=vgg, steps=steps, notify=_notify, stop=_stop_request())
-    click.echo(f"stylised picture {result.picture}")
+    click.echo(f"stylised image {result.image}")
     click.echo(f"style model      {result.model}")
     click.echo(f"TensorBoard log  {out}")
 
@@ -263,21 +261,21 @@ def _train_config(
     names |= {"precision": "train.precision", "steps": "train.steps"}
     options = {names[key]: value for key, value in keys.items()}
     # Paths are resolved here: a run may be resumed from another working directory.
-    options |= {"style.picture": style and style.absolute(), "data.folder": data and data.absolute()}
+    options |= {"style.image": style and style.absolute(), "data.folder": data and data.absolute()}
     if options["loss.vgg"] not in (None, "auto", "random"):
         options["loss.vgg"] = str(Path(options["loss.vgg"]).absolute())
     return load_config(preset=preset, file=file, assignments=assignments, options=options)
 
 
 @contextlib.contextmanager
-def _said_once(launch: "Launch") -> Iterator[None]:
+def _said_once(dist_env: "DistEnv") -> Iterator[None]:
     """What is wrong with a command line or a file is the same in all processes of a machine: the first one says it."""
     from fastnst.errors import StoppedBySignal, UserError
 
     try:
         yield
     except (UserError, StoppedBySignal, click.ClickException) as error:
-        if launch.local_rank == 0:
+        if dist_env.local_rank == 0:
             raise
         sys.exit(error.exit_code)
 
@@ -295,8 +293,8 @@ def _begun(out: Path, given: dict[str, Path]) -> tuple[dict[str, Path], Path]:
     configurations = {name: out / name / CONFIG_NAME for name in begun if (out / name / CONFIG_NAME).is_file()}
     if not configurations:
         raise click.UsageError(f"none of the runs that {out / STYLES_NAME} names has begun; start without --resume")
-    # A picture may have been given to one of the runs anew, by resuming it alone.
-    begun |= {name: saved_config(out / name).style.picture or begun[name] for name in configurations}
+    # An image may have been given to one of the runs anew, by resuming it alone.
+    begun |= {name: saved_config(out / name).style.image or begun[name] for name in configurations}
     return given or begun, next(iter(configurations.values()))
 
 

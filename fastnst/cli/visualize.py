@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastnst.visualize.sheets.report import Report
 
 _PATH = click.Path(path_type=Path)
-_pictures = click.argument("pictures", type=_PATH, nargs=-1, required=True, metavar="PICTURE...")
+_images = click.argument("images", type=_PATH, nargs=-1, required=True, metavar="IMAGE...")
 _size = click.option(
     "--size", type=int, metavar="PIXELS", help="Side of the middle square (default: 224, deeper more)."
 )
@@ -52,7 +52,7 @@ def visualize() -> None:
 
 
 @visualize.command()
-@_pictures
+@_images
 @click.option(
     "--layer", "layers", multiple=True, required=True, metavar="LAYER", help="conv1_1 to fc8; may be repeated."
 )
@@ -63,10 +63,10 @@ def visualize() -> None:
 @_size
 @_vgg
 @_common
-def deconvnet(pictures: tuple[Path, ...], layers: tuple[str, ...], out: Path, run: Path | None, **options: Any) -> None:
+def deconvnet(images: tuple[Path, ...], layers: tuple[str, ...], out: Path, run: Path | None, **options: Any) -> None:
     """Project maps of VGG19 back to pixels.
 
-    What in the picture caused an activation (Zeiler & Fergus 2014), seen by the network's own way back.
+    What in the image caused an activation (Zeiler & Fergus 2014), seen by the network's own way back.
 
     \b
     fastnst visualize deconvnet cat.jpg --layer relu3_4 --out seen
@@ -74,7 +74,7 @@ def deconvnet(pictures: tuple[Path, ...], layers: tuple[str, ...], out: Path, ru
     """
     from fastnst.visualize.commands import commands
 
-    _make(lambda: commands.deconvnet(pictures, layers, notify=_notify, **options), out, run, pictures)
+    _make(lambda: commands.deconvnet(images, layers, notify=_notify, **options), out, run, images)
 
 
 @visualize.command()
@@ -83,13 +83,13 @@ def deconvnet(pictures: tuple[Path, ...], layers: tuple[str, ...], out: Path, ru
 @_maps
 @click.option("--count", type=int, default=9, show_default=True, help="Activations per map.")
 @_size
-@click.option("--loader", default="pillow", show_default=True, metavar="dali|pillow", help="What decodes the pictures.")
+@click.option("--loader", default="pillow", show_default=True, metavar="dali|pillow", help="What decodes the images.")
 @_vgg
 @_common
 def top(folder: Path, layer: str, out: Path, run: Path | None, **options: Any) -> None:
     """Find what excites each map most in a FOLDER.
 
-    The strongest activations among all its pictures, projected back to pixels, beside what they see.
+    The strongest activations among all its images, projected back to pixels, beside what they see.
 
     \b
     fastnst visualize top photos --layer relu3_4 --out seen
@@ -100,15 +100,15 @@ def top(folder: Path, layer: str, out: Path, run: Path | None, **options: Any) -
 
 
 @visualize.command()
-@_pictures
+@_images
 @_target
 @click.option("--method", default="plain", show_default=True, metavar="plain|guided|smoothgrad")
 @click.option("--samples", type=int, help="Noisy copies (smoothgrad; default 25).")
-@click.option("--noise", type=float, help="Deviation in parts of the picture's range (smoothgrad; default 0.15).")
+@click.option("--noise", type=float, help="Deviation in parts of the image's range (smoothgrad; default 0.15).")
 @_size
 @_vgg
 @_common
-def saliency(pictures: tuple[Path, ...], target: str, out: Path, run: Path | None, **options: Any) -> None:
+def saliency(images: tuple[Path, ...], target: str, out: Path, run: Path | None, **options: Any) -> None:
     """Show which pixels a class or a map reacts to.
 
     By the gradient of its score (Simonyan et al. 2013), guided or averaged over noise if asked.
@@ -119,11 +119,11 @@ def saliency(pictures: tuple[Path, ...], target: str, out: Path, run: Path | Non
     """
     from fastnst.visualize.commands import commands
 
-    _make(lambda: commands.saliency(pictures, target, notify=_notify, **options), out, run, pictures)
+    _make(lambda: commands.saliency(images, target, notify=_notify, **options), out, run, images)
 
 
 @visualize.command()
-@_pictures
+@_images
 @_target
 @click.option("--patch", type=int, default=32, show_default=True, metavar="PIXELS", help="Side of the occluder.")
 @click.option("--stride", type=int, default=8, show_default=True, metavar="PIXELS", help="From one place to the next.")
@@ -131,22 +131,22 @@ def saliency(pictures: tuple[Path, ...], target: str, out: Path, run: Path | Non
 @_size
 @_vgg
 @_common
-def occlusion(pictures: tuple[Path, ...], target: str, out: Path, run: Path | None, **options: Any) -> None:
+def occlusion(images: tuple[Path, ...], target: str, out: Path, run: Path | None, **options: Any) -> None:
     """Show what a class or a map loses if covered.
 
-    A square slides over the picture, and the score is read at each place (Zeiler & Fergus 2014).
+    A square slides over the image, and the score is read at each place (Zeiler & Fergus 2014).
 
     \b
     fastnst visualize occlusion cat.jpg --target relu3_4:17 --out seen
     """
     from fastnst.visualize.commands import commands
 
-    _make(lambda: commands.occlusion(pictures, target, notify=_notify, **options), out, run, pictures)
+    _make(lambda: commands.occlusion(images, target, notify=_notify, **options), out, run, images)
 
 
 @visualize.command()
 @click.argument("model", type=_PATH)
-@_pictures
+@_images
 @click.option("--layer", "layers", multiple=True, metavar="LAYER", help="conv1 to out; may be repeated (default: all).")
 @click.option("--maps", metavar="0,5,17-20|top:N|all", help="Show single maps of the layers, too.")
 @click.option("--checkpoint", type=int, metavar="STEP", help="The weights of that step of the run MODEL.")
@@ -154,14 +154,14 @@ def occlusion(pictures: tuple[Path, ...], target: str, out: Path, run: Path | No
 @_common
 def transform(
     model: Path,
-    pictures: tuple[Path, ...],
+    images: tuple[Path, ...],
     layers: tuple[str, ...],
     checkpoint: int | None,
     out: Path,
     run: Path | None,
     **options: Any,
 ) -> None:
-    """Follow pictures through a style MODEL.
+    """Follow images through a style MODEL.
 
     Layer by layer, from photo to painting. MODEL is a run directory or a model.safetensors.
 
@@ -183,7 +183,7 @@ def transform(
 
         return load_checkpoint_net(model, checkpoint).to(device)
 
-    _make(lambda: commands.transform(load, name, pictures, layers, **options), out, run, pictures, step=checkpoint)
+    _make(lambda: commands.transform(load, name, images, layers, **options), out, run, images, step=checkpoint)
 
 
 def _make(

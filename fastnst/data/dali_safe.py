@@ -1,4 +1,4 @@
-"""Which encoded pictures every decoder reads alike, and which are whole.
+"""Which encoded images every decoder reads alike, and which are whole.
 
 DALI stops for good at a file that it cannot read, and where formats leave room (orientation tags of the wrong type,
 CMYK, 16 bits, junk between segments) it and Pillow read differently. Files without such oddities are called plain;
@@ -10,7 +10,7 @@ import zlib
 
 from PIL import Image
 
-from fastnst.images import UnusablePictureError
+from fastnst.images import UnusableImageError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
@@ -19,25 +19,25 @@ _EXIF = b"Exif\0\0"
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
 
-def check_whole(data: bytes, picture: Image.Image) -> None:
-    """Raise UnusablePictureError for damage that Pillow overlooks: a PNG's checksums and its end."""
-    if picture.format == "PNG":
+def check_whole(data: bytes, image: Image.Image) -> None:
+    """Raise UnusableImageError for damage that Pillow overlooks: a PNG's checksums and its end."""
+    if image.format == "PNG":
         _check_png(data)
 
 
-def is_plain(data: bytes, picture: Image.Image, orientation: int) -> bool:
+def is_dali_safe(data: bytes, image: Image.Image, orientation: int) -> bool:
     """Whether DALI decodes these bytes to what Pillow makes of them.
 
     Args:
         data: the whole file.
-        picture: the same, opened by Pillow.
+        image: the same, opened by Pillow.
         orientation: as Pillow found it, 1 to 8.
     """
-    if picture.format in ("JPEG", "MPO"):
+    if image.format in ("JPEG", "MPO"):
         return _is_plain_jpeg(data, orientation)
     if orientation != 1:
         return False
-    if picture.format == "PNG":
+    if image.format == "PNG":
         return _is_plain_png(data)
     # A WebP file with more than one chunk's worth (animation, metadata, a separate alpha plane) starts with VP8X.
     return data[12:16] in (b"VP8 ", b"VP8L")
@@ -118,12 +118,10 @@ def _check_png(data: bytes) -> None:
     for name, start, end in _png_chunks(data):
         (expected,) = struct.unpack_from(">I", data, end - 4)
         if zlib.crc32(memoryview(data)[start : end - 4]) != expected:
-            raise UnusablePictureError(
-                f"the checksum of its {name.decode('latin-1')} chunk does not fit; fetch it again"
-            )
+            raise UnusableImageError(f"the checksum of its {name.decode('latin-1')} chunk does not fit; fetch it again")
         if name == b"IEND":
             return
-    raise UnusablePictureError("it is cut short; fetch it again")
+    raise UnusableImageError("it is cut short; fetch it again")
 
 
 def _png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:

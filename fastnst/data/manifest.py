@@ -1,6 +1,6 @@
 """Which files of a folder training may read, and why not the others.
 
-Every candidate is decoded once, before training, because a damaged picture must not end a run hours later. The
+Every candidate is decoded once, before training, because a damaged image must not end a run hours later. The
 outcome is kept in the cache folder and used again for each file whose size and modification time still stand.
 """
 
@@ -19,17 +19,17 @@ from typing import Any
 import PIL
 from PIL import Image
 
-from fastnst.data.dali_safe import check_whole, is_plain
+from fastnst.data.dali_safe import check_whole, is_dali_safe
 from fastnst.errors import DataError
 from fastnst.images import (
     MIN_SIDE,
     TRAINING_FORMATS,
-    UnusablePictureError,
+    UnusableImageError,
     check_size,
     decode,
     explain_os_error,
     load,
-    open_picture,
+    open_image,
     orientation_of,
     printable,
     read_bytes,
@@ -40,7 +40,7 @@ TRAINING_SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"
 OTHER_SUFFIXES = frozenset(
     [".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".tga", ".psd"]
 )
-"""Pictures that training does not read: named as refused, unless their content is a JPEG, PNG or WebP after all. Files
+"""Images that training does not read: named as refused, unless their content is a JPEG, PNG or WebP after all. Files
 with any further suffix are passed over."""
 
 _CACHE_VERSION = 2
@@ -49,19 +49,19 @@ _CHUNK = 16
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A picture that training reads."""
+    """An image that training reads."""
 
     path: str
     """Relative to the folder; a name that is not UTF-8 holds surrogates, as `os.fsdecode` makes them."""
     size: int
     """Bytes."""
     width: int
-    """Pixels of the upright picture."""
+    """Pixels of the upright image."""
     height: int
     format: str
     """`JPEG`, `PNG` or `WEBP`, by content."""
     plain: bool
-    """Whether DALI decodes the file itself; the other pictures are decoded by Pillow for both loaders."""
+    """Whether DALI decodes the file itself; the other images are decoded by Pillow for both loaders."""
     mtime: int
     """Modification time in ns; a file that has another one is checked again before it is used."""
 
@@ -85,9 +85,9 @@ class Manifest:
     """Sorted by the bytes of their path, so that the order does not depend on the file system or the locale."""
     rejected: list[Rejection]
     fingerprint: str
-    """SHA-256 over path, size and dimensions of the accepted pictures: equal folders train alike."""
+    """SHA-256 over path, size and dimensions of the accepted images: equal folders train alike."""
     passed_over: int = 0
-    """Files without a picture's suffix, and hidden ones."""
+    """Files without an image's suffix, and hidden ones."""
 
 
 def build_manifest(
@@ -99,25 +99,25 @@ def build_manifest(
     min_side: int = MIN_SIDE,
     flat: bool = True,
 ) -> Manifest:
-    """Check every picture of a folder and its subfolders; links are followed, hidden files and folders are not entered.
+    """Check every image of a folder and its subfolders; links are followed, hidden files and folders are not entered.
 
     Args:
-        folder: where the pictures are.
+        folder: where the images are.
         workers: threads that decode; default: one for each core that this process may use.
         progress: receives the number of files done and of all files, again and again.
         cache: use, and write, the outcome of earlier checks.
         min_side: pixels that the short side must have.
-        flat: take pictures of one colour, too. Training must not: where nothing varies, each instance norm multiplies
+        flat: take images of one colour, too. Training must not: where nothing varies, each instance norm multiplies
             the gradient by 1/√ε, and sixteen of them in a row are beyond fp32.
 
     Raises:
-        DataError: the folder is missing, unreadable or empty, or not one of its pictures can be used.
+        DataError: the folder is missing, unreadable or empty, or not one of its images can be used.
     """
     folder = Path(folder)
     unreadable, candidates, passed_over = _walk(folder)
     if not candidates and not unreadable:
         raise DataError(
-            f"{printable(folder)} holds no pictures, only {passed_over} other files; give a folder of JPEG, PNG or WebP"
+            f"{printable(folder)} holds no images, only {passed_over} other files; give a folder of JPEG, PNG or WebP"
         )
     cache_file = _cache_file(folder)
     rules = _Rules(min_side, flat)
@@ -147,7 +147,7 @@ def build_manifest(
     if not images:
         first = rejected[0]
         raise DataError(
-            f"not one of the {len(rejected)} pictures in {printable(folder)} can be used; "
+            f"not one of the {len(rejected)} images in {printable(folder)} can be used; "
             f"the first, {printable(first.path)}: {first.reason}"
         )
     return Manifest(folder, images, rejected, fingerprint_of(images), passed_over)
@@ -172,39 +172,39 @@ def write_rejections(manifest: Manifest, path: Path, more: Iterable[str] = ()) -
 
 
 def examine(path: str, data: bytes, *, mtime: int, min_side: int = 1, flat: bool = True) -> Entry:
-    """Check one picture, wholly.
+    """Check one image, wholly.
 
     Args:
         path: relative to its folder; only put into the entry, like `mtime`.
         data: all bytes of its file.
         mtime: of the file, in ns.
         min_side: pixels that the short side must have.
-        flat: take a picture of one colour, too.
+        flat: take an image of one colour, too.
 
     Raises:
-        UnusablePictureError: it cannot serve.
+        UnusableImageError: it cannot serve.
     """
-    picture = open_picture(data, formats=TRAINING_FORMATS)
-    width, height = picture.size
+    image = open_image(data, formats=TRAINING_FORMATS)
+    width, height = image.size
     check_size(width, height, min_side)
-    check_whole(data, picture)
+    check_whole(data, image)
     # Entropy decoding is what finds damage; the rest of JPEG's inverse transform, which scale 1/8 skips, finds none.
-    picture.draft("L", (1, 1))
-    load(picture)
-    if not flat and _is_flat(picture, data):
-        raise UnusablePictureError("all of it has one colour, which makes gradients overflow; remove it")
-    orientation = orientation_of(picture)
+    image.draft("L", (1, 1))
+    load(image)
+    if not flat and _is_flat(image, data):
+        raise UnusableImageError("all of it has one colour, which makes gradients overflow; remove it")
+    orientation = orientation_of(image)
     if orientation >= 5:
         width, height = height, width
-    plain = is_plain(data, picture, orientation)
+    plain = is_dali_safe(data, image, orientation)
     if not plain:
         decode(data, formats=TRAINING_FORMATS)
-    picture_format = "JPEG" if picture.format in ("JPEG", "MPO") else str(picture.format)
-    return Entry(path, len(data), width, height, picture_format, plain, mtime)
+    image_format = "JPEG" if image.format in ("JPEG", "MPO") else str(image.format)
+    return Entry(path, len(data), width, height, image_format, plain, mtime)
 
 
 def fingerprint_of(images: Iterable[Entry]) -> str:
-    """`Manifest.fingerprint` of these pictures."""
+    """`Manifest.fingerprint` of these images."""
     digest = hashlib.sha256()
     for entry in images:
         digest.update(os.fsencode(entry.path) + f"\0{entry.size} {entry.width} {entry.height}\0".encode())
@@ -235,7 +235,7 @@ def _walk(folder: Path) -> tuple[list[Rejection], list[tuple[str, int, int]], in
     try:
         next(folder.iterdir(), None)
     except NotADirectoryError as error:
-        raise DataError(f"{printable(folder)} is a file; give the folder that the pictures are in") from error
+        raise DataError(f"{printable(folder)} is a file; give the folder that the images are in") from error
     except OSError as error:
         raise DataError(f"cannot read the folder {printable(folder)}: {explain_os_error(error)}") from error
     unreadable: list[Rejection] = []
@@ -292,18 +292,18 @@ def _check_all(folder: Path, pending: list[tuple[str, int, int]], rules: _Rules,
 def _check(folder: Path, path: str, size: int, mtime: int, rules: _Rules) -> _Checked:
     try:
         data = read_bytes(os.path.join(folder, path))  # noqa: PTH118
-    except UnusablePictureError as error:
+    except UnusableImageError as error:
         return _Checked(path, size, mtime, None, str(error), lasting=False)
     try:
         return _Checked(path, size, mtime, examine(path, data, mtime=mtime, **asdict(rules)))
-    except UnusablePictureError as error:
+    except UnusableImageError as error:
         return _Checked(path, size, mtime, None, str(error))
 
 
-def _is_flat(picture: Image.Image, data: bytes) -> bool:
-    """Whether all pixels have one colour; `picture` is loaded, perhaps in a coarser version."""
-    extrema: Any = picture.getextrema()
-    low, high = extrema if len(picture.getbands()) == 1 else extrema[0]
+def _is_flat(image: Image.Image, data: bytes) -> bool:
+    """Whether all pixels have one colour; `image` is loaded, perhaps in a coarser version."""
+    extrema: Any = image.getextrema()
+    low, high = extrema if len(image.getbands()) == 1 else extrema[0]
     if low != high:
         return False
     return all(low == high for low, high in decode(data, formats=TRAINING_FORMATS).getextrema())  # type: ignore[misc]
@@ -358,8 +358,8 @@ def _from_row(row: list[Any]) -> _Checked:
     return _Checked(path, size, mtime, None if entry is None else _to_entry(path, mtime, *entry), reason)
 
 
-def _to_entry(path: str, mtime: int, size: int, width: int, height: int, picture_format: str, plain: bool) -> Entry:
+def _to_entry(path: str, mtime: int, size: int, width: int, height: int, image_format: str, plain: bool) -> Entry:
     whole = all(isinstance(number, int) and number > 0 for number in (size, width, height))
-    if not whole or picture_format not in TRAINING_FORMATS or not isinstance(plain, bool):
+    if not whole or image_format not in TRAINING_FORMATS or not isinstance(plain, bool):
         raise TypeError(f"not an entry of a manifest: {path!r}")
-    return Entry(path, size, width, height, picture_format, plain, mtime)
+    return Entry(path, size, width, height, image_format, plain, mtime)

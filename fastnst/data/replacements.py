@@ -1,6 +1,6 @@
-"""What stands in for a picture that fails during training, though the check had accepted it.
+"""What stands in for an image that fails during training, though the check had accepted it.
 
-The rule: from the step in which a picture cannot be read on, each of its places in the run takes the next picture of
+The rule: from the step in which an image cannot be read on, each of its places in the run takes the next image of
 the manifest (after the last comes the first) that has not failed by that step, with the place's own crop and flip.
 
 So what a batch holds follows from the run's order, the list of failures with their steps, and the files; not from the
@@ -18,20 +18,20 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 
-from fastnst.data.crop import read_picture
+from fastnst.data.crop import read_image
 from fastnst.data.manifest import Entry, Manifest, fingerprint_of
 from fastnst.errors import DataError
-from fastnst.images import TRAINING_FORMATS, UnusablePictureError, explain_os_error, printable
+from fastnst.images import TRAINING_FORMATS, UnusableImageError, explain_os_error, printable
 
 ALWAYS_ALLOWED = 3
-"""Pictures that may fail in a folder of any size, unless none may: one percent of a small folder is no picture."""
+"""Images that may fail in a folder of any size, unless none may: one percent of a small folder is no image."""
 _NAMED = 3
 _NEVER = -1
 
 
 @dataclass(frozen=True, slots=True)
-class LateFailure:
-    """A picture that the check accepted and that could not be read later."""
+class ReadFailure:
+    """An image that the check accepted and that could not be read later."""
 
     entry: Entry
     """As it was accepted: with it the manifest can be restored though the file is gone."""
@@ -41,12 +41,12 @@ class LateFailure:
     """The first step of the run, counted from 1, that does without it."""
 
 
-class Replacements:
-    """Which pictures failed since the check, from which step on, and which take their places.
+class ImageReplacer:
+    """Which images failed since the check, from which step on, and which take their places.
 
     Args:
         manifest: of the folder.
-        max_percent: of the manifest's pictures that may fail (`data.max_failed_percent`); 0: none.
+        max_percent: of the manifest's images that may fail (`data.max_failed_percent`); 0: none.
         earlier: failures that this run knows already.
         on_failure: told of each new one, at once, in the thread that iterates the loader; what it raises ends training.
     """
@@ -56,12 +56,12 @@ class Replacements:
         manifest: Manifest,
         *,
         max_percent: float = 0.0,
-        earlier: Iterable[LateFailure] = (),
-        on_failure: Callable[[LateFailure], None] = lambda _: None,
+        earlier: Iterable[ReadFailure] = (),
+        on_failure: Callable[[ReadFailure], None] = lambda _: None,
     ) -> None:
         self._manifest, self._max_percent, self._on_failure = manifest, max_percent, on_failure
         self._allowed = most_failures(len(manifest.images), max_percent)
-        self._failed: dict[int, LateFailure] = {}
+        self._failed: dict[int, ReadFailure] = {}
         earlier = list(earlier)
         positions = {entry.path: index for index, entry in enumerate(manifest.images)} if earlier else {}
         for failure in earlier:
@@ -77,7 +77,7 @@ class Replacements:
         return np.array([self._stand_in(step, int(index)) for index in indices], dtype=np.int64)
 
     def fail(self, step: int, reasons: Sequence[tuple[int, str]]) -> None:
-        """Note that in `step` (from 0) pictures could not be read: index and reason of each.
+        """Note that in `step` (from 0) images could not be read: index and reason of each.
 
         Raises:
             DataError: more failed than may fail.
@@ -85,7 +85,7 @@ class Replacements:
         for index, reason in dict(reversed(reasons)).items():
             if self._has_failed(step, index):
                 continue
-            failure = LateFailure(self._manifest.images[index], reason, step + 1)
+            failure = ReadFailure(self._manifest.images[index], reason, step + 1)
             self._failed[index] = failure
             self._on_failure(failure)
         self._check_count()
@@ -95,7 +95,7 @@ class Replacements:
         return failure is not None and failure.step <= step + 1
 
     def _stand_in(self, step: int, index: int) -> int:
-        # Ends, because `_check_count` ends the run when the last picture has failed.
+        # Ends, because `_check_count` ends the run when the last image has failed.
         while self._has_failed(step, index):
             index = (index + 1) % len(self._manifest.images)
         return index
@@ -110,21 +110,21 @@ class Replacements:
             raise DataError(f"cannot read {printable(path)}: {first[0].reason}")
         names = "; ".join(f"{printable(failure.entry.path)}: {failure.reason}" for failure in first)
         raise DataError(
-            f"{failed} of {total} pictures in {printable(self._manifest.folder)} failed since they were checked; "
+            f"{failed} of {total} images in {printable(self._manifest.folder)} failed since they were checked; "
             f"data.max_failed_percent = {self._max_percent:g} allows {self._allowed}. The first: {names}. Restore them "
             "and go on with --resume, or allow more with --set data.max_failed_percent=PERCENT"
         )
 
 
-def most_failures(pictures: int, max_percent: float) -> int:
-    """How many of a folder's pictures may fail during a run: the percentage, but at least 3, and never all."""
+def most_failures(images: int, max_percent: float) -> int:
+    """How many of a folder's images may fail during a run: the percentage, but at least 3, and never all."""
     if not max_percent:
         return 0
-    return min(max(ALWAYS_ALLOWED, int(pictures * max_percent / 100)), pictures - 1)
+    return min(max(ALWAYS_ALLOWED, int(images * max_percent / 100)), images - 1)
 
 
-def with_failed(manifest: Manifest, failures: Iterable[LateFailure]) -> Manifest:
-    """The manifest of a folder as it was when the run began: pictures that failed since are put back into it.
+def with_failed(manifest: Manifest, failures: Iterable[ReadFailure]) -> Manifest:
+    """The manifest of a folder as it was when the run began: images that failed since are put back into it.
 
     Positions in the manifest are what the order of a run consists of, so they must not shift when a file is gone.
     """
@@ -140,7 +140,7 @@ def with_failed(manifest: Manifest, failures: Iterable[LateFailure]) -> Manifest
     return dataclasses.replace(manifest, images=images, rejected=rejected, fingerprint=fingerprint_of(images))
 
 
-def still_failed(folder: Path, failures: Iterable[LateFailure], done: int) -> list[LateFailure]:
+def still_failed(folder: Path, failures: Iterable[ReadFailure], done: int) -> list[ReadFailure]:
     """Those failures that still hold when a run is resumed after `done` steps.
 
     What failed in a step that is done stays out, as it would have without the interruption. What failed in a step that
@@ -149,8 +149,8 @@ def still_failed(folder: Path, failures: Iterable[LateFailure], done: int) -> li
     return [failure for failure in failures if failure.step <= done or not _readable(folder, failure.entry)]
 
 
-def late_row(failure: LateFailure) -> str:
-    """The line of `rejected.jsonl`; beside path and reason it holds what `read_late_failures` needs."""
+def late_row(failure: ReadFailure) -> str:
+    """The line of `rejected.jsonl`; beside path and reason it holds what `read_failures` needs."""
     entry = failure.entry
     row = {
         "path": printable(entry.path),
@@ -169,8 +169,8 @@ def late_row(failure: LateFailure) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def read_late_failures(path: Path) -> list[LateFailure]:
-    """The failures noted in a `rejected.jsonl`, in their order; of a picture noted twice, the earlier step counts.
+def read_failures(path: Path) -> list[ReadFailure]:
+    """The failures noted in a `rejected.jsonl`, in their order; of an image noted twice, the earlier step counts.
 
     A last line that was not finished, because the process was killed in the middle, does not count.
 
@@ -183,12 +183,12 @@ def read_late_failures(path: Path) -> list[LateFailure]:
         return []
     except OSError as error:
         raise DataError(f"cannot read {printable(path)}: {explain_os_error(error)}") from error
-    return parse_late_failures(content, path)
+    return parse_failures(content, path)
 
 
-def parse_late_failures(content: bytes, path: Path) -> list[LateFailure]:
+def parse_failures(content: bytes, path: Path) -> list[ReadFailure]:
     """The same from the content of the file, which is that of `path`."""
-    found: dict[str, LateFailure] = {}
+    found: dict[str, ReadFailure] = {}
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
@@ -223,30 +223,30 @@ def append_row(path: Path, row: str) -> None:
 
 
 def _changed(entry: Entry, recorded: dict[str, Entry]) -> bool:
-    """Whether a picture is another now than the one that failed under its name."""
+    """Whether an image is another now than the one that failed under its name."""
     then = recorded.get(entry.path)
     return then is not None and dataclasses.replace(entry, mtime=_NEVER) != then
 
 
 def _readable(folder: Path, entry: Entry) -> bool:
     try:
-        read_picture(os.path.join(folder, entry.path), dataclasses.replace(entry, mtime=_NEVER))  # noqa: PTH118
-    except UnusablePictureError:
+        read_image(os.path.join(folder, entry.path), dataclasses.replace(entry, mtime=_NEVER))  # noqa: PTH118
+    except UnusableImageError:
         return False
     return True
 
 
-def _from_row(row: dict[str, Any]) -> LateFailure:
+def _from_row(row: dict[str, Any]) -> ReadFailure:
     checked, reason = row["checked"], row["reason"]
     name = unquote_to_bytes(checked["name"])
     numbers = [checked["size"], checked["width"], checked["height"], row["step"]]
     if not all(type(number) is int and number > 0 for number in numbers):
         raise TypeError("sizes and steps are whole numbers above 0")
     if not isinstance(reason, str) or checked["format"] not in TRAINING_FORMATS or type(checked["plain"]) is not bool:
-        raise TypeError("not a picture that a check accepted")
+        raise TypeError("not an image that a check accepted")
     if not name or name.startswith(b"/") or b".." in name.split(b"/") or b"\0" in name:
         raise ValueError("not a path inside the folder")
-    # No file has this time: whoever reads the picture checks it again first.
+    # No file has this time: whoever reads the image checks it again first.
     size, width, height, step = numbers
     entry = Entry(os.fsdecode(name), size, width, height, checked["format"], checked["plain"], _NEVER)
-    return LateFailure(entry, reason, step)
+    return ReadFailure(entry, reason, step)

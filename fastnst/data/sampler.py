@@ -1,6 +1,6 @@
 """What a whole run reads, front to back, as a pure function of a few numbers.
 
-A run is one long line of places: epoch after epoch, each a fresh permutation of all pictures, cut into batches
+A run is one long line of places: epoch after epoch, each a fresh permutation of all images, cut into batches
 wherever they end. A place also has its crop and its flip. Everything is computed from the raw 64-bit words of the
 counter-based Philox generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose output is
 fixed for ever, unlike that of NumPy's distributions; so any place can be looked up without walking to it, and a run
@@ -23,34 +23,34 @@ _WORDS_PER_COUNT = 4
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleBatch:
     """One batch of one rank."""
 
     indices: np.ndarray
-    """int64 `[B]`: positions in the manifest's list of pictures."""
+    """int64 `[B]`: positions in the manifest's list of images."""
     crop: np.ndarray
     """float32 `[B, 2]` in [0, 1): where the crop lies along the x and y axis, as a fraction of what is left over."""
     flip: np.ndarray
     """bool `[B]`: mirrored left to right."""
 
 
-class RunOrder:
-    """Which picture, crop and flip stands at each place of a run.
+class Sampler:
+    """Which image, crop and flip stands at each place of a run.
 
     The batch of a step is shared among the ranks in rank order, so the steps of a run, and hence its outcome up to the
     summation order of gradients, do not depend on the number of processes.
 
     Args:
         seed: any number from 0 to 2⁶⁴ - 1.
-        num_images: pictures in the manifest.
-        batch_size: pictures of one step, all ranks together; may exceed `num_images`.
+        num_images: images in the manifest.
+        batch_size: images of one step, all ranks together; may exceed `num_images`.
         steps: length of the run.
         world_size: processes that share each step; divides `batch_size`.
-        fit: how a picture becomes square; only `random_crop` draws crops, the others take the middle.
-        flip: mirror each picture with probability one half.
+        fit: how an image becomes square; only `random_crop` draws crops, the others take the middle.
+        flip: mirror each image with probability one half.
 
     Raises:
-        UserError: no pictures, or a batch that cannot be shared evenly.
+        UserError: no images, or a batch that cannot be shared evenly.
     """
 
     def __init__(
@@ -67,9 +67,7 @@ class RunOrder:
         if not 0 <= seed < 2**64:
             raise UserError(f"seed is {seed}; choose one from 0 to 2**64 - 1")
         if num_images < 1 or steps < 0:
-            raise UserError(
-                f"a run of {steps} steps over {num_images} pictures reads nothing; give at least one picture"
-            )
+            raise UserError(f"a run of {steps} steps over {num_images} images reads nothing; give at least one image")
         if world_size < 1 or batch_size < 1 or batch_size % world_size:
             raise UserError(
                 f"train.batch_size {batch_size} cannot be shared evenly by {world_size} processes; "
@@ -85,10 +83,10 @@ class RunOrder:
 
     @property
     def local_batch_size(self) -> int:
-        """Pictures of one step on one rank."""
+        """Images of one step on one rank."""
         return self.batch_size // self.world_size
 
-    def batch(self, step: int, rank: int = 0) -> Samples:
+    def batch(self, step: int, rank: int = 0) -> SampleBatch:
         """What `rank` reads in `step` (0 … steps - 1)."""
         if not 0 <= step < self.steps or not 0 <= rank < self.world_size:
             raise IndexError(f"step {step}, rank {rank} of a run of {self.steps} steps on {self.world_size} ranks")
@@ -107,7 +105,7 @@ class RunOrder:
         else:
             crop = np.full((size, 2), 0.5, dtype=np.float32)
         flip = (words[:, 2] >> np.uint64(63)).astype(bool) & self.flip
-        return Samples(indices, crop, flip)
+        return SampleBatch(indices, crop, flip)
 
 
 # A batch lies in one epoch or spans two; batches larger than the folder span more, but then the folder is small.

@@ -2,14 +2,14 @@
 
 Read `children` (facts are gathered in processes of their own), `verdict` (what a check is), `report` (how it reads),
 then the topics, each with its probes, which look, and its judges, which decide from what the probes found:
-`installation`, `pictures`, `device`, `host`, `storage`.
+`installation`, `images`, `device`, `host`, `storage`.
 
 Nothing here goes to the network. Nothing stays behind but what Triton puts into its own cache when it compiles.
 """
 
 from collections.abc import Sequence
 
-from fastnst.doctor import device, host, installation, pictures, storage
+from fastnst.doctor import device, host, images, installation, storage
 from fastnst.doctor.children import Probe, collect
 from fastnst.doctor.report import Report, report
 from fastnst.doctor.verdict import DEVICE, INSTALLATION, STORAGE, Check
@@ -21,7 +21,7 @@ LANES = (
         Probe("triton", "fastnst.doctor.installation:probe_triton", 60),
         Probe("tensorboard", "fastnst.doctor.installation:probe_tensorboard", 60),
         Probe("gpus", "fastnst.doctor.device:probe_gpus", 60),
-        Probe("jpeg_engines", "fastnst.doctor.pictures:probe_jpeg_engines", 60),
+        Probe("jpeg_engines", "fastnst.doctor.images:probe_jpeg_engines", 60),
         Probe("kernels", "fastnst.doctor.device:probe_kernels", 120),
         Probe("weights", "fastnst.doctor.storage:probe_weights", 120),
     ),
@@ -30,9 +30,9 @@ LANES = (
         Probe("host", "fastnst.doctor.host:probe_host", 20),
         Probe("shared_memory", "fastnst.doctor.host:probe_shared_memory", 20),
         Probe("folders", "fastnst.doctor.storage:probe_folders", 20),
-        Probe("pillow", "fastnst.doctor.pictures:probe_pillow", 20),
+        Probe("pillow", "fastnst.doctor.images:probe_pillow", 20),
         Probe("driver", "fastnst.doctor.device:probe_driver", 20),
-        Probe("dali", "fastnst.doctor.pictures:probe_dali", 60),
+        Probe("dali", "fastnst.doctor.images:probe_dali", 60),
     ),
 )
 
@@ -48,12 +48,12 @@ CHECKS = (
     Check("torch", installation.judge_torch, INSTALLATION, "install torch anew"),
     Check("Triton", installation.judge_triton, INSTALLATION, _REINSTALL),
     Check("TensorBoard", installation.judge_tensorboard, INSTALLATION, "install torch and tensorboard anew"),
-    Check("Pillow", pictures.judge_pillow, INSTALLATION, "install pillow anew"),
-    Check("DALI", pictures.judge_dali, INSTALLATION, "train with --loader pillow, or install nvidia-dali-cuda130 anew"),
+    Check("Pillow", images.judge_pillow, INSTALLATION, "install pillow anew"),
+    Check("DALI", images.judge_dali, INSTALLATION, "train with --loader pillow, or install nvidia-dali-cuda130 anew"),
     Check("NVIDIA driver", device.judge_driver, DEVICE, _DRIVER),
     Check("GPU", device.judge_gpus, DEVICE, f"if torch is as it should be, {_DRIVER}"),
     Check("kernels", device.judge_kernels, DEVICE, "go on without them:\n  export FASTNST_KERNELS=reference"),
-    Check("JPEG decoder", pictures.judge_jpeg_engines, DEVICE, _DRIVER),
+    Check("JPEG decoder", images.judge_jpeg_engines, DEVICE, _DRIVER),
     Check("memory", host.judge_memory, DEVICE, _KERNEL),
     Check("CPU", host.judge_cpu, DEVICE, _KERNEL),
     Check("/dev/shm", host.judge_shared_memory, DEVICE, _KERNEL),

@@ -11,7 +11,7 @@ from fastnst.doctor.children import Facts
 from fastnst.doctor.verdict import Verdict, failed, gib, passed, warned
 
 _COMFORTABLE_DISK, _LEAST_DISK = 2 * 2**30, 2**28
-"""Bytes for runs: checkpoints of one take some 100 MB, its log with pictures as much and more."""
+"""Bytes for runs: checkpoints of one take some 100 MB, its log with images as much and more."""
 _ELSEWHERE = "free some space there, or keep it elsewhere:\n  export FASTNST_CACHE=FOLDER"
 
 
@@ -72,7 +72,7 @@ def judge_disk(facts: Facts) -> Verdict:
     folders = facts["folders"]
     found = f"{gib(folders['here_free'])} free in the working directory"
     if not folders["here_writable"]:
-        return warned(f"{found}, which may not be written to", "give runs and pictures a place with --out")
+        return warned(f"{found}, which may not be written to", "give runs and images a place with --out")
     fix = "free some space, or give runs a place elsewhere with --out"
     if folders["here_free"] < _LEAST_DISK:
         return failed(found, fix)

@@ -24,17 +24,17 @@ from torch import Tensor
 from fastnst.losses.conv_ops import convolve, convolve_backward, convolve_relu, pool, unpool
 from fastnst.losses.fused_terms import Taps
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
-from fastnst.models.transform_net import Painted
+from fastnst.models.transform_net import OutputMapping
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES, deepest_layer
 from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
 
 
 class LossEngine:
-    """What `PerceptualLoss` computes, and its gradient with respect to the stylised pictures.
+    """What `PerceptualLoss` computes, and its gradient with respect to the stylised images.
 
     φ's convolutions run in `dtype`, whatever autocast says; Grams, losses and sums of gradients in fp32, or fp64.
 
-    `fused_ops.convolve_relu` may turn NaN into 0. A NaN or an infinity in the stylised pictures is therefore looked for
+    `fused_ops.convolve_relu` may turn NaN into 0. A NaN or an infinity in the stylised images is therefore looked for
     there, and makes the total and the whole gradient NaN.
 
     Args:
@@ -48,7 +48,7 @@ class LossEngine:
     ) -> None:
         self._loss = loss
         self._dtype = dtype or loss.vgg.mean.dtype
-        # RGB, as the pictures are; see `_stages`.
+        # RGB, as the images are; see `_stages`.
         self._mean, self._gain = loss.vgg.mean.flatten(), loss.vgg.gain.flatten()
         self._shift = -self._mean * self._gain
         if beside is None:
@@ -59,13 +59,13 @@ class LossEngine:
 
     @torch.no_grad()
     def content_targets(self, content: Tensor) -> dict[str, Tensor]:
-        """φ of the content pictures at the content layers, for any number of calls.
+        """φ of the content images at the content layers, for any number of calls.
 
         Args:
             content: `[N, 3, H, W]`, RGB, floating in [0, 1] or uint8.
 
         Raises:
-            UserError: the pictures are too small for a layer.
+            UserError: the images are too small for a layer.
         """
         layers = self._loss.config.content_layers
         targets: dict[str, Tensor] = {}
@@ -82,29 +82,29 @@ class LossEngine:
 
         Args:
             stylized: `[N, 3, H, W]`, RGB in [0, 1].
-            targets: `content_targets` of the pictures that were stylised.
+            targets: `content_targets` of the images that were stylised.
             d_total: what the gradient is multiplied by, 0-d on the device, such as a loss scale; None: 1.
 
         Returns:
             The terms, and d_total · ∂total/∂stylized `[N, 3, H, W]` in the type of `stylized`.
 
         Raises:
-            ValueError: the loss has no style, or the targets are those of pictures of another size.
-            UserError: the pictures are too small for a layer.
+            ValueError: the loss has no style, or the targets are those of images of another size.
+            UserError: the images are too small for a layer.
         """
         self._loss.vgg.check(stylized, self._loss.layers)
-        as_it_is = Painted((0, 0, *stylized.shape[2:]), False, 1.0, 0.0)
-        return self.of_raw(stylized, as_it_is, targets, d_total)
+        as_it_is = OutputMapping((0, 0, *stylized.shape[2:]), False, 1.0, 0.0)
+        return self.loss_and_grad(stylized, as_it_is, targets, d_total)
 
     @torch.no_grad()
-    def of_raw(
-        self, raw: Tensor, painted: Painted, targets: Mapping[str, Tensor], d_total: Tensor | None = None
+    def loss_and_grad(
+        self, raw: Tensor, painted: OutputMapping, targets: Mapping[str, Tensor], d_total: Tensor | None = None
     ) -> tuple[LossTerms, Tensor]:
-        """As a call with the stylised pictures, from what the transform net's last layer put out, and back to there.
+        """As a call with the stylised images, from what the transform net's last layer put out, and back to there.
 
         Args:
             raw: `[N, 3, H', W']`.
-            painted: what of it are the pictures.
+            painted: what of it are the images.
             targets: as above.
             d_total: as above.
 
@@ -118,7 +118,7 @@ class LossEngine:
         loss = self._loss
         loss.vgg.check(raw[:, :, : painted.window[2], : painted.window[3]], loss.layers)
         taps = Taps(loss, targets, d_total)
-        u, sums = self.entered(raw, painted)
+        u, sums = self.preprocess(raw, painted)
         vertical, horizontal, watch = sums.sum(0)
         variation = loss.tv.weights(u.shape) if loss.tv.factor else (0.0, 0.0)
         kept = self.forward(u)
@@ -138,8 +138,8 @@ class LossEngine:
             tv = variation[0] * vertical + variation[1] * horizontal
         return taps.terms(tv, watch), raw_gradient
 
-    def entered(self, raw: Tensor, painted: Painted) -> tuple[Tensor, Tensor]:
-        """φ's input `[N, 3, H, W]` for the pictures in `raw`, and the sums that `network_boundary` gives."""
+    def preprocess(self, raw: Tensor, painted: OutputMapping) -> tuple[Tensor, Tensor]:
+        """φ's input `[N, 3, H, W]` for the images in `raw`, and the sums that `network_boundary` gives."""
         return network_boundary(raw, self._mean, self._gain, **painted._asdict(), dtype=self._dtype)
 
     @torch.no_grad()
@@ -147,11 +147,11 @@ class LossEngine:
         """What the backward of a batch needs, front to back; `u` is what `entered` gives."""
         return list(self._forward(u, self._loss.layers, for_backward=True))
 
-    def _input_of(self, pictures: Tensor) -> Tensor:
-        """φ's input for `pictures` `[N, 3, H, W]`, floating or uint8, in `dtype`."""
-        if pictures.dtype == torch.uint8:
-            return picture_input(pictures, 1 / 255, self._gain, self._shift, dtype=self._dtype)
-        u = pictures.contiguous(memory_format=torch.channels_last) - self._mean.view(3, 1, 1)
+    def _input_of(self, images: Tensor) -> Tensor:
+        """φ's input for `images` `[N, 3, H, W]`, floating or uint8, in `dtype`."""
+        if images.dtype == torch.uint8:
+            return picture_input(images, 1 / 255, self._gain, self._shift, dtype=self._dtype)
+        u = images.contiguous(memory_format=torch.channels_last) - self._mean.view(3, 1, 1)
         return u.mul_(self._gain.view(3, 1, 1)).to(self._dtype)
 
     def _forward(self, x: Tensor, taps: tuple[str, ...], *, for_backward: bool) -> Iterator["Kept"]:

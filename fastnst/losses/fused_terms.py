@@ -79,8 +79,8 @@ class Taps:
         assert isinstance(term, ContentTerm)
         if features.shape != target.shape:
             raise ValueError(
-                f"{layer} of the stylised pictures is {list(features.shape)} and of the content {list(target.shape)}; "
-                "give the content of the pictures that were stylised"
+                f"{layer} of the stylised images is {list(features.shape)} and of the content {list(target.shape)}; "
+                "give the content of the images that were stylised"
             )
         self._content[layer] = term(features, target)
         return target, self._factor(2 * term.factor / features.numel(), features)

@@ -1,6 +1,6 @@
 """The perceptual loss (Johnson, Alahi, Fei-Fei 2016, equations 1 to 4) and total variation.
 
-For a stylised picture ŷ, its content x and the style picture s, φ_j a layer of VGG19 with C·H·W outputs:
+For a stylised image ŷ, its content x and the style image s, φ_j a layer of VGG19 with C·H·W outputs:
 
     content  ‖φ_j(ŷ) − φ_j(x)‖² / (C·H·W)                        eq. 2
     Gram     G_j = φ_jᵀ φ_j / (C·H·W)                            eq. 3
@@ -36,7 +36,7 @@ UNIT_TO_255 = 255.0 * (0.229 + 0.224 + 0.225) / 3.0
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss of one batch and what it is made of: weighted 0-d tensors, fp32 or the pictures' wider type."""
+    """The loss of one batch and what it is made of: weighted 0-d tensors, fp32 or the images' wider type."""
 
     total: Tensor
     """content + style + tv"""
@@ -95,16 +95,16 @@ class PerceptualLoss(nn.Module):
 
     @torch.no_grad()
     def set_style(self, style: Tensor) -> None:
-        """Take the style picture's Grams, in fp32 whatever autocast says.
+        """Take the style image's Grams, in fp32 whatever autocast says.
 
         Args:
             style: `[1, 3, H, W]`, RGB in [0, 1], any size that reaches the deepest style layer.
 
         Raises:
-            UserError: another shape, or too small a picture.
+            UserError: another shape, or too small an image.
         """
         if style.ndim != 4 or style.shape[:2] != (1, 3):
-            raise UserError(f"the style is one picture [1, 3, H, W], got {list(style.shape)}")
+            raise UserError(f"the style is one image [1, 3, H, W], got {list(style.shape)}")
         if not self.style:
             return
         with torch.autocast(style.device.type, enabled=False):
@@ -123,12 +123,12 @@ class PerceptualLoss(nn.Module):
 
         Raises:
             ValueError: the shapes differ, or `set_style` was not called.
-            UserError: the pictures are too small for a layer.
+            UserError: the images are too small for a layer.
         """
         if stylized.shape != content.shape:
             raise ValueError(
                 f"stylized {list(stylized.shape)} and content {list(content.shape)} differ in shape; "
-                "give the pictures that were stylised"
+                "give the images that were stylised"
             )
         features = self.vgg(stylized, self.layers)
         with torch.no_grad():
@@ -137,7 +137,7 @@ class PerceptualLoss(nn.Module):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers of φ that the stylised pictures pass on to the loss."""
+        """The layers of φ that the stylised images pass on to the loss."""
         return tuple(dict.fromkeys((*self.config.content_layers, *self.config.style_layers)))
 
     def terms(self, stylized: Tensor, features: dict[str, Tensor], targets: dict[str, Tensor]) -> LossTerms:
@@ -190,7 +190,7 @@ class StyleTerm(nn.Module):
     def __init__(self, factor: float, reduction: str) -> None:
         super().__init__()
         self.factor, self.reduction = factor, reduction
-        # Not persistent: it follows from the style picture, which a run takes anew whenever it starts.
+        # Not persistent: it follows from the style image, which a run takes anew whenever it starts.
         self.register_buffer("gram", None, persistent=False)
 
     def forward(self, activation: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class StyleTerm(nn.Module):
             ValueError: `set_style` was not called.
         """
         if self.gram is None:
-            raise ValueError("the loss has no style yet; call set_style with the style picture first")
+            raise ValueError("the loss has no style yet; call set_style with the style image first")
         return self.gram
 
     def weighted(self, losses: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class TotalVariationTerm(nn.Module):
         """What the batch's squared differences along the height and along the width, each summed up, count in the term.
 
         Args:
-            shape: `[N, 3, H, W]` of the pictures.
+            shape: `[N, 3, H, W]` of the images.
         """
         n, c, h, w = shape
         counts = (n * c * (h - 1) * w, n * c * h * (w - 1)) if self.reduction == "mean" else (n, n)
@@ -242,19 +242,19 @@ class Total(nn.Module):
         return content + style + tv
 
 
-def total_variation(pictures: Tensor, reduction: str = "mean") -> Tensor:
+def total_variation(images: Tensor, reduction: str = "mean") -> Tensor:
     """Squared differences of neighbouring pixels of `[N, 3, H, W]`, 0-d, fp32 or wider.
 
     Args:
-        pictures: `[N, C, H, W]`.
+        images: `[N, C, H, W]`.
         reduction: `mean`: the mean over each direction's differences, vertical plus horizontal; `sum`: their sum per
-            picture, averaged over the batch.
+            image, averaged over the batch.
     """
-    pictures = _at_least_fp32(pictures)
-    vertical = F.mse_loss(pictures[:, :, 1:], pictures[:, :, :-1], reduction=reduction)
-    horizontal = F.mse_loss(pictures[..., 1:], pictures[..., :-1], reduction=reduction)
+    images = _at_least_fp32(images)
+    vertical = F.mse_loss(images[:, :, 1:], images[:, :, :-1], reduction=reduction)
+    horizontal = F.mse_loss(images[..., 1:], images[..., :-1], reduction=reduction)
     total = vertical + horizontal
-    return total / pictures.shape[0] if reduction == "sum" else total
+    return total / images.shape[0] if reduction == "sum" else total
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Padding of pictures by mirroring, in channels_last, with a deterministic backward.
+"""Padding of images by mirroring, in channels_last, with a deterministic backward.
 
 PyTorch's own reflection padding gives up channels_last on CUDA and under torch.compile (pytorch#179442), and its CUDA
 backward adds floats in no fixed order. Between layers no padding runs by itself: the norms write it.

@@ -43,8 +43,8 @@ class Placing(NamedTuple):
     padding_mode: str = "reflect"
 
 
-class Painted(NamedTuple):
-    """What of the last layer's raw output is the picture, and how it becomes it: factor·tanh?(output) + offset."""
+class OutputMapping(NamedTuple):
+    """What of the last layer's raw output is the image, and how it becomes it: factor·tanh?(output) + offset."""
 
     window: tuple[int, int, int, int]
     """Top, left, height and width, in pixels."""
@@ -61,7 +61,7 @@ def _as_it_is(x: Tensor) -> Placing:  # noqa: ARG001
 
 
 class TransformNet(nn.Module):
-    """The network that is trained: one picture in, the stylised picture out.
+    """The network that is trained: one image in, the stylised image out.
 
     Parameters are named `conv1.weight`, `conv1.scale`, `conv1.shift`, `res1.conv1.weight`, …, `out.weight`. A
     convolution that a norm follows has no bias, which the norm would take away again; johnson's last layer, which has
@@ -70,7 +70,7 @@ class TransformNet(nn.Module):
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        norm: `instance` (statistics per picture) or `batch`.
+        norm: `instance` (statistics per image) or `batch`.
         generator: source of the initial weights; None takes PyTorch's global one.
 
     Raises:
@@ -134,7 +134,7 @@ class TransformNet(nn.Module):
         Args:
             x: `[N, 3, H, W]`, RGB, floating in [0, 1] or uint8, H and W ≥ 16. Bytes are brought into the first layer's
                 type in one pass, and have no gradient.
-            raw: give the last layer's output as it is, of which `painted` tells how it becomes the picture.
+            raw: give the last layer's output as it is, of which `painted` tells how it becomes the image.
 
         Returns:
             `[N, 3, H, W]` on [0, 1]'s scale, fp32 or x's wider type, not clamped, channels_last; or the raw output.
@@ -144,8 +144,8 @@ class TransformNet(nn.Module):
         """
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < SMALLEST_SIDE:
             raise UserError(
-                f"the transform net takes pictures [N, 3, H, W] with sides of {SMALLEST_SIDE} pixels or more, "
-                f"got {list(x.shape)}; enlarge the picture"
+                f"the transform net takes images [N, 3, H, W] with sides of {SMALLEST_SIDE} pixels or more, "
+                f"got {list(x.shape)}; enlarge the image"
             )
         size = x.shape[2:]
         layers = [self.get_submodule(name) for name in LAYER_NAMES]
@@ -155,14 +155,14 @@ class TransformNet(nn.Module):
         x = layers[-1](x)
         if raw:
             return x
-        (top, left, height, width), tanh, factor, offset = self.painted(x.shape[2:], size)
+        (top, left, height, width), tanh, factor, offset = self.output_mapping(x.shape[2:], size)
         x = _at_least_fp32(x[:, :, top : top + height, left : left + width])
         x = x.contiguous(memory_format=torch.channels_last)
         x = factor * (x.tanh() if tanh else x)
         return x + offset if offset else x
 
     def _entered(self, x: Tensor) -> Tensor:
-        """The pictures as the first layer wants them."""
+        """The images as the first layer wants them."""
         johnson = self.architecture == "johnson"
         border = 40 if self.architecture == "hwalsuklee" else max(self.conv1.wants(x).padding)
         if x.dtype == torch.uint8:
@@ -172,23 +172,23 @@ class TransformNet(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         return reflect_pad(x * 255.0 if johnson else x, border)
 
-    def painted(self, size: Sequence[int], wanted: Sequence[int]) -> Painted:
-        """How raw output of height and width `size` becomes the picture, which has height and width `wanted`."""
+    def output_mapping(self, size: Sequence[int], wanted: Sequence[int]) -> OutputMapping:
+        """How raw output of height and width `size` becomes the image, which has height and width `wanted`."""
         rows, columns = self._inside(size, wanted)
         window = (rows.start, columns.start, wanted[0], wanted[1])
         match self.architecture:
             case "hwalsuklee":
-                return Painted(window, True, 0.5, 0.5)
+                return OutputMapping(window, True, 0.5, 0.5)
             case "lengstrom":
-                return Painted(window, True, 150.0 / 255.0, 0.5)
+                return OutputMapping(window, True, 150.0 / 255.0, 0.5)
             case _:
-                return Painted(window, False, 1.0 / 255.0, 0.0)
+                return OutputMapping(window, False, 1.0 / 255.0, 0.0)
 
     def _inside(self, size: Sequence[int], wanted: Sequence[int]) -> tuple[slice, slice]:
-        """Where the picture lies in the output, which is larger because strided convolutions round odd sides up.
+        """Where the image lies in the output, which is larger because strided convolutions round odd sides up.
 
         TF "SAME" pads an odd side by one zero before it, an even side by none, and the transposed convolutions
-        always take it for even: each odd side on the way moves the picture by as much as it adds. Reflection padding
+        always take it for even: each odd side on the way moves the image by as much as it adds. Reflection padding
         does not care.
         """
         if self.architecture == "johnson":
@@ -314,9 +314,9 @@ class UpLayer(_NormedLayer):
 
     `nearest=False`: transposed convolution as TF "SAME" cuts it, weight `[in, out, 3, 3]`.
     `nearest=True`: nearest-neighbour ×2, reflected by 1, convolved, weight `[out, in, 3, 3]`. On a GPU the norm before
-    writes the enlarged, reflected picture. On a CPU a multiplication costs more than memory: a pixel repeated twice and
+    writes the enlarged, reflected image. On a CPU a multiplication costs more than memory: a pixel repeated twice and
     convolved with w is one pixel transposed-convolved at stride 2 with the 4×4 kernel w ⊛ 1₂ₓ₂, the same sums in 16
-    instead of 36 multiplications per input pixel and channel. Reflecting the enlarged picture by one repeats the border
+    instead of 36 multiplications per input pixel and channel. Reflecting the enlarged image by one repeats the border
     pixel of the small one, which is what it wants there.
     """
 

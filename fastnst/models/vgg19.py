@@ -114,7 +114,7 @@ class VGG19(nn.Module):
             name → `[N, C, H', W']` channels_last, or `[N, C]` from fc6 on, front to back.
 
         Raises:
-            UserError: a layer is unknown or lies behind `last_layer`, or the picture is too small for the deepest.
+            UserError: a layer is unknown or lies behind `last_layer`, or the image is too small for the deepest.
         """
         depth = self.check(x, layers)
         wanted = set(layers)
@@ -141,12 +141,12 @@ class VGG19(nn.Module):
                     f"layer {name} lies behind {self.last_layer}, where this VGG19 ends; load it up to {name}"
                 )
         if x.ndim != 4 or x.shape[1] != 3:
-            raise UserError(f"VGG19 takes pictures [N, 3, H, W], got {list(x.shape)}")
+            raise UserError(f"VGG19 takes images [N, 3, H, W], got {list(x.shape)}")
         depth = LAYERS.index(deepest)
         smallest = 2 ** sum(name.startswith("pool") for name in LAYERS[: depth + 1])
         if min(x.shape[2:]) < smallest:
             raise UserError(
-                f"a picture of {x.shape[3]}×{x.shape[2]} pixels is too small for {deepest}, which needs "
+                f"an image of {x.shape[3]}×{x.shape[2]} pixels is too small for {deepest}, which needs "
                 f"{smallest}×{smallest}; enlarge it or choose a shallower layer"
             )
         return depth

@@ -104,7 +104,7 @@ def load_vgg19(
     if spec == "random":
         notify(
             f"VGG19: RANDOM weights (He initialisation, seed {seed}), not trained: they carry texture and palette, but "
-            "trained weights (--vgg auto or --vgg FILE) give far better pictures"
+            "trained weights (--vgg auto or --vgg FILE) give far better images"
         )
         generator = torch.Generator().manual_seed(seed)
         return VGG19(last_layer, "torchvision" if flavour == "auto" else flavour, generator=generator)

@@ -73,7 +73,7 @@ class GraphRecorder:
 
     Each call of a module opens a scope with its name (`res1/conv1`), below the scope that was open before; its
     parameters and buffers are nodes beside its operators. A module that is used in two blocks is drawn in both, with
-    its parameters: edges of shared weights would tie blocks together between which no picture flows. Outside the calls
+    its parameters: edges of shared weights would tie blocks together between which no image flows. Outside the calls
     of modules, an operator that takes a parameter is drawn in a scope with its module's name, and so is what follows.
     What was computed before from the same tensors is not drawn again, and views (slices, transpositions) never: an edge
     shows the size of what they look at.
@@ -134,7 +134,7 @@ class GraphRecorder:
             del self._frames[depth:]
 
     def placeholder(self, name: str, shape: Sequence[int], *, like: Tensor) -> Tensor:
-        """A node for pictures that come from outside: a tensor of that shape and of `like`'s type, channels_last."""
+        """A node for images that come from outside: a tensor of that shape and of `like`'s type, channels_last."""
         self._paused = True
         tensor = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
         self._paused = False

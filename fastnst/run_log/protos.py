@@ -67,7 +67,7 @@ def histogram(values: "np.ndarray", bins: int = BINS) -> dict[str, Any] | None:
 def hyper_parameters(config: Config) -> dict[str, bool | float | str]:
     """The keys of a resolved configuration that decide what is learned, `loss.style_weight` and the like.
 
-    Lists become texts, pictures and files their names; keys that are unset are left out.
+    Lists become texts, images and files their names; keys that are unset are left out.
     """
     flat: dict[str, Any] = {"preset": config.preset}
     for name in ("data", "style", "model", "loss", "train"):

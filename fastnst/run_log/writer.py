@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `metrics.jsonl`; for TensorBoard the graph, scalars, histograms, pictures and text."""
+"""What a run leaves to look at: `metrics.jsonl`; for TensorBoard the graph, scalars, histograms, images and text."""
 
 import contextlib
 import json
@@ -54,11 +54,11 @@ def training_graph(net: TransformNet, loss: PerceptualLoss, *, image_size: int, 
     Args:
         net: in the mode in which it trains.
         loss: its style is set.
-        image_size: side of the square training pictures.
+        image_size: side of the square training images.
         batch_size: of a step.
 
     Raises:
-        UserError: the pictures are too small for a layer of the loss.
+        UserError: the images are too small for a layer of the loss.
     """
     vgg_deconvnet, transform_deconvnet = Deconvnet(loss.vgg), TransformDeconvnet(net)
     deepest = max(loss.layers, key=loss.vgg.layers.index)
@@ -173,14 +173,14 @@ class RunLog:
                 with self._storage():
                     self._writer.add_histogram_raw(name.replace(".", "/"), **values, global_step=step)
 
-    def pictures(self, step: int, tag: str, pictures: Tensor, captions: Iterable[str]) -> None:
-        """Pictures `[N, 3, H, W]` in [0, 1] (clamped), each below `tag/caption` with a slider over the steps."""
-        for picture, caption in zip(pictures, captions, strict=True):
-            self.picture(step, f"{tag}/{caption}", picture)
+    def images(self, step: int, tag: str, images: Tensor, captions: Iterable[str]) -> None:
+        """Images `[N, 3, H, W]` in [0, 1] (clamped), each below `tag/caption` with a slider over the steps."""
+        for image, caption in zip(images, captions, strict=True):
+            self.image(step, f"{tag}/{caption}", image)
 
-    def picture(self, step: int, tag: str, picture: Tensor) -> None:
-        """One picture `[3, H, W]` in [0, 1] (clamped), below `tag` with a slider over the steps."""
-        scaled = (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    def image(self, step: int, tag: str, image: Tensor) -> None:
+        """One image `[3, H, W]` in [0, 1] (clamped), below `tag` with a slider over the steps."""
+        scaled = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
         with self._storage():
             self._writer.add_image(tag, scaled, step)
 
@@ -216,12 +216,12 @@ class RunLog:
 
 
 def log_visualization(run: Path, sheets: Mapping[str, np.ndarray], *, step: int, text: str) -> None:
-    """Add pictures to the TensorBoard log of a run, in a file of their own: one that trains on is not disturbed.
+    """Add images to the TensorBoard log of a run, in a file of their own: one that trains on is not disturbed.
 
     Args:
         run: the run directory.
         sheets: tag → uint8 `[H, W, 3]`.
-        step: of training, at which the networks were as the pictures show them.
+        step: of training, at which the networks were as the images show them.
         text: what is to be known of them, Markdown, under each of the tags.
 
     Raises:

@@ -30,7 +30,7 @@ def cost(net: TransformNet, loss: PerceptualLoss, config: Config, device: torch.
     """How long a training step takes with deterministic algorithms and without, measured on this machine.
 
     A copy of the network makes a few steps on noise in either mode; the network, its optimiser and the global random
-    generators are left as they are. On a CPU, where steps are long, they are made with one picture.
+    generators are left as they are. On a CPU, where steps are long, they are made with one image.
 
     Args:
         net: the transform net, in training mode, on the device.
@@ -44,9 +44,9 @@ def cost(net: TransformNet, loss: PerceptualLoss, config: Config, device: torch.
     # A compiled step is another one, and would take minutes to compile twice.
     train = config.train.model_copy(update={"compile": False})
     step = TrainingStep(copy.deepcopy(net), loss, train, device)
-    pictures = 1 if device.type == "cpu" else train.batch_size
+    images = 1 if device.type == "cpu" else train.batch_size
     noise = torch.Generator().manual_seed(0)
-    shape = (pictures, config.data.image_size, config.data.image_size, 3)
+    shape = (images, config.data.image_size, config.data.image_size, 3)
     batch = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise).to(device)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     # The first step of a mode also chooses algorithms.
@@ -62,7 +62,7 @@ def cost(net: TransformNet, loss: PerceptualLoss, config: Config, device: torch.
             break
     plain, slow = min(seconds[False]), min(seconds[True])
     return (
-        f"train.deterministic: a step of {pictures} picture{'s'[: pictures > 1]} takes {1000 * slow:.4g} ms here, and "
+        f"train.deterministic: a step of {images} image{'s'[: images > 1]} takes {1000 * slow:.4g} ms here, and "
         f"{1000 * plain:.4g} ms without ({100 * (slow / plain - 1):+.0f}%)"
     )
 

@@ -11,27 +11,27 @@ import torch
 from fastnst.config import TrainConfig
 from fastnst.errors import DataError, DivergedError
 from fastnst.storage import StorageError
-from fastnst.training.distributed.process_group import Team
+from fastnst.training.distributed.process_group import ProcessGroup
 from fastnst.training.run_dir.checkpoint import latest_checkpoint
 from fastnst.training.run_dir.layout import CONFIG_NAME
 from fastnst.training.step.train_step import TrainingStep
 
 
-class Guard:
+class DivergenceMonitor:
     """Looks whether training is still sound; all processes of a run ask at the same steps.
 
     Args:
         step: what is watched.
         config: limits, and what the message names.
-        team: the processes that share the run.
+        group: the processes that share the run.
         out: the run directory.
         notify: told of checkpoints that are passed over in search of the last good one.
     """
 
     def __init__(
-        self, step: TrainingStep, config: TrainConfig, team: Team, out: Path, notify: Callable[[str], None]
+        self, step: TrainingStep, config: TrainConfig, group: ProcessGroup, out: Path, notify: Callable[[str], None]
     ) -> None:
-        self._step, self._config, self._team, self._out, self._notify = step, config, team, out, notify
+        self._step, self._config, self._group, self._out, self._notify = step, config, group, out, notify
 
     def check_health(self, step: int) -> None:
         """Stop if a step went wrong. On a GPU asked only when something is logged or saved: late by `train.log_every`.
@@ -42,11 +42,11 @@ class Guard:
         Raises:
             DivergedError: something was not finite in any process, or too many steps in a row were skipped.
         """
-        found = self._team.collect(json.dumps(bad) if (bad := self._step.health.first_bad()) else "")
+        found = self._group.all_gather_text(json.dumps(bad) if (bad := self._step.health.first_nonfinite()) else "")
         if found:
-            first_bad, names = min(json.loads(each) for each in found if each)
+            first_nonfinite, names = min(json.loads(each) for each in found if each)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            self._diverged(f"not finite since step {first_bad}: {', '.join(names[:3])}{more}")
+            self._diverged(f"not finite since step {first_nonfinite}: {', '.join(names[:3])}{more}")
         if self._step.scaler.is_enabled():
             # The scaler sees gradients that are the same in all processes.
             _, in_a_row = self._step.skipped.read()
@@ -69,7 +69,7 @@ class Guard:
                 self._diverged(f"{name} holds a value that is not finite after step {step}")
 
     def _diverged(self, what: str) -> NoReturn:
-        self._team.leave_to()
+        self._group.exit_unless()
         checkpoint = latest_checkpoint(self._out, self._notify)
         kept = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written before"
         precision = " or --precision fp32" if self._config.precision != "fp32" else ""

@@ -17,7 +17,7 @@ from fastnst.config import Config, TrainConfig
 from fastnst.data.cache.format import is_cache
 from fastnst.data.cache.verify import open_cache
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.replacements import LateFailure, with_failed
+from fastnst.data.replacements import ReadFailure, with_failed
 from fastnst.device import resolve_device, resolve_precision
 from fastnst.errors import DataError, UserError
 from fastnst.images import printable, read_image, to_tensor
@@ -42,8 +42,8 @@ class Inputs:
     manifest: Manifest
     vgg: VGG19
     steps: int
-    late: tuple[LateFailure, ...] = ()
-    """Pictures of the manifest that failed in the run that is resumed."""
+    late: tuple[ReadFailure, ...] = ()
+    """Images of the manifest that failed in the run that is resumed."""
 
     def fingerprints(self) -> dict[str, str]:
         """What must be the same when the run is resumed, beside the configuration."""
@@ -74,7 +74,7 @@ def resolve(config: Config) -> tuple[Config, torch.device]:
 
 
 def read_inputs(
-    config: Config, device: torch.device, notify: Callable[[str], None], late: Sequence[LateFailure] = ()
+    config: Config, device: torch.device, notify: Callable[[str], None], late: Sequence[ReadFailure] = ()
 ) -> Inputs:
     """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins.
 
@@ -82,7 +82,7 @@ def read_inputs(
         config: resolved.
         device: where training runs.
         notify: receives one line per event that a user should know of.
-        late: pictures that failed in the run that is resumed; they keep their places in the manifest.
+        late: images that failed in the run that is resumed; they keep their places in the manifest.
     """
     style, style_sha256 = read_style(config)
     check_folder(config.data.folder)
@@ -111,55 +111,55 @@ def with_styles(inputs: Inputs, others: Sequence[tuple[Config, Tensor, str]]) ->
 
 
 def read_style(config: Config) -> tuple[Tensor, str]:
-    """The style picture at the configured size, `[1, 3, H, W]` in [0, 1], and the SHA-256 of its file."""
-    if config.style.picture is None:
-        raise UserError("no style picture; give one with --style PICTURE")
-    pixels = Image.fromarray(read_image(config.style.picture))
+    """The style image at the configured size, `[1, 3, H, W]` in [0, 1], and the SHA-256 of its file."""
+    if config.style.image is None:
+        raise UserError("no style image; give one with --style IMAGE")
+    pixels = Image.fromarray(read_image(config.style.image))
     side = min(config.style.size or LARGEST_STYLE_SIDE, max(pixels.size))
     if side < max(pixels.size):
         scale = side / max(pixels.size)
         size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-    return to_tensor(np.asarray(pixels)), sha256_of(config.style.picture)
+    return to_tensor(np.asarray(pixels)), sha256_of(config.style.image)
 
 
 def check_folder(folder: Path | None) -> Path:
-    """`folder`, which is there; whether it holds pictures shows later, after longer work."""
+    """`folder`, which is there; whether it holds images shows later, after longer work."""
     if folder is None:
-        raise UserError("no training pictures; give a folder with --data FOLDER")
+        raise UserError("no training images; give a folder with --data FOLDER")
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"{printable(folder)} {found}; give a folder of pictures with --data FOLDER")
+        raise DataError(f"{printable(folder)} {found}; give a folder of images with --data FOLDER")
     return folder
 
 
 def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
-    """The checked pictures of the data folder, or of a cache; says how many were refused."""
+    """The checked images of the data folder, or of a cache; says how many were refused."""
     folder = check_folder(config.data.folder)
     if is_cache(folder):
         with counted("verify cache", "MB", scale=1e6) as progress:
             manifest: Manifest = open_cache(folder, size=config.data.image_size, fit=config.data.fit, progress=progress)
     else:
-        with counted("check pictures", "pictures") as progress:
+        with counted("check images", "images") as progress:
             manifest = build_manifest(folder, progress=progress, flat=False)
     if manifest.rejected:
         first = manifest.rejected[0]
         notify(
-            f"{len(manifest.rejected)} of {len(manifest.rejected) + len(manifest.images)} pictures refused "
+            f"{len(manifest.rejected)} of {len(manifest.rejected) + len(manifest.images)} images refused "
             f"(the first: {printable(first.path)}: {first.reason}); all are listed in {REJECTED_NAME}"
         )
     return manifest
 
 
 def check_batch(config: Config, num_images: int) -> None:
-    """UserError if a step would read more pictures than there are: it would see some of them twice."""
+    """UserError if a step would read more images than there are: it would see some of them twice."""
     if num_images < config.train.batch_size:
         raise UserError(
             f"train.batch_size is {config.train.batch_size}, and {printable(str(config.data.folder))} holds "
-            f"{num_images} usable pictures; add some, or use --set train.batch_size={num_images} or less"
+            f"{num_images} usable images; add some, or use --set train.batch_size={num_images} or less"
         )
 
 
 def total_steps(config: TrainConfig, num_images: int) -> int:
-    """Steps of the whole run: `train.steps`, else what `train.epochs` passes over the pictures need."""
+    """Steps of the whole run: `train.steps`, else what `train.epochs` passes over the images need."""
     return config.steps or max(1, math.ceil(config.epochs * num_images / config.batch_size))

@@ -8,7 +8,7 @@ import torch
 
 from fastnst import __version__
 from fastnst.config import to_toml
-from fastnst.data.replacements import LateFailure
+from fastnst.data.replacements import ReadFailure
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DataError
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
@@ -16,19 +16,19 @@ from fastnst.models.style_model import MODEL_NAME, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.run_log.writer import METRICS_NAME, RunLog, loss_scalars
 from fastnst.storage import remove_leftovers, write_atomic
-from fastnst.training.distributed.process_group import Team
-from fastnst.training.divergence import Guard
+from fastnst.training.distributed.process_group import ProcessGroup
+from fastnst.training.divergence import DivergenceMonitor
 from fastnst.training.inputs import Inputs
-from fastnst.training.monitoring.snapshots import Looks
+from fastnst.training.monitoring.snapshots import SampleLogger
 from fastnst.training.run_dir.checkpoint import Checkpoint, remove_old_checkpoints, save_checkpoint
 from fastnst.training.run_dir.layout import CONFIG_NAME, REJECTED_NAME
 from fastnst.training.run_dir.load_net import steps_of_run
-from fastnst.training.run_dir.rejected_images import RejectedPictures
+from fastnst.training.run_dir.rejected_images import RejectedImages
 from fastnst.training.run_dir.resume import (
-    changes_since,
     check_fits,
     checkpoint_to_resume,
-    origin_of,
+    diff_provenance,
+    provenance,
     shared_checkpoint,
     tell_changes,
 )
@@ -42,11 +42,11 @@ class StyleRun:
     """What belongs to one style, in one process of the run; only rank 0's writes.
 
     Args:
-        inputs: configuration, style picture, training pictures and VGG19.
+        inputs: configuration, style image, training images and VGG19.
         out: the run directory, locked by this process if it leads.
         notify: receives one line per event that a user should know of.
-        team: the processes that share the run.
-        beside: another style of the run; both have all in common but the style picture.
+        group: the processes that share the run.
+        beside: another style of the run; both have all in common but the style image.
         share: of `visualize.max_percent`, what this style's projections may take.
     """
 
@@ -55,12 +55,12 @@ class StyleRun:
         inputs: Inputs,
         out: Path,
         notify: Callable[[str], None],
-        team: Team,
+        group: ProcessGroup,
         *,
         beside: "StyleRun | None" = None,
         share: float = 1.0,
     ) -> None:
-        self.inputs, self.out, self.notify, self.team = inputs, out, notify, team
+        self.inputs, self.out, self.notify, self.group = inputs, out, notify, group
         config, device = inputs.config, inputs.device
         self.config, self.device = config, device
         # Before each: a style's weights begin as they would in a run of its own.
@@ -71,11 +71,11 @@ class StyleRun:
         loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
         loss.set_style(inputs.style.to(device))
         self.loss = loss
-        parallel = team.parallel(self.net, device, config.data.image_size)
+        parallel = group.data_parallel(self.net, device, config.data.image_size)
         other = beside.step if beside is not None else None
         self.step: TrainingStep = TrainingStep(self.net, loss, config.train, device, parallel=parallel, beside=other)
-        self.guard = Guard(self.step, config.train, team, out, notify)
-        self.looks = Looks(inputs, self.net, loss, share=share) if team.leads else None
+        self.guard = DivergenceMonitor(self.step, config.train, group, out, notify)
+        self.looks = SampleLogger(inputs, self.net, loss, share=share) if group.is_rank_zero else None
         self.log: RunLog | None = None
         self.done = 0
         """Steps that are done already."""
@@ -87,7 +87,7 @@ class StyleRun:
             changes: what is known to differ from the run's saved configuration.
             allow: go on though something differs from what the checkpoint was trained with.
         """
-        if not self.team.leads:
+        if not self.group.is_rank_zero:
             self._take_over(None)
             return
         checkpoint = checkpoint_to_resume(self.out, self.notify)
@@ -96,8 +96,8 @@ class StyleRun:
             self.notify(f"{self.out} holds no checkpoint yet; starting at step 0")
             self._take_over(None)
             return
-        origin = origin_of(self.inputs, world_size=self.team.launch.world_size)
-        changes = changes_since(checkpoint, origin, allow=allow)
+        origin = provenance(self.inputs, world_size=self.group.dist_env.world_size)
+        changes = diff_provenance(checkpoint, origin, allow=allow)
         check_fits(checkpoint, self.net)
         self._take_over(checkpoint)
         tell_changes(changes, checkpoint.step, self.notify)
@@ -109,12 +109,12 @@ class StyleRun:
             self._save_model(checkpoint.step)
         remove_old_checkpoints(self.out, checkpoint.step, keep=self.config.train.keep_checkpoints)
 
-    def prepare(self, late: Sequence[LateFailure], notify: Callable[[str], None]) -> RejectedPictures:
-        """Write down the configuration and which pictures are not used; returns what takes down further ones."""
+    def prepare(self, late: Sequence[ReadFailure], notify: Callable[[str], None]) -> RejectedImages:
+        """Write down the configuration and which images are not used; returns what takes down further ones."""
         for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
             remove_leftovers(self.out / name)
         write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
-        return RejectedPictures(self.out, self.inputs.manifest, late, notify)
+        return RejectedImages(self.out, self.inputs.manifest, late, notify)
 
     def begin(self, graph: "GraphDef | None") -> "GraphDef | None":
         """Log what does not change, of a run that begins; `graph` is another style's, which is the same."""
@@ -139,7 +139,7 @@ class StyleRun:
 
     def log_metrics(self, step: int, terms: LossTerms, speed: Callable[[], Mapping[str, float]]) -> str:
         """Log a step of which each process has its `terms`; returns the loss for the progress bar."""
-        scalars = self.team.mean(loss_scalars(terms))
+        scalars = self.group.all_reduce_mean(loss_scalars(terms))
         self.guard.check_health(step)
         if self.log is not None and self.looks is not None:
             self.log.metrics(step, scalars | self._training_scalars() | dict(speed()) | self.looks.cost())
@@ -168,15 +168,15 @@ class StyleRun:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        origin = origin_of(self.inputs, world_size=self.team.launch.world_size)
+        origin = provenance(self.inputs, world_size=self.group.dist_env.world_size)
         state = {"scaler": self.step.state_values(), **origin}
         save_checkpoint(self.out, step, tensors=tensors, state=state, keep=self.config.train.keep_checkpoints)
 
     def _save_model(self, step: int) -> None:
-        assert self.config.style.picture is not None
+        assert self.config.style.image is not None
         metadata = {
             "preset": self.config.preset,
-            "style": self.config.style.picture.name,
+            "style": self.config.style.image.name,
             "style_sha256": self.inputs.style_sha256,
             "steps": str(step),
             "image_size": str(self.config.data.image_size),
@@ -187,7 +187,7 @@ class StyleRun:
 
     def _take_over(self, checkpoint: Checkpoint | None) -> None:
         """Go on with rank 0's `checkpoint`, in all processes."""
-        checkpoint = shared_checkpoint(checkpoint, self.team)
+        checkpoint = shared_checkpoint(checkpoint, self.group)
         if checkpoint is None:
             return
         try:

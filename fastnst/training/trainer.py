@@ -9,27 +9,27 @@ import torch
 
 from fastnst.config import Config
 from fastnst.data.loaders import Loader, loader_name, open_loader
-from fastnst.data.replacements import LateFailure, read_late_failures, still_failed
-from fastnst.data.sampler import RunOrder
+from fastnst.data.replacements import ReadFailure, read_failures, still_failed
+from fastnst.data.sampler import Sampler
 from fastnst.errors import DivergedError, StoppedBySignal
 from fastnst.models.style_model import MODEL_NAME
 from fastnst.progress import ProgressReport
 from fastnst.run_log.writer import RunLog
 from fastnst.storage import lock_run
 from fastnst.training import determinism
-from fastnst.training.distributed.environment import check_shareable, launched, of_one_process
-from fastnst.training.distributed.process_group import Team, check_equal, choose_device, open_team
-from fastnst.training.distributed.synced_batches import SharedBatches, SharedFailures, of_leader
+from fastnst.training.distributed.environment import DistEnv, check_divisible, local_config
+from fastnst.training.distributed.process_group import ProcessGroup, check_equal, choose_device, open_process_group
+from fastnst.training.distributed.synced_batches import SyncedBatches, SyncedFailures, broadcast_failures
 from fastnst.training.divergence import explained_storage_errors
 from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve, with_styles
 from fastnst.training.memory.available import explained_memory_errors
-from fastnst.training.monitoring.profiler import StepProfile, check_steps, phase
-from fastnst.training.monitoring.throughput import Meter
+from fastnst.training.monitoring.profiler import StepProfile, check_steps, record_span
+from fastnst.training.monitoring.throughput import ThroughputMeter
 from fastnst.training.run_dir.layout import REJECTED_NAME
-from fastnst.training.run_dir.resume import origin_of
-from fastnst.training.run_dir.style_folder import StyleFolder, prepare_runs, run_configs
+from fastnst.training.run_dir.resume import provenance
+from fastnst.training.run_dir.style_folder import MultiStyleDir, run_configs, validate_run_dirs
 from fastnst.training.signals import StopRequest, stopped_by
-from fastnst.training.step.graphed_step import Steps
+from fastnst.training.step.graphed_step import GraphedStep
 from fastnst.training.style_run import StyleRun
 
 
@@ -48,19 +48,19 @@ def train(
     Below torchrun each of its processes calls this, and shares the run with the others (see `distributed`).
 
     Args:
-        config: the resolved configuration; `data.folder` and `style.picture` are set.
+        config: the resolved configuration; `data.folder` and `style.image` are set.
         out: the run directory; new or empty, or with `resume` that of an interrupted run.
         resume: go on from the newest valid checkpoint in `out`.
-        allow_changes: with `resume`, go on though configuration, pictures, style, VGG19 or the number of processes are
+        allow_changes: with `resume`, go on though configuration, images, style, VGG19 or the number of processes are
             not those of the checkpoint; `notify` is told of each. `config.toml` then holds the new configuration.
         notify: receives one line per event that a user should know of.
         stop: polled after each step; when a signal has come, the run is saved and left.
         profile: how many steps to trace, if any; see `StepProfile`.
 
     Raises:
-        UserError: `out` holds another run, the run to resume was another configuration or other pictures, or a profile
+        UserError: `out` holds another run, the run to resume was another configuration or other images, or a profile
             has less than one step.
-        DataError: pictures, style or weights cannot be used, or differ from those of the run to resume.
+        DataError: images, style or weights cannot be used, or differ from those of the run to resume.
         StorageError: the storage refuses, be it a line of the log: the run ends as if killed, so that none is missing.
         DivergedError: the loss, a gradient or a weight is no longer finite, which no checkpoint shows, or too many
             steps in a row were skipped.
@@ -83,15 +83,15 @@ def train_styles(
     stop: StopRequest | None = None,
     profile: int | None = None,
 ) -> list[Path]:
-    """Train several styles in one process, on one stream of pictures, with one pass of φ over their content.
+    """Train several styles in one process, on one stream of images, with one pass of φ over their content.
 
     Each style has a transform net and a run directory of its own, `out/NAME`, in which everything is as if it had been
     trained alone; `train` can go on with it, too. Where the styles have come to different steps, those that are ahead
     wait for the others.
 
     Args:
-        config: of all styles; `style.picture` is replaced.
-        styles: name → picture; see `styles.named_styles`.
+        config: of all styles; `style.image` is replaced.
+        styles: name → image; see `styles.style_names`.
         out: the folder that holds the run directories.
         resume: go on from each style's newest valid checkpoint.
         allow_changes: as for `train`.
@@ -106,14 +106,14 @@ def train_styles(
         UserError: as `train`; or `out` holds something else, or other styles.
         SystemExit: and the other errors of `train`.
     """
-    folder = StyleFolder(out, styles)
+    folder = MultiStyleDir(out, styles)
     return _train(run_configs(config, styles, out), out, folder, resume, allow_changes, notify, stop, profile)
 
 
 def _train(
     configs: Mapping[Path, Config],
     out: Path,
-    folder: StyleFolder | None,
+    folder: MultiStyleDir | None,
     resume: bool,
     allow_changes: bool,
     notify: Callable[[str], None],
@@ -121,37 +121,37 @@ def _train(
     profile: int | None,
 ) -> list[Path]:
     check_steps(profile)
-    launch, stop = launched(), stop or StopRequest()
+    dist_env, stop = DistEnv.from_environ(), stop or StopRequest()
     runs = list(configs)
-    with open_team(launch, runs, stop) as team:
-        notify = notify if team.leads else _nobody
-        choose_device(configs[runs[0]].train.device, launch)
+    with open_process_group(dist_env, runs, stop) as group:
+        notify = notify if group.is_rank_zero else _nobody
+        choose_device(configs[runs[0]].train.device, dist_env)
         configs = {run: resolve(config)[0] for run, config in configs.items()}
         config, device = resolve(configs[runs[0]])
-        check_shareable(config, launch)
+        check_divisible(config, dist_env)
 
         def prepare() -> list[list[str]]:
             """What has changed in each run."""
-            if not team.leads:
+            if not group.is_rank_zero:
                 return [[] for _ in runs]
-            return prepare_runs(configs, folder, resume=resume, allow_changes=allow_changes)
+            return validate_run_dirs(configs, folder, resume=resume, allow_changes=allow_changes)
 
         prepare()
         with (
             determinism.algorithms(config.train),
-            explained_memory_errors(config, device, launch, styles=len(runs)),
+            explained_memory_errors(config, device, dist_env, styles=len(runs)),
             contextlib.ExitStack() as locks,
         ):
-            late: list[LateFailure] = []
-            if resume and team.leads:
-                late = _earliest(failure for run in runs for failure in read_late_failures(run / REJECTED_NAME))
-            late = of_leader(late, team)
-            with team.first_on_each_machine():
+            late: list[ReadFailure] = []
+            if resume and group.is_rank_zero:
+                late = _earliest(failure for run in runs for failure in read_failures(run / REJECTED_NAME))
+            late = broadcast_failures(late, group)
+            with group.local_rank_zero_first():
                 others = [(config, *read_style(config)) for config in list(configs.values())[1:]]
                 inputs = with_styles(read_inputs(config, device, notify, late), others)
             for one in inputs:
-                check_equal(team, {"device": device.type, **origin_of(one, world_size=launch.world_size)})
-            if team.leads:
+                check_equal(group, {"device": device.type, **provenance(one, world_size=dist_env.world_size)})
+            if group.is_rank_zero:
                 if folder is not None:
                     locks.enter_context(lock_run(out))
                     folder.check(resume=resume)
@@ -159,7 +159,7 @@ def _train(
                 for run in runs:
                     locks.enter_context(lock_run(run))
             changes = prepare()
-            shared = _Run(inputs, runs, out, notify, stop, team, profile)
+            shared = _Run(inputs, runs, out, notify, stop, group, profile)
             with explained_storage_errors(out, runs, notify), shared.explained_divergence():
                 if resume:
                     for style, differences in zip(shared.styles, changes, strict=True):
@@ -168,7 +168,7 @@ def _train(
 
 
 class _Run:
-    """One process's share of a run: pictures, and the styles that learn from them.
+    """One process's share of a run: images, and the styles that learn from them.
 
     Args:
         inputs: of each style; all but the style is the same.
@@ -176,7 +176,7 @@ class _Run:
         out: what `--out` names.
         notify: told of events, in rank 0 alone.
         stop: polled after each step.
-        team: the processes that share the run.
+        group: the processes that share the run.
         profile: steps to trace.
     """
 
@@ -187,11 +187,11 @@ class _Run:
         out: Path,
         notify: Callable[[str], None],
         stop: StopRequest,
-        team: Team,
+        group: ProcessGroup,
         profile: int | None,
     ) -> None:
-        self.out, self.notify, self.stop, self.team = out, notify, stop, team
-        self.profile = profile if team.leads else None
+        self.out, self.notify, self.stop, self.group = out, notify, stop, group
+        self.profile = profile if group.is_rank_zero else None
         self.inputs = inputs[0]
         config = self.config = self.inputs.config
         self.device = self.inputs.device
@@ -199,13 +199,13 @@ class _Run:
         for own, run in zip(inputs, runs, strict=True):
             tell = notify if len(runs) == 1 else functools.partial(_tell_of, run.name, notify)
             beside = self.styles[0] if self.styles else None
-            self.styles.append(StyleRun(own, run, tell, team, beside=beside, share=1 / len(runs)))
-        self.order = RunOrder(
+            self.styles.append(StyleRun(own, run, tell, group, beside=beside, share=1 / len(runs)))
+        self.order = Sampler(
             config.train.seed,
             len(self.inputs.manifest.images),
             config.train.batch_size,
             self.inputs.steps,
-            world_size=team.launch.world_size,
+            world_size=group.dist_env.world_size,
             fit=config.data.fit,
             flip=config.data.flip,
         )
@@ -214,19 +214,19 @@ class _Run:
         """Make the steps that are left; returns the style models."""
         # Those of a style that is ahead of the others are made without it.
         done = min(style.done for style in self.styles)
-        late = still_failed(self.inputs.manifest.folder, self.inputs.late, done) if self.team.leads else []
-        late = of_leader(late, self.team)
-        note: Callable[[LateFailure], None] = _nobody
-        if self.team.leads:
+        late = still_failed(self.inputs.manifest.folder, self.inputs.late, done) if self.group.is_rank_zero else []
+        late = broadcast_failures(late, self.group)
+        note: Callable[[ReadFailure], None] = _nobody
+        if self.group.is_rank_zero:
             lists = [style.prepare(late, self.notify if style is self.styles[0] else _nobody) for style in self.styles]
 
-            def note(failure: LateFailure) -> None:
+            def note(failure: ReadFailure) -> None:
                 for each in lists:
                     each.add(failure)
 
-        self.failures = SharedFailures(
+        self.failures = SyncedFailures(
             self.inputs.manifest,
-            self.team,
+            self.group,
             max_percent=self.config.data.max_failed_percent,
             earlier=late,
             note=note,
@@ -237,15 +237,15 @@ class _Run:
             return models
         self.notify(self._announcement(done))
         first = self.styles[0]
-        if self.config.train.deterministic and not done and self.team.leads:
-            own = of_one_process(self.config, self.team.launch)
+        if self.config.train.deterministic and not done and self.group.is_rank_zero:
+            own = local_config(self.config, self.group.dist_env)
             self.notify(determinism.cost(first.net, first.loss, own, self.device))
         with self.stop.deferred():
             with contextlib.ExitStack() as logs:
                 graph = None
                 active = [style for style in self.styles if style.done < self.inputs.steps]
                 for style in active:
-                    if self.team.leads:
+                    if self.group.is_rank_zero:
                         style.log = logs.enter_context(RunLog(style.out, start_step=style.done))
                     with self.stop.at_once():
                         graph = style.begin(graph)
@@ -253,15 +253,15 @@ class _Run:
             for style in active:
                 style.report()
         # Too late to end a step early; whoever sent it still learns that it was heard.
-        if signum := self.team.agree(self.stop.signum or 0)[0]:
-            self.team.leave_to()
+        if signum := self.group.all_reduce_max(self.stop.signum or 0)[0]:
+            self.group.exit_unless()
             raise stopped_by(signum, f"; all {self.inputs.steps} steps are done and saved in {self.out}")
         return models
 
     def _steps(self, done: int) -> None:
         config, last = self.config.train, self.inputs.steps
-        meter = Meter(config.batch_size, self.device)
-        steps = Steps(config, self.device, processes=self.team.launch.world_size, notify=self.notify)
+        meter = ThroughputMeter(config.batch_size, self.device)
+        steps = GraphedStep(config, self.device, processes=self.group.dist_env.world_size, notify=self.notify)
         with (
             self._loader(done) as loader,
             ProgressReport(
@@ -273,18 +273,18 @@ class _Run:
         ):
             batches = self._batches(loader, done)
             for step in range(done + 1, last + 1):
-                with meter.waiting(), phase("data wait"):
+                with meter.waiting(), record_span("data wait"):
                     batch = steps.fetch(batches)
                 styles = [style for style in self.styles if style.done < step]
                 terms = steps(step, batch, [style.step for style in styles])
                 note = None
                 due = [style.projections_due(step) for style in styles]
                 # Asked once a step: a signal that comes later than this finds the next step, which it then ends.
-                signum, *projects = self.team.agree(self.stop.signum or 0, *due)
+                signum, *projects = self.group.all_reduce_max(self.stop.signum or 0, *due)
                 ends = step == last or signum
                 if ends or step == 1 or step % config.log_every == 0:
                     speed = functools.cache(functools.partial(meter.read, step - done))
-                    with phase("logging"):
+                    with record_span("logging"):
                         losses = [style.log_metrics(step, own, speed) for style, own in zip(styles, terms, strict=True)]
                     note = f"loss {' | '.join(losses)}"
                 elif self.device.type == "cpu":
@@ -292,13 +292,13 @@ class _Run:
                         style.guard.check_health(step)
                 looks = step == last or step % config.sample_every == 0
                 saves = bool(ends or step % config.checkpoint_every == 0)
-                with meter.paused(), phase("look and save"):
+                with meter.paused(), record_span("look and save"):
                     for style, own in zip(styles, projects, strict=True):
                         style.look_and_save(step, looks=looks, projects=bool(own), saves=saves)
                 progress.advance(note=note)
                 profile.step()
                 if signum and step < last:
-                    self.team.leave_to()
+                    self.group.exit_unless()
                     raise StoppedBySignal(
                         signum,
                         f"stopped at step {step} of {last}, which is saved; "
@@ -309,18 +309,18 @@ class _Run:
         return open_loader(
             self.inputs.manifest,
             self.order,
-            of_one_process(self.config, self.team.launch).data,
+            local_config(self.config, self.group.dist_env).data,
             device=self.device,
             start_step=done,
-            rank=self.team.launch.rank,
+            rank=self.group.dist_env.rank,
             replacements=self.failures.replacements,
         )
 
-    def _batches(self, loader: Loader, done: int) -> SharedBatches:
+    def _batches(self, loader: Loader, done: int) -> SyncedBatches:
         # What DALI has decoded ahead, and what was read ahead for it.
         read_ahead = 2 * self.config.data.prefetch + 1
-        return SharedBatches(
-            loader, self.order, self.team.launch.rank, self.failures, start_step=done, read_ahead=read_ahead
+        return SyncedBatches(
+            loader, self.order, self.group.dist_env.rank, self.failures, start_step=done, read_ahead=read_ahead
         )
 
     def _announcement(self, done: int) -> str:
@@ -328,7 +328,7 @@ class _Run:
         loader = loader_name(self.inputs.manifest, self.config.data)
         styles = "" if len(self.styles) == 1 else f"{len(self.styles)} styles, "
         return (
-            f"{verb}: {styles}{self.inputs.steps} steps of {self.config.train.batch_size} pictures, "
+            f"{verb}: {styles}{self.inputs.steps} steps of {self.config.train.batch_size} images, "
             f"{len(self.inputs.manifest.images)} in the folder, {self.config.data.image_size} px, "
             f"{self.config.train.precision} on {_device_name(self.device)}, loader {loader}; "
             f"run directory {self.out}"
@@ -348,9 +348,9 @@ class _Run:
             ) from error
 
 
-def _earliest(failures: Iterable[LateFailure]) -> list[LateFailure]:
-    """Each picture once, as it failed first: a process may be killed between the lists of two styles."""
-    found: dict[str, LateFailure] = {}
+def _earliest(failures: Iterable[ReadFailure]) -> list[ReadFailure]:
+    """Each image once, as it failed first: a process may be killed between the lists of two styles."""
+    found: dict[str, ReadFailure] = {}
     for failure in failures:
         known = found.get(failure.entry.path)
         if known is None or failure.step < known.step:

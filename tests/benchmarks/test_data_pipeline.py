@@ -28,7 +28,7 @@ def test_benchmark_prints_all_sources_and_writes_json(generated_photos: Path, tm
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     report = json.loads((tmp_path / "out.json").read_text("utf-8"))
-    assert report["settings"]["pictures"] == 12
+    assert report["settings"]["images"] == 12
     assert report["settings"]["image_size"] == 32
     assert {"python", "torch", "dali", "pillow", "cores", "processor", "device"} <= set(report["environment"])
     assert len(report["rows"]) == 4
@@ -38,7 +38,7 @@ def test_benchmark_prints_all_sources_and_writes_json(generated_photos: Path, tm
     lines = result.stdout.splitlines()
     for row, line in zip(report["rows"], lines, strict=True):
         assert line.startswith(row["name"])
-        assert f"{row['pictures_per_second']:.1f} pictures/s" in line
+        assert f"{row['pictures_per_second']:.1f} images/s" in line
         assert 0 < row["slowest"] <= row["pictures_per_second"] <= row["fastest"]
         assert 0 <= row["waiting_share"] <= 1
 
@@ -53,7 +53,7 @@ def test_benchmark_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> Non
         check=False,
     )
     assert result.returncode != 0
-    assert "holds no pictures" in result.stderr
+    assert "holds no images" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -41,7 +41,7 @@ def task_of(preset: str, size: int, batch_size: int = 1) -> tuple[Task, Tensor]:
 # The baselines compute what fastnst computes.
 
 
-# Two pictures: of one, PyTorch 2.13 on a CPU gets gradients wrong behind a cut transposed convolution in channels_last.
+# Two images: of one, PyTorch 2.13 on a CPU gets gradients wrong behind a cut transposed convolution in channels_last.
 @pytest.mark.parametrize(
     ("preset", "size"),
     [
@@ -192,7 +192,7 @@ def test_a_row_says_that_steps_were_captured(
         return streams[-1]
 
     monkeypatch.setattr(graphed_step, "CudaStreams", open_streams)
-    monkeypatch.setattr(graphed_step, "obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(graphed_step, "capture_unsupported_reason", lambda *_, **__: None)
     file = tmp_path / "rows.json"
     arguments = ["--batch-size", "1", "--providers", "fastnst,eager_fp32", "--json", str(file), "--steps", "4"]
     arguments += ["--folder", str(generated_photos), "--set", "data.loader=pillow", "--set", "data.workers=1"]
@@ -209,7 +209,7 @@ def test_fed_by_the_loader(generated_photos: Path, tmp_path: Path) -> None:
     assert end_to_end.main([*TINY, *arguments, *sets]) == 0
     own, fed = json.loads(file.read_text("utf-8"))
     assert (own["provider"], fed["provider"]) == ("fastnst", "fastnst_fed")
-    assert (fed["loader"], fed["pictures"], fed["steps"]) == ("pillow", 12, 2)
+    assert (fed["loader"], fed["images"], fed["steps"]) == ("pillow", 12, 2)
     assert fed["images_per_second"] == pytest.approx(2000 / fed["ms_per_step"])
     assert 0 <= fed["waiting_share"] <= 1
     assert fed["peak_memory_bytes"] is None

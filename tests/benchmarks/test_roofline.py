@@ -89,7 +89,7 @@ def test_flops_are_those_that_torch_counts(preset: str) -> None:
     assert totals(training_step(config, "bf16"))["flops"] == sum(modelled.values())
 
 
-def test_one_picture_of_the_deep_loss_takes_192_gflop() -> None:
+def test_one_image_of_the_deep_loss_takes_192_gflop() -> None:
     operations = training_step(configured("johnson", 256, 1, DEEP), "bf16")
     convolutions = [op.flops for op in operations if op.kind not in ("style", "tap")]
     # 2·47.3 + 36.5 + 3·20.2, without the gradient of conv1's input, which nobody wants: 1.0.

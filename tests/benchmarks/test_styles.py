@@ -7,7 +7,7 @@ import pytest
 import styles
 import torch
 
-from fastnst.training.step.train_step import Content, TrainingStep
+from fastnst.training.step.train_step import ContentFeatures, TrainingStep
 
 TINY = ["--device", "cpu", "--preset", "johnson", "--image-size", "16", "--steps", "2", "--turns", "1"]
 TINY += ["--set", 'loss.content_layers=["relu1_2"]', "--set", 'loss.style_layers=["relu1_2","relu2_2"]']
@@ -23,7 +23,7 @@ def test_both_kinds_train_the_same(few_photos: Path, tmp_path: Path, capsys: pyt
     assert {kind: len(values) for kind, values in seconds.items()} == {"together": 1, "alone": 1}
     assert min(seconds["together"] + seconds["alone"]) > 0
     assert result["together_over_alone"] == pytest.approx(seconds["together"][0] / seconds["alone"][0])
-    assert (result["styles"], result["weights_relative_distance"], result["pictures"]) == (2, 0.0, 5)
+    assert (result["styles"], result["weights_relative_distance"], result["images"]) == (2, 0.0, 5)
     assert result["environment"]["torch"] == torch.__version__
     assert "together / alone = " in capsys.readouterr().out
 
@@ -33,10 +33,10 @@ def test_kinds_that_train_otherwise_are_refused(
 ) -> None:
     content_of = TrainingStep.content_of
 
-    def wrong(self: TrainingStep, batch: torch.Tensor) -> Content | None:
+    def wrong(self: TrainingStep, batch: torch.Tensor) -> ContentFeatures | None:
         content = content_of(self, batch)
         assert content is not None
-        return Content(content.pictures, {name: 1.01 * target for name, target in content.targets.items()})
+        return ContentFeatures(content.images, {name: 1.01 * target for name, target in content.targets.items()})
 
     monkeypatch.setattr(styles._Bench, "_segment", _with_wrong_sharing(wrong))
     file = tmp_path / "styles.json"

@@ -25,7 +25,7 @@ def test_benchmark_prints_all_rows_and_ratios_and_writes_json(generated_photos: 
     result = _run("--folder", generated_photos, *options)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out.json").read_text("utf-8"))
-    assert report["settings"]["pictures"] == 12
+    assert report["settings"]["images"] == 12
     assert (report["settings"]["maps"], report["settings"]["weights"]) == (16, "random")
     assert {"python", "torch", "device", "threads", "revision", "date"} <= set(report["environment"])
     assert str(generated_photos) not in json.dumps(report)
@@ -46,5 +46,5 @@ def test_benchmark_prints_all_rows_and_ratios_and_writes_json(generated_photos: 
 def test_benchmark_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
     result = _run("--folder", tmp_path, "--vgg", "random")
     assert result.returncode != 0
-    assert "holds no pictures" in result.stderr
+    assert "holds no images" in result.stderr
     assert "Traceback" not in result.stderr

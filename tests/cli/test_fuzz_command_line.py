@@ -59,7 +59,7 @@ names = st.sampled_from(
 names |= st.sampled_from(
     ["cpu", "cuda", "fp32", "random", "auto", "pillow", "dali", "vgg-conv3", "grey", "train.steps=1"]
 )
-names |= st.sampled_from(["train.steps=" + "9" * 5000, "style.picture='\\u0000'", "data.workers=1", "out", "conv1"])
+names |= st.sampled_from(["train.steps=" + "9" * 5000, "style.image='\\u0000'", "data.workers=1", "out", "conv1"])
 values = st.one_of(paths, words, numbers, names)
 
 
@@ -97,9 +97,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "photos").mkdir(parents=True)
     (folder / "run").mkdir()
     (above / "home").mkdir()
-    picture = Image.new("RGB", (24, 20), "teal")
-    picture.save(folder / "photo.png")
-    picture.save(folder / "photos" / "one.jpg")
+    image = Image.new("RGB", (24, 20), "teal")
+    image.save(folder / "photo.png")
+    image.save(folder / "photos" / "one.jpg")
     (folder / "text.txt").write_text("text")
     save_style_model(folder / "model.safetensors", TransformNet("johnson"), metadata={})
     with RunLog(folder / "run") as log:
@@ -146,7 +146,7 @@ several = settings(max_examples=120, suppress_health_check=[HealthCheck.function
 @given(command_lines())
 @several
 @example(["train", "--set", "train.steps=" + "9" * 5000, "--dry-run"])
-@example(["train", "--set", "style.picture='\\u0000'", "--data", "photos", "--dry-run"])
+@example(["train", "--set", "style.image='\\u0000'", "--data", "photos", "--dry-run"])
 @example(["train", "--steps", "9" * 5000, "--dry-run"])
 @example(["stylize", "model.safetensors", "photo.png", "--out", ""])
 @example(["visualize", "transform", "run", "photo.png", "--out", "out", "--checkpoint", "9" * 30])

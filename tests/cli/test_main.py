@@ -26,7 +26,7 @@ def small(photo_folder: Path) -> list[object]:
     """Arguments of a training run that takes a second or two."""
     sizes = ("data.image_size=32", "train.batch_size=2", "style.size=48", "train.samples=1", "data.workers=1")
     settings = [argument for size in sizes for argument in ("--set", size)]
-    style = ["--style", photo_folder / "picture_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
+    style = ["--style", photo_folder / "image_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
     return [*style, "--vgg", "random", "--device", "cpu", "--steps", 2, *settings]
 
 
@@ -55,11 +55,11 @@ def test_train_then_stylize(fastnst: Fastnst, small: list[object], tmp_path: Pat
     assert code == 0, err
     assert f"style model      {run / 'model.safetensors'}" in out
     assert f"fastnst tensorboard {run}" in err
-    picture = tmp_path / "painted.png"
-    code, out, err = fastnst("stylize", run, photo_folder / "picture_01.png", "--out", picture, "--device", "cpu")
+    image = tmp_path / "painted.png"
+    code, out, err = fastnst("stylize", run, photo_folder / "image_01.png", "--out", image, "--device", "cpu")
     assert code == 0, err
-    assert out == f"{picture}\n"
-    with Image.open(picture) as painted, Image.open(photo_folder / "picture_01.png") as source:
+    assert out == f"{image}\n"
+    with Image.open(image) as painted, Image.open(photo_folder / "image_01.png") as source:
         assert painted.size == source.size
 
 
@@ -67,8 +67,8 @@ def test_dry_run_prints_a_plan_and_writes_nothing(fastnst: Fastnst, small: list[
     code, out, err = fastnst("train", *small, "--out", tmp_path / "run", "--dry-run")
     assert code == 0, err
     assert 'preset = "vgg-conv3"' in out
-    assert "# data       12 pictures, 0 refused" in out
-    assert "# steps      2 of 2 pictures, 0.33 passes over the data" in out
+    assert "# data       12 images, 0 refused" in out
+    assert "# steps      2 of 2 images, 0.33 passes over the data" in out
     assert "# memory     " in out
     assert "# disk       " in out
     assert not (tmp_path / "run").exists()
@@ -107,12 +107,12 @@ def test_the_estimate_counts_what_autograd_keeps() -> None:
     assert need.weights == 4 * trained + frozen
 
 
-def test_data_check_names_each_refused_picture(fastnst: Fastnst, photo_folder: Path) -> None:
-    (photo_folder / "notes.jpg").write_text("not a picture")
+def test_data_check_names_each_refused_image(fastnst: Fastnst, photo_folder: Path) -> None:
+    (photo_folder / "notes.jpg").write_text("not an image")
     code, out, err = fastnst("data", "check", photo_folder)
     assert code == 0, err
     first, *rest = out.splitlines()
-    assert first.startswith("12 pictures accepted (")
+    assert first.startswith("12 images accepted (")
     assert first.endswith("1 refused")
     assert len(rest) == 1
     assert rest[0].startswith("notes.jpg: ")
@@ -124,8 +124,8 @@ def test_data_check_names_each_refused_picture(fastnst: Fastnst, photo_folder: P
 BadInput = Callable[[Path, Path], tuple[list[object], int, list[str]]]
 
 
-def _text_as_picture(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
-    (tmp / "style.jpg").write_text("This is not a picture.")
+def _text_as_image(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
+    (tmp / "style.jpg").write_text("This is not an image.")
     return ["--style", tmp / "style.jpg"], 3, ["style.jpg"]
 
 
@@ -145,7 +145,7 @@ def _empty_folder(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
 
 
 def _file_as_folder(_: Path, photos: Path) -> tuple[list[object], int, list[str]]:
-    return ["--data", photos / "picture_00.jpg"], 3, ["picture_00.jpg"]
+    return ["--data", photos / "image_00.jpg"], 3, ["image_00.jpg"]
 
 
 def _other_weights(tmp: Path, _: Path) -> tuple[list[object], int, list[str]]:
@@ -177,7 +177,7 @@ def _fixed(arguments: list[object], code: int, *said: str) -> BadInput:
     "bad",
     [
         pytest.param(_fixed(["--style", "/nowhere/wave.jpg"], 3, "/nowhere/wave.jpg"), id="style-missing"),
-        pytest.param(_text_as_picture, id="style-text"),
+        pytest.param(_text_as_image, id="style-text"),
         pytest.param(_one_pixel, id="style-one-pixel"),
         pytest.param(_huge, id="style-huge"),
         pytest.param(_fixed(["--data", "/nowhere/photos"], 3, "/nowhere/photos"), id="data-missing"),
@@ -212,7 +212,7 @@ def test_bad_input_gets_a_short_message_and_nothing_is_written(
     code, out, err = fastnst("train", *small, "--out", tmp_path / "run", *arguments)
     assert code == expected_code, err
     assert out == ""
-    message = [line for line in err.splitlines() if not line.startswith(("Usage:", "Try ", "check pictures:"))]
+    message = [line for line in err.splitlines() if not line.startswith(("Usage:", "Try ", "check images:"))]
     assert 1 <= len([line for line in message if line.strip()]) <= 3, err
     for words in said:
         assert words in err
@@ -230,21 +230,21 @@ def test_too_few_layers_are_named(fastnst: Fastnst, small: list[object], weights
 
 
 def test_stylize_says_what_is_wrong(fastnst: Fastnst, tmp_path: Path, photo_folder: Path) -> None:
-    picture = photo_folder / "picture_00.jpg"
+    image = photo_folder / "image_00.jpg"
     (tmp_path / "model.safetensors").write_text("not a model")
-    for model in ("/nowhere/run", tmp_path / "model.safetensors", picture):
-        code, out, err = fastnst("stylize", model, picture, "--out", tmp_path / "out.png")
+    for model in ("/nowhere/run", tmp_path / "model.safetensors", image):
+        code, out, err = fastnst("stylize", model, image, "--out", tmp_path / "out.png")
         assert code == 3, err
         assert str(model) in err
         assert out == ""
         assert not (tmp_path / "out.png").exists()
 
 
-def test_tensorboard_shows_every_point_and_picture(tmp_path: Path) -> None:
+def test_tensorboard_shows_every_point_and_image(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         for step in range(30):
             log.metrics(step, {"loss/total": float(step)})
-            log.pictures(step, "stylised", torch.rand(1, 3, 16, 16), ["cat"])
+            log.images(step, "stylised", torch.rand(1, 3, 16, 16), ["cat"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -253,12 +253,12 @@ def test_tensorboard_shows_every_point_and_picture(tmp_path: Path) -> None:
     plugin = f"http://localhost:{port}/data/plugin"
     try:
         points = _json_when_ready(f"{plugin}/scalars/scalars?tag=loss%2Ftotal&run=.", 30, process)
-        pictures = _json_when_ready(f"{plugin}/images/images?tag=stylised%2Fcat&run=.&sample=0", 30, process)
+        images = _json_when_ready(f"{plugin}/images/images?tag=stylised%2Fcat&run=.&sample=0", 30, process)
     finally:
         process.terminate()
         process.wait(timeout=30)
     assert [step for _, step, _ in points] == list(range(30))
-    assert [picture["step"] for picture in pictures] == list(range(30))
+    assert [image["step"] for image in images] == list(range(30))
 
 
 def _json_when_ready(url: str, count: int, process: subprocess.Popen[bytes]) -> list[Any]:

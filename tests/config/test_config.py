@@ -76,7 +76,7 @@ def test_presets_hold_the_published_numbers(
     assert loss.style_layers == style
     assert loss.style_layer_weights == layer_weights
     assert (loss.content_weight, loss.style_weight, loss.tv_weight) == weights
-    # All of them: batch of 4, Adam, two passes over pictures of 256²; the published ones at 1e-3.
+    # All of them: batch of 4, Adam, two passes over images of 256²; the published ones at 1e-3.
     learning_rate = 3e-3 if preset == "vgg-conv3" else 1e-3
     assert (config.train.batch_size, config.train.learning_rate, config.train.epochs) == (4, learning_rate, 2.0)
     assert config.train.steps is None
@@ -186,7 +186,7 @@ def test_unset_takes_back_what_the_preset_sets() -> None:
         ("data.folder=2024-05-01", Path("2024-05-01")),
         ("data.folder=007", Path("007")),
         ("data.folder=a=b", Path("a=b")),
-        ("style.picture=/p/night # 2.jpg", Path("/p/night # 2.jpg")),
+        ("style.image=/p/night # 2.jpg", Path("/p/night # 2.jpg")),
         ("loss.vgg=1e3", "1e3"),
         ("loss.style_layers=[]", ()),
         ('loss.style_layers=["relu1_1", "pool2"]', ("relu1_1", "pool2")),
@@ -336,7 +336,7 @@ configs = st.builds(
     data=st.builds(
         DataConfig, folder=paths, image_size=st.integers(16, 2048), fit=choices(DataConfig, "fit"), flip=st.booleans()
     ),
-    style=st.builds(StyleConfig, picture=paths, size=st.none() | st.integers(16, 4096)),
+    style=st.builds(StyleConfig, image=paths, size=st.none() | st.integers(16, 4096)),
     model=st.builds(ModelConfig, norm=choices(ModelConfig, "norm")),
     loss=losses,
     train=st.builds(

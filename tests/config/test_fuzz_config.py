@@ -60,7 +60,7 @@ def check(back: Path, **sources: Any) -> None:
 @given(assignments)
 @settings(max_examples=200)
 @example([("train.steps", "9" * 5000)])
-@example([("style.picture", '"\\u0000"')])
+@example([("style.image", '"\\u0000"')])
 @example([("train.steps" + ".a" * 3000, "1")])
 @example([("train.epochs", "1e308")])
 def test_assignments(file: Path, pairs: list[tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""Coverage-guided search for pictures that `read_image` neither reads nor refuses; not part of the test run.
+"""Coverage-guided search for images that `read_image` neither reads nor refuses; not part of the test run.
 
     pip install atheris
     python tests/data/fuzz_images.py -max_total_time=600 [FOLDER]
@@ -21,10 +21,10 @@ def main() -> None:
     """Starts from the seeds of the test."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "seeds").mkdir()
-        (Path(folder) / "pictures").mkdir()
+        (Path(folder) / "images").mkdir()
         for number, data in enumerate(test_fuzz_images.SEEDS):
             (Path(folder) / "seeds" / str(number)).write_bytes(data)
-        file = Path(folder) / "pictures" / "picture.png"
+        file = Path(folder) / "images" / "image.png"
         kept = [] if any(not argument.startswith("-") for argument in sys.argv[1:]) else [str(Path(folder) / "seeds")]
         atheris.Setup([*sys.argv, *kept], lambda data: test_fuzz_images.check(data, file) and None)
         atheris.Fuzz()

@@ -15,7 +15,7 @@ import torch
 from fastnst.config import DataConfig
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest, write_rejections
-from fastnst.data.sampler import RunOrder
+from fastnst.data.sampler import Sampler
 from fastnst.images import printable
 from helpers.bad_image_fixtures import (
     ACCEPTED,
@@ -76,7 +76,7 @@ def check_verdicts(manifest: Manifest, found: Sequence[Specimen], run: Path) -> 
 
 def load_all(loader: str, manifest: Manifest, batch_size: int = 16) -> torch.Tensor:
     count = len(manifest.images)
-    order = RunOrder(1, count, batch_size, -(-count // batch_size))
+    order = Sampler(1, count, batch_size, -(-count // batch_size))
     config = DataConfig(loader=loader, image_size=32, workers=2)
     with open_loader(manifest, order, config, device=torch.device("cpu")) as batches:
         return torch.cat(list(batches))
@@ -85,7 +85,7 @@ def load_all(loader: str, manifest: Manifest, batch_size: int = 16) -> torch.Ten
 def check_loaders_agree(manifest: Manifest) -> None:
     """No failure is allowed for here: what one loader could not read would be an error."""
     difference = (load_all("pillow", manifest).int() - load_all("dali", manifest).int()).abs()
-    order = RunOrder(1, len(manifest.images), len(difference), 1)
+    order = Sampler(1, len(manifest.images), len(difference), 1)
     wrong = [
         manifest.images[index]
         for index, one in zip(order.batch(0).indices, difference, strict=True)
@@ -126,7 +126,7 @@ def test_a_folder_of_which_one_percent_is_odd(generated_photos: Path, tmp_path: 
 def test_the_whole_zoo_as_one_percent_of_a_folder(
     zoo: tuple[Path, list[Specimen]], generated_photos: Path, tmp_path: Path
 ) -> None:
-    """`pytest -m campaign tests/data/test_bad_images.py`: some 15,000 pictures, a minute or two."""
+    """`pytest -m campaign tests/data/test_bad_images.py`: some 15,000 images, a minute or two."""
     folder, found = zoo
     place_good(folder, generated_photos, len(found) * 99)
     manifest = build_manifest(folder, workers=2, flat=False)
@@ -154,11 +154,11 @@ from pathlib import Path
 from fastnst.config import DataConfig
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import build_manifest
-from fastnst.data.sampler import RunOrder
+from fastnst.data.sampler import Sampler
 
 if __name__ == "__main__":
     manifest = build_manifest(Path(sys.argv[1]), workers=2, flat=False, cache=False)
-    order = RunOrder(1, len(manifest.images), 16, -(-len(manifest.images) // 16))
+    order = Sampler(1, len(manifest.images), 16, -(-len(manifest.images) // 16))
     for loader in ("pillow", "dali"):
         config = DataConfig(loader=loader, image_size=64, workers=2)
         with open_loader(manifest, order, config, device=torch.device("cpu")) as batches:

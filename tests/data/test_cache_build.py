@@ -31,19 +31,19 @@ from fastnst.data.cache.format import (
     stored_shape,
 )
 from fastnst.data.cache.verify import open_cache
-from fastnst.data.crop import read_square, resize_window, window_of
+from fastnst.data.crop import crop_box, read_crop, resize_crop
 from fastnst.data.loaders import open_loader
 from fastnst.data.loaders.cache import Shards, read_pixels
 from fastnst.data.manifest import Entry, Manifest, build_manifest
-from fastnst.data.replacements import Replacements
-from fastnst.data.sampler import Fit, RunOrder
+from fastnst.data.replacements import ImageReplacer
+from fastnst.data.sampler import Fit, Sampler
 from fastnst.errors import DataError, UserError
 from fastnst.storage import StorageError, lock_run
 
 CPU = torch.device("cpu")
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL_SHARD = 40_000
-"""Bytes; two or three of the generated pictures at 64 px."""
+"""Bytes; two or three of the generated images at 64 px."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +59,14 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the pictures that are decoded for a cache."""
+    """Names of the images that are decoded for a cache."""
     names: list[str] = []
 
     def watched(path: str, *arguments: Any, **options: Any) -> np.ndarray:
         names.append(Path(path).name)
-        return read_square(path, *arguments, **options)
+        return read_crop(path, *arguments, **options)
 
-    monkeypatch.setattr(cache_build, "read_square", watched)
+    monkeypatch.setattr(cache_build, "read_crop", watched)
     return names
 
 
@@ -75,21 +75,21 @@ def build(folder: Path | Manifest, out: Path, size: int = 64, fit: Fit = "random
     return build_cache(manifest, out, size=size, fit=fit, **options)
 
 
-def load(manifest: Manifest, order: RunOrder, size: int, loader: str = "pillow", **options: Any) -> torch.Tensor:
+def load(manifest: Manifest, order: Sampler, size: int, loader: str = "pillow", **options: Any) -> torch.Tensor:
     config = DataConfig(loader=loader, image_size=size, workers=2, prefetch=2)
     with open_loader(manifest, order, config, device=CPU, **options) as batches:
         return torch.cat(list(batches))
 
 
-def by_pillow(manifest: Manifest, order: RunOrder, size: int) -> torch.Tensor:
+def by_pillow(manifest: Manifest, order: Sampler, size: int) -> torch.Tensor:
     """What the Pillow loader makes, in this process."""
     squares = []
     for step in range(order.steps):
         samples = order.batch(step)
         for index, crop, flip in zip(samples.indices, samples.crop, samples.flip, strict=True):
             entry = manifest.images[index]
-            window = window_of(entry.width, entry.height, order.fit, crop, size)
-            squares.append(read_square(str(manifest.folder / entry.path), entry, window, size, bool(flip)))
+            window = crop_box(entry.width, entry.height, order.fit, crop, size)
+            squares.append(read_crop(str(manifest.folder / entry.path), entry, window, size, bool(flip)))
     return torch.from_numpy(np.stack(squares))
 
 
@@ -108,7 +108,7 @@ def test_a_run_sees_what_the_pillow_loader_makes_to_the_bit(
     cache = open_cache(build(generated_photos, tmp_path / "cache", size, fit).cache.folder, size=size, fit=fit)
     assert cache.images == folder.images
     assert len(cache.cache.shards) > 1
-    order = RunOrder(1, 12, 5, 6, fit=fit)
+    order = Sampler(1, 12, 5, 6, fit=fit)
     from_cache = load(cache, order, size, loader="dali")
     assert from_cache.dtype == torch.uint8
     assert from_cache.shape == (30, size, size, 3)
@@ -119,7 +119,7 @@ def test_a_run_sees_what_the_pillow_loader_makes_to_the_bit(
 
 def test_other_sizes_differ_by_rounding(generated_photos: Path, tmp_path: Path) -> None:
     cache = as_manifest(build(generated_photos, tmp_path / "cache", 50).cache)
-    order = RunOrder(1, 12, 6, 8)
+    order = Sampler(1, 12, 6, 8)
     difference = (load(cache, order, 50).int() - by_pillow(build_manifest(generated_photos), order, 50).int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).double().mean() < 0.01
@@ -127,8 +127,8 @@ def test_other_sizes_differ_by_rounding(generated_photos: Path, tmp_path: Path) 
 
 def test_starting_in_the_middle_and_sharing_change_nothing(generated_photos: Path, tmp_path: Path) -> None:
     cache = as_manifest(build(generated_photos, tmp_path / "cache").cache)
-    alone = load(cache, RunOrder(3, 12, 6, 6), 64)
-    shared = RunOrder(3, 12, 6, 6, world_size=2)
+    alone = load(cache, Sampler(3, 12, 6, 6), 64)
+    shared = Sampler(3, 12, 6, 6, world_size=2)
     first, second = (load(cache, shared, 64, start_step=4, rank=rank).unflatten(0, (2, 3)) for rank in range(2))
     assert torch.equal(torch.cat([first, second], 1), alone[24:].unflatten(0, (2, 6)))
 
@@ -141,7 +141,7 @@ def test_starting_in_the_middle_and_sharing_change_nothing(generated_photos: Pat
     flip=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_a_stored_picture_holds_every_crop(
+def test_a_stored_image_holds_every_crop(
     sides: tuple[int, int], size: int, crop: tuple[int, int], flip: bool, seed: int, tmp_path_factory: Any
 ) -> None:
     """Cut out of what is stored, or resized out of the file: the same."""
@@ -152,16 +152,16 @@ def test_a_stored_picture_holds_every_crop(
     Image.fromarray(pixels).save(folder / "photos" / "a.png")
     cache = build(folder / "photos", folder / "cache", size).cache
     place = (np.array(crop) / 2**24).astype(np.float32)
-    window = window_of(width, height, "random_crop", place, size)
+    window = crop_box(width, height, "random_crop", place, size)
     left, top, right, bottom = window
     assert left >= 0
     assert top >= 0
     assert right <= width * (1 + 1e-6)
     assert bottom <= height * (1 + 1e-6)
-    expected = resize_window(Image.fromarray(pixels), window, size, flip)
+    expected = resize_crop(Image.fromarray(pixels), window, size, flip)
     square = np.zeros((size, size, 3), np.uint8)
     with Shards(cache) as shards:
-        shards.read_square(cache.pictures[0], "random_crop", place, flip, square)
+        shards.read_crop(cache.images[0], "random_crop", place, flip, square)
     difference = np.abs(square.astype(int) - expected.astype(int))
     assert difference.max() <= (0 if size & (size - 1) == 0 else 1)
 
@@ -172,12 +172,12 @@ def test_a_stored_picture_holds_every_crop(
     size=st.integers(16, 2048),
     fit=st.sampled_from(["random_crop", "center_crop", "squash"]),
 )
-def test_pictures_lie_one_behind_the_other(sides: list[tuple[int, int]], size: int, fit: Fit) -> None:
-    images = [Entry(f"{i:03d}.jpg", 1, w, h, "JPEG", True, 1) for i, (w, h) in enumerate(sides)]
-    images = [entry for entry in images if max(entry.width, entry.height) <= 32 * min(entry.width, entry.height)]
-    pictures = layout(images, fit, size)
-    groups = in_shards(pictures)
-    assert [stored.entry for group in groups for stored in group] == images
+def test_images_lie_one_behind_the_other(sides: list[tuple[int, int]], size: int, fit: Fit) -> None:
+    entries = [Entry(f"{i:03d}.jpg", 1, w, h, "JPEG", True, 1) for i, (w, h) in enumerate(sides)]
+    entries = [entry for entry in entries if max(entry.width, entry.height) <= 32 * min(entry.width, entry.height)]
+    images = layout(entries, fit, size)
+    groups = in_shards(images)
+    assert [stored.entry for group in groups for stored in group] == entries
     for number, group in enumerate(groups):
         end = 0
         for stored in group:
@@ -190,8 +190,8 @@ def test_pictures_lie_one_behind_the_other(sides: list[tuple[int, int]], size: i
 
 @pytest.mark.usefixtures("small_shards")
 def test_the_manifest_comes_back_as_it_was(photo_folder: Path, tmp_path: Path) -> None:
-    (photo_folder / "picture_03.jpg").rename(photo_folder / os.fsdecode(b"caf\xe9 \xff.jpg"))
-    (photo_folder / "broken.png").write_bytes(b"no picture")
+    (photo_folder / "image_03.jpg").rename(photo_folder / os.fsdecode(b"caf\xe9 \xff.jpg"))
+    (photo_folder / "broken.png").write_bytes(b"no image")
     Image.new("RGB", (20, 30)).save(photo_folder / "flat.png")
     cache = build(photo_folder, tmp_path / "cache").cache
     assert read_cache(tmp_path / "cache") == cache
@@ -236,7 +236,7 @@ def test_only_what_is_damaged_is_made_again_and_only_on_request(
     decoded.clear()
     told: list[str] = []
     built = build(generated_photos, tmp_path, rebuild=True, notify=told.append)
-    damaged = {stored.entry.path for stored in cache.pictures if stored.shard in (1, 3)}
+    damaged = {stored.entry.path for stored in cache.images if stored.shard in (1, 3)}
     assert set(decoded) == damaged
     assert built == Built(cache, len(cache.shards) - 2)
     assert contents(tmp_path) == whole
@@ -247,12 +247,12 @@ def test_only_what_is_damaged_is_made_again_and_only_on_request(
 def test_a_folder_that_changed_is_cached_again_on_request(photo_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     before = build(photo_folder, out).cache
-    (photo_folder / "picture_11.webp").unlink()
-    with pytest.raises(DataError, match=r"cache of 12 pictures of .*, not of 11 pictures .*--rebuild") as caught:
+    (photo_folder / "image_11.webp").unlink()
+    with pytest.raises(DataError, match=r"cache of 12 images of .*, not of 11 images .*--rebuild") as caught:
         build(photo_folder, out)
     assert "choose another --out" in str(caught.value)
     built = build(photo_folder, out, rebuild=True)
-    assert (len(built.cache.pictures), built.kept) == (11, len(before.shards) - 1)
+    assert (len(built.cache.images), built.kept) == (11, len(before.shards) - 1)
     smaller = build(photo_folder, out, 16, rebuild=True)
     assert set(contents(out)) == {"manifest.json", *(shard.name for shard in smaller.cache.shards)}
     assert len(smaller.cache.shards) < len(before.shards)
@@ -284,7 +284,7 @@ def deadly(name):
         return result
     setattr(cache_build, name, call)
 
-deadly("read_square" if where == "decoding" else "write_atomic")
+deadly("read_crop" if where == "decoding" else "write_atomic")
 manifest = build_manifest(Path(sys.argv[1]))
 cache_build.build_cache(
     manifest, Path(sys.argv[2]), size=64, fit="random_crop", workers=1, rebuild="rebuild" in sys.argv
@@ -324,7 +324,7 @@ def test_what_is_finished_outlives_a_kill(
     decoded.clear()
     built = build(generated_photos, out)
     assert built.kept == finished
-    assert len(decoded) == sum(stored.shard >= finished for stored in whole.pictures)
+    assert len(decoded) == sum(stored.shard >= finished for stored in whole.images)
     assert contents(out).keys() == contents(tmp_path / "whole").keys()
     for shard in whole.shards:
         assert (out / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
@@ -346,27 +346,27 @@ def test_a_kill_while_mending_and_damage_behind_it(generated_photos: Path, tmp_p
     assert contents(tmp_path) == whole
 
 
-def test_a_picture_that_changes_meanwhile_is_named(photo_folder: Path, tmp_path: Path) -> None:
+def test_a_image_that_changes_meanwhile_is_named(photo_folder: Path, tmp_path: Path) -> None:
     manifest = build_manifest(photo_folder)
-    (photo_folder / "picture_05.webp").unlink()
-    with pytest.raises(DataError, match=r"picture_05.webp cannot be read any more: no such file.*same command again"):
+    (photo_folder / "image_05.webp").unlink()
+    with pytest.raises(DataError, match=r"image_05.webp cannot be read any more: no such file.*same command again"):
         build(manifest, tmp_path / "cache")
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
-def test_thin_pictures_are_refused_by_name(photo_folder: Path, tmp_path: Path) -> None:
+def test_thin_images_are_refused_by_name(photo_folder: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for width, name in ((16 * 32, "long.png"), (16 * 32 + 1, "longer.png")):
         Image.fromarray(rng.integers(0, 256, (16, width, 3), np.uint8)).save(photo_folder / name)
     cache = build(photo_folder, tmp_path / "cache").cache
-    assert len(cache.pictures) == 13
+    assert len(cache.images) == 13
     (refused,) = cache.rejected
     assert refused.path == "longer.png"
     assert "513 × 16 px is too thin" in refused.reason
     for file in photo_folder.glob("*"):
         if file.name != "longer.png":
             file.unlink()
-    with pytest.raises(DataError, match="not one picture"):
+    with pytest.raises(DataError, match="not one image"):
         build(photo_folder, tmp_path / "other")
 
 
@@ -387,7 +387,7 @@ def test_space_is_checked_before_anything_is_written(
 
 
 def test_a_folder_of_something_else_is_left_alone(photo_folder: Path, generated_photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds 'picture_00.jpg', which is no part of a cache; choose another --out"):
+    with pytest.raises(DataError, match=r"holds 'image_00.jpg', which is no part of a cache; choose another --out"):
         build(generated_photos, photo_folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"name": "a page"}')
@@ -400,12 +400,12 @@ def test_a_folder_of_something_else_is_left_alone(photo_folder: Path, generated_
         build(generated_photos, tmp_path / "locked")
 
 
-def test_a_page_manifest_beside_pictures_makes_no_cache(photo_folder: Path) -> None:
+def test_a_page_manifest_beside_images_makes_no_cache(photo_folder: Path) -> None:
     (photo_folder / "manifest.json").write_text('{"name": "a page"}')
     assert not is_cache(photo_folder)
 
 
-def test_pictures_to_look_at(generated_photos: Path, tmp_path: Path) -> None:
+def test_images_to_look_at(generated_photos: Path, tmp_path: Path) -> None:
     cache = as_manifest(build(generated_photos, tmp_path).cache)
     folder = build_manifest(generated_photos)
     for entry in (folder.images[0], folder.images[-1]):
@@ -416,16 +416,16 @@ def test_pictures_to_look_at(generated_photos: Path, tmp_path: Path) -> None:
         read_pixels(cache, Entry("other.jpg", 1, 20, 20, "JPEG", True, 1))
 
 
-def test_a_picture_that_only_the_folder_had_is_replaced(generated_photos: Path, tmp_path: Path) -> None:
-    """A run goes on from its folder to a cache that was made after a picture had gone."""
+def test_a_image_that_only_the_folder_had_is_replaced(generated_photos: Path, tmp_path: Path) -> None:
+    """A run goes on from its folder to a cache that was made after an image had gone."""
     folder = build_manifest(generated_photos)
     cache = as_manifest(build(generated_photos, tmp_path).cache)
-    gone = Entry("picture_04a.png", 1, 50, 60, "PNG", True, -1)
+    gone = Entry("image_04a.png", 1, 50, 60, "PNG", True, -1)
     images = [*cache.images[:5], gone, *cache.images[5:]]
     manifest = CachedManifest(cache.folder, images, [], "", cache=cache.cache)
-    order = RunOrder(0, 13, 4, 7)
+    order = Sampler(0, 13, 4, 7)
     failed: list[Any] = []
-    replacements = Replacements(manifest, max_percent=1, on_failure=failed.append)
+    replacements = ImageReplacer(manifest, max_percent=1, on_failure=failed.append)
     squares = load(manifest, order, 64, replacements=replacements)
     assert [failure.entry for failure in failed] == [gone]
     places = [(step, place) for step in range(7) for place in np.flatnonzero(order.batch(step).indices == 5)]
@@ -433,9 +433,9 @@ def test_a_picture_that_only_the_folder_had_is_replaced(generated_photos: Path, 
     for step, place in places:
         samples = order.batch(step)
         following = folder.images[5]
-        window = window_of(following.width, following.height, "random_crop", samples.crop[place], 64)
+        window = crop_box(following.width, following.height, "random_crop", samples.crop[place], 64)
         path = str(generated_photos / following.path)
-        expected = read_square(path, following, window, 64, bool(samples.flip[place]))
+        expected = read_crop(path, following, window, 64, bool(samples.flip[place]))
         assert np.array_equal(squares[4 * step + place].numpy(), expected)
 
 
@@ -454,7 +454,7 @@ def test_a_shard_that_changes_under_a_run_is_named(
     path = tmp_path / "shard_0002.u8"
     os.utime(path, ns=(1, 1))
     config = DataConfig(image_size=64, workers=1)
-    with open_loader(cache, RunOrder(0, 12, 4, 100), config, device=CPU) as batches:
+    with open_loader(cache, Sampler(0, 12, 4, 100), config, device=CPU) as batches:
         next(batches)
         damage(path)
         with pytest.raises(DataError, match=message) as caught:
@@ -467,7 +467,7 @@ def test_a_shard_that_changes_under_a_run_is_named(
 def test_a_shard_that_is_replaced_under_a_run_changes_nothing(generated_photos: Path, tmp_path: Path) -> None:
     """Mending makes new files; who reads the old ones goes on reading them."""
     cache = as_manifest(build(generated_photos, tmp_path).cache)
-    order, config = RunOrder(0, 12, 4, 12), DataConfig(image_size=64, workers=1)
+    order, config = Sampler(0, 12, 4, 12), DataConfig(image_size=64, workers=1)
     expected = load(cache, order, 64)
     with open_loader(cache, order, config, device=CPU) as batches:
         first = next(batches)
@@ -479,7 +479,7 @@ def test_a_shard_that_is_replaced_under_a_run_changes_nothing(generated_photos: 
 def test_closing_early_and_twice(generated_photos: Path, tmp_path: Path) -> None:
     cache = as_manifest(build(generated_photos, tmp_path).cache)
     open_files = len(list(Path("/proc/self/fd").iterdir()))
-    batches = open_loader(cache, RunOrder(0, 12, 4, 100), DataConfig(image_size=64), device=CPU)
+    batches = open_loader(cache, Sampler(0, 12, 4, 100), DataConfig(image_size=64), device=CPU)
     kept, copy = (batch := next(batches)), batch.clone()
     for _ in range(5):
         next(batches)
@@ -507,8 +507,8 @@ def test_a_cache_stands_for_itself(generated_photos: Path, tmp_path: Path) -> No
     for file in generated_photos.iterdir():
         (photos / file.name).write_bytes(file.read_bytes())
     made: Cache = build(photos, tmp_path / "cache").cache
-    expected = load(as_manifest(made), RunOrder(0, 12, 4, 3), 64)
+    expected = load(as_manifest(made), Sampler(0, 12, 4, 3), 64)
     for file in photos.iterdir():
         file.unlink()
     moved = (tmp_path / "cache").rename(tmp_path / "elsewhere")
-    assert torch.equal(load(open_cache(moved, size=64, fit="random_crop"), RunOrder(0, 12, 4, 3), 64), expected)
+    assert torch.equal(load(open_cache(moved, size=64, fit="random_crop"), Sampler(0, 12, 4, 3), 64), expected)

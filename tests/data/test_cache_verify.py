@@ -30,7 +30,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(generated_photos: Path, tmp_path: Path) -> Cache:
-    """Twelve pictures in some shards."""
+    """Twelve images in some shards."""
     return build_cache(build_manifest(generated_photos), tmp_path / "cache", size=64, fit="random_crop").cache
 
 
@@ -249,7 +249,7 @@ def test_a_manifest_of_another_kind_of_file(cache: Cache, monkeypatch: pytest.Mo
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
 def test_one_byte_of_the_manifest(cache: Cache, place: float, value: int) -> None:
-    """Whatever is changed, the pictures stay where they are, or the manifest is refused."""
+    """Whatever is changed, the images stay where they are, or the manifest is refused."""
     whole = bytearray(manifest_bytes(cache))
     whole[int(place * len(whole))] = value
     (cache.folder / "manifest.json").write_bytes(whole)
@@ -257,7 +257,7 @@ def test_one_byte_of_the_manifest(cache: Cache, place: float, value: int) -> Non
         changed = read_cache(cache.folder)
     except DataError:
         return
-    assert changed.pictures == cache.pictures
+    assert changed.images == cache.images
     assert (changed.size, changed.fit) == (cache.size, cache.fit)
     assert [shard.size for shard in changed.shards] == [shard.size for shard in cache.shards]
 

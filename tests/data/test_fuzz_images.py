@@ -1,4 +1,4 @@
-"""Damaged pictures without end: each is read, or refused with a DataError; nothing else ever comes out."""
+"""Damaged images without end: each is read, or refused with a DataError; nothing else ever comes out."""
 
 import io
 from collections.abc import Callable
@@ -18,7 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
 
 def seeds() -> list[bytes]:
-    """Small pictures of all formats, colour modes and encodings that are read."""
+    """Small images of all formats, colour modes and encodings that are read."""
     rng = np.random.default_rng(0)
     colours = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
     sixteen = Image.fromarray(rng.integers(0, 65536, (20, 24)).astype(np.uint16))
@@ -43,9 +43,9 @@ def seeds() -> list[bytes]:
         (sixteen, "TIFF", {"compression": "tiff_adobe_deflate", "tiffinfo": {274: 6}}),
     ]
     encoded = []
-    for picture, picture_format, options in kinds:
+    for image, image_format, options in kinds:
         stream = io.BytesIO()
-        picture.save(stream, picture_format, **options)
+        image.save(stream, image_format, **options)
         encoded.append(stream.getvalue())
     return encoded
 
@@ -87,7 +87,7 @@ damages = st.one_of(
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A real picture with up to four damages."""
+    """A real image with up to four damages."""
     data = draw(st.sampled_from(SEEDS))
     for damage in draw(st.lists(damages, min_size=1, max_size=4)):
         data = damage(data)
@@ -101,7 +101,7 @@ def check(data: bytes, file: Path) -> bool:
     for alpha in (False, True):
         refusal = ""
         try:
-            picture = read_image(file, alpha=alpha, min_side=1)
+            image = read_image(file, alpha=alpha, min_side=1)
         except DataError as error:
             refusal = str(error)
         if refusal:
@@ -109,10 +109,10 @@ def check(data: bytes, file: Path) -> bool:
             assert 20 < len(refusal) < 500 + len(str(file))
             assert "\x1b" not in refusal
         else:
-            assert picture.dtype == np.uint8
-            assert picture.ndim == 3
-            assert picture.shape[2] in ((3, 4) if alpha else (3,))
-            assert min(picture.shape) >= 1
+            assert image.dtype == np.uint8
+            assert image.ndim == 3
+            assert image.shape[2] in ((3, 4) if alpha else (3,))
+            assert min(image.shape) >= 1
             read = True
     try:
         manifest = build_manifest(file.parent, workers=1, cache=False, min_side=1)
@@ -125,7 +125,7 @@ def check(data: bytes, file: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz") / "picture.png"
+    return tmp_path_factory.mktemp("fuzz") / "image.png"
 
 
 def test_the_seeds_themselves_are_read(file: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_seeds_themselves_are_read(file: Path) -> None:
 
 @given(damaged())
 @settings(max_examples=500)
-def test_damaged_pictures(file: Path, data: bytes) -> None:
+def test_damaged_images(file: Path, data: bytes) -> None:
     check(data, file)
 
 
@@ -148,6 +148,6 @@ def test_anything_behind_a_signature(file: Path, signature: bytes, rest: bytes) 
 @pytest.mark.campaign
 @given(damaged())
 @settings(max_examples=100_000)
-def test_damaged_pictures_by_the_hundred_thousand(file: Path, data: bytes) -> None:
+def test_damaged_images_by_the_hundred_thousand(file: Path, data: bytes) -> None:
     """A quarter of an hour: `pytest -m campaign tests/data/test_fuzz_images.py`."""
     check(data, file)

@@ -1,4 +1,4 @@
-"""Both loaders: the same pictures in the same order from any start, and good order when something breaks."""
+"""Both loaders: the same images in the same order from any start, and good order when something breaks."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastnst.config import DataConfig
-from fastnst.data.crop import resize_window, window_of
+from fastnst.data.crop import crop_box, resize_crop
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.replacements import Replacements
-from fastnst.data.sampler import Fit, RunOrder
+from fastnst.data.replacements import ImageReplacer
+from fastnst.data.sampler import Fit, Sampler
 from fastnst.errors import DataError, UserError
 from fastnst.images import read_image
 
@@ -42,7 +42,7 @@ def config(loader: str, image_size: int = 32, **values: Any) -> DataConfig:
 def load(
     loader: str,
     manifest: Manifest,
-    order: RunOrder,
+    order: Sampler,
     image_size: int = 32,
     *,
     start_step: int = 0,
@@ -54,12 +54,12 @@ def load(
         return list(batches)
 
 
-def one_epoch(manifest: Manifest, **values: Any) -> RunOrder:
+def one_epoch(manifest: Manifest, **values: Any) -> Sampler:
     count = len(manifest.images)
-    return RunOrder(1, count, 4, -(-count // 4), **values)
+    return Sampler(1, count, 4, -(-count // 4), **values)
 
 
-def assert_loaders_agree(manifest: Manifest, order: RunOrder, image_size: int) -> None:
+def assert_loaders_agree(manifest: Manifest, order: Sampler, image_size: int) -> None:
     by_pillow, by_dali = (torch.cat(load(name, manifest, order, image_size)).int() for name in ("pillow", "dali"))
     assert by_pillow.shape == (order.steps * order.batch_size, image_size, image_size, 3)
     difference = (by_pillow - by_dali).abs()
@@ -87,14 +87,14 @@ def test_loaders_agree_on_awkward_files_and_generated_ones(
 ) -> None:
     for file in [*awkward.iterdir(), *generated_photos.iterdir()]:
         (tmp_path / file.name).symlink_to(file)
-    make_odd_pictures(tmp_path)
+    make_odd_images(tmp_path)
     manifest = build_manifest(tmp_path)
     assert len(manifest.images) > 60
     assert {entry.plain for entry in manifest.images} == {True, False}
     assert_loaders_agree(manifest, one_epoch(manifest), 64)
 
 
-def make_odd_pictures(folder: Path) -> None:
+def make_odd_images(folder: Path) -> None:
     """Every kind of JPEG, PNG and WebP that Pillow writes, and orientation tags good and bad."""
     y, x = np.mgrid[0:60, 0:90]
     colour = Image.fromarray(np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8))
@@ -136,12 +136,12 @@ def make_odd_pictures(folder: Path) -> None:
     turned[0x0112] = 6
     kinds += [(f"turned.{suffix}", colour, {"exif": turned}) for suffix in ("png", "webp")]
     kinds.append(("xmp.jpg", colour, {"xmp": b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'}))
-    for name, picture, options in kinds:
-        picture.save(folder / name, **options)
+    for name, image, options in kinds:
+        image.save(folder / name, **options)
 
 
 def test_only_what_decoders_agree_on_is_plain(tmp_path: Path) -> None:
-    make_odd_pictures(tmp_path)
+    make_odd_images(tmp_path)
     entries = {entry.path: entry for entry in build_manifest(tmp_path).images}
     for name in (
         "gray.jpg",
@@ -176,12 +176,12 @@ def test_only_what_decoders_agree_on_is_plain(tmp_path: Path) -> None:
 def test_damage_of_any_kind_is_refused_or_read_alike(tmp_path: Path) -> None:
     """Bytes changed at random: what passes the check must come out of both loaders, the same."""
     rng = np.random.default_rng(3)
-    picture = Image.fromarray(np.kron(rng.integers(0, 256, (6, 8, 3), np.uint8), np.ones((10, 10, 1), np.uint8)))
+    image = Image.fromarray(np.kron(rng.integers(0, 256, (6, 8, 3), np.uint8), np.ones((10, 10, 1), np.uint8)))
     tags = Image.Exif()
     tags[0x0112], tags[0x010F] = 6, "maker"
     options: dict[str, dict[str, Any]] = {"jpg": {"exif": tags}, "png": {}, "webp": {}}
     for suffix, values in options.items():
-        picture.save(tmp_path / f"whole.{suffix}", **values)
+        image.save(tmp_path / f"whole.{suffix}", **values)
         whole = (tmp_path / f"whole.{suffix}").read_bytes()
         for index in range(80):
             damaged = bytearray(whole)
@@ -200,14 +200,14 @@ def test_damage_of_any_kind_is_refused_or_read_alike(tmp_path: Path) -> None:
 def test_window_is_resize_then_crop(width: int) -> None:
     """Against PyTorch: short side to 32 with antialiasing, then the crop; flipped last."""
     size, height = 32, 64
-    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     scaled = F.interpolate(
-        torch.tensor(picture).permute(2, 0, 1)[None].double(), (size, width // 2), mode="bilinear", antialias=True
+        torch.tensor(image).permute(2, 0, 1)[None].double(), (size, width // 2), mode="bilinear", antialias=True
     )
     left = width // 2 - size
     crop = np.array([(left - 3) / left, 0.7], np.float32)
-    window = window_of(width, height, "random_crop", crop, size)
-    square = resize_window(Image.fromarray(picture), window, size, flip=True).astype(int)
+    window = crop_box(width, height, "random_crop", crop, size)
+    square = resize_crop(Image.fromarray(image), window, size, flip=True).astype(int)
     expected = scaled[0, :, :, left - 3 : left - 3 + size].flip(-1).permute(1, 2, 0).numpy()
     # PyTorch leaves pixels beyond the border out of the mean; both loaders repeat the border.
     assert np.abs(square - expected)[1:-1, 1:-1].max() <= 1
@@ -216,11 +216,11 @@ def test_window_is_resize_then_crop(width: int) -> None:
 
 def test_window_at_the_border_repeats_it() -> None:
     row = np.array([100, 40, 0, 80], np.uint8)
-    picture = Image.fromarray(np.broadcast_to(row[None, :, None], (4, 4, 3)).copy())
+    image = Image.fromarray(np.broadcast_to(row[None, :, None], (4, 4, 3)).copy())
     # Half as wide: weights 1/8 3/8 3/8 1/8, and the border pixel stands in for the one beyond it.
-    square = resize_window(picture, (0.0, 0.0, 4.0, 4.0), 2, flip=False)
+    square = resize_crop(image, (0.0, 0.0, 4.0, 4.0), 2, flip=False)
     assert square[:, :, 0].tolist() == [[50 + 15, 5 + 40]] * 2
-    assert resize_window(picture, (0.0, 0.0, 4.0, 4.0), 2, flip=True)[0, :, 0].tolist() == [45, 65]
+    assert resize_crop(image, (0.0, 0.0, 4.0, 4.0), 2, flip=True)[0, :, 0].tolist() == [45, 65]
 
 
 @pytest.mark.parametrize(
@@ -232,15 +232,15 @@ def test_window_at_the_border_repeats_it() -> None:
     ],
 )
 def test_windows(fit: Fit, crop: tuple[float, float], window: tuple[float, ...]) -> None:
-    assert window_of(100, 40, fit, np.array(crop, np.float32), 40) == window
-    left, top, right, bottom = window_of(40, 100, fit, np.array(crop[::-1], np.float32), 40)
+    assert crop_box(100, 40, fit, np.array(crop, np.float32), 40) == window
+    left, top, right, bottom = crop_box(40, 100, fit, np.array(crop[::-1], np.float32), 40)
     assert (top, left, bottom, right) == window
 
 
 @pytest.mark.parametrize("loader", ["dali", "pillow"])
 def test_batches_are_what_the_order_says(loader: str, generated_photos: Path) -> None:
     manifest = build_manifest(generated_photos)
-    order = RunOrder(3, 12, 5, 5)
+    order = Sampler(3, 12, 5, 5)
     batches = load(loader, manifest, order)
     assert len(batches) == 5
     for step, batch in enumerate(batches):
@@ -250,27 +250,27 @@ def test_batches_are_what_the_order_says(loader: str, generated_photos: Path) ->
         samples = order.batch(step)
         for index, crop, flip, square in zip(samples.indices, samples.crop, samples.flip, batch, strict=True):
             entry = manifest.images[index]
-            picture = Image.fromarray(read_image(generated_photos / entry.path))
-            window = window_of(entry.width, entry.height, "random_crop", crop, 32)
-            expected = torch.tensor(resize_window(picture, window, 32, bool(flip))).int()
+            image = Image.fromarray(read_image(generated_photos / entry.path))
+            window = crop_box(entry.width, entry.height, "random_crop", crop, 32)
+            expected = torch.tensor(resize_crop(image, window, 32, bool(flip))).int()
             assert (square.int() - expected).abs().max() <= LARGEST_DIFFERENCE
 
 
 @pytest.mark.parametrize("loader", ["dali", "pillow"])
 def test_starting_in_the_middle_and_sharing_change_nothing(loader: str, generated_photos: Path) -> None:
     manifest = build_manifest(generated_photos)
-    alone = load(loader, manifest, RunOrder(3, 12, 6, 6))
-    shared = RunOrder(3, 12, 6, 6, world_size=2)
+    alone = load(loader, manifest, Sampler(3, 12, 6, 6))
+    shared = Sampler(3, 12, 6, 6, world_size=2)
     ranks = [load(loader, manifest, shared, start_step=4, rank=rank) for rank in range(2)]
     for whole, first, second in zip(alone[4:], *ranks, strict=True):
         torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=0)
-    assert load(loader, manifest, RunOrder(3, 12, 6, 6), start_step=6) == []
+    assert load(loader, manifest, Sampler(3, 12, 6, 6), start_step=6) == []
 
 
 def test_a_folder_may_be_smaller_than_a_batch(tmp_path: Path) -> None:
     Image.new("RGB", (20, 30), (10, 20, 30)).save(tmp_path / "only.png")
     manifest = build_manifest(tmp_path)
-    (batch,) = load("dali", manifest, RunOrder(0, 1, 7, 1))
+    (batch,) = load("dali", manifest, Sampler(0, 1, 7, 1))
     assert (batch == torch.tensor([10, 20, 30], dtype=torch.uint8)).all()
     assert len(batch) == 7
 
@@ -283,13 +283,13 @@ def test_a_folder_may_be_smaller_than_a_batch(tmp_path: Path) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "when the folder was checked"),
     ],
 )
-def test_pictures_that_change_during_a_run_are_named(
+def test_images_that_change_during_a_run_are_named(
     loader: str, photo_folder: Path, damage: Callable[[Path], object], reason: str
 ) -> None:
     manifest = build_manifest(photo_folder)
     damage(photo_folder / manifest.images[5].path)
     with pytest.raises(DataError, match=reason) as caught:
-        load(loader, manifest, RunOrder(0, 12, 4, 6))
+        load(loader, manifest, Sampler(0, 12, 4, 6))
     assert manifest.images[5].path in str(caught.value)
 
 
@@ -297,38 +297,38 @@ def test_other_bytes_of_the_same_length_are_named_too(photo_folder: Path) -> Non
     manifest = build_manifest(photo_folder)
     path = photo_folder / manifest.images[5].path
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(DataError, match="no picture"):
-        load("dali", manifest, RunOrder(0, 12, 4, 6))
+    with pytest.raises(DataError, match="no image"):
+        load("dali", manifest, Sampler(0, 12, 4, 6))
     with pytest.raises(DataError, match=manifest.images[5].path):
-        load("pillow", manifest, RunOrder(0, 12, 4, 6))
+        load("pillow", manifest, Sampler(0, 12, 4, 6))
 
 
 def test_what_only_dali_refuses_is_decoded_by_pillow(photo_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A picture wrongly taken for plain neither ends the run nor changes what other pictures look like."""
-    jpeg = (photo_folder / "picture_00.jpg").read_bytes()
+    """An image wrongly taken for plain neither ends the run nor changes what other images look like."""
+    jpeg = (photo_folder / "image_00.jpg").read_bytes()
     end_of_first_segment = 4 + int.from_bytes(jpeg[4:6], "big")
     with_junk = jpeg[:end_of_first_segment] + bytes(40) + jpeg[end_of_first_segment:]
-    (photo_folder / "picture_00.jpg").write_bytes(with_junk)
+    (photo_folder / "image_00.jpg").write_bytes(with_junk)
     manifest = build_manifest(photo_folder)
     assert [entry.plain for entry in manifest.images].count(False) == 1
-    order = RunOrder(0, 12, 4, 9)
+    order = Sampler(0, 12, 4, 9)
     expected = load("dali", manifest, order)
     mistaken = replace(manifest, images=[replace(entry, plain=True) for entry in manifest.images])
     for start_step in (0, 4):
         caplog.clear()
         batches = load("dali", mistaken, order, start_step=start_step)
-        assert caplog.messages == ["DALI cannot decode picture_00.jpg; Pillow decodes it"]
+        assert caplog.messages == ["DALI cannot decode image_00.jpg; Pillow decodes it"]
         for batch, one in zip(batches, expected[start_step:], strict=True):
             torch.testing.assert_close(batch, one, rtol=0, atol=0)
 
 
-def test_a_failure_that_no_picture_causes_says_where_and_what_to_do(
+def test_a_failure_that_no_image_causes_says_where_and_what_to_do(
     generated_photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastnst.data.loaders import dali
 
     manifest = build_manifest(generated_photos)
-    with open_loader(manifest, RunOrder(0, 12, 4, 9), config("dali"), device=CPU) as batches:
+    with open_loader(manifest, Sampler(0, 12, 4, 9), config("dali"), device=CPU) as batches:
         next(batches)
         run = dali.DaliLoader._run
         failures = []
@@ -340,7 +340,7 @@ def test_a_failure_that_no_picture_causes_says_where_and_what_to_do(
             return run(self, pipeline)
 
         monkeypatch.setattr(dali.DaliLoader, "_run", fail)
-        with pytest.raises(DataError, match=r"step 2 \(out of memory\), near picture_.*; use --loader pillow"):
+        with pytest.raises(DataError, match=r"step 2 \(out of memory\), near image_.*; use --loader pillow"):
             next(batches)
     assert len(failures) == 2, "once more, and no more"
 
@@ -350,15 +350,15 @@ def test_without_dali_the_other_loader_is_named(generated_photos: Path, monkeypa
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     manifest = build_manifest(generated_photos)
     with pytest.raises(UserError, match="--loader pillow"):
-        open_loader(manifest, RunOrder(0, 12, 4, 9), config("dali"), device=CPU)
+        open_loader(manifest, Sampler(0, 12, 4, 9), config("dali"), device=CPU)
 
 
 def test_batches_stay_as_they_were(generated_photos: Path) -> None:
     """A batch is DALI's own buffer, which DALI must not use again as long as anyone has the batch."""
     manifest = build_manifest(generated_photos)
-    with open_loader(manifest, RunOrder(0, 12, 4, 20), config("dali"), device=CPU) as batches:
+    with open_loader(manifest, Sampler(0, 12, 4, 20), config("dali"), device=CPU) as batches:
         kept = [(batch, batch.clone()) for batch in batches]
-    with open_loader(manifest, RunOrder(1, 12, 4, 20), config("dali"), device=CPU) as batches:
+    with open_loader(manifest, Sampler(1, 12, 4, 20), config("dali"), device=CPU) as batches:
         for batch in batches:
             batch.zero_()
     assert len({batch.data_ptr() for batch, _ in kept}) == 20
@@ -377,8 +377,8 @@ def test_the_decoding_engines_are_told_the_usual_size(generated_photos: Path) ->
             for index, (width, height, kind, plain) in enumerate(sizes)
         ]
         many = replace(manifest, images=kinds)
-        order = RunOrder(0, len(kinds), 4, 1)
-        feed = _Feed(many, order, config("dali"), Replacements(many), 0)
+        order = Sampler(0, len(kinds), 4, 1)
+        feed = _Feed(many, order, config("dali"), ImageReplacer(many), 0)
         feed.close()
         return feed.usual_size()
 
@@ -393,7 +393,7 @@ def test_the_decoding_engines_are_told_the_usual_size(generated_photos: Path) ->
 @pytest.mark.parametrize("loader", ["dali", "pillow"])
 def test_closing_early_and_twice(loader: str, generated_photos: Path) -> None:
     manifest = build_manifest(generated_photos)
-    batches = open_loader(manifest, RunOrder(0, 12, 4, 100), config(loader), device=CPU)
+    batches = open_loader(manifest, Sampler(0, 12, 4, 100), config(loader), device=CPU)
     next(batches)
     batches.close()
     batches.close()
@@ -408,13 +408,13 @@ from pathlib import Path
 from fastnst.config import DataConfig
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import build_manifest
-from fastnst.data.sampler import RunOrder
+from fastnst.data.sampler import Sampler
 
 if __name__ == "__main__":
     interrupts = []
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
     manifest = build_manifest(Path(sys.argv[1]))
-    order = RunOrder(0, 12, 4, 10**6)
+    order = Sampler(0, 12, 4, 10**6)
     config = DataConfig(loader="pillow", image_size=32, workers=2)
     with open_loader(manifest, order, config, device=torch.device("cpu")) as loader:
         next(loader)
@@ -488,10 +488,10 @@ def is_running(process_id: int) -> bool:
 
 
 @pytest.mark.gpu
-def test_gpu_delivers_the_same_pictures(photos: Path, tmp_path: Path) -> None:
+def test_gpu_delivers_the_same_images(photos: Path, tmp_path: Path) -> None:
     for file in sorted(photos.iterdir())[::16]:
         (tmp_path / file.name).symlink_to(file)
-    make_odd_pictures(tmp_path)
+    make_odd_images(tmp_path)
     manifest = build_manifest(tmp_path)
     order = one_epoch(manifest)
     on_gpu = load("dali", manifest, order, 128, device=torch.device("cuda"))

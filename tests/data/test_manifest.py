@@ -15,7 +15,7 @@ from PIL import Image
 from fastnst.data import manifest as manifest_module
 from fastnst.data.manifest import Manifest, build_manifest, write_rejections
 from fastnst.errors import DataError
-from fastnst.images import UnusablePictureError
+from fastnst.images import UnusableImageError
 from fastnst.storage import cache_folder
 
 NOBODY = 65534
@@ -55,11 +55,11 @@ def save_png(path: Path, size: tuple[int, int] = (20, 30)) -> None:
     Image.new("RGB", size, "red").save(path, "PNG")
 
 
-def test_every_picture_is_found_and_described(photo_folder: Path) -> None:
+def test_every_image_is_found_and_described(photo_folder: Path) -> None:
     save_png(photo_folder / "z" / "deep" / "last.PNG", (40, 50))
     save_png(photo_folder / ".hidden.png")
     save_png(photo_folder / ".hidden" / "a.png")
-    (photo_folder / "notes.txt").write_text("not a picture")
+    (photo_folder / "notes.txt").write_text("not an image")
     manifest = build_manifest(photo_folder)
     assert paths(manifest) == sorted(paths(manifest))
     assert len(manifest.images) == 13
@@ -71,7 +71,7 @@ def test_every_picture_is_found_and_described(photo_folder: Path) -> None:
     assert {entry.format for entry in manifest.images} == {"JPEG", "PNG", "WEBP"}
 
 
-def test_size_is_that_of_the_upright_picture(tmp_path: Path) -> None:
+def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
     tags = Image.Exif()
     tags[0x0112] = 6
     for suffix in ("jpg", "png", "webp"):
@@ -105,7 +105,7 @@ def test_photos_are_plain(photos: Path, tmp_path: Path) -> None:
 
 
 def test_remembered_until_size_or_time_changes(photo_folder: Path, checked_files: list[str]) -> None:
-    (photo_folder / "broken.jpg").write_bytes(b"no picture")
+    (photo_folder / "broken.jpg").write_bytes(b"no image")
     first = build_manifest(photo_folder)
     assert len(checked_files) == 13
     checked_files.clear()
@@ -224,7 +224,7 @@ def test_names_that_are_not_utf8(photo_folder: Path, tmp_path: Path) -> None:
         save_png(photo_folder / name)
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    (photo_folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"no picture")
+    (photo_folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"no image")
     for _ in range(2):  # The second time from memory.
         manifest = build_manifest(photo_folder)
         assert name in paths(manifest)
@@ -244,16 +244,16 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a file; give the folder"):
         build_manifest(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         build_manifest(tmp_path / "empty")
     (tmp_path / "empty" / "a.jpg").write_bytes(b"letter")
-    with pytest.raises(DataError, match=r"not one of the 1 pictures .* the first, a\.jpg: it holds text"):
+    with pytest.raises(DataError, match=r"not one of the 1 images .* the first, a\.jpg: it holds text"):
         build_manifest(tmp_path / "empty")
 
 
 def test_trouble_with_the_disk_is_not_remembered(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_path: str) -> bytes:
-        raise UnusablePictureError("input/output error; check the disk")
+        raise UnusableImageError("input/output error; check the disk")
 
     with monkeypatch.context() as disk:
         disk.setattr(manifest_module, "read_bytes", fail)
@@ -284,11 +284,11 @@ def as_anybody(photo_folder: Path) -> Iterator[Path]:
 
 
 def test_unreadable_folder_and_file(as_anybody: Path) -> None:
-    (as_anybody / "picture_00.jpg").chmod(0)
+    (as_anybody / "image_00.jpg").chmod(0)
     (as_anybody / "locked").mkdir(mode=0)
     manifest = build_manifest(as_anybody)
     found = reasons(manifest)
-    assert set(found) == {"picture_00.jpg", "locked"}
+    assert set(found) == {"image_00.jpg", "locked"}
     assert all("permission denied; check its permissions" in reason for reason in found.values())
     assert len(manifest.images) == 11
     as_anybody.chmod(0)
@@ -312,7 +312,7 @@ def test_png_damage_that_pillow_overlooks(photo_folder: Path) -> None:
     assert "checksum of its IDAT chunk" in found["sum.png"]
 
 
-def test_pictures_of_one_colour_are_refused_for_training_only(photo_folder: Path) -> None:
+def test_images_of_one_colour_are_refused_for_training_only(photo_folder: Path) -> None:
     one_dot = np.full((40, 50, 3), 200, np.uint8)
     one_dot[39, 49, 2] = 0
     Image.fromarray(one_dot).save(photo_folder / "dot.png")

@@ -1,4 +1,4 @@
-"""Pictures that fail after the check are replaced by the stated rule, by both loaders alike; no batch is lost."""
+"""Images that fail after the check are replaced by the stated rule, by both loaders alike; no batch is lost."""
 
 import os
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from fastnst.config import DataConfig
-from fastnst.data.crop import resize_window, window_of
+from fastnst.data.crop import crop_box, resize_crop
 from fastnst.data.loaders import Loader, open_loader, pillow
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.replacements import LateFailure, Replacements, most_failures
-from fastnst.data.sampler import RunOrder
+from fastnst.data.replacements import ImageReplacer, ReadFailure, most_failures
+from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.images import read_image
 from helpers import crashing_workers
@@ -23,18 +23,18 @@ from helpers import crashing_workers
 pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
 
 LOADERS = ("dali", "pillow")
-PICTURES, BATCH, STEPS = 12, 4, 15
+IMAGES, BATCH, STEPS = 12, 4, 15
 LARGEST_DIFFERENCE = 1
 
 
 class Run:
-    """A loader over twelve pictures, all of which may fail but one, and what it reported."""
+    """A loader over twelve images, all of which may fail but one, and what it reported."""
 
     def __init__(self, manifest: Manifest, loader: str, *, max_percent: float = 100.0, start_step: int = 0) -> None:
-        self.failures: list[LateFailure] = []
-        replacements = Replacements(manifest, max_percent=max_percent, on_failure=self.failures.append)
+        self.failures: list[ReadFailure] = []
+        replacements = ImageReplacer(manifest, max_percent=max_percent, on_failure=self.failures.append)
         config = DataConfig(loader=loader, image_size=32, workers=1, prefetch=2)
-        self.order = RunOrder(5, PICTURES, BATCH, STEPS)
+        self.order = Sampler(5, IMAGES, BATCH, STEPS)
         self.batches: Loader = open_loader(
             manifest,
             self.order,
@@ -54,14 +54,14 @@ class Run:
 
 @pytest.fixture
 def originals(generated_photos: Path) -> dict[str, np.ndarray]:
-    """Pixels of the pictures before anything happens to them."""
+    """Pixels of the images before anything happens to them."""
     return {path.name: read_image(path) for path in generated_photos.iterdir()}
 
 
 def expected_batch(
-    manifest: Manifest, order: RunOrder, step: int, failed: dict[str, int], originals: dict[str, np.ndarray]
+    manifest: Manifest, order: Sampler, step: int, failed: dict[str, int], originals: dict[str, np.ndarray]
 ) -> torch.Tensor:
-    """The rule, said once more: `failed` holds, by path, the first step (from 1) without the picture."""
+    """The rule, said once more: `failed` holds, by path, the first step (from 1) without the image."""
     samples = order.batch(step)
     squares = []
     for index, crop, flip in zip(samples.indices, samples.crop, samples.flip, strict=True):
@@ -69,8 +69,8 @@ def expected_batch(
         while failed.get(manifest.images[position].path, STEPS + 1) <= step + 1:
             position = 0 if position + 1 == len(manifest.images) else position + 1
         entry = manifest.images[position]
-        window = window_of(entry.width, entry.height, order.fit, crop, 32)
-        squares.append(resize_window(Image.fromarray(originals[entry.path]), window, 32, bool(flip)))
+        window = crop_box(entry.width, entry.height, order.fit, crop, 32)
+        squares.append(resize_crop(Image.fromarray(originals[entry.path]), window, 32, bool(flip)))
     return torch.from_numpy(np.stack(squares))
 
 
@@ -83,8 +83,8 @@ def check_batches(
         assert (batch.int() - expected.int()).abs().max() <= LARGEST_DIFFERENCE, f"step {step + 1}"
 
 
-def first_use(order: RunOrder, index: int) -> int:
-    """The step, from 1, in which a picture comes first."""
+def first_use(order: Sampler, index: int) -> int:
+    """The step, from 1, in which an image comes first."""
     return next(step + 1 for step in range(STEPS) if index in order.batch(step).indices)
 
 
@@ -111,7 +111,7 @@ def flip_a_byte_of_the_checksum(path: Path) -> None:
     path.write_bytes(data)
 
 
-def as_another_picture(path: Path) -> None:
+def as_another_image(path: Path) -> None:
     """Whole, of the same number of bytes, but wider."""
     size = path.stat().st_size
     Image.new("RGB", (200, 30), (1, 2, 3)).save(path, "PNG")
@@ -124,8 +124,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "is emptied": (lambda path: os.truncate(path, 0), "it has 0 bytes"),
     "grows": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes, and had"),
     "becomes text": (same_size(b"A letter.\n"), "text"),
-    "becomes zeros": (same_size(b"\0"), "no picture"),
-    "becomes another picture": (as_another_picture, "200 × 30 px, and was"),
+    "becomes zeros": (same_size(b"\0"), "no image"),
+    "becomes another image": (as_another_image, "200 × 30 px, and was"),
     "becomes a folder": (lambda path: (path.unlink(), path.mkdir()), "is a directory"),
     "becomes a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
     "becomes a loop": (lambda path: (path.unlink(), path.symlink_to(path.name)), "symbolic links"),
@@ -133,7 +133,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_whatever_happens_to_a_picture_both_loaders_replace_it_alike(
+def test_whatever_happens_to_a_image_both_loaders_replace_it_alike(
     photo_folder: Path, originals: dict[str, np.ndarray], damage: str
 ) -> None:
     manifest = build_manifest(photo_folder)
@@ -170,7 +170,7 @@ def test_a_damaged_png_is_found_by_both_though_dali_would_take_it(
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_touched_picture_is_still_the_same(photo_folder: Path, loader: str) -> None:
+def test_a_touched_image_is_still_the_same(photo_folder: Path, loader: str) -> None:
     manifest = build_manifest(photo_folder)
     whole = Run(manifest, loader).rest()
     for entry in manifest.images:
@@ -187,7 +187,7 @@ def test_dali_dies_of_it_and_is_rebuilt_in_place(
 ) -> None:
     """The disk lies: same size, same time, other bytes, so that they reach the decoder. In three steps of the run."""
     manifest = build_manifest(photo_folder)
-    order = RunOrder(5, PICTURES, BATCH, STEPS)
+    order = Sampler(5, IMAGES, BATCH, STEPS)
     victims = [int(order.batch(step).indices[step]) for step in range(3)]
     for victim in victims:
         path = photo_folder / manifest.images[victim].path
@@ -204,7 +204,7 @@ def test_dali_dies_of_it_and_is_rebuilt_in_place(
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("when", range(1, 6))
-def test_pictures_that_vanish_while_batches_are_read(
+def test_images_that_vanish_while_batches_are_read(
     photo_folder: Path, originals: dict[str, np.ndarray], loader: str, when: int
 ) -> None:
     """What is delivered stays; what comes follows from the failures that were reported, whenever they were noticed."""
@@ -223,7 +223,7 @@ def test_pictures_that_vanish_while_batches_are_read(
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_picture_that_comes_back_stays_out(photo_folder: Path, originals: dict[str, np.ndarray], loader: str) -> None:
+def test_a_image_that_comes_back_stays_out(photo_folder: Path, originals: dict[str, np.ndarray], loader: str) -> None:
     """What a batch holds follows from the reported failures alone, even if a file flickers."""
     manifest = build_manifest(photo_folder)
     run = Run(manifest, loader)
@@ -240,11 +240,11 @@ def test_a_picture_that_comes_back_stays_out(photo_folder: Path, originals: dict
 
 def test_known_failures_hold_from_their_step_on(photo_folder: Path, originals: dict[str, np.ndarray]) -> None:
     manifest = build_manifest(photo_folder)
-    known = [LateFailure(manifest.images[7], "it went; restore it", 4), LateFailure(manifest.images[8], "so; so", 6)]
+    known = [ReadFailure(manifest.images[7], "it went; restore it", 4), ReadFailure(manifest.images[8], "so; so", 6)]
     config = DataConfig(loader="pillow", image_size=32, workers=1, prefetch=2)
-    order = RunOrder(5, PICTURES, BATCH, STEPS)
+    order = Sampler(5, IMAGES, BATCH, STEPS)
     for loader in LOADERS:
-        replacements = Replacements(manifest, max_percent=100, earlier=known, on_failure=lambda _: pytest.fail("new"))
+        replacements = ImageReplacer(manifest, max_percent=100, earlier=known, on_failure=lambda _: pytest.fail("new"))
         settings = config.model_copy(update={"loader": loader})
         with open_loader(
             manifest, order, settings, device=torch.device("cpu"), start_step=2, replacements=replacements
@@ -256,14 +256,14 @@ def test_known_failures_hold_from_their_step_on(photo_folder: Path, originals: d
 
 
 @pytest.mark.parametrize(
-    ("pictures", "percent", "allowed"),
+    ("images", "percent", "allowed"),
     [
         *((118_287, 1.0, 1182), (1000, 1.0, 10), (299, 1.0, 3), (12, 1.0, 3), (12, 50.0, 6), (12, 100.0, 11)),
         *((3, 1.0, 2), (1, 1.0, 0), (1, 100.0, 0), (118_287, 0.0, 0), (12, 0.0, 0)),
     ],
 )
-def test_how_many_may_fail(pictures: int, percent: float, allowed: int) -> None:
-    assert most_failures(pictures, percent) == allowed
+def test_how_many_may_fail(images: int, percent: float, allowed: int) -> None:
+    assert most_failures(images, percent) == allowed
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -271,7 +271,7 @@ def test_above_the_threshold_training_ends_and_names_the_first(
     photo_folder: Path, originals: dict[str, np.ndarray], loader: str
 ) -> None:
     manifest = build_manifest(photo_folder)
-    order = RunOrder(5, PICTURES, BATCH, STEPS)
+    order = Sampler(5, IMAGES, BATCH, STEPS)
     # One of each of the first two steps, and two of the third: the last of them is one too many.
     places = ((0, 0), (1, 0), (2, 0), (2, 1))
     victims = [int(order.batch(step).indices[place]) for step, place in places]
@@ -280,7 +280,7 @@ def test_above_the_threshold_training_ends_and_names_the_first(
         (photo_folder / name).unlink()
     run = Run(manifest, loader, max_percent=1.0)
     batches: list[torch.Tensor] = []
-    with run.batches, pytest.raises(DataError, match="4 of 12 pictures") as caught:
+    with run.batches, pytest.raises(DataError, match="4 of 12 images") as caught:
         batches.extend(run.batches)
     message = str(caught.value)
     assert caught.value.exit_code == 3
@@ -300,7 +300,7 @@ def test_a_folder_that_goes_away_altogether_ends_training(photo_folder: Path, lo
     manifest = build_manifest(photo_folder)
     photo_folder.rename(photo_folder.with_name("unmounted"))
     run = Run(manifest, loader)
-    with run.batches, pytest.raises(DataError, match="12 of 12 pictures"):
+    with run.batches, pytest.raises(DataError, match="12 of 12 images"):
         next(run.batches)
 
 
@@ -308,14 +308,14 @@ def test_a_folder_that_goes_away_altogether_ends_training(photo_folder: Path, lo
 def test_a_failure_that_cannot_be_noted_ends_training(photo_folder: Path, loader: str) -> None:
     """It is noted before the batch that does without it is delivered."""
     manifest = build_manifest(photo_folder)
-    (photo_folder / manifest.images[int(RunOrder(5, PICTURES, BATCH, STEPS).batch(0).indices[2])].path).unlink()
+    (photo_folder / manifest.images[int(Sampler(5, IMAGES, BATCH, STEPS).batch(0).indices[2])].path).unlink()
 
-    def full_disk(_: LateFailure) -> None:
+    def full_disk(_: ReadFailure) -> None:
         raise DataError("no space left on device")
 
-    replacements = Replacements(manifest, max_percent=100, on_failure=full_disk)
+    replacements = ImageReplacer(manifest, max_percent=100, on_failure=full_disk)
     config = DataConfig(loader=loader, image_size=32, workers=1, prefetch=2)
-    order = RunOrder(5, PICTURES, BATCH, STEPS)
+    order = Sampler(5, IMAGES, BATCH, STEPS)
     with (
         open_loader(manifest, order, config, device=torch.device("cpu"), replacements=replacements) as batches,
         pytest.raises(DataError, match="no space left"),
@@ -323,10 +323,10 @@ def test_a_failure_that_cannot_be_noted_ends_training(photo_folder: Path, loader
         next(batches)
 
 
-def test_a_picture_that_kills_what_decodes_it_is_replaced(
+def test_a_image_that_kills_what_decodes_it_is_replaced(
     photo_folder: Path, originals: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pillow, "_read_squares", crashing_workers.read_or_die)
+    monkeypatch.setattr(pillow, "_read_crops", crashing_workers.read_or_die)
     manifest = build_manifest(photo_folder)
     run = Run(manifest, "pillow")
     check_batches(manifest, run, run.rest(), originals)
@@ -337,8 +337,8 @@ def test_a_picture_that_kills_what_decodes_it_is_replaced(
     assert failure.step == first_use(run.order, victim)
 
 
-def test_no_picture_is_blamed_where_no_process_lives(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pillow, "_read_squares", crashing_workers.only_die)
+def test_no_image_is_blamed_where_no_process_lives(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pillow, "_read_crops", crashing_workers.only_die)
     run = Run(build_manifest(photo_folder), "pillow")
     with run.batches, pytest.raises(DataError, match="end as soon as they start"):
         next(run.batches)

@@ -5,31 +5,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastnst.data.sampler import RunOrder, Samples
+from fastnst.data.sampler import SampleBatch, Sampler
 from fastnst.errors import UserError
 
 seeds = st.integers(0, 2**64 - 1)
-# Step 1 of RunOrder(2024, 10, 5, 4); crops in units of 2⁻²⁴.
+# Step 1 of Sampler(2024, 10, 5, 4); crops in units of 2⁻²⁴.
 PINNED_INDICES = [2, 4, 3, 6, 8]
 PINNED_CROPS = [[924373, 13795113], [15574153, 5354625], [5528740, 4205607], [6568691, 9477340], [3439766, 14851932]]
 PINNED_FLIPS = [False, True, False, False, True]
 
 
-def joined(batches: list[Samples]) -> Samples:
-    return Samples(
+def joined(batches: list[SampleBatch]) -> SampleBatch:
+    return SampleBatch(
         *(np.concatenate([getattr(batch, name) for batch in batches]) for name in ("indices", "crop", "flip"))
     )
 
 
-def assert_same(one: Samples, other: Samples) -> None:
+def assert_same(one: SampleBatch, other: SampleBatch) -> None:
     np.testing.assert_array_equal(one.indices, other.indices)
     np.testing.assert_array_equal(one.crop, other.crop)
     np.testing.assert_array_equal(one.flip, other.flip)
 
 
 @given(seeds, st.integers(1, 60), st.integers(1, 70), st.integers(1, 12))
-def test_each_epoch_holds_every_picture_once(seed: int, num_images: int, batch_size: int, steps: int) -> None:
-    order = RunOrder(seed, num_images, batch_size, steps)
+def test_each_epoch_holds_every_image_once(seed: int, num_images: int, batch_size: int, steps: int) -> None:
+    order = Sampler(seed, num_images, batch_size, steps)
     line = joined([order.batch(step) for step in range(steps)]).indices
     assert len(line) == steps * batch_size
     for first in range(0, len(line) - num_images + 1, num_images):
@@ -42,16 +42,16 @@ def test_each_epoch_holds_every_picture_once(seed: int, num_images: int, batch_s
 def test_ranks_share_the_batch_of_one_process(
     seed: int, num_images: int, local: int, steps: int, world_size: int, data: st.DataObject
 ) -> None:
-    alone = RunOrder(seed, num_images, local * world_size, steps)
-    shared = RunOrder(seed, num_images, local * world_size, steps, world_size=world_size)
+    alone = Sampler(seed, num_images, local * world_size, steps)
+    shared = Sampler(seed, num_images, local * world_size, steps, world_size=world_size)
     assert shared.local_batch_size == local
     step = data.draw(st.integers(0, steps - 1))
     assert_same(alone.batch(step), joined([shared.batch(step, rank) for rank in range(world_size)]))
 
 
 def test_a_place_does_not_depend_on_batch_size_length_or_what_was_asked_before() -> None:
-    long = RunOrder(5, 17, 6, 100)
-    short = RunOrder(5, 17, 3, 50)
+    long = Sampler(5, 17, 6, 100)
+    short = Sampler(5, 17, 3, 50)
     line = joined([long.batch(step) for step in range(25)])
     backwards = [short.batch(step) for step in reversed(range(50))]
     assert_same(line, joined(backwards[::-1]))
@@ -59,12 +59,12 @@ def test_a_place_does_not_depend_on_batch_size_length_or_what_was_asked_before()
 
 def test_far_places_cost_no_more_than_near_ones() -> None:
     # An order that walked to its place would not return from this.
-    far = RunOrder(0, 1000, 8, 10**15).batch(10**15 - 1)
+    far = Sampler(0, 1000, 8, 10**15).batch(10**15 - 1)
     assert len(set(far.indices.tolist())) >= 4
 
 
-def test_seed_epoch_and_picture_change_everything() -> None:
-    one, other = RunOrder(0, 500, 500, 2), RunOrder(1, 500, 500, 2)
+def test_seed_epoch_and_image_change_everything() -> None:
+    one, other = Sampler(0, 500, 500, 2), Sampler(1, 500, 500, 2)
     for left, right in ((one.batch(0), other.batch(0)), (one.batch(0), one.batch(1))):
         # Independent permutations agree in one place on average.
         assert (left.indices == right.indices).sum() < 10
@@ -74,7 +74,7 @@ def test_seed_epoch_and_picture_change_everything() -> None:
 
 def test_crops_and_flips_are_uniform_and_independent() -> None:
     count = 40_000
-    samples = RunOrder(7, 1000, count, 1).batch(0)
+    samples = Sampler(7, 1000, count, 1).batch(0)
     assert samples.indices.dtype == np.int64
     assert samples.crop.dtype == np.float32
     assert samples.crop.shape == (count, 2)
@@ -90,29 +90,29 @@ def test_crops_and_flips_are_uniform_and_independent() -> None:
     assert ((histogram - count / 16) ** 2 / (count / 16)).sum() < 50  # χ², 15 degrees of freedom: p = 1e-5
 
 
-def test_every_picture_comes_first_equally_often() -> None:
+def test_every_image_comes_first_equally_often() -> None:
     epochs = 6000
-    firsts = [int(RunOrder(seed, 6, 1, 1).batch(0).indices[0]) for seed in range(epochs)]
+    firsts = [int(Sampler(seed, 6, 1, 1).batch(0).indices[0]) for seed in range(epochs)]
     counts = np.bincount(firsts, minlength=6)
     assert ((counts - epochs / 6) ** 2 / (epochs / 6)).sum() < 36  # χ², 5 degrees of freedom: p = 1e-6
 
 
 @pytest.mark.parametrize("fit", ["center_crop", "squash"])
 def test_fixed_fits_take_the_middle_and_keep_the_rest(fit: str) -> None:
-    fixed, free = RunOrder(3, 50, 50, 1, fit=fit).batch(0), RunOrder(3, 50, 50, 1).batch(0)
+    fixed, free = Sampler(3, 50, 50, 1, fit=fit).batch(0), Sampler(3, 50, 50, 1).batch(0)
     assert (fixed.crop == 0.5).all()
     np.testing.assert_array_equal(fixed.indices, free.indices)
     np.testing.assert_array_equal(fixed.flip, free.flip)
 
 
 def test_flips_can_be_off() -> None:
-    assert not RunOrder(0, 50, 50, 1, flip=False).batch(0).flip.any()
-    assert RunOrder(0, 50, 50, 1).batch(0).flip.any()
+    assert not Sampler(0, 50, 50, 1, flip=False).batch(0).flip.any()
+    assert Sampler(0, 50, 50, 1).batch(0).flip.any()
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
     # A run that was interrupted under an older version has to go on as it would have.
-    samples = RunOrder(2024, 10, 5, 4).batch(1)
+    samples = Sampler(2024, 10, 5, 4).batch(1)
     assert samples.indices.tolist() == PINNED_INDICES
     np.testing.assert_array_equal((samples.crop * 2**24).astype(int), PINNED_CROPS)
     assert samples.flip.tolist() == PINNED_FLIPS
@@ -122,18 +122,18 @@ def test_the_order_of_a_seed_never_changes() -> None:
     ("arguments", "message"),
     [
         ({"batch_size": 5, "world_size": 2}, "train.batch_size 5 cannot be shared evenly by 2"),
-        ({"num_images": 0}, "0 pictures"),
+        ({"num_images": 0}, "0 images"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is"),
     ],
 )
 def test_impossible_orders_are_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        RunOrder(**{"seed": 0, "num_images": 4, "batch_size": 4, "steps": 4, **arguments})
+        Sampler(**{"seed": 0, "num_images": 4, "batch_size": 4, "steps": 4, **arguments})
 
 
 def test_places_outside_the_run_do_not_exist() -> None:
-    order = RunOrder(0, 4, 4, 4, world_size=2)
+    order = Sampler(0, 4, 4, 4, world_size=2)
     for step, rank in ((4, 0), (-1, 0), (0, 2)):
         with pytest.raises(IndexError):
             order.batch(step, rank)

@@ -13,7 +13,7 @@ import torch
 from PIL import features
 
 import fastnst_kernels
-from fastnst.doctor import device, pictures
+from fastnst.doctor import device, images
 from helpers.doctor_machines import row_of
 
 # The driver.
@@ -159,12 +159,12 @@ def nvjpeg(created: int, engines: int = 0, asked: int = 0) -> SimpleNamespace:
 )
 def test_nvjpeg_counts_engines(monkeypatch: pytest.MonkeyPatch, answer: object, found: dict[str, Any]) -> None:
     library(monkeypatch, answer)
-    assert pictures.probe_jpeg_engines() == [found, found]
+    assert images.probe_jpeg_engines() == [found, found]
 
 
 def test_the_installed_nvjpeg_has_the_functions() -> None:
     pytest.importorskip("nvidia.dali", reason="nvJPEG comes with DALI")
-    found = pictures._nvjpeg()
+    found = images._nvjpeg()
     assert found.nvjpegCreateEx
     assert found.nvjpegGetHardwareDecoderInfo
     assert found.nvjpegDestroy
@@ -192,26 +192,26 @@ def test_kernels_are_compared_with_their_references(monkeypatch: pytest.MonkeyPa
 
 def test_dali_is_compared_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali")
-    monkeypatch.setattr(pictures, "_cuda_devices", lambda: 0)
-    found = pictures.probe_dali()
+    monkeypatch.setattr(images, "_cuda_devices", lambda: 0)
+    found = images.probe_dali()
     assert found["gpu"] is None
     assert found["cpu"] < 2
-    monkeypatch.setattr(pictures, "_decoded", lambda *_: np.zeros((64, 64, 3)))
-    assert row_of("DALI", dali=pictures.probe_dali()).status == "FAIL"
+    monkeypatch.setattr(images, "_decoded", lambda *_: np.zeros((64, 64, 3)))
+    assert row_of("DALI", dali=images.probe_dali()).status == "FAIL"
 
 
 def test_dali_that_fails_on_the_gpu_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali")
-    decoded = pictures._decoded
+    decoded = images._decoded
 
     def broken_on_the_gpu(encoded: Any, place: str) -> Any:
         if place != "cpu":
             raise RuntimeError("CUDA driver version is insufficient")
         return decoded(encoded, place)
 
-    monkeypatch.setattr(pictures, "_cuda_devices", lambda: 1)
-    monkeypatch.setattr(pictures, "_decoded", broken_on_the_gpu)
-    found = pictures.probe_dali()
+    monkeypatch.setattr(images, "_cuda_devices", lambda: 1)
+    monkeypatch.setattr(images, "_decoded", broken_on_the_gpu)
+    found = images.probe_dali()
     assert found["gpu"] is None
     assert found["gpu_broken"] == "RuntimeError: CUDA driver version is insufficient"
 
@@ -219,6 +219,6 @@ def test_dali_that_fails_on_the_gpu_alone_is_told(monkeypatch: pytest.MonkeyPatc
 def test_pillow_without_webp(monkeypatch: pytest.MonkeyPatch) -> None:
     check = features.check
     monkeypatch.setattr(features, "check", lambda name: name != "webp" and check(name))
-    found = pictures.probe_pillow()
+    found = images.probe_pillow()
     assert found["jpeg"]
     assert not found["webp"]

@@ -1,4 +1,4 @@
-"""Files that break loaders, each made by code: what is in a folder of pictures besides pictures.
+"""Files that break loaders, each made by code: what is in a folder of images besides images.
 
 A specimen says what the check must make of it. `place_zoo` puts all of them into a folder; the files of
 `FASTNST_TEST_DATA/awkward` belong beside them and are judged in `AWKWARD`.
@@ -21,7 +21,7 @@ from PIL import Image
 ACCEPTED = ""
 """The check accepts it."""
 PASSED_OVER = "passed over"
-"""No picture by its name: neither accepted nor refused."""
+"""No image by its name: neither accepted nor refused."""
 EITHER = "either"
 """Damage that may or may not show: what matters is that both loaders agree."""
 
@@ -56,7 +56,7 @@ def place_zoo(folder: Path, specimens: Iterable[Specimen]) -> None:
 
 
 def place_good(folder: Path, photos: Path, count: int) -> None:
-    """`count` links to whole pictures, spread over the sorted names, so that they lie between the specimens."""
+    """`count` links to whole images, spread over the sorted names, so that they lie between the specimens."""
     files = sorted(photos.iterdir())
     for index in range(count):
         source = files[index % len(files)]
@@ -64,10 +64,10 @@ def place_good(folder: Path, photos: Path, count: int) -> None:
         os.link(source, folder / f"{letter}_good_{index:05d}{source.suffix}")
 
 
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    """The bytes of a picture's file."""
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of an image's file."""
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -228,17 +228,17 @@ def _contents() -> list[tuple[str, str, bytes]]:
         ("cut_half.webp", "cut short", _WEBP[: len(_WEBP) // 2]),
         ("empty.jpg", "empty", b""),
         ("empty.png", "empty", b""),
-        ("zeros.jpg", "no picture", bytes(5000)),
+        ("zeros.jpg", "no image", bytes(5000)),
         ("letter.jpg", "text", b"This is a letter.\n" * 20),
         ("page.jpg", "text", _HTML),
         ("drawing.jpg", "text", _EPS),
         ("drawing.eps", PASSED_OVER, _EPS),
         ("paper.jpg", "a PDF", b"%PDF-1.7\n\xff" + bytes(100)),
-        ("archive.png", "no picture", b"PK\x03\x04" + bytes(range(256))),
-        ("picture.gif", "a GIF", encoded(_PALETTE, "GIF")),
+        ("archive.png", "no image", b"PK\x03\x04" + bytes(range(256))),
+        ("image.gif", "a GIF", encoded(_PALETTE, "GIF")),
         ("gif.jpg", "a GIF", encoded(_PALETTE, "GIF")),
         ("moving.gif", "a GIF", encoded(_COLOUR, "GIF", **_FRAMES)),
-        ("picture.bmp", "a BMP", encoded(_COLOUR, "BMP")),
+        ("image.bmp", "a BMP", encoded(_COLOUR, "BMP")),
         ("bmp.jpg", "a BMP", encoded(_COLOUR, "BMP")),
         ("tiff.jpg", "a TIFF", encoded(_COLOUR, "TIFF")),
         ("jpeg2000.jpg", "a JPEG 2000", b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(50)),
@@ -279,7 +279,7 @@ def _contents() -> list[tuple[str, str, bytes]]:
         ("trailing.jpg", ACCEPTED, _JPEG + bytes(range(256)) * 20),
         ("two_in_one.jpg", ACCEPTED, _JPEG + _JPEG),
         ("trailing.png", ACCEPTED, _PNG + bytes(range(256)) * 20),
-        ("leading.jpg", "no picture", b"\0\0" + _JPEG),
+        ("leading.jpg", "no image", b"\0\0" + _JPEG),
         ("bad_header_sum.png", "; ", bad_header),
         ("bad_rows_sum.png", "checksum of its IDAT", bad_rows),
         ("bad_note_sum.png", "; ", png(32, 32, 8, 2, rows, note[:-1] + bytes([note[-1] ^ 1]))),

@@ -40,7 +40,7 @@ class Case:
     kill_after: float | None = None
     """Seconds after which the process is killed from outside."""
     real_loader: bool = False
-    """Keep the loader's own processes; else pictures are read by the same code in the process itself."""
+    """Keep the loader's own processes; else images are read by the same code in the process itself."""
     whole_group: bool = False
     """Signals go to all processes of the run, as a terminal and most supervisors send them."""
     environment: tuple[tuple[str, str], ...] = ()
@@ -153,7 +153,7 @@ def install(case: Case) -> None:
     import fastnst.training.monitoring.snapshots
     import fastnst.training.trainer
     from fastnst.run_log.writer import RunLog
-    from fastnst.training.monitoring.snapshots import Looks
+    from fastnst.training.monitoring.snapshots import SampleLogger
     from fastnst.training.step.train_step import TrainingStep
 
     points = Points(case)
@@ -205,8 +205,8 @@ def install(case: Case) -> None:
 
     # What comes before, between and after.
     points.around(fastnst.data.manifest, "_check", "check")
-    points.around(Looks, "look", "samples")
-    points.around(Looks, "project", "projections")
+    points.around(SampleLogger, "look", "samples")
+    points.around(SampleLogger, "project", "projections")
     points.around(fastnst.training.trainer, "read_inputs", "inputs")
     points.around(fastnst.training.trainer, "lock_run", "lock")
     points.around(fastnst.training.trainer, "train", "run")
@@ -232,7 +232,7 @@ def install(case: Case) -> None:
 
 
 def compute_in_double() -> None:
-    """Both networks and all pictures; for runs that show no samples."""
+    """Both networks and all images; for runs that show no samples."""
     from fastnst.training import style_run, trainer
     from fastnst.training.step import train_step as step
 

@@ -1,4 +1,4 @@
-"""What stands for `pillow._read_squares` in worker processes that die; light, because each new worker imports it."""
+"""What stands for `pillow._read_crops` in worker processes that die; light, because each new worker imports it."""
 
 import os
 import signal
@@ -7,15 +7,15 @@ import numpy as np
 
 from fastnst.data.loaders import pillow
 
-DEADLY = "picture_05.webp"
-_read_squares = pillow._read_squares
+DEADLY = "image_05.webp"
+_read_crops = pillow._read_crops
 
 
 def read_or_die(jobs: list[pillow.Job], size: int) -> pillow.Part:
-    """One picture ends whoever decodes it, as a fault in a decoder would."""
+    """One image ends whoever decodes it, as a fault in a decoder would."""
     if any(path.endswith(DEADLY) for _, path, *_ in jobs):
         os.kill(os.getpid(), signal.SIGKILL)
-    return _read_squares(jobs, size)
+    return _read_crops(jobs, size)
 
 
 def only_die(_jobs: list[pillow.Job], _size: int) -> pillow.Part:

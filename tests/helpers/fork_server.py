@@ -110,7 +110,7 @@ def next_command(argv: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def arguments(photos: Path, out: Path, *, steps: int, settings: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The command line of a run as small as can be: 32 px pictures, a shallow random VGG19."""
+    """The command line of a run as small as can be: 32 px images, a shallow random VGG19."""
     style = min(photos.iterdir())
     small = ("data.image_size=32", "train.batch_size=1", "data.workers=1", "style.size=32", "train.samples=1")
     # The architecture that does not pad 32 px to 112.

@@ -60,7 +60,7 @@ def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
     elif way == "checkpoint":
         yield "latest_checkpoint", lambda: newest(path)
         yield "visualize", lambda: command("visualize", "transform", path, photo, "--checkpoint", 1, "--out", out)
-    elif way == "picture":
+    elif way == "image":
         yield "read_image", lambda: read_image(path)
         if path.stat().st_size < 1 << 20:
             yield "stylize", lambda: command("stylize", model, path, "--out", out / "painted.png", "--device", "cpu")

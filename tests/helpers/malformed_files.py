@@ -38,7 +38,7 @@ class Hostile:
     """One file or folder."""
 
     way: str
-    """Where it is given in: `vgg`, `style`, `npz`, `config`, `checkpoint` or `picture`."""
+    """Where it is given in: `vgg`, `style`, `npz`, `config`, `checkpoint` or `image`."""
     path: Path
     harmless: bool = False
     """Whether it may be read: what it attempts comes to nothing."""
@@ -164,7 +164,7 @@ def hostile_configurations(folder: Path) -> list[Hostile]:
         "huge_section_key": b'[train]\n"' + b"k" * 900_000 + b'" = 1',
         "huge_preset": b'preset = "' + b"k" * 900_000 + b'"',
         "string_of_4_mb": b'preset = "' + b"k" * (4 << 20) + b'"',
-        "null_character": b'style.picture = "a\\u0000b"',
+        "null_character": b'style.image = "a\\u0000b"',
         "steers_a_terminal": b'"\\u001b[2J\\u001b]0;owned\\u0007" = 1',
         "preset_path": b'preset = "../../../../etc/passwd"',
         "not_utf8": b'preset = "\xff\xfe"',

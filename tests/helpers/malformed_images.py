@@ -1,4 +1,4 @@
-"""Pictures that somebody made to fill the memory or to take for ever; each is small on the disk."""
+"""Images that somebody made to fill the memory or to take for ever; each is small on the disk."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ LARGE = 9400
 """Pixels a side: just within Pillow's limit on their number."""
 
 
-def hostile_pictures(folder: Path) -> list[tuple[Path, bool]]:
+def hostile_images(folder: Path) -> list[tuple[Path, bool]]:
     """Files, and whether each may be read: what it attempts comes to nothing."""
     folder.mkdir()
     refused = {
@@ -48,8 +48,8 @@ def hostile_pictures(folder: Path) -> list[tuple[Path, bool]]:
     return [(folder / name, name in harmless) for name in refused | harmless]
 
 
-def largest_pictures(folder: Path, *, all_modes: bool) -> list[Path]:
-    """Sound pictures of 88 million pixels, in modes that are converted: that must not take many copies.
+def largest_images(folder: Path, *, all_modes: bool) -> list[Path]:
+    """Sound images of 88 million pixels, in modes that are converted: that must not take many copies.
 
     Args:
         folder: to be made.
@@ -124,9 +124,9 @@ def _rows(bytes_per_row: int) -> bytes:
     return b"".join(packer.compress(block) for _ in range(LARGE // 10)) + packer.flush()
 
 
-def _saved(mode: str, picture_format: str, **options: object) -> bytes:
+def _saved(mode: str, image_format: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    Image.new(mode, (LARGE, LARGE)).save(stream, picture_format, **options)
+    Image.new(mode, (LARGE, LARGE)).save(stream, image_format, **options)
     return stream.getvalue()
 
 
@@ -144,9 +144,9 @@ def _jpeg_with_profile() -> bytes:
     return data[:2] + b"".join(b"\xff\xe2" + struct.pack(">H", len(s) + 2) + s for s in segments) + data[2:]
 
 
-def _small(picture_format: str) -> bytes:
+def _small(image_format: str) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(stream, picture_format)
+    Image.new("RGB", (64, 64)).save(stream, image_format)
     return stream.getvalue()
 
 

@@ -34,7 +34,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def events_of(run: Path) -> dict[str, list[tuple[int, Any]]]:
-    """What TensorBoard shows of a run, without speeds: by tag, step and value of each scalar, histogram and picture."""
+    """What TensorBoard shows of a run, without speeds: by tag, step and value of each scalar, histogram and image."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "histograms": 0})

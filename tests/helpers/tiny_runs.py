@@ -1,7 +1,7 @@
 """Runs of a few milliseconds: the real training loop over one convolution, fed from numbers instead of files.
 
 What is real: configuration, manifest, style, loss, Adam, the log, checkpoints, the style model. What is not: the
-transform net is one convolution, pictures are drawn from the indices that the run's order names, the graph is empty.
+transform net is one convolution, images are drawn from the indices that the run's order names, the graph is empty.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from tensorboard.compat.proto.graph_pb2 import GraphDef
 from torch import Tensor, nn
 
 from fastnst.config import Config, load_config
-from fastnst.data.sampler import RunOrder
-from fastnst.models.transform_net import Painted
+from fastnst.data.sampler import Sampler
+from fastnst.models.transform_net import OutputMapping
 from fastnst.run_log.writer import read_metrics
 from fastnst.training import style_run, trainer
 from fastnst.training.monitoring import snapshots
@@ -46,14 +46,14 @@ class SmallNet(nn.Module):
         x = self.conv1(x) / 2
         return x if raw else x.tanh() / 2 + 0.5  # the convolution's sigmoid
 
-    def painted(self, _: object, wanted: Sequence[int]) -> Painted:
-        return Painted((0, 0, *wanted), True, 0.5, 0.5)
+    def output_mapping(self, _: object, wanted: Sequence[int]) -> OutputMapping:
+        return OutputMapping((0, 0, *wanted), True, 0.5, 0.5)
 
 
 class SmallLoader:
     """Batches that differ wherever the order does."""
 
-    def __init__(self, _manifest: object, order: RunOrder, config: Any, *, start_step: int, **_: object) -> None:
+    def __init__(self, _manifest: object, order: Sampler, config: Any, *, start_step: int, **_: object) -> None:
         self._order, self._size, self._start = order, config.image_size, start_step
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -80,17 +80,17 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_config(photos: Path, *assignments: str) -> Config:
-    """Five steps of two pictures; a checkpoint after 2, 4 and 5."""
-    options = {"data.folder": photos, "style.picture": photos / "picture_00.jpg", "loss.vgg": "random"}
+    """Five steps of two images; a checkpoint after 2, 4 and 5."""
+    options = {"data.folder": photos, "style.image": photos / "image_00.jpg", "loss.vgg": "random"}
     return load_config(preset="vgg-conv3", assignments=[*ASSIGNMENTS, *assignments], options=options, environment={})
 
 
 def small_arguments(photos: Path, out: Path, *assignments: str) -> list[str]:
     """The same as a command line."""
     sets = [word for assignment in (*ASSIGNMENTS, *assignments) for word in ("--set", assignment)]
-    picture = str(photos / "picture_00.jpg")
+    image = str(photos / "image_00.jpg")
     return [
-        *("train", "--style", picture, "--data", str(photos), "--preset", "vgg-conv3", "--vgg", "random"),
+        *("train", "--style", image, "--data", str(photos), "--preset", "vgg-conv3", "--vgg", "random"),
         *("--out", str(out), *sets),
     ]
 

@@ -1,4 +1,4 @@
-"""Transform nets and pictures that are quick to compute in fp64, for the tests of what looks into such nets."""
+"""Transform nets and images that are quick to compute in fp64, for the tests of what looks into such nets."""
 
 from dataclasses import replace
 
@@ -17,9 +17,9 @@ def random_values(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
-def random_pictures(count: int, size: tuple[int, int], seed: int = 1) -> Tensor:
-    pictures = torch.rand(count, 3, *size, generator=generator(seed), dtype=torch.float64)
-    return pictures.contiguous(memory_format=torch.channels_last)
+def random_images(count: int, size: tuple[int, int], seed: int = 1) -> Tensor:
+    images = torch.rand(count, 3, *size, generator=generator(seed), dtype=torch.float64)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def convolutions_of(net: TransformNet) -> dict[str, ConvLayer | UpLayer]:

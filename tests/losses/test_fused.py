@@ -40,7 +40,7 @@ ANYWHERE = LossConfig(
 SHALLOW = LossConfig(content_layers=("relu2_2",), style_layers=("relu1_1", "relu2_1"), tv_weight=1.0)
 
 
-def pictures(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def images(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     made = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     return made.contiguous(memory_format=torch.channels_last)
 
@@ -55,7 +55,7 @@ def make_loss(
 ) -> PerceptualLoss:
     vgg = VGG19(deepest_layer((*config.content_layers, *config.style_layers)), flavour, generator=seeded())
     loss = PerceptualLoss(vgg, config).to(dtype)
-    loss.set_style(pictures(1, 3, 32, 40, seed=5, dtype=dtype))
+    loss.set_style(images(1, 3, 32, 40, seed=5, dtype=dtype))
     return loss
 
 
@@ -95,7 +95,7 @@ def test_it_is_autograd_of_the_plain_formula(config: LossConfig) -> None:
     """In fp64, to 1e-10; odd sides, and one of the two flavours each."""
     flavour = "caffe" if config.feature_scale == "0-255" else "torchvision"
     loss = make_loss(config, torch.float64, flavour)
-    stylized, content = (pictures(2, 3, 33, 19, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    stylized, content = (images(2, 3, 33, 19, seed=seed, dtype=torch.float64) for seed in (1, 2))
     expected, wanted = plain(loss, stylized, content)
     terms, gradient = fused(loss, stylized, content)
     assert list(terms.layers) == list(expected.layers)
@@ -105,7 +105,7 @@ def test_it_is_autograd_of_the_plain_formula(config: LossConfig) -> None:
 
 
 def test_it_is_so_where_convolutions_are_winograds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which they are in none of the pictures above: before a loss on z, on y, and before none."""
+    """Which they are in none of the images above: before a loss on z, on y, and before none."""
     shapes = set()
     for name in ("convolve", "input_gradient"):
         real = getattr(winograd, name)
@@ -117,7 +117,7 @@ def test_it_is_so_where_convolutions_are_winograds(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(winograd, name, noted)
     config = LossConfig(content_layers=("relu3_2",), style_layers=("relu1_1", "relu2_1", "conv3_1"), tv_weight=1.0)
     loss = make_loss(config, torch.float64)
-    stylized, content = (pictures(2, 3, 62, 67, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    stylized, content = (images(2, 3, 62, 67, seed=seed, dtype=torch.float64) for seed in (1, 2))
     expected, wanted = plain(loss, stylized, content)
     assert not shapes
     terms, gradient = fused(loss, stylized, content)
@@ -136,7 +136,7 @@ DTYPES = pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16],
 def test_it_errs_no_more_than_autograd_does(config: LossConfig, dtype: torch.dtype | None, device: str) -> None:
     """The rule of `tolerances.py` in the norm: which of two nearly equal values a pooling takes is a matter of luck."""
     exact, loss = (make_loss(config, wide, "torchvision").to(device) for wide in (torch.float64, torch.float32))
-    stylized, content = (pictures(2, 3, 21, 34, seed=seed).to(device) for seed in (1, 2))
+    stylized, content = (images(2, 3, 21, 34, seed=seed).to(device) for seed in (1, 2))
     truths, truth = plain(exact, stylized.double(), content.double())
     peers, peer = plain(loss, stylized, content, dtype)
     terms, gradient = fused(loss, stylized, content, dtype)
@@ -153,7 +153,7 @@ def test_it_errs_no_more_than_autograd_does(config: LossConfig, dtype: torch.dty
 
 def test_a_loss_scale_multiplies_the_gradient_and_not_the_loss() -> None:
     loss = make_loss()
-    stylized, content = pictures(1, 3, 16, 16, seed=1), pictures(1, 3, 16, 16, seed=2)
+    stylized, content = images(1, 3, 16, 16, seed=1), images(1, 3, 16, 16, seed=2)
     engine = LossEngine(loss)
     targets = engine.content_targets(content)
     terms, gradient = engine(stylized, targets)
@@ -163,11 +163,11 @@ def test_a_loss_scale_multiplies_the_gradient_and_not_the_loss() -> None:
 
 
 def test_content_alone_and_style_alone() -> None:
-    stylized, content = (pictures(1, 3, 16, 17, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    stylized, content = (images(1, 3, 16, 17, seed=seed, dtype=torch.float64) for seed in (1, 2))
     content_only = LossConfig(content_layers=("relu1_2",), style_layers=(), tv_weight=0)
     for config in (content_only, SHALLOW.model_copy(update={"content_layers": ()})):
         loss = PerceptualLoss(VGG19("relu2_1", generator=seeded()), config).double()
-        loss.set_style(pictures(1, 3, 32, 40, seed=5, dtype=torch.float64))
+        loss.set_style(images(1, 3, 32, 40, seed=5, dtype=torch.float64))
         expected, wanted = plain(loss, stylized, content)
         terms, gradient = fused(loss, stylized, content)
         assert numbers(terms) == pytest.approx(numbers(expected), rel=1e-10)
@@ -176,10 +176,10 @@ def test_content_alone_and_style_alone() -> None:
 
 @DTYPES
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_picture_that_is_not_finite_shows_in_total_and_gradient(value: float, dtype: torch.dtype | None) -> None:
+def test_a_image_that_is_not_finite_shows_in_total_and_gradient(value: float, dtype: torch.dtype | None) -> None:
     """Though no total variation is measured, and oneDNN's ReLU takes NaN for 0."""
     loss = make_loss(SHALLOW.model_copy(update={"tv_weight": 0.0}))
-    stylized, content = pictures(2, 3, 16, 16, seed=1), pictures(2, 3, 16, 16, seed=2)
+    stylized, content = images(2, 3, 16, 16, seed=1), images(2, 3, 16, 16, seed=2)
     stylized[0, 1, 5, 7] = value
     terms, gradient = fused(loss, stylized, content, dtype)
     assert not math.isfinite(float(terms.total))
@@ -197,9 +197,9 @@ def test_fp16_hands_on_what_overflows_within_the_network() -> None:
 
 
 def test_a_pooling_and_its_backward_are_pytorchs() -> None:
-    x = pictures(2, 5, 7, 9, seed=3).requires_grad_()
+    x = images(2, 5, 7, 9, seed=3).requires_grad_()
     y = torch.nn.functional.max_pool2d(x, 2)
-    above = pictures(*y.shape, seed=4)
+    above = images(*y.shape, seed=4)
     (wanted,) = torch.autograd.grad(y, x, above)
     maxima, switches = pool(x.detach(), switches=True)
     assert switches is not None
@@ -238,8 +238,8 @@ class Watching(TorchDispatchMode):
 
 def test_there_is_no_graph_and_no_gradient_of_a_weight() -> None:
     loss = make_loss()
-    content = pictures(1, 3, 16, 16, seed=2)
-    stylized = pictures(1, 3, 16, 16, seed=1).requires_grad_()
+    content = images(1, 3, 16, 16, seed=2)
+    stylized = images(1, 3, 16, 16, seed=1).requires_grad_()
     engine = LossEngine(loss)
     kept = engine.forward(stylized)
     assert all(x.grad_fn is None and not x.requires_grad for stage in kept for x in stage.outputs().values())
@@ -262,8 +262,8 @@ def test_a_gpu_gets_one_call_where_no_nan_can_be_lost_and_no_order_matters(monke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_lies_in_a_gpus_memory_does_not_enter_the_one_call(dtype: torch.dtype) -> None:
     """PyTorch hands the uninitialised output to cuDNN as a summand, times 0."""
-    x = pictures(2, 64, 32, 32, seed=1).to("cuda", dtype)
-    weight = pictures(64, 64, 3, 3, seed=2).sub_(0.5).to("cuda", dtype)
+    x = images(2, 64, 32, 32, seed=1).to("cuda", dtype)
+    weight = images(64, 64, 3, 3, seed=2).sub_(0.5).to("cuda", dtype)
     bias = torch.linspace(-1, 1, 64, device="cuda", dtype=dtype)
     wanted = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1).relu()
     for _ in range(3):
@@ -276,7 +276,7 @@ def test_what_lies_in_a_gpus_memory_does_not_enter_the_one_call(dtype: torch.dty
 def test_each_stage_leaves_one_copy_and_is_freed_once_the_backward_is_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """relu1_2 is pooled: its maxima and their places are left, a quarter of it each, and nothing of its own size."""
     engine = LossEngine(make_loss(SHALLOW.model_copy(update={"style_layers": ("relu1_1", "relu3_2")})))
-    kept = engine.forward(pictures(1, 3, 16, 16, seed=1))
+    kept = engine.forward(images(1, 3, 16, 16, seed=1))
     names = [sorted(stage.outputs()) for stage in kept]
     assert names == [["relu1_1"], ["pool1"], ["relu2_1"], ["relu2_2"], ["relu3_1"], ["relu3_2"]]
     assert [stage.switches is not None for stage in kept] == [False, True, False, True, False, False]
@@ -298,14 +298,14 @@ def test_each_stage_leaves_one_copy_and_is_freed_once_the_backward_is_past_it(mo
 
     monkeypatch.setattr(engine, "forward", remembering)
     monkeypatch.setattr(fused_module.F, "conv_transpose2d", counting)
-    engine(pictures(1, 3, 16, 16, seed=1), engine.content_targets(pictures(1, 3, 16, 16, seed=2)))
+    engine(images(1, 3, 16, 16, seed=1), engine.content_targets(images(1, 3, 16, 16, seed=2)))
     assert alive == [5, 4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_it_needs_less_memory_than_autograd(config: LossConfig) -> None:
     loss = make_loss(config)
-    stylized, content = pictures(1, 3, 32, 32, seed=1), pictures(1, 3, 32, 32, seed=2)
+    stylized, content = images(1, 3, 32, 32, seed=1), images(1, 3, 32, 32, seed=2)
     engine = LossEngine(loss)
     with Watching() as autograds:
         plain(loss, stylized, content)
@@ -325,7 +325,7 @@ def test_the_estimate_counts_what_is_alive_between_forward_and_backward(precisio
         targets = engine.content_targets(batch)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             raw = net(batch, raw=True)
-        kept = engine.forward(engine.entered(raw.detach(), net.painted(raw.shape[2:], batch.shape[2:]))[0])
+        kept = engine.forward(engine.preprocess(raw.detach(), net.output_mapping(raw.shape[2:], batch.shape[2:]))[0])
         alive = watching.now
     assert targets
     assert kept
@@ -376,7 +376,7 @@ def test_resuming_with_the_other_engine_is_named_and_can_be_allowed(
 
 def test_deterministic_runs_have_their_algorithms() -> None:
     loss = make_loss(ANYWHERE)
-    stylized, content = pictures(1, 3, 16, 16, seed=1), pictures(1, 3, 16, 16, seed=2)
+    stylized, content = images(1, 3, 16, 16, seed=1), images(1, 3, 16, 16, seed=2)
     torch.use_deterministic_algorithms(True)
     try:
         first, again = (fused(loss, stylized, content) for _ in range(2))
@@ -389,12 +389,12 @@ def test_deterministic_runs_have_their_algorithms() -> None:
 def test_misuse() -> None:
     loss = PerceptualLoss(VGG19("relu2_2", generator=seeded()), SHALLOW)
     engine = LossEngine(loss)
-    targets = engine.content_targets(pictures(1, 3, 16, 16, seed=2))
+    targets = engine.content_targets(images(1, 3, 16, 16, seed=2))
     with pytest.raises(ValueError, match="call set_style"):
-        engine(pictures(1, 3, 16, 16, seed=1), targets)
-    loss.set_style(pictures(1, 3, 16, 16, seed=5))
-    with pytest.raises(ValueError, match=r"relu2_2 of the stylised pictures is \[1, 128, 8, 10\]"):
-        engine(pictures(1, 3, 16, 20, seed=1), targets)
+        engine(images(1, 3, 16, 16, seed=1), targets)
+    loss.set_style(images(1, 3, 16, 16, seed=5))
+    with pytest.raises(ValueError, match=r"relu2_2 of the stylised images is \[1, 128, 8, 10\]"):
+        engine(images(1, 3, 16, 20, seed=1), targets)
     for call in (engine.content_targets, lambda small: engine(small, targets)):
         with pytest.raises(UserError, match="3×1 pixels is too small for relu2_2"):
-            call(pictures(1, 3, 1, 3, seed=1))
+            call(images(1, 3, 1, 3, seed=1))

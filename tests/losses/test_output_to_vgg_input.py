@@ -11,10 +11,10 @@ from fastnst.losses.fused import LossEngine
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss, total_variation
 from fastnst.models.transform_net import ARCHITECTURES, TransformNet
 from fastnst.models.vgg19 import FLAVOURS, VGG19
-from fastnst.training.step.train_step import TrainingStep, as_pictures, to_unit
+from fastnst.training.step.train_step import TrainingStep, as_images, to_unit
 from helpers.tolerances import FLOOR
 
-SIZES = [(16, 16), (17, 22), (19, 21)]  # odd sides move the picture within what TF "SAME" rounds up
+SIZES = [(16, 16), (17, 22), (19, 21)]  # odd sides move the image within what TF "SAME" rounds up
 LOSS = LossConfig(content_layers=("relu1_2",), style_layers=("relu1_1", "relu2_1"), tv_weight=0.5)
 
 
@@ -54,12 +54,12 @@ def test_a_pass_is_autograd_of_the_plain_formulation(
     expected = loss(net(content), content)
     hook.remove()
     (wanted,) = torch.autograd.grad(expected.total, last)
-    pictures = as_pictures(batch)
-    raw = net(pictures, raw=True)
+    images = as_images(batch)
+    raw = net(images, raw=True)
     assert raw.dtype == torch.float64
     engine = LossEngine(loss)
-    painted = net.painted(raw.shape[2:], size)
-    terms, gradient = engine.of_raw(raw.detach(), painted, engine.content_targets(pictures))
+    painted = net.output_mapping(raw.shape[2:], size)
+    terms, gradient = engine.loss_and_grad(raw.detach(), painted, engine.content_targets(images))
     assert numbers(terms) == pytest.approx(numbers(expected.detach()), rel=1e-10)
     assert gradient.shape == raw.shape
     assert float((gradient - wanted).abs().max()) <= 1e-10 * float(wanted.abs().max())
@@ -72,11 +72,11 @@ def test_a_pass_errs_no_more_than_autograd_does(architecture: str, dtype: torch.
     net = TransformNet(architecture, generator=seeded())
     exact, loss = (loss_in(wide, "caffe") for wide in (torch.float64, torch.float32))
     batch = batch_of(17, 22)
-    pictures, content = as_pictures(batch), to_unit(batch)
+    images, content = as_images(batch), to_unit(batch)
     with torch.autocast("cpu", dtype=dtype), torch.no_grad():
-        raw = net(pictures, raw=True)
+        raw = net(images, raw=True)
     assert raw.dtype == dtype
-    painted = net.painted(raw.shape[2:], pictures.shape[2:])
+    painted = net.output_mapping(raw.shape[2:], images.shape[2:])
     (top, left, height, width), tanh, factor, offset = painted
 
     def plain(of: PerceptualLoss, kind: torch.dtype, autocast: bool) -> tuple[list[float], Tensor]:
@@ -90,7 +90,7 @@ def test_a_pass_errs_no_more_than_autograd_does(architecture: str, dtype: torch.
 
     (truths, truth), (peers, peer) = plain(exact, torch.float64, False), plain(loss, torch.float32, True)
     engine = LossEngine(loss, dtype)
-    terms, gradient = engine.of_raw(raw, painted, engine.content_targets(pictures))
+    terms, gradient = engine.loss_and_grad(raw, painted, engine.content_targets(images))
     assert gradient.dtype == dtype
     error, peer_error = (float((g.double() - truth).norm()) for g in (gradient, peer))
     assert error <= 2 * peer_error + FLOOR[dtype] * float(truth.norm())
@@ -100,10 +100,10 @@ def test_a_pass_errs_no_more_than_autograd_does(architecture: str, dtype: torch.
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_bytes_are_stylised_as_floating_pictures_are(architecture: str, size: tuple[int, int]) -> None:
+def test_bytes_are_stylised_as_floating_images_are(architecture: str, size: tuple[int, int]) -> None:
     net, batch = TransformNet(architecture, generator=seeded()), batch_of(*size)
     with torch.no_grad():
-        floating, direct = net(to_unit(batch)), net(as_pictures(batch))
+        floating, direct = net(to_unit(batch)), net(as_images(batch))
         exact = net.double()(to_unit(batch).double())
     assert direct.dtype == torch.float32
     assert direct.is_contiguous(memory_format=torch.channels_last)
@@ -115,16 +115,16 @@ def test_bytes_come_in_the_type_that_convolutions_run_in() -> None:
     seen: list[torch.dtype] = []
     net = TransformNet("johnson", generator=seeded())
     net.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    pictures = as_pictures(batch_of(16, 16))
+    images = as_images(batch_of(16, 16))
     with torch.no_grad():
-        net(pictures)
+        net(images)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            net(pictures)
-        net.double()(pictures)
+            net(images)
+        net.double()(images)
     assert seen == [torch.float32, torch.bfloat16, torch.float64]
 
 
-def test_floating_pictures_keep_their_gradient() -> None:
+def test_floating_images_keep_their_gradient() -> None:
     for architecture in ARCHITECTURES:
         net = TransformNet(architecture, generator=seeded())
         x = torch.rand(1, 3, 17, 16, generator=seeded(2)).requires_grad_()
@@ -133,7 +133,7 @@ def test_floating_pictures_keep_their_gradient() -> None:
         assert gradient.any()
 
 
-def test_a_step_takes_bytes_and_makes_no_floating_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_takes_bytes_and_makes_no_floating_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies between the two networks is the raw output and φ's input."""
     config = load_config(preset="johnson", assignments=["train.precision=bf16"], environment={})
     net, loss = TransformNet("johnson", generator=seeded()).train(), loss_in(torch.float32, "torchvision")
@@ -147,7 +147,7 @@ def test_a_step_takes_bytes_and_makes_no_floating_pictures(monkeypatch: pytest.M
 
     monkeypatch.setattr(TransformNet, "forward", noted)
     monkeypatch.setattr(
-        "fastnst.training.step.train_step.to_unit", lambda _: pytest.fail("the pictures were made floating")
+        "fastnst.training.step.train_step.to_unit", lambda _: pytest.fail("the images were made floating")
     )
     terms = TrainingStep(net, loss, config.train, torch.device("cpu"))(1, batch_of(16, 16))
     assert math.isfinite(float(terms.total))
@@ -159,23 +159,23 @@ def test_a_step_takes_bytes_and_makes_no_floating_pictures(monkeypatch: pytest.M
 def test_a_raw_output_that_is_not_finite_shows(architecture: str, value: float) -> None:
     """A tanh hides an infinity, in the plain formulation, too; nothing hides a NaN."""
     net, loss = TransformNet(architecture), loss_in(torch.float32, "caffe", tv_weight=0.0)
-    engine, content = LossEngine(loss), as_pictures(batch_of(16, 16))
+    engine, content = LossEngine(loss), as_images(batch_of(16, 16))
     raw = torch.rand(2, 3, 16, 16, generator=seeded()).contiguous(memory_format=torch.channels_last)
     raw[1, 2, 3, 4] = value
     targets = engine.content_targets(content)
-    terms, gradient = engine.of_raw(raw, net.painted((16, 16), (16, 16)), targets)
+    terms, gradient = engine.loss_and_grad(raw, net.output_mapping((16, 16), (16, 16)), targets)
     hidden = architecture != "johnson" and value == math.inf
     assert math.isfinite(float(terms.total)) == hidden
     assert bool(gradient.isfinite().all()) == bool(gradient.isfinite().any()) == hidden
 
 
 def test_weights_of_total_variation_are_its_formula() -> None:
-    picture = torch.rand(2, 3, 5, 7, dtype=torch.float64, generator=seeded())
-    squares = picture.diff(dim=2).square().sum(), picture.diff(dim=3).square().sum()
+    image = torch.rand(2, 3, 5, 7, dtype=torch.float64, generator=seeded())
+    squares = image.diff(dim=2).square().sum(), image.diff(dim=3).square().sum()
     for reduction in ("mean", "sum"):
         term = loss_in(torch.float64, "caffe", tv_reduction=reduction).tv
-        vertical, horizontal = term.weights(picture.shape)
-        expected = term.factor * total_variation(picture, reduction)
+        vertical, horizontal = term.weights(image.shape)
+        expected = term.factor * total_variation(image, reduction)
         torch.testing.assert_close(vertical * squares[0] + horizontal * squares[1], expected)
     term = loss_in(torch.float64, "caffe", tv_reduction="mean").tv
     assert math.isnan(term.weights((2, 3, 1, 7))[0])

@@ -29,7 +29,7 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _pictures(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+def _images(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(*shape, generator=_generator(seed), dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -39,7 +39,7 @@ def _vgg(last_layer: str = "relu3_1", flavour: str = "caffe") -> VGG19:
 
 def _loss(config: LossConfig = SHALLOW, flavour: str = "caffe") -> PerceptualLoss:
     loss = PerceptualLoss(_vgg("relu3_1", flavour), config)
-    loss.set_style(_pictures(1, 3, 21, 30, seed=5))
+    loss.set_style(_images(1, 3, 21, 30, seed=5))
     return loss
 
 
@@ -55,23 +55,23 @@ def test_it_is_equations_2_to_4(style_reduction: str, tv_reduction: str) -> None
     config = SHALLOW.model_copy(update={"style_reduction": style_reduction, "tv_reduction": tv_reduction})
     vgg = _vgg()
     loss = PerceptualLoss(vgg, config)
-    style, stylized, content = _pictures(1, 3, 21, 30, seed=5), _pictures(2, 3, 16, 20), _pictures(2, 3, 16, 20, seed=2)
+    style, stylized, content = _images(1, 3, 21, 30, seed=5), _images(2, 3, 16, 20), _images(2, 3, 16, 20, seed=2)
     loss.set_style(style)
     terms = loss(stylized, content)
 
     exact = _vgg().double()
     layers = ("relu1_1", "relu1_2", "relu2_2", "relu3_1")
-    y, x, s = (exact(picture.double(), layers) for picture in (stylized, content, style))
+    y, x, s = (exact(image.double(), layers) for image in (stylized, content, style))
     expected: dict[str, float] = {}
     for layer in ("relu2_2", "relu1_2"):
         size = math.prod(y[layer].shape[1:])
-        per_picture = (y[layer] - x[layer]).square().sum((1, 2, 3)) / size
-        expected[f"content/{layer}"] = 3.0 * float(per_picture.mean())
+        per_image = (y[layer] - x[layer]).square().sum((1, 2, 3)) / size
+        expected[f"content/{layer}"] = 3.0 * float(per_image.mean())
     for layer, weight in (("relu1_1", 0.5), ("relu3_1", 2.0)):
-        per_picture = (_gram(y[layer]) - _gram(s[layer])).square().sum((1, 2))
+        per_image = (_gram(y[layer]) - _gram(s[layer])).square().sum((1, 2))
         channels = y[layer].shape[1]
         scale = 1.0 if style_reduction == "sum" else 1.0 / channels**2
-        expected[f"style/{layer}"] = 7.0 * weight * scale * float(per_picture.mean())
+        expected[f"style/{layer}"] = 7.0 * weight * scale * float(per_image.mean())
     pixels = stylized.double() * 255
     down, right = pixels[:, :, 1:] - pixels[:, :, :-1], pixels[..., 1:] - pixels[..., :-1]
     if tv_reduction == "sum":
@@ -93,21 +93,21 @@ def test_it_is_equations_2_to_4(style_reduction: str, tv_reduction: str) -> None
         assert term.dtype == torch.float32
 
 
-def test_the_style_picture_itself_has_no_style_loss() -> None:
+def test_the_style_image_itself_has_no_style_loss() -> None:
     loss = _loss()
-    style = _pictures(1, 3, 21, 30, seed=5)
+    style = _images(1, 3, 21, 30, seed=5)
     terms = loss(style, style)
     assert float(terms.content) == 0.0
-    other = loss(_pictures(1, 3, 21, 30, seed=6), style)
+    other = loss(_images(1, 3, 21, 30, seed=6), style)
     assert float(terms.style) < 1e-9 * float(other.style)
 
 
 def test_total_variation_by_hand() -> None:
-    picture = torch.tensor([[[[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]]]])
+    image = torch.tensor([[[[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]]]])
     # Down: 0, 1, 9. Right: 1, 4, 0, 0.
-    assert float(total_variation(picture, "sum")) == pytest.approx(10 + 5)
-    assert float(total_variation(picture)) == pytest.approx(10 / 3 + 5 / 4)
-    assert float(total_variation(torch.cat([picture, 0 * picture]), "sum")) == pytest.approx(15 / 2)
+    assert float(total_variation(image, "sum")) == pytest.approx(10 + 5)
+    assert float(total_variation(image)) == pytest.approx(10 / 3 + 5 / 4)
+    assert float(total_variation(torch.cat([image, 0 * image]), "sum")) == pytest.approx(15 / 2)
 
 
 def test_the_gradient_is_that_of_the_loss() -> None:
@@ -116,9 +116,9 @@ def test_the_gradient_is_that_of_the_loss() -> None:
         update={"content_layers": ("relu1_2",), "style_layers": ("relu1_1", "conv1_2"), "content_weight": 1e-3}
     )
     loss = PerceptualLoss(_vgg("relu1_2").double(), config)
-    loss.set_style(_pictures(1, 3, 5, 6, seed=5, dtype=torch.float64))
-    stylized = _pictures(1, 3, 4, 5, dtype=torch.float64).requires_grad_()
-    content = _pictures(1, 3, 4, 5, seed=2, dtype=torch.float64)
+    loss.set_style(_images(1, 3, 5, 6, seed=5, dtype=torch.float64))
+    stylized = _images(1, 3, 4, 5, dtype=torch.float64).requires_grad_()
+    content = _images(1, 3, 4, 5, seed=2, dtype=torch.float64)
     scale = float(loss(stylized, content).total.detach())
     assert torch.autograd.gradcheck(lambda y: loss(y, content).total / scale, stylized, eps=1e-7, atol=1e-5, rtol=1e-4)
 
@@ -131,16 +131,16 @@ def test_each_network_pass_goes_only_as_deep_as_its_layers() -> None:
         module.register_forward_hook(
             lambda _module, _inputs, output, name=name: passes.append((name, output.requires_grad))
         )
-    stylized = _pictures(1, 3, 16, 16).requires_grad_()
-    loss(stylized, _pictures(1, 3, 16, 16, seed=2))
+    stylized = _images(1, 3, 16, 16).requires_grad_()
+    loss(stylized, _images(1, 3, 16, 16, seed=2))
     names = ["conv1_1", "conv1_2", "conv2_1", "conv2_2"]
     convolutions = [(name, graph) for name, graph in passes if name.startswith("conv")]
     assert convolutions == [(name, True) for name in [*names, "conv3_1"]] + [(name, False) for name in names]
 
 
-def test_only_the_picture_receives_a_gradient() -> None:
+def test_only_the_image_receives_a_gradient() -> None:
     loss = _loss()
-    stylized, content = _pictures(1, 3, 16, 16).requires_grad_(), _pictures(1, 3, 16, 16, seed=2).requires_grad_()
+    stylized, content = _images(1, 3, 16, 16).requires_grad_(), _images(1, 3, 16, 16, seed=2).requires_grad_()
     loss(stylized, content).total.backward()
     assert content.grad is None
     assert stylized.grad is not None
@@ -177,9 +177,9 @@ def _lengstrom_formula(vgg: VGG19, config: LossConfig, y: Tensor, x: Tensor, s: 
 def test_presets_of_the_tensorflow_codes(preset: str) -> None:
     config = load_config(preset=preset, environment={}).loss
     stylized, content, style = (
-        _pictures(2, 3, 32, 36),
-        _pictures(2, 3, 32, 36, seed=2),
-        _pictures(1, 3, 40, 33, seed=5),
+        _images(2, 3, 32, 36),
+        _images(2, 3, 32, 36, seed=2),
+        _images(1, 3, 40, 33, seed=5),
     )
     loss = PerceptualLoss(_vgg("relu5_1"), config)
     loss.set_style(style)
@@ -193,15 +193,15 @@ def test_preset_of_pytorchs_examples() -> None:
     """Mean squared errors of features and of Grams, in torchvision's scale."""
     config = load_config(preset="johnson", environment={}).loss
     stylized, content, style = (
-        _pictures(2, 3, 24, 28),
-        _pictures(2, 3, 24, 28, seed=2),
-        _pictures(1, 3, 30, 26, seed=5),
+        _images(2, 3, 24, 28),
+        _images(2, 3, 24, 28, seed=2),
+        _images(1, 3, 30, 26, seed=5),
     )
     vgg = _vgg("relu4_3", "torchvision")
     loss = PerceptualLoss(vgg, config)
     loss.set_style(style)
     terms = loss(stylized, content)
-    y, x, s = (vgg(picture, config.style_layers) for picture in (stylized, content, style))
+    y, x, s = (vgg(image, config.style_layers) for image in (stylized, content, style))
     mse = torch.nn.functional.mse_loss
     assert float(terms.content) == pytest.approx(1e5 * float(mse(y["relu2_2"], x["relu2_2"])), rel=1e-4)
     grams = [(_gram(y[layer]), _gram(s[layer]).expand(2, -1, -1)) for layer in config.style_layers]
@@ -214,7 +214,7 @@ def test_weights_tuned_in_one_scale_apply_to_the_other_flavour() -> None:
 
     Then the two inputs differ by the factor s alone, up to the mean, and so must nothing of the loss.
     """
-    stylized, content = _pictures(1, 3, 16, 20), _pictures(1, 3, 16, 20, seed=2)
+    stylized, content = _images(1, 3, 16, 20), _images(1, 3, 16, 20, seed=2)
     results: dict[tuple[str, str], list[float]] = {}
     for flavour in ("caffe", "torchvision"):
         for scale in ("0-255", "unit"):
@@ -225,7 +225,7 @@ def test_weights_tuned_in_one_scale_apply_to_the_other_flavour() -> None:
                     vgg.gain.fill_(255 / UNIT_TO_255)
                     vgg.conv1_1.weight.copy_(_vgg("relu3_1").conv1_1.weight.flip(1))
             loss = PerceptualLoss(vgg, SHALLOW.model_copy(update={"feature_scale": scale}))
-            loss.set_style(_pictures(1, 3, 21, 30, seed=5))
+            loss.set_style(_images(1, 3, 21, 30, seed=5))
             terms = loss(stylized, content)
             results[flavour, scale] = [float(terms.content), float(terms.style), float(terms.tv)]
     assert pytest.approx(57.63, abs=0.01) == UNIT_TO_255
@@ -240,7 +240,7 @@ def test_weights_tuned_in_one_scale_apply_to_the_other_flavour() -> None:
 
 
 def test_autocast_keeps_sums_in_fp32_and_grams_of_the_style_exact() -> None:
-    stylized, content = _pictures(2, 3, 32, 32), _pictures(2, 3, 32, 32, seed=2)
+    stylized, content = _images(2, 3, 32, 32), _images(2, 3, 32, 32, seed=2)
     exact = _loss()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = _loss()
@@ -254,7 +254,7 @@ def test_autocast_keeps_sums_in_fp32_and_grams_of_the_style_exact() -> None:
 
 
 def test_layers_of_one_kind_only() -> None:
-    stylized, content = _pictures(1, 3, 16, 16), _pictures(1, 3, 16, 16, seed=2)
+    stylized, content = _images(1, 3, 16, 16), _images(1, 3, 16, 16, seed=2)
     style_only = _loss(SHALLOW.model_copy(update={"content_layers": ()}))(stylized, content)
     assert float(style_only.content) == 0.0
     assert float(style_only.total) == pytest.approx(float(style_only.style + style_only.tv))
@@ -268,14 +268,14 @@ def test_misuse() -> None:
         PerceptualLoss(_vgg("relu2_2"), SHALLOW)
     loss = PerceptualLoss(_vgg(), SHALLOW)
     with pytest.raises(ValueError, match="call set_style"):
-        loss(_pictures(1, 3, 16, 16), _pictures(1, 3, 16, 16))
-    with pytest.raises(UserError, match="one picture"):
-        loss.set_style(_pictures(2, 3, 16, 16))
+        loss(_images(1, 3, 16, 16), _images(1, 3, 16, 16))
+    with pytest.raises(UserError, match="one image"):
+        loss.set_style(_images(2, 3, 16, 16))
     with pytest.raises(UserError, match="3×16 pixels is too small for relu3_1"):
-        loss.set_style(_pictures(1, 3, 16, 3))
-    loss.set_style(_pictures(1, 3, 16, 16))
+        loss.set_style(_images(1, 3, 16, 3))
+    loss.set_style(_images(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"\[1, 3, 16, 16\].*\[1, 3, 16, 20\]"):
-        loss(_pictures(1, 3, 16, 16), _pictures(1, 3, 16, 20))
+        loss(_images(1, 3, 16, 16), _images(1, 3, 16, 20))
 
 
 def test_the_style_buffers_move_but_are_not_saved() -> None:
@@ -287,7 +287,7 @@ def test_the_style_buffers_move_but_are_not_saved() -> None:
 
 def test_it_compiles_without_graph_breaks() -> None:
     loss = _loss()
-    stylized, content = _pictures(1, 3, 16, 16).requires_grad_(), _pictures(1, 3, 16, 16, seed=2)
+    stylized, content = _images(1, 3, 16, 16).requires_grad_(), _images(1, 3, 16, 16, seed=2)
     compiled = torch.compile(lambda y, x: loss(y, x).total, backend="aot_eager", fullgraph=True, dynamic=False)
     expected = loss(stylized, content).total
     actual = compiled(stylized, content)
@@ -297,26 +297,24 @@ def test_it_compiles_without_graph_breaks() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_a_picture_optimised_against_real_weights_takes_on_the_style(
-    weights: Path, styles: Path, content: Path
-) -> None:
+def test_a_image_optimised_against_real_weights_takes_on_the_style(weights: Path, styles: Path, content: Path) -> None:
     """Ten Adam steps on the pixels, against the real conv1_1 … conv3_4: the style loss falls to a fraction."""
 
     def read(path: Path) -> Tensor:
-        picture = Image.open(path).convert("RGB").resize((64, 64))
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255.0
+        image = Image.open(path).convert("RGB").resize((64, 64))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255.0
 
     config = load_config(preset="vgg-conv3", environment={}).loss
     path = weights / "vgg19_caffe_conv1_1-conv3_4.pth"
     loss = PerceptualLoss(load_vgg19(str(path), last_layer="relu3_4", notify=lambda _message: None), config)
     loss.set_style(read(styles / "wave_crop.jpg"))
     photo = read(content / "content_chicago.jpg")
-    picture = photo.clone().requires_grad_()
-    optimizer = torch.optim.Adam([picture], lr=0.02)
+    image = photo.clone().requires_grad_()
+    optimizer = torch.optim.Adam([image], lr=0.02)
     history = []
     for _ in range(10):
         optimizer.zero_grad()
-        terms = loss(picture, photo)
+        terms = loss(image, photo)
         terms.total.backward()
         optimizer.step()
         history.append(terms)

@@ -66,11 +66,11 @@ def test_the_network_comes_back_to_the_last_bit(tmp_path: Path, architecture: st
     for name, tensor in back.state_dict().items():
         assert torch.equal(tensor, before[name]), name
         assert torch.equal(net.state_dict()[name], before[name]), name
-    picture = torch.rand(1, 3, 19, 22, generator=torch.Generator().manual_seed(3))
+    image = torch.rand(1, 3, 19, 22, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        painted = back(picture)
+        painted = back(image)
         assert torch.isfinite(painted).all()
-        assert torch.equal(painted, net.eval()(picture))
+        assert torch.equal(painted, net.eval()(image))
 
 
 def test_it_comes_back_ready_to_use(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The transform net: three architectures against plain PyTorch, any size, layout, and a published model's picture."""
+"""The transform net: three architectures against plain PyTorch, any size, layout, and a published model's image."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def _net(architecture: str, norm: str = "instance") -> TransformNet:
     return TransformNet(architecture, norm, generator=_generator())
 
 
-def _pictures(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def _images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(*shape, generator=_generator(1), dtype=dtype).contiguous(memory_format=CHANNELS_LAST)
 
 
@@ -97,7 +97,7 @@ def test_it_is_the_published_architecture(architecture: str, size: tuple[int, in
             if parameter.ndim == 1:
                 # Scale 1 and shift 0 would hide an exchange of the two.
                 parameter.add_(torch.randn(parameter.shape, generator=_generator(2), dtype=torch.float64), alpha=0.2)
-    x = _pictures(1, 3, *size, dtype=torch.float64)
+    x = _images(1, 3, *size, dtype=torch.float64)
     actual, expected = net(x), _plainly(net, x)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     dy = torch.randn(actual.shape, generator=_generator(3), dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_it_is_the_published_architecture(architecture: str, size: tuple[int, in
 @given(st.sampled_from(ARCHITECTURES), st.integers(16, 50), st.integers(16, 50))
 def test_output_size_is_input_size(architecture: str, height: int, width: int) -> None:
     with torch.no_grad():
-        y = _net(architecture)(_pictures(1, 3, height, width))
+        y = _net(architecture)(_images(1, 3, height, width))
     assert y.shape == (1, 3, height, width)
     assert bool(torch.isfinite(y).all())
     assert y.is_contiguous(memory_format=CHANNELS_LAST)
@@ -144,7 +144,7 @@ def test_every_layer_stays_channels_last(architecture: str) -> None:
 
     for name in net.layer_names:
         net.get_submodule(name).register_forward_hook(keep(name))
-    net(_pictures(2, 3, 33, 40).contiguous())
+    net(_images(2, 3, 33, 40).contiguous())
     assert tuple(seen) == net.layer_names
     for name, output in seen.items():
         assert output.is_contiguous(memory_format=CHANNELS_LAST), name
@@ -155,7 +155,7 @@ def test_every_layer_stays_channels_last(architecture: str) -> None:
 
 def test_memory_layout_of_the_input_does_not_matter() -> None:
     net = _net("johnson")
-    x = _pictures(2, 3, 20, 24)
+    x = _images(2, 3, 20, 24)
     assert torch.equal(net(x), net(x.contiguous()))
 
 
@@ -164,7 +164,7 @@ def test_output_range(architecture: str, low: float, high: float) -> None:
     net = _net(architecture)
     with torch.no_grad():
         net.out.scale.fill_(1e4)
-        y = net(_pictures(1, 3, 24, 24))
+        y = net(_images(1, 3, 24, 24))
     scale = 1.0 if high == 1.0 else 255.0
     assert float(y.min()) == pytest.approx(low / scale, abs=1e-5)
     assert float(y.max()) == pytest.approx(high / scale, abs=1e-5)
@@ -195,7 +195,7 @@ def test_transposed_convolution_is_cut_as_tensorflow_cuts_it() -> None:
 
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 25))
 def test_reflect_pad_is_numpys(height: int, width: int, pad: int) -> None:
-    x = _pictures(2, 3, height, width)
+    x = _images(2, 3, height, width)
     expected = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="reflect")
     actual = reflect_pad(x, pad)
     assert actual.is_contiguous(memory_format=CHANNELS_LAST)
@@ -204,13 +204,13 @@ def test_reflect_pad_is_numpys(height: int, width: int, pad: int) -> None:
 
 @pytest.mark.parametrize("pad", [1, 3, 7])
 def test_padding_has_the_gradient_of_its_own_formula(pad: int) -> None:
-    x = _pictures(1, 2, 5, 6, dtype=torch.float64).requires_grad_()
+    x = _images(1, 2, 5, 6, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: reflect_pad(x, pad), x)
 
 
 @pytest.mark.parametrize("arguments", [(3, 3), (1, 1), (0, 2), (2, 0)])
 def test_padding_is_a_sound_operator(arguments: tuple[int, int]) -> None:
-    x = _pictures(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
+    x = _images(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
     torch.library.opcheck(torch.ops.fastnst.mirror_pad.default, (x, *arguments))
 
 
@@ -218,8 +218,8 @@ def test_padding_is_a_sound_operator(arguments: tuple[int, int]) -> None:
 def test_enlarging_in_the_norm_is_the_same_network(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU computes, a norm that doubles and reflects and a plain convolution, against what a CPU does."""
     net = _net("johnson", norm).double()
-    x = _pictures(2, 3, 20, 24, dtype=torch.float64)
-    dy = _pictures(2, 3, 20, 24, dtype=torch.float64)
+    x = _images(2, 3, 20, 24, dtype=torch.float64)
+    dy = _images(2, 3, 20, 24, dtype=torch.float64)
     outcomes = []
     for on_gpu in (False, True):
         monkeypatch.setattr(transform_net, "_enlarges_in_norm", lambda _, on_gpu=on_gpu: on_gpu)
@@ -230,7 +230,7 @@ def test_enlarging_in_the_norm_is_the_same_network(norm: str, monkeypatch: pytes
 
 
 class _Passes(TorchDispatchMode):
-    """Notes every operator that makes a feature map: more channels than a picture."""
+    """Notes every operator that makes a feature map: more channels than an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,11 +255,11 @@ def test_between_layers_nothing_runs_but_convolutions_and_norms(
     monkeypatch.setattr(transform_net, "_enlarges_in_norm", lambda _: True)
     monkeypatch.setattr(winograd, "pays", lambda *_: False)  # it is a convolution of many operators
     net = _net(architecture)
-    x = _pictures(1, 3, 32, 32)
+    x = _images(1, 3, 32, 32)
     with _Passes() as forward:
         y = net(x)
     copies = {"clone": cut} if cut else {}
-    # The first is counted with them, the last, which makes a picture, is not.
+    # The first is counted with them, the last, which makes an image, is not.
     assert forward.names == {"convolution": 15, "instance_norm": 15, **copies}
     with _Passes() as backward:
         y.sum().backward()
@@ -277,7 +277,7 @@ def test_between_layers_nothing_runs_but_convolutions_and_norms(
 def test_training_keeps_what_the_convolutions_make_and_nothing_else_of_its_size(architecture: str, norm: str) -> None:
     """And evaluation, which keeps what autograd does, gives the same gradients where the statistics are the same."""
     net = _net(architecture, norm)
-    x = _pictures(2, 3, 33, 40)
+    x = _images(2, 3, 33, 40)
     made: list[int] = []
     for module in net.modules():
         if isinstance(module, ConvLayer | UpLayer) and module.norm is not None:
@@ -298,7 +298,7 @@ def test_training_keeps_what_the_convolutions_make_and_nothing_else_of_its_size(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = net(x)
     feature_maps = [t for t in saved.values() if t.ndim == 4 and t.shape[0] == 2 and t.shape[1] > 3]
-    if architecture != "johnson":  # whose last convolution, which makes pictures, has no norm
+    if architecture != "johnson":  # whose last convolution, which makes images, has no norm
         made.pop()
     assert len(feature_maps) == len(made) == 15
     assert sum(t.untyped_storage().nbytes() for t in feature_maps) == sum(made)
@@ -340,12 +340,12 @@ def test_batch_norm_keeps_running_statistics() -> None:
     buffers = dict(net.named_buffers())
     assert "conv1.running_mean" in buffers
     assert "out.running_mean" not in buffers
-    x = _pictures(3, 3, 20, 20)
+    x = _images(3, 3, 20, 20)
     net(x)
     assert float(buffers["res3.conv2.running_mean"].abs().sum()) > 0
     net.eval()
     with torch.no_grad():
-        # With fixed statistics a picture's result does not depend on its neighbours in the batch.
+        # With fixed statistics an image's result does not depend on its neighbours in the batch.
         torch.testing.assert_close(net(x)[:1], net(x[:1]), rtol=1e-4, atol=1e-4)
 
 
@@ -355,7 +355,7 @@ def test_metadata_rebuilds_the_network(architecture: str, norm: str) -> None:
     net = _net(architecture, norm)
     rebuilt = TransformNet.from_metadata({**net.metadata, "steps": "10"})
     rebuilt.load_state_dict(net.state_dict())
-    x = _pictures(2, 3, 16, 18)
+    x = _images(2, 3, 16, 18)
     assert torch.equal(net(x), rebuilt(x))
 
 
@@ -379,7 +379,7 @@ def test_bad_arguments() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_autocast_runs_convolutions_in_bf16_and_returns_fp32(architecture: str) -> None:
     net = _net(architecture)
-    x = _pictures(1, 3, 24, 28)
+    x = _images(1, 3, 24, 28)
     kinds = []
     net.res1.register_forward_hook(lambda _module, _inputs, output: kinds.append(output.dtype))
     with torch.no_grad():
@@ -396,7 +396,7 @@ def test_autocast_runs_convolutions_in_bf16_and_returns_fp32(architecture: str) 
 def test_it_compiles_without_graph_breaks(architecture: str) -> None:
     net = _net(architecture)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=False)
-    x = _pictures(1, 3, 24, 20)
+    x = _images(1, 3, 24, 20)
     expected, actual = net(x), compiled(x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     dy = torch.randn(expected.shape, generator=_generator(3))
@@ -407,7 +407,7 @@ def test_it_compiles_without_graph_breaks(architecture: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-3 * max(1.0, float(wanted.abs().max())))
 
 
-def test_a_published_model_gives_its_published_picture(weights: Path, content: Path) -> None:
+def test_a_published_model_gives_its_published_image(weights: Path, content: Path) -> None:
     """lengstrom's udnie on Chicago: what remains, 1.29 grey levels on average, is the published JPEG's rounding."""
     net = load_lengstrom_npz(weights / "transform_lengstrom_udnie.npz")
     photo = np.array(Image.open(content / "content_chicago.jpg").convert("RGB"))

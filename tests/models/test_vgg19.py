@@ -21,7 +21,7 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _pictures(*shape: int) -> Tensor:
+def _images(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=_generator(1)).contiguous(memory_format=CHANNELS_LAST)
 
 
@@ -70,7 +70,7 @@ def test_features_agree_with_torchvisions_layout() -> None:
         for layer in [name.partition(".")[0]]
     )
     plain.load_state_dict(state)
-    x = _pictures(2, 3, 37, 50)
+    x = _images(2, 3, 37, 50)
     normal = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     outputs = net(x, net.layers)
     assert tuple(outputs) == net.layers
@@ -85,7 +85,7 @@ def test_the_classifier_flattens_as_torchvision_does() -> None:
     net = VGG19("fc6", generator=_generator())
     seen: list[Tensor] = []
     with torch.no_grad():
-        outputs = net(_pictures(1, 3, 224, 224), ["pool5", "fc6"])
+        outputs = net(_images(1, 3, 224, 224), ["pool5", "fc6"])
         pooled = outputs["pool5"]
         assert pooled.shape == (1, 512, 7, 7)
         # Channel 3, row 2, column 5 of [512, 7, 7].
@@ -110,13 +110,13 @@ def test_nothing_behind_the_deepest_asked_layer_runs() -> None:
     for name, module in net.named_children():
         module.register_forward_hook(lambda _module, _inputs, _output, name=name: ran.append(name))
     assert tuple(dict(net.named_children())) == net.layers == LAYERS[: LAYERS.index("relu2_2") + 1]
-    assert list(net(_pictures(1, 3, 16, 16), ["relu1_2", "relu1_1"])) == ["relu1_1", "relu1_2"]
+    assert list(net(_images(1, 3, 16, 16), ["relu1_2", "relu1_1"])) == ["relu1_1", "relu1_2"]
     assert ran == ["conv1_1", "relu1_1", "conv1_2", "relu1_2"]
 
 
 def test_a_convolutions_output_survives_its_relu() -> None:
     net = VGG19("relu1_2", generator=_generator())
-    x = _pictures(1, 3, 16, 16)
+    x = _images(1, 3, 16, 16)
     both = net(x, ["conv1_1", "relu1_1", "relu1_2"])
     assert float(both["conv1_1"].min()) < 0
     assert torch.equal(both["conv1_1"].relu(), both["relu1_1"])
@@ -124,9 +124,9 @@ def test_a_convolutions_output_survives_its_relu() -> None:
     assert torch.equal(alone, both["relu1_2"])
 
 
-def test_the_gradient_reaches_the_picture_and_stops_at_the_weights() -> None:
+def test_the_gradient_reaches_the_image_and_stops_at_the_weights() -> None:
     net = VGG19("relu2_1", generator=_generator())
-    x = _pictures(1, 3, 12, 14).requires_grad_()
+    x = _images(1, 3, 12, 14).requires_grad_()
     dy = torch.randn(1, 128, 6, 7, generator=_generator(3))
     (net(x, ["relu2_1"])["relu2_1"] * dy).sum().backward()
     assert x.grad is not None
@@ -137,8 +137,8 @@ def test_the_gradient_reaches_the_picture_and_stops_at_the_weights() -> None:
     with torch.no_grad():
         double = VGG19("relu2_1", generator=_generator()).double()
 
-        def value(picture: Tensor) -> float:
-            return float((double(picture.double(), ["relu2_1"])["relu2_1"] * dy).sum())
+        def value(image: Tensor) -> float:
+            return float((double(image.double(), ["relu2_1"])["relu2_1"] * dy).sum())
 
         numeric = (value(x + 1e-5 * step) - value(x - 1e-5 * step)) / 2e-5
     assert float((x.grad * step).sum()) == pytest.approx(numeric, rel=1e-2)
@@ -174,33 +174,33 @@ def test_bad_layers() -> None:
         VGG19("relu1_1", "tensorflow")
     net = VGG19("relu1_2")
     with pytest.raises(UserError, match=r"relu2_1 lies behind relu1_2"):
-        net(_pictures(1, 3, 16, 16), ["relu2_1"])
+        net(_images(1, 3, 16, 16), ["relu2_1"])
     with pytest.raises(UserError, match="no VGG19 layer is named 'relu1_3'"):
-        net(_pictures(1, 3, 16, 16), ["relu1_3"])
+        net(_images(1, 3, 16, 16), ["relu1_3"])
     with pytest.raises(UserError, match="at least one"):
-        net(_pictures(1, 3, 16, 16), [])
+        net(_images(1, 3, 16, 16), [])
 
 
 @pytest.mark.parametrize(("layer", "smallest"), [("relu1_2", 1), ("pool1", 2), ("relu2_1", 2), ("relu3_1", 4)])
-def test_a_picture_too_small_for_the_deepest_layer(layer: str, smallest: int) -> None:
+def test_a_image_too_small_for_the_deepest_layer(layer: str, smallest: int) -> None:
     net = VGG19(layer)
-    assert net(_pictures(1, 3, smallest, 9), [layer])[layer].shape[2] == 1
+    assert net(_images(1, 3, smallest, 9), [layer])[layer].shape[2] == 1
     if smallest > 1:
         with pytest.raises(UserError, match=f"9×{smallest - 1} pixels is too small for {layer}.*{smallest}×{smallest}"):
-            net(_pictures(1, 3, smallest - 1, 9), [layer])
+            net(_images(1, 3, smallest - 1, 9), [layer])
     with pytest.raises(UserError, match=r"\[N, 3, H, W\]"):
         net(torch.zeros(1, 1, 9, 9), [layer])
 
 
 def test_it_compiles_without_graph_breaks() -> None:
     net = VGG19("relu2_1", generator=_generator())
-    x = _pictures(1, 3, 16, 18)
+    x = _images(1, 3, 16, 18)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(x, ("relu1_1", "relu2_1")), net(x, ("relu1_1", "relu2_1")))
 
 
 def test_real_weights_see_a_real_photo(weights: Path, content: Path) -> None:
-    """Caffe's features of a photograph lie in the hundreds and grow with depth; torchvision's would stay below ten."""
+    """Caffe's features of a photo lie in the hundreds and grow with depth; torchvision's would stay below ten."""
     net = load_vgg19(
         str(weights / "vgg19_caffe_conv1_1-conv3_4.pth"), last_layer="relu3_4", notify=lambda _message: None
     )

@@ -64,21 +64,21 @@ def shapes(node: NodeDef) -> list[list[int]]:
 def test_modules_are_scopes_and_tensors_are_edges() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
-        x = recorder.placeholder("picture", (2, 3, 8, 8), like=LIKE)
+        x = recorder.placeholder("image", (2, 3, 8, 8), like=LIKE)
         with recorder.scope("net"):
             net(x)
     assert edges(recorder) == {
-        "picture": [],
+        "image": [],
         "net/block/conv/weight": [],
         "net/block/conv/bias": [],
-        "net/block/conv/convolution": ["picture", "net/block/conv/weight", "net/block/conv/bias"],
+        "net/block/conv/convolution": ["image", "net/block/conv/weight", "net/block/conv/bias"],
         "net/block/threshold": [],
         "net/block/maximum": ["net/block/conv/convolution", "net/block/threshold"],
         "net/mul": ["net/block/maximum"],
     }
     graph = nodes(recorder.graph_def())
     assert {name: node.op for name, node in graph.items()} == {
-        "picture": "Placeholder",
+        "image": "Placeholder",
         "net/block/conv/weight": "Parameter",
         "net/block/conv/bias": "Parameter",
         "net/block/conv/convolution": "convolution",
@@ -98,9 +98,9 @@ def test_a_module_that_is_used_twice_is_drawn_twice_with_its_parameters() -> Non
     with GraphRecorder(net) as recorder:
         x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
         y = recorder.placeholder("y", (1, 3, 8, 8), like=LIKE)
-        for name, picture in (("first", x), ("second", y)):
+        for name, image in (("first", x), ("second", y)):
             with recorder.scope(name):
-                net(picture)
+                net(image)
     for block in ("first", "second"):
         inputs = [name for node, names in edges(recorder).items() if node.startswith(f"{block}/") for name in names]
         assert f"{block}/block/conv/weight" in inputs
@@ -326,6 +326,6 @@ def test_double_precision_other_weights_and_no_content() -> None:
     assert "vgg_transformed/flip" in graph
 
 
-def test_pictures_that_are_too_small_are_refused(loss: PerceptualLoss) -> None:
+def test_images_that_are_too_small_are_refused(loss: PerceptualLoss) -> None:
     with pytest.raises(UserError, match="sides of 16 pixels or more"):
         training_graph(TransformNet(), loss, image_size=8)

@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, generated_photos: Path) -> Pat
     log = (f"train.steps={STEPS}", "train.log_every=1", "train.sample_every=2", "train.samples=1", "train.device=cpu")
     options = {
         "data.folder": generated_photos,
-        "style.picture": generated_photos / "picture_00.jpg",
+        "style.image": generated_photos / "image_00.jpg",
         "loss.vgg": "random",
     }
     config = load_config(preset="vgg-conv3", assignments=[*sizes, *log], options=options, environment={})
@@ -147,10 +147,10 @@ def test_time_series_are_drawn(tab: Tab) -> None:
     drawn(chart.locator("line-chart svg path"), corners=STEPS)
 
 
-def test_pictures_have_a_slider_over_the_steps(tab: Tab) -> None:
+def test_images_have_a_slider_over_the_steps(tab: Tab) -> None:
     page = tab("images")
     assert shown(card(page, "image-loader", "visualize/deconvnet/sheet")) == (30, 20)
-    loader = card(page, "image-loader", "stylised/picture_00")
+    loader = card(page, "image-loader", "stylised/image_00")
     assert shown(loader) == (32, 32)
     loader.get_by_text("step 4").wait_for()
     slider = loader.locator("paper-slider")
@@ -301,8 +301,8 @@ def drawn(paths: "Locator", *, corners: int) -> None:
 
 
 def shown(loader: "Locator") -> tuple[int, int]:
-    """Width and height of a picture, once it has arrived."""
-    picture = loader.locator("img")
-    picture.wait_for()
-    size = picture.evaluate("async image => (await image.decode(), [image.naturalWidth, image.naturalHeight])")
+    """Width and height of an image, once it has arrived."""
+    image = loader.locator("img")
+    image.wait_for()
+    size = image.evaluate("async image => (await image.decode(), [image.naturalWidth, image.naturalHeight])")
     return tuple(size)

@@ -208,7 +208,7 @@ def hparams(run: Path, tag: str) -> Any:
 
 
 def test_hyper_parameters_are_in_the_run_itself(tmp_path: Path) -> None:
-    config = load_config(options={"style.picture": Path("/pictures/wave.jpg")}, environment={})
+    config = load_config(options={"style.image": Path("/images/wave.jpg")}, environment={})
     with RunLog(tmp_path) as log:
         log.config(config)
         log.metrics(1, {"loss/total": 1.0})
@@ -225,10 +225,10 @@ def test_hyper_parameters_are_in_the_run_itself(tmp_path: Path) -> None:
 
 
 def test_hyper_parameters_are_what_decides_the_outcome() -> None:
-    options = {"style.picture": Path("/pictures/wave.jpg"), "data.folder": Path("/pictures")}
+    options = {"style.image": Path("/images/wave.jpg"), "data.folder": Path("/images")}
     values = hyper_parameters(load_config(options=options, environment={}))
     assert values["preset"] == "hwalsuklee"
-    assert values["style.picture"] == "wave.jpg"
+    assert values["style.image"] == "wave.jpg"
     assert values["loss.style_layers"] == "relu1_1, relu2_1, relu3_1, relu4_1, relu5_1"
     assert values["train.learning_rate"] == 1e-3
     assert not {"data.folder", "data.workers", "train.log_every", "style.size"} & set(values)
@@ -255,11 +255,11 @@ def test_the_configuration_is_a_text_page(tmp_path: Path) -> None:
     assert b'preset = "hwalsuklee"' in text.tensor_proto.string_val[0]
 
 
-def test_pictures_are_kept_as_they_are(tmp_path: Path) -> None:
-    picture = torch.tensor([[-1.0, 0.0], [0.5, 2.0]]).expand(3, 2, 2)
+def test_images_are_kept_as_they_are(tmp_path: Path) -> None:
+    image = torch.tensor([[-1.0, 0.0], [0.5, 2.0]]).expand(3, 2, 2)
     with RunLog(tmp_path) as log:
-        log.pictures(1, "stylised", picture[None], ["cat"])
-        log.picture(2, "strip/cat", picture)
+        log.images(1, "stylised", image[None], ["cat"])
+        log.image(2, "strip/cat", image)
     events = read_events(tmp_path)
     for tag, step in (("stylised/cat", 1), ("strip/cat", 2)):
         (event,) = events.Images(tag)
@@ -299,12 +299,12 @@ def test_sheets_on_a_full_disk_are_an_error_in_words(tmp_path: Path, capfd: pyte
 
 
 def test_a_full_disk_is_said_once_and_without_a_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    picture = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64)
 
     def write() -> None:
         with RunLog(tmp_path) as log:
             for step in range(50):
-                log.pictures(step, "stylised", picture, ["noise"])
+                log.images(step, "stylised", image, ["noise"])
                 log.flush()
 
     with largest_file(20_000), pytest.raises(DataError, match=f"cannot write {tmp_path}") as raised:

@@ -25,7 +25,7 @@ from helpers.malformed_files import (
     hostile_style_models,
     hostile_weights,
 )
-from helpers.malformed_images import hostile_pictures, largest_pictures
+from helpers.malformed_images import hostile_images, largest_images
 
 MOST_MIB = 1024
 WAYS = {
@@ -34,7 +34,7 @@ WAYS = {
     "npz": {"load_lengstrom_npz"},
     "config": {"load_config", "train", "train --resume"},
     "checkpoint": {"latest_checkpoint", "visualize"},
-    "picture": {"read_image", "stylize", "data check"},
+    "image": {"read_image", "stylize", "data check"},
 }
 
 
@@ -72,7 +72,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Hostile], li
         *hostile_npz(folder / "npz", canary),
         *hostile_configurations(folder / "configurations"),
         *hostile_checkpoints(folder / "checkpoints"),
-        *(Hostile("picture", path, harmless) for path, harmless in hostile_pictures(folder / "pictures")),
+        *(Hostile("image", path, harmless) for path, harmless in hostile_images(folder / "images")),
     ]
     return files, give_in(files, folder, canary)
 
@@ -110,19 +110,19 @@ def test_hostile_files_are_refused_shortly_and_cheaply(
 
 
 def _largest(tmp_path: Path, *, all_modes: bool) -> list[str]:
-    paths = largest_pictures(tmp_path / "large", all_modes=all_modes)
-    results = give_in([Hostile("picture", path) for path in paths], tmp_path, tmp_path / "canary")
+    paths = largest_images(tmp_path / "large", all_modes=all_modes)
+    results = give_in([Hostile("image", path) for path in paths], tmp_path, tmp_path / "canary")
     read = [result for result in results if result["through"] == "read_image"]
     assert {result["ended"] for result in read} == {"read"}
     return problems(read, {path.name for path in paths})
 
 
-def test_the_largest_pictures_take_less_than_a_gibibyte(tmp_path: Path) -> None:
+def test_the_largest_images_take_less_than_a_gibibyte(tmp_path: Path) -> None:
     assert _largest(tmp_path, all_modes=False) == []
 
 
 @pytest.mark.campaign
-def test_the_largest_pictures_of_all_modes_take_less_than_a_gibibyte(tmp_path: Path) -> None:
+def test_the_largest_images_of_all_modes_take_less_than_a_gibibyte(tmp_path: Path) -> None:
     """About a minute: `pytest -m campaign tests/security/test_files.py`."""
     assert _largest(tmp_path, all_modes=True) == []
 

@@ -74,7 +74,7 @@ def test_training_uses_no_network(guarded: tuple[dict[str, str], Path], photo_fo
     other_loader = "dali" if importlib.util.find_spec("nvidia.dali") else "pillow"
     runs = (("random", "pillow", 1), (str(tmp_path / "vgg19.pth"), other_loader, 2))
     for vgg, loader, steps in runs:
-        command = [sys.executable, "-m", "fastnst", "train", "--style", photo_folder / "picture_00.jpg"]
+        command = [sys.executable, "-m", "fastnst", "train", "--style", photo_folder / "image_00.jpg"]
         command += ["--data", photo_folder, "--preset", "vgg-conv3", "--loader", loader, "--device", "cpu"]
         command += ["--vgg", vgg, "--steps", str(steps), "--out", tmp_path / f"run{steps}"]
         command += [part for size in sizes for part in ("--set", size)]

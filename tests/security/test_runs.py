@@ -28,7 +28,7 @@ def config(generated_photos: Path) -> Config:
     """One of two steps, at sizes a test can afford."""
     small = ("data.image_size=32", "train.batch_size=1", "data.workers=1", "data.loader=pillow", "train.steps=2")
     small += ("train.checkpoint_every=1", "train.samples=1", "visualize.every=0", "style.size=32", "train.device=cpu")
-    options = {"data.folder": generated_photos, "style.picture": generated_photos / "picture_00.jpg"}
+    options = {"data.folder": generated_photos, "style.image": generated_photos / "image_00.jpg"}
     return load_config(preset="vgg-conv3", assignments=small, options=options | {"loss.vgg": "random"}, environment={})
 
 
@@ -101,14 +101,14 @@ def test_a_locks_target_stays_as_it_is(config: Config, run: Path, outside: Path)
     assert untouched(outside)
 
 
-def test_pictures_and_reports_replace_links(tmp_path: Path, outside: Path) -> None:
-    picture = np.zeros((16, 16, 3), np.uint8)
+def test_images_and_reports_replace_links(tmp_path: Path, outside: Path) -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
     out = tmp_path / "out"
     out.mkdir()
     for name in ("painted.png", PAGE_NAME, "sheet.png"):
         (out / name).symlink_to(outside / "precious")
-    write_image(out / "painted.png", picture)
-    report = Report("title", "about", {}, [Sheet("sheet", "tag", picture, "caption", "alt")])
+    write_image(out / "painted.png", image)
+    report = Report("title", "about", {}, [Sheet("sheet", "tag", image, "caption", "alt")])
     write_report(report, out, command="fastnst", inputs=[])
     assert untouched(outside)
     assert not any((out / name).is_symlink() for name in ("painted.png", PAGE_NAME, "sheet.png"))
@@ -117,8 +117,8 @@ def test_pictures_and_reports_replace_links(tmp_path: Path, outside: Path) -> No
 @pytest.mark.parametrize(
     "change",
     [
-        {"style.picture": "/etc/passwd"},
-        {"style.picture": "/dev/zero"},
+        {"style.image": "/etc/passwd"},
+        {"style.image": "/dev/zero"},
         {"data.folder": "/etc"},
         {"data.folder": "/dev"},
         {"loss.vgg": "/etc/passwd"},
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_other_tensors(
         {"fingerprints": "x"},
         {"fingerprints": {"data": [1], "style": {"a": "b"}}},
         {"configuration": {"train.seed": [1], "\x1b[2J": 1}},
-        {"pictures": "x"},
+        {"images": "x"},
         {"world_size": {}},
     ],
     ids=str,

@@ -28,7 +28,7 @@ def damages(data: bytes, seed: int) -> Iterator[tuple[str, bytes]]:
 def write_one(run: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     tensors = {"model.weight": torch.randn(4, 3, generator=generator), "rng.cpu": generator.get_state()}
-    return save_checkpoint(run, 7, tensors=tensors, state={"scaler": {}, "pictures": 12}, keep=1)
+    return save_checkpoint(run, 7, tensors=tensors, state={"scaler": {}, "images": 12}, keep=1)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,7 +1,7 @@
 """Processes that are killed, at named points of a run and at random, and what the resumed run comes to.
 
 Each case kills a real process with SIGKILL, resumes until the end, and compares with a run that nobody disturbed: every
-byte of the checkpoint and of the style model, every row of metrics, every point, histogram and picture in TensorBoard.
+byte of the checkpoint and of the style model, every row of metrics, every point, histogram and image in TensorBoard.
 
 All points five times over, and a hundred random kills:
 

@@ -25,7 +25,7 @@ from helpers.run_comparison import assert_same_outcome
 from helpers.tiny_runs import make_small, small_config, train_small
 
 CPU = torch.device("cpu")
-ANNOUNCED = r"train\.deterministic: a step of 1 picture takes [0-9.]+ ms here, and [0-9.]+ ms without \([+-][0-9]+%\)"
+ANNOUNCED = r"train\.deterministic: a step of 1 image takes [0-9.]+ ms here, and [0-9.]+ ms without \([+-][0-9]+%\)"
 
 
 def train_in_fresh_processes(processes: int, steps: int, photos: Path, tmp_path: Path, *settings: str) -> None:

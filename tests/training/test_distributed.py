@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from fastnst.config import load_config
 from fastnst.errors import DataError, DeviceError, UserError
-from fastnst.training.distributed.environment import Launch, check_shareable, launched, of_one_process
+from fastnst.training.distributed.environment import DistEnv, check_divisible, local_config
 from fastnst.training.distributed.process_group import check_equal, choose_device
 from fastnst.training.memory.available import describe_shortage, needed_memory
 from fastnst.training.memory.estimate import estimate
@@ -110,7 +110,7 @@ def test_one_process_writes_and_speaks(shared: Path) -> None:
     assert len(list(shared.glob("events.out*"))) == 1
     assert (shared.parent / "rank1" / "printed").read_text() == ""
     printed = (shared.parent / "rank0" / "printed").read_text()
-    assert printed.count("training: 4 steps of 4 pictures") == 1
+    assert printed.count("training: 4 steps of 4 images") == 1
     assert printed.count("style model") == 1
 
 
@@ -189,7 +189,7 @@ def test_a_value_that_is_not_finite_in_one_process_ends_all(
         assert torch.isfinite(tensor).all()
 
 
-def test_pictures_that_fail_are_replaced_as_in_one_process(
+def test_images_that_fail_are_replaced_as_in_one_process(
     fork_server: ForkServer, photo_folder: Path, tmp_path: Path
 ) -> None:
     settings = (*SETTINGS, "data.max_failed_percent=50", "data.prefetch=2")
@@ -205,7 +205,7 @@ def test_pictures_that_fail_are_replaced_as_in_one_process(
     assert len(outcomes[0]) == 3
     assert outcomes[0] == outcomes[1]
     losses = [[row["loss/total"] for row in metrics_of(tmp_path / name / "run")] for name in "12"]
-    # Other pictures would have other losses, by some percent at least.
+    # Other images would have other losses, by some percent at least.
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
@@ -218,7 +218,7 @@ def test_too_many_failures_end_all_with_one_message(
     assert codes(ended) == [3, 3]
     ((rank, message),) = said(ended)
     assert rank == 0
-    assert "of 12 pictures" in message
+    assert "of 12 images" in message
     assert len(rejected(tmp_path / "run")) > 3
 
 
@@ -265,7 +265,7 @@ def test_a_dry_run_is_printed_once(fork_server: ForkServer, few_photos: Path, tm
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
     ended = run_ranks(fork_server, (*argv, "--dry-run"), tmp_path)
     assert codes(ended) == [0, 0]
-    assert "# processes  2, 2 pictures of a step in each" in ended[0].printed
+    assert "# processes  2, 2 images of a step in each" in ended[0].printed
     assert ended[1].printed == ""
 
 
@@ -273,9 +273,9 @@ ENVIRONMENT = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "here", "MASTER_PO
 
 
 def test_what_the_environment_says() -> None:
-    assert launched({}) == launched({"RANK": "0", "WORLD_SIZE": "1"}) == Launch(0, 1, 0, 1)
-    assert launched(ENVIRONMENT) == Launch(3, 4, 3, 4)
-    assert launched(ENVIRONMENT | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == Launch(3, 4, 1, 2)
+    assert DistEnv.from_environ({}) == DistEnv.from_environ({"RANK": "0", "WORLD_SIZE": "1"}) == DistEnv(0, 1, 0, 1)
+    assert DistEnv.from_environ(ENVIRONMENT) == DistEnv(3, 4, 3, 4)
+    assert DistEnv.from_environ(ENVIRONMENT | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == DistEnv(3, 4, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -290,15 +290,15 @@ def test_what_the_environment_says() -> None:
 )
 def test_an_environment_that_contradicts_itself(change: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        launched(ENVIRONMENT | change)
+        DistEnv.from_environ(ENVIRONMENT | change)
 
 
 def test_shares_of_a_batch_and_of_the_cores() -> None:
     config = load_config(assignments=["train.batch_size=8"], environment={})
-    check_shareable(config, Launch(1, 4, 1, 4))
-    share = of_one_process(config, Launch(1, 4, 1, 1000))
+    check_divisible(config, DistEnv(1, 4, 1, 4))
+    share = local_config(config, DistEnv(1, 4, 1, 1000))
     assert (share.train.batch_size, share.data.workers) == (2, 1)
-    assert of_one_process(config, Launch()) == config
+    assert local_config(config, DistEnv()) == config
 
 
 def test_each_process_needs_a_gpu_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,21 +307,21 @@ def test_each_process_needs_a_gpu_and_nccl(monkeypatch: pytest.MonkeyPatch) -> N
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     with pytest.raises(DeviceError, match=r"4 processes on this machine share 2 GPUs.*--nproc-per-node 2"):
-        choose_device("auto", Launch(1, 4, 1, 4))
+        choose_device("auto", DistEnv(1, 4, 1, 4))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(DeviceError, match=r"2 processes on GPUs need NCCL, and torch .* is built without it"):
-        choose_device("cuda", Launch(1, 2, 1, 2))
-    choose_device("cpu", Launch(1, 2, 1, 2))
-    choose_device("cuda", Launch())
+        choose_device("cuda", DistEnv(1, 2, 1, 2))
+    choose_device("cpu", DistEnv(1, 2, 1, 2))
+    choose_device("cuda", DistEnv())
     assert chosen == []
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    choose_device("cuda", Launch(3, 4, 1, 2))
+    choose_device("cuda", DistEnv(3, 4, 1, 2))
     assert chosen == [1]
 
 
 def test_memory_that_would_fit_counts_all_processes() -> None:
     config = load_config(assignments=["train.batch_size=16", "train.precision=fp32"], environment={})
-    share = of_one_process(config, Launch(0, 4, 0, 4))
+    share = local_config(config, DistEnv(0, 4, 0, 4))
     need = estimate(share, device_type="cpu")
     text = describe_shortage(share, need, int(0.8 * needed_memory(need)), device_type="cpu", processes=4)
     assert text is not None
@@ -335,10 +335,10 @@ class _TwoThatDiffer:
     def __init__(self, other: dict[str, Any]) -> None:
         self._other = json.dumps(other)
 
-    def collect(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         return [text, self._other]
 
-    def leave_to(self) -> None:
+    def exit_unless(self) -> None:
         pass
 
 

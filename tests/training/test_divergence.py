@@ -23,10 +23,10 @@ from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19
 from fastnst.run_log.writer import read_metrics
-from fastnst.training.monitoring.snapshots import Looks
+from fastnst.training.monitoring.snapshots import SampleLogger
 from fastnst.training.run_dir.checkpoint import latest_checkpoint
 from fastnst.training.step import train_step
-from fastnst.training.step.finite_checks import Health, SkippedSteps, not_finite
+from fastnst.training.step.finite_checks import FiniteCheck, SkippedSteps, not_finite
 from fastnst.training.step.train_step import TrainingStep
 from fastnst.training.trainer import train
 
@@ -40,14 +40,14 @@ GENTLE = ("loss.content_weight=1e-4", "loss.style_weight=1e-4", "loss.tv_weight=
 
 @pytest.fixture
 def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
-    """Three steps of one 16 px picture, a checkpoint after each; without graph, samples and histograms."""
-    monkeypatch.setattr(Looks, "begin", lambda *_: None)
-    monkeypatch.setattr(Looks, "look", lambda *_: None)
+    """Three steps of one 16 px image, a checkpoint after each; without graph, samples and histograms."""
+    monkeypatch.setattr(SampleLogger, "begin", lambda *_: None)
+    monkeypatch.setattr(SampleLogger, "look", lambda *_: None)
 
     def configure(*assignments: str) -> Config:
         small = ("data.image_size=16", "train.batch_size=1", "data.workers=1", "data.loader=pillow", "train.steps=3")
         log = ("train.log_every=3", "train.checkpoint_every=1", "train.samples=0", "visualize.every=0", "style.size=16")
-        options = {"data.folder": photo_folder, "style.picture": photo_folder / "picture_00.jpg", "loss.vgg": "random"}
+        options = {"data.folder": photo_folder, "style.image": photo_folder / "image_00.jpg", "loss.vgg": "random"}
         settings = [*small, *log, "train.device=cpu", *GENTLE, *assignments]
         return load_config(preset="vgg-conv3", assignments=settings, options=options, environment={})
 
@@ -84,15 +84,15 @@ class Injection:
 
         monkeypatch.setattr(TrainingStep, "__call__", injected)
 
-    def picture(self, _: TrainingStep, value: float) -> None:
-        """In place of the bytes, which hold no such value, floating pictures that do."""
+    def image(self, _: TrainingStep, value: float) -> None:
+        """In place of the bytes, which hold no such value, floating images that do."""
 
         def poisoned(batch: Tensor) -> Tensor:
-            pictures = train_step.to_unit(batch)
-            pictures[0, 1, 5, 7] = value
-            return pictures
+            images = train_step.to_unit(batch)
+            images[0, 1, 5, 7] = value
+            return images
 
-        self.patches.setattr(train_step, "as_pictures", poisoned)
+        self.patches.setattr(train_step, "as_images", poisoned)
 
     def total(self, _: TrainingStep, value: float) -> None:
         """The loss alone: its gradient stays finite."""
@@ -148,7 +148,7 @@ def newest_step(out: Path) -> int:
 
 
 def small_step(precision: str = "fp32", device: str = "cpu") -> tuple[TrainingStep, Tensor]:
-    """A training step and a batch of one 16 px picture for it."""
+    """A training step and a batch of one 16 px image for it."""
     config = load_config(preset="vgg-conv3", assignments=[f"train.precision={precision}", *GENTLE], environment={})
     net = TransformNet("johnson").to(device).train()
     loss = PerceptualLoss(VGG19(last_layer="relu3_4"), config.loss).to(device)
@@ -158,9 +158,9 @@ def small_step(precision: str = "fp32", device: str = "cpu") -> tuple[TrainingSt
 
 
 # In fp16 the scaler leaves a step out whose gradients are not finite; what stays behind it cannot mend.
-SKIPPED_IN_FP16 = {"picture", "style_term", "gradient"}
+SKIPPED_IN_FP16 = {"image", "style_term", "gradient"}
 NAMED = {
-    "picture": "loss/total, ",
+    "image": "loss/total, ",
     "total": "loss/total ",
     "style_term": "loss/style/relu2_1",
     "gradient": "the gradient of res3.conv1.weight, model.res3.conv1.weight ",
@@ -234,7 +234,7 @@ def test_a_fault_that_is_read_late_has_the_step_and_the_name_it_had(injection: I
     training, batch = small_step()
     for step in range(1, 5):
         training(step, batch)
-    assert training.health.first_bad() == (2, ["the gradient of res3.conv1.weight", "model.res3.conv1.weight"])
+    assert training.health.first_nonfinite() == (2, ["the gradient of res3.conv1.weight", "model.res3.conv1.weight"])
 
 
 def test_skipped_steps_change_no_weight_and_are_counted_and_shown(
@@ -323,7 +323,7 @@ def test_a_step_reads_nothing_back(precision: str, monkeypatch: pytest.MonkeyPat
         training(3, batch)
     with pytest.raises(AssertionError, match="a value is read"), NoValueIsRead():
         bool(training.state_tensors()["model.conv1.weight"].sum() > 0)
-    assert training.health.first_bad() is None
+    assert training.health.first_nonfinite() is None
 
 
 @pytest.mark.gpu
@@ -339,7 +339,7 @@ def test_no_step_waits_for_the_gpu(precision: str) -> None:
             training(step, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert training.health.first_bad() is None
+    assert training.health.first_nonfinite() is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -354,12 +354,12 @@ def test_one_value_among_many_is_found_wherever_it_stands(value: float) -> None:
 
 
 def test_health_keeps_the_first_step_of_each_name() -> None:
-    health = Health(torch.device("cpu"))
-    assert health.first_bad() is None
+    health = FiniteCheck(torch.device("cpu"))
+    assert health.first_nonfinite() is None
     findings = [(5, [False] * 3), (6, [False, True, False]), (7, [True, True, True]), (8, [True, False, False])]
     for step, bad in findings:
         health.record(step, ["a", "b", "c"], torch.tensor(bad))
-    assert health.first_bad() == (6, ["b"])
+    assert health.first_nonfinite() == (6, ["b"])
 
 
 def test_skipped_steps_are_counted_in_all_and_in_a_row() -> None:

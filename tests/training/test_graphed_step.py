@@ -18,7 +18,7 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19
 from fastnst.training.run_dir.checkpoint import latest_checkpoint
 from fastnst.training.step import graphed_step
-from fastnst.training.step.graphed_step import WARM_UP, Steps, make_steps, obstacle
+from fastnst.training.step.graphed_step import WARM_UP, GraphedStep, capture_unsupported_reason, make_steps
 from fastnst.training.step.train_step import TrainingStep
 from fastnst.training.trainer import train
 from helpers.fake_cuda_graph import CpuStreams
@@ -38,7 +38,7 @@ def new_step(
 ) -> TrainingStep:
     """The same whenever it is called: a transform net where `norm` is given, else one convolution, with a small φ.
 
-    `style` is the seed of the style picture.
+    `style` is the seed of the style image.
     """
     layers = () if norm else ('loss.content_layers=["relu2_1"]', 'loss.style_layers=["relu1_1", "relu2_1"]')
     assignments = [f"train.precision={precision}", "loss.style_layer_weights=[]", *GENTLE, *layers]
@@ -53,9 +53,9 @@ def new_step(
     return TrainingStep(net, loss, config.train, device, beside=beside)
 
 
-def new_batch(number: int, pictures: int = 1, device: torch.device = CPU) -> Tensor:
+def new_batch(number: int, images: int = 1, device: torch.device = CPU) -> Tensor:
     draw = torch.Generator().manual_seed(100 + number)
-    return torch.randint(0, 256, (pictures, 16, 16, 3), dtype=torch.uint8, generator=draw).to(device)
+    return torch.randint(0, 256, (images, 16, 16, 3), dtype=torch.uint8, generator=draw).to(device)
 
 
 def seen(terms: LossTerms) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class Outcome:
             tensors = {name: tensor.detach().clone() for name, tensor in step.state_tensors().items()}
             gradients = {f"gradient.{name}": p.grad.clone() for name, p in step.net.named_parameters()}
             self.state[f"{index}"] = tensors | gradients
-            self.state[f"{index} in numbers"] = (step.state_values(), step.health.first_bad())
+            self.state[f"{index} in numbers"] = (step.state_values(), step.health.first_nonfinite())
         return self
 
 
@@ -111,8 +111,8 @@ class Maker:
         self.told: list[str] = []
         with monkeypatch.context() as patches:
             patches.setattr(graphed_step, "CudaStreams", lambda _: self.streams)
-            patches.setattr(graphed_step, "obstacle", lambda *_, **__: None)
-            self.steps = Steps(TrainConfig(), CPU, notify=self.told.append)
+            patches.setattr(graphed_step, "capture_unsupported_reason", lambda *_, **__: None)
+            self.steps = GraphedStep(TrainConfig(), CPU, notify=self.told.append)
 
     def make(
         self, steps: list[TrainingStep], numbers: range, before: Before = nothing, batch: Any = new_batch
@@ -153,10 +153,10 @@ def test_what_is_not_captured_is_told_unless_nobody_expects_it(
     device: str, settings: dict[str, Any], processes: int, why: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(**settings)
-    assert obstacle(config, torch.device(device), processes=processes) == why
+    assert capture_unsupported_reason(config, torch.device(device), processes=processes) == why
     monkeypatch.setattr(graphed_step, "CudaStreams", CpuStreams)
     told: list[str] = []
-    steps = Steps(config, torch.device(device), processes=processes, notify=told.append)
+    steps = GraphedStep(config, torch.device(device), processes=processes, notify=told.append)
     assert (steps._streams is not None) == (why is None)
     assert told == ([f"train.capture: steps are launched one operation at a time, since {why}"] if why else [])
 
@@ -212,17 +212,17 @@ def test_a_batch_of_another_shape_is_trained_on_and_later_ones_are_replayed(make
 
 
 def test_looks_between_replays_change_nothing_and_see_the_newest_weights(maker: Maker) -> None:
-    pictures: tuple[list[Tensor], list[Tensor]] = ([], [])
+    images: tuple[list[Tensor], list[Tensor]] = ([], [])
     outcomes = []
-    for make, painted in zip((maker.make, launched), pictures, strict=True):
+    for make, painted in zip((maker.make, launched), images, strict=True):
 
         def look(_: int, steps: list[TrainingStep], painted: list[Tensor] = painted) -> None:
             painted.append(stylize(steps[0].net, new_batch(0).permute(0, 3, 1, 2).float() / 255))
 
         outcomes.append(make([new_step(norm="batch")], range(1, LAST + 1), look))
     assert_same(*outcomes)
-    torch.testing.assert_close(*pictures, rtol=0, atol=0)
-    assert not torch.equal(pictures[0][-1], pictures[0][-2])
+    torch.testing.assert_close(*images, rtol=0, atol=0)
+    assert not torch.equal(images[0][-1], images[0][-2])
 
 
 def test_projections_between_replays_change_nothing(
@@ -230,13 +230,13 @@ def test_projections_between_replays_change_nothing(
 ) -> None:
     sizes = ("data.image_size=32", "data.workers=1", "data.loader=pillow", "train.batch_size=1", "style.size=32")
     others = (f"train.steps={WARM_UP + 2}", "train.device=cpu", "train.samples=0", "visualize.every=1")
-    watched = ("visualize.pictures=1", 'visualize.transform_maps=["conv2:0"]', "visualize.max_percent=100")
-    options = {"data.folder": photo_folder, "style.picture": photo_folder / "picture_00.jpg", "loss.vgg": "random"}
+    watched = ("visualize.images=1", 'visualize.transform_maps=["conv2:0"]', "visualize.max_percent=100")
+    options = {"data.folder": photo_folder, "style.image": photo_folder / "image_00.jpg", "loss.vgg": "random"}
     config = load_config(preset="vgg-conv3", assignments=[*sizes, *others, *watched], options=options, environment={})
     train(config, tmp_path / "launched", notify=nothing)
     streams = CpuStreams()
     monkeypatch.setattr(graphed_step, "CudaStreams", lambda _: streams)
-    monkeypatch.setattr(graphed_step, "obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(graphed_step, "capture_unsupported_reason", lambda *_, **__: None)
     told: list[str] = []
     train(config, tmp_path / "captured", notify=told.append)
     assert [graph.replays for graph in streams.graphs] == [2]

@@ -15,11 +15,11 @@ from test_graphed_step import Outcome, assert_same, launched, new_batch, new_ste
 from test_resume import assert_same_run, newest
 
 from fastnst.config import TrainConfig
-from fastnst.data.sampler import RunOrder
+from fastnst.data.sampler import Sampler
 from fastnst.errors import DivergedError
 from fastnst.training import trainer
 from fastnst.training.step import graphed_step
-from fastnst.training.step.graphed_step import WARM_UP, Steps
+from fastnst.training.step.graphed_step import WARM_UP, GraphedStep
 from fastnst.training.step.train_step import TrainingStep
 from helpers.fake_cuda_graph import CpuStreams
 from helpers.tiny_runs import logged, make_small, small_config, train_small
@@ -54,7 +54,9 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
             return made[-1]
 
         monkeypatch.setattr(graphed_step, "CudaStreams", open_streams)
-        monkeypatch.setattr(graphed_step, "obstacle", lambda config, *_, **__: "" if config.capture == "off" else None)
+        monkeypatch.setattr(
+            graphed_step, "capture_unsupported_reason", lambda config, *_, **__: "" if config.capture == "off" else None
+        )
         return made
 
     return capture
@@ -105,7 +107,7 @@ def test_several_styles_are_captured_together(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
 ) -> None:
     config = small_config(generated_photos, *SETTINGS)
-    styles = {name: next(generated_photos.glob(f"{name}.*")) for name in ("picture_00", "picture_01")}
+    styles = {name: next(generated_photos.glob(f"{name}.*")) for name in ("image_00", "image_01")}
     trainer.train_styles(config, styles, tmp_path / "launched", notify=print)
     made = capture()
     trainer.train_styles(config, styles, tmp_path / "captured", notify=print)
@@ -117,14 +119,14 @@ def test_several_styles_are_captured_together(
 def test_what_is_not_finite_ends_a_captured_run_and_is_named(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Steps.__call__
+    original = GraphedStep.__call__
 
-    def poisoned(steps: Steps, number: int, batch: torch.Tensor, of: list[TrainingStep]) -> object:
+    def poisoned(steps: GraphedStep, number: int, batch: torch.Tensor, of: list[TrainingStep]) -> object:
         if number == LAST - 1:
             of[0].net.get_parameter("conv1.weight").data[0] = torch.nan
         return original(steps, number, batch, of)
 
-    monkeypatch.setattr(Steps, "__call__", poisoned)
+    monkeypatch.setattr(GraphedStep, "__call__", poisoned)
     made = capture()
     with pytest.raises(DivergedError, match=rf"not finite since step {LAST - 1}: .*step_0000000{LAST - 3}"):
         train_small(small_config(generated_photos, *SETTINGS), tmp_path / "run")
@@ -148,7 +150,7 @@ def test_a_trace_shows_replays_as_one_piece(
 def test_the_loader_works_within_the_feed(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where on a GPU its copies are queued beside the step; a picture that fails takes the same way."""
+    """Where on a GPU its copies are queued beside the step; an image that fails takes the same way."""
     within: list[bool] = []
     feeding = [False]
 
@@ -162,15 +164,15 @@ def test_the_loader_works_within_the_feed(
         def __exit__(self, *_: object) -> None:
             feeding[0] = False
 
-    original = RunOrder.batch
+    original = Sampler.batch
 
-    def watched(order: RunOrder, *args: object, **options: object) -> object:
+    def watched(order: Sampler, *args: object, **options: object) -> object:
         within.append(feeding[0])
         return original(order, *args, **options)
 
     capture()
     monkeypatch.setattr(graphed_step, "CudaStreams", Watched)
-    monkeypatch.setattr(RunOrder, "batch", watched)
+    monkeypatch.setattr(Sampler, "batch", watched)
     train_small(small_config(generated_photos), tmp_path / "run")
     assert within
     assert all(within)
@@ -185,7 +187,7 @@ def test_cuda_replays_what_was_launched(precision: str) -> None:
     """Bit for bit where cuDNN takes the same algorithms, which it is told to."""
     device = torch.device("cuda", torch.cuda.current_device())
     told: list[str] = []
-    steps = Steps(TrainConfig(), device, notify=told.append)
+    steps = GraphedStep(TrainConfig(), device, notify=told.append)
     step = new_step(precision, norm="instance", device=device)
     terms = []
     batches = (new_batch(number, device=device) for number in range(1, LAST + 1))
@@ -201,7 +203,7 @@ def test_cuda_replays_what_was_launched(precision: str) -> None:
 @pytest.mark.gpu
 def test_a_replay_on_cuda_is_as_exact_as_a_launched_step() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    steps = Steps(TrainConfig(), device, notify=print)
+    steps = GraphedStep(TrainConfig(), device, notify=print)
     one, other = (new_step("fp32", norm="instance", device=device) for _ in range(2))
     truth = new_step("fp32", norm="instance")
     for number in range(1, WARM_UP + 1):
@@ -214,14 +216,14 @@ def test_a_replay_on_cuda_is_as_exact_as_a_launched_step() -> None:
     assert steps.captured
     for name, parameter in truth.net.named_parameters():
         found, peer = (step.net.get_parameter(name).grad for step in (one, other))
-        # Sums over all places of a picture, the largest of which has 256 of them, and as many channels.
+        # Sums over all places of an image, the largest of which has 256 of them, and as many channels.
         assert_as_exact_as_torch(found, peer, parameter.grad, conditioning=256.0, what=name)
 
 
 @pytest.mark.gpu
 def test_cuda_does_not_wait_between_steps_and_a_fault_is_named() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    steps = Steps(TrainConfig(), device, notify=print)
+    steps = GraphedStep(TrainConfig(), device, notify=print)
     step = new_step("fp32", norm="instance", device=device)
     batches = iter([new_batch(number, device=device) for number in range(2 * LAST)])
     for number in range(1, LAST + 1):
@@ -233,10 +235,10 @@ def test_cuda_does_not_wait_between_steps_and_a_fault_is_named() -> None:
             steps(number, steps.fetch(batches), [step])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert step.health.first_bad() is None
+    assert step.health.first_nonfinite() is None
     step.net.get_parameter("conv1.weight").data[0] = torch.nan
     steps(2 * LAST, steps.fetch(batches), [step])
-    bad = step.health.first_bad()
+    bad = step.health.first_nonfinite()
     assert bad is not None
     assert bad[0] == 2 * LAST
 
@@ -244,7 +246,7 @@ def test_cuda_does_not_wait_between_steps_and_a_fault_is_named() -> None:
 @pytest.mark.gpu
 def test_cuda_takes_odd_batches_looks_and_loaded_states_in_between() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    steps = Steps(TrainConfig(), device, notify=print)
+    steps = GraphedStep(TrainConfig(), device, notify=print)
     step, plain = (new_step("fp32", norm="instance", device=device) for _ in range(2))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for number in range(1, 3 * LAST):
@@ -266,7 +268,7 @@ def test_cuda_takes_odd_batches_looks_and_loaded_states_in_between() -> None:
 def test_a_capture_that_fails_on_cuda_leaves_training_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     told: list[str] = []
-    steps = Steps(TrainConfig(), device, notify=told.append)
+    steps = GraphedStep(TrainConfig(), device, notify=told.append)
     step, plain = (new_step("fp32", norm="instance", device=device) for _ in range(2))
     original = TrainingStep._record
 

@@ -1,4 +1,4 @@
-"""What a run says when memory is short: which batch size, or which picture size, would fit."""
+"""What a run says when memory is short: which batch size, or which image size, would fit."""
 
 import functools
 import resource
@@ -18,7 +18,7 @@ from fastnst.errors import DeviceError
 from fastnst.training.memory import available as memory
 from fastnst.training.memory.available import RESERVE_BYTES, available_memory, largest_that_fits, needed_memory
 from fastnst.training.memory.estimate import Estimate, estimate
-from fastnst.training.monitoring.snapshots import Looks
+from fastnst.training.monitoring.snapshots import SampleLogger
 from fastnst.training.step.train_step import TrainingStep
 from fastnst.training.trainer import train
 
@@ -46,7 +46,7 @@ def test_the_batch_size_is_the_largest_that_fits(precision: str) -> None:
         assert largest_that_fits(config, room, device_type="cpu") == (fitting, 96)
 
 
-def test_where_one_picture_is_too_much_a_smaller_one_is_named() -> None:
+def test_where_one_image_is_too_much_a_smaller_one_is_named() -> None:
     config = config_of()
     fits, does_not = need(1, 48), need(1, 64)
     for room in (fits + 1000, does_not - 1000):
@@ -55,7 +55,7 @@ def test_where_one_picture_is_too_much_a_smaller_one_is_named() -> None:
     assert largest_that_fits(config, barely_the_weights, device_type="cpu") is None
 
 
-def test_pictures_too_small_for_the_networks_are_not_named() -> None:
+def test_images_too_small_for_the_networks_are_not_named() -> None:
     deep = config_of(
         "loss.style_layers=['relu5_1']", "loss.style_layer_weights=[]", "data.image_size=32", "train.batch_size=1"
     )
@@ -67,12 +67,12 @@ def test_pictures_too_small_for_the_networks_are_not_named() -> None:
 
 @pytest.fixture
 def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
-    monkeypatch.setattr(Looks, "begin", lambda *_: None)
+    monkeypatch.setattr(SampleLogger, "begin", lambda *_: None)
 
     def configure(*assignments: str) -> Config:
         small = ("data.image_size=100", "train.batch_size=8", "data.workers=1", "data.loader=pillow", "train.steps=2")
         quiet = ("train.samples=0", "visualize.every=0", "style.size=32", "train.device=cpu", "train.precision=fp32")
-        options = {"data.folder": photo_folder, "style.picture": photo_folder / "picture_00.jpg", "loss.vgg": "random"}
+        options = {"data.folder": photo_folder, "style.image": photo_folder / "image_00.jpg", "loss.vgg": "random"}
         return load_config(
             preset="vgg-conv3", assignments=[*small, *quiet, *assignments], options=options, environment={}
         )
@@ -81,10 +81,10 @@ def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
 
 
 def round_numbers(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
-    """Instead of an estimate, which takes a second: 1 GiB, and 100 MiB for each picture of 100 px."""
+    """Instead of an estimate, which takes a second: 1 GiB, and 100 MiB for each image of 100 px."""
     assert (device_type, styles) == ("cpu", 1)
-    pictures = config.train.batch_size * config.data.image_size**2 / 100**2
-    return Estimate(weights=2**30, activations=int(80 * 2**20 * pictures), disk=1000)
+    images = config.train.batch_size * config.data.image_size**2 / 100**2
+    return Estimate(weights=2**30, activations=int(80 * 2**20 * images), disk=1000)
 
 
 def failure(
@@ -121,7 +121,7 @@ def test_a_lack_of_memory_names_the_batch_size_that_fits(
     )
 
 
-def test_a_lack_of_memory_for_one_picture_names_the_size_that_fits(
+def test_a_lack_of_memory_for_one_image_names_the_size_that_fits(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = failure(configure(), tmp_path / "one", monkeypatch, GPU_ERROR, 2**31 + 50 * 2**20)
@@ -174,7 +174,7 @@ def test_other_errors_pass(configure: Configure, tmp_path: Path, monkeypatch: py
 def test_a_dry_run_warns_of_too_little_memory(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["train", "--style", photo_folder / "picture_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
+    arguments = ["train", "--style", photo_folder / "image_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
     arguments += ["--vgg", "random", "--device", "cpu", "--set", "data.image_size=96", "--set", "train.batch_size=8"]
     arguments += ["--out", tmp_path / "run", "--dry-run"]
     for room, warning in (
@@ -258,7 +258,7 @@ def test_what_is_advised_after_a_real_failure_does_train(photo_folder: Path, tmp
     def train_with(batch_size: int) -> subprocess.CompletedProcess[str]:
         small = {"data.image_size": 128, "train.batch_size": batch_size, "data.workers": 1, "data.loader": "pillow"}
         quiet = {"train.samples": 0, "visualize.every": 0, "style.size": 32, "train.steps": 2, "train.device": "cpu"}
-        command = [sys.executable, "-c", UNDER_A_LIMIT, room, "train", "--style", photo_folder / "picture_00.jpg"]
+        command = [sys.executable, "-c", UNDER_A_LIMIT, room, "train", "--style", photo_folder / "image_00.jpg"]
         command += ["--data", photo_folder, "--preset", "vgg-conv3", "--vgg", "random"]
         for key, value in (small | quiet).items():
             command += ["--set", f"{key}={value}"]

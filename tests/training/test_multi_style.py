@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastnst.config import Config, load_config
 from fastnst.data.loaders import open_loader
-from fastnst.data.replacements import read_late_failures
+from fastnst.data.replacements import read_failures
 from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
 from fastnst.losses.fused import LossEngine
 from fastnst.run_log.writer import RunLog
@@ -23,13 +23,13 @@ from fastnst.training import trainer
 from fastnst.training.memory.estimate import estimate
 from fastnst.training.run_dir.checkpoint import checkpoint_steps, latest_checkpoint
 from fastnst.training.run_dir.layout import CONFIG_NAME, REJECTED_NAME
-from fastnst.training.run_dir.style_folder import STYLES_NAME, named_styles, saved_styles
+from fastnst.training.run_dir.style_folder import STYLES_NAME, saved_styles, style_names
 from fastnst.training.signals import StopRequest
 from fastnst.training.step.train_step import TrainingStep
 from fastnst.training.style_run import StyleRun
 from helpers.tiny_runs import ASSIGNMENTS, logged, make_small, small_config, train_small
 
-NAMES = ("picture_00", "picture_01", "picture_02")
+NAMES = ("image_00", "image_01", "image_02")
 
 
 class Killed(Exception):
@@ -44,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def styles(generated_photos: Path) -> dict[str, Path]:
     """A JPEG, a PNG and a WebP."""
-    return named_styles([next(generated_photos.glob(f"{name}.*")) for name in NAMES])
+    return style_names([next(generated_photos.glob(f"{name}.*")) for name in NAMES])
 
 
 def train_together(config: Config, styles: dict[str, Path], out: Path, **options: Any) -> list[str]:
@@ -56,8 +56,8 @@ def train_together(config: Config, styles: dict[str, Path], out: Path, **options
 
 
 def train_each(config: Config, styles: dict[str, Path], out: Path) -> None:
-    for name, picture in styles.items():
-        style = config.style.model_copy(update={"picture": picture})
+    for name, image in styles.items():
+        style = config.style.model_copy(update={"image": image})
         train_small(config.model_copy(update={"style": style}), out / name)
 
 
@@ -105,7 +105,7 @@ def test_each_style_is_trained_as_if_alone(
         assert_same_run(tmp_path / "alone" / name, tmp_path / "together" / name)
         finals.add(logged(tmp_path / "together" / name)[-1]["loss/style"])
     assert len(finals) == len(styles)
-    assert any(message.startswith("training: 3 styles, 5 steps of 2 pictures") for message in messages)
+    assert any(message.startswith("training: 3 styles, 5 steps of 2 images") for message in messages)
     if precision == "fp16":
         assert [m.partition(":")[0] for m in messages if "fp16: 0 of 5 steps skipped" in m] == list(NAMES)
 
@@ -135,7 +135,7 @@ def test_real_networks_learn_what_they_learn_alone(
 
 
 @pytest.mark.usefixtures("small")
-def test_pictures_and_their_content_features_are_had_once(
+def test_images_and_their_content_features_are_had_once(
     generated_photos: Path, styles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
@@ -169,7 +169,7 @@ def test_each_log_is_that_of_one_style(generated_photos: Path, styles: dict[str,
         events = EventAccumulator(str(tmp_path / name), size_guidance={"scalars": 0, "images": 0})
         events.Reload()
         assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4, 5]
-        shown.append(events.Images("style/picture")[0].encoded_image_string)
+        shown.append(events.Images("style/image")[0].encoded_image_string)
         speed = [event.value for event in events.Scalars("speed/images_per_second")]
         assert all(0 < value < 1e8 for value in speed)
     assert len(set(shown)) == 3
@@ -273,7 +273,7 @@ def test_a_style_goes_on_alone_and_comes_back(
     kill_at(monkeypatch, NAMES[0], 4)
     with pytest.raises(Killed):
         train_together(config, styles, tmp_path)
-    style = config.style.model_copy(update={"picture": styles[NAMES[1]]})
+    style = config.style.model_copy(update={"image": styles[NAMES[1]]})
     train_small(config.model_copy(update={"style": style}), tmp_path / NAMES[1], resume=True)
     assert checkpoint_steps(tmp_path / NAMES[1])[-1] == 5
     assert any(m.startswith("resuming at step 2") for m in train_together(config, styles, tmp_path, resume=True))
@@ -304,7 +304,7 @@ def test_a_run_killed_before_all_styles_have_begun(
     with pytest.raises(Killed):
         train_together(config, styles, tmp_path / "parts")
     assert len(list((tmp_path / "parts").rglob(CONFIG_NAME))) == 1
-    with pytest.raises(UserError, match=r"holds runs of the styles picture_00, picture_01, picture_02; go on with"):
+    with pytest.raises(UserError, match=r"holds runs of the styles image_00, image_01, image_02; go on with"):
         train_together(config, styles, tmp_path / "parts")
     dying = []
     dying.append("")
@@ -315,25 +315,25 @@ def test_a_run_killed_before_all_styles_have_begun(
 
 
 @pytest.mark.usefixtures("small")
-def test_a_picture_that_fails_is_noted_for_each_style(
+def test_a_image_that_fails_is_noted_for_each_style(
     photo_folder: Path, styles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And taken from any of the lists when the run goes on: the process may have been killed between two of them."""
 
     def opening(*arguments: Any, **options: Any) -> Any:
-        (photo_folder / "picture_07.png").unlink(missing_ok=True)
+        (photo_folder / "image_07.png").unlink(missing_ok=True)
         return open_loader(*arguments, **options)
 
-    config = small_config(photo_folder, "train.steps=12", "train.samples=0", f"style.picture={styles[NAMES[0]]}")
+    config = small_config(photo_folder, "train.steps=12", "train.samples=0", f"style.image={styles[NAMES[0]]}")
     monkeypatch.setattr(trainer, "open_loader", opening)
     messages = train_together(config, styles, tmp_path / "runs")
-    failed = [read_late_failures(tmp_path / "runs" / name / REJECTED_NAME) for name in styles]
-    assert [failure.entry.path for failure in failed[0]] == ["picture_07.png"]
+    failed = [read_failures(tmp_path / "runs" / name / REJECTED_NAME) for name in styles]
+    assert [failure.entry.path for failure in failed[0]] == ["image_07.png"]
     assert failed[0] == failed[1] == failed[2]
-    assert sum("picture_07.png failed in step" in message for message in messages) == 1
+    assert sum("image_07.png failed in step" in message for message in messages) == 1
     (tmp_path / "runs" / NAMES[0] / REJECTED_NAME).write_text("")
     train_together(config, styles, tmp_path / "runs", resume=True)
-    assert read_late_failures(tmp_path / "runs" / NAMES[0] / REJECTED_NAME) == failed[0]
+    assert read_failures(tmp_path / "runs" / NAMES[0] / REJECTED_NAME) == failed[0]
 
 
 @pytest.mark.usefixtures("small")
@@ -350,7 +350,7 @@ def test_a_style_that_diverges_ends_all_and_says_how_the_others_go_on(
         return original(self, step, *arguments)
 
     monkeypatch.setattr(TrainingStep, "__call__", poison)
-    with pytest.raises(DivergedError, match=r"training diverged: .*picture_01/checkpoints/step_00000002.*NAME"):
+    with pytest.raises(DivergedError, match=r"training diverged: .*image_01/checkpoints/step_00000002.*NAME"):
         train_together(small_config(generated_photos), styles, tmp_path)
     for name in styles:
         checkpoint = latest_checkpoint(tmp_path / name, print)
@@ -413,14 +413,14 @@ def test_a_style_has_one_owner(generated_photos: Path, styles: dict[str, Path], 
 
 
 def test_names_of_styles() -> None:
-    assert named_styles([Path("a/wave.jpg"), Path("b/scream.png")]) == {
+    assert style_names([Path("a/wave.jpg"), Path("b/scream.png")]) == {
         "wave": Path("a/wave.jpg"),
         "scream": Path("b/scream.png"),
     }
     with pytest.raises(UserError, match=r"b/wave\.png would have the same run directory as a/wave\.jpg: 'wave'"):
-        named_styles([Path("a/wave.jpg"), Path("b/wave.png")])
+        style_names([Path("a/wave.jpg"), Path("b/wave.png")])
     with pytest.raises(UserError, match=r"the same run directory as itself: 'wave'; give each style once"):
-        named_styles([Path("a/wave.jpg"), Path("a/wave.jpg")])
+        style_names([Path("a/wave.jpg"), Path("a/wave.jpg")])
 
 
 @pytest.mark.usefixtures("small")
@@ -440,7 +440,7 @@ def test_folders_that_hold_something_else(generated_photos: Path, styles: dict[s
     with pytest.raises(UserError, match=r"three is not empty"):
         train_small(config, tmp_path / "three")
     two = {name: styles[name] for name in NAMES[:2]}
-    with pytest.raises(UserError, match=r"begun with the styles picture_00, picture_01, picture_02, and pict"):
+    with pytest.raises(UserError, match=r"begun with the styles image_00, image_01, image_02, and pict"):
         train_together(config, two, tmp_path / "three", resume=True)
     with pytest.raises(UserError, match=r"train\.learning_rate was"):
         train_together(
@@ -450,10 +450,10 @@ def test_folders_that_hold_something_else(generated_photos: Path, styles: dict[s
 
 
 @pytest.mark.usefixtures("small")
-def test_a_style_that_is_no_picture_is_refused_before_anything_is_made(
+def test_a_style_that_is_no_image_is_refused_before_anything_is_made(
     generated_photos: Path, styles: dict[str, Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "broken.jpg").write_text("no picture")
+    (tmp_path / "broken.jpg").write_text("no image")
     with pytest.raises(DataError, match=r"broken\.jpg"):
         train_together(small_config(generated_photos), styles | {"broken": tmp_path / "broken.jpg"}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -489,7 +489,7 @@ Fastnst = Callable[..., tuple[int, str, str]]
 
 def arguments_for(styles: dict[str, Path], photos: Path, *more: object) -> list[object]:
     sets = [word for assignment in ASSIGNMENTS for word in ("--set", assignment)]
-    given = [word for picture in styles.values() for word in ("--style", picture)]
+    given = [word for image in styles.values() for word in ("--style", image)]
     return ["train", *given, "--data", photos, "--preset", "vgg-conv3", "--vgg", "random", *sets, *more]
 
 
@@ -498,23 +498,23 @@ def test_the_command_line_trains_several_styles(
     photo_folder: Path, tmp_path: Path, fastnst: Fastnst, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     styles = {}
     for name in NAMES[:2]:
-        styles[name] = Path(shutil.copy(next(photo_folder.glob(f"{name}.*")), pictures))
+        styles[name] = Path(shutil.copy(next(photo_folder.glob(f"{name}.*")), images))
     code, out, err = fastnst(*arguments_for(styles, photo_folder))
     assert code == 0, err
-    folder = Path("runs/picture_00+picture_01")
+    folder = Path("runs/image_00+image_01")
     assert out.splitlines() == [
         *(f"style model      {folder / name / 'model.safetensors'}" for name in styles),
         f"TensorBoard log  {folder}",
     ]
-    assert f"fastnst tensorboard {folder}; use it: fastnst stylize {folder / 'picture_00'} PICTURE" in err
+    assert f"fastnst tensorboard {folder}; use it: fastnst stylize {folder / 'image_00'} IMAGE" in err
     assert json.loads((folder / STYLES_NAME).read_text()) == {name: str(path) for name, path in styles.items()}
     code, out, err = fastnst("stylize", folder, styles[NAMES[0]], "--out", tmp_path / "painted.png")
     assert code == 3
-    assert f"{folder} holds 2 style models, each in a folder; give one, such as {folder / 'picture_00'}" in err
+    assert f"{folder} holds 2 style models, each in a folder; give one, such as {folder / 'image_00'}" in err
     code, out, err = fastnst("train", "--resume", "--out", folder)
     assert (code, "nothing to do: 5 of 5 steps are done" in err) == (0, True)
     code, out, err = fastnst("train", "--resume", "--out", folder, "--steps", 6)
@@ -522,18 +522,18 @@ def test_the_command_line_trains_several_styles(
     assert [logged(folder / name)[-1]["step"] for name in styles] == [6, 6]
     code, out, err = fastnst("train", "--resume", "--out", folder, "--style", styles[NAMES[0]])
     assert code == 2
-    assert "was begun with the styles picture_00, picture_01, and picture_00 are given" in err
+    assert "was begun with the styles image_00, image_01, and image_00 are given" in err
     code, out, err = fastnst(*arguments_for(styles, photo_folder))
     assert code == 2
-    assert "holds runs of the styles picture_00, picture_01; go on with them by --resume" in err
+    assert "holds runs of the styles image_00, image_01; go on with them by --resume" in err
     styles[NAMES[1]].write_bytes(styles[NAMES[0]].read_bytes())
     code, out, err = fastnst("train", "--resume", "--out", folder, "--steps", 7)
     assert code == 3
-    assert "picture_01/checkpoints/step_00000006 was trained otherwise: the style picture changed" in err
+    assert "image_01/checkpoints/step_00000006 was trained otherwise: the style image changed" in err
     assert [logged(folder / name)[-1]["step"] for name in styles] == [6, 6]
     code, out, err = fastnst("train", "--resume", "--out", folder, "--steps", 7, "--allow-changes")
     assert code == 0, err
-    assert "picture_01: goes on, though the style picture changed" in err
+    assert "image_01: goes on, though the style image changed" in err
 
 
 @pytest.mark.usefixtures("small")
@@ -543,7 +543,7 @@ def test_the_plan_of_several_styles(
     code, out, err = fastnst(*arguments_for(styles, photo_folder, "--out", tmp_path / "out", "--dry-run"))
     assert code == 0, err
     assert [line.split(",")[0] for line in out.splitlines() if line.startswith("# style ")] == [
-        f"# style      {picture}" for picture in styles.values()
+        f"# style      {image}" for image in styles.values()
     ]
     assert "# styles     3, trained together" in out
     assert not (tmp_path / "out").exists()

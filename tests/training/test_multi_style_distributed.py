@@ -13,7 +13,7 @@ from helpers.torchrun_helpers import run_ranks
 
 STEPS = 4
 SETTINGS = ("train.batch_size=4", "train.checkpoint_every=2", "train.keep_checkpoints=5")
-NAMES = ("picture_00", "picture_01")
+NAMES = ("image_00", "image_01")
 
 
 def codes(ended: list[Ended]) -> list[int]:
@@ -45,7 +45,7 @@ def test_each_style_is_trained_as_if_alone(
     ended = run_ranks(fork_server, command(few_photos, tmp_path / "runs", *NAMES), tmp_path)
     assert codes(ended) == [0, 0]
     assert ended[1].printed == ""
-    assert ended[0].printed.count("training: 2 styles, 4 steps of 4 pictures") == 1
+    assert ended[0].printed.count("training: 2 styles, 4 steps of 4 images") == 1
     for name in NAMES:
         assert_same_outcome(tmp_path / "runs" / name, alone / name)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [".lock", *NAMES, STYLES_NAME]

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from fastnst.cli.main import cli
 from fastnst.errors import StoppedBySignal, UserError
 from fastnst.training import trainer
+from fastnst.training.monitoring.profiler import record_span
 from fastnst.training.signals import StopRequest
 from helpers.tiny_runs import make_small, small_arguments, small_config, train_small
 
@@ -47,7 +48,7 @@ def test_steady_steps_are_traced_with_their_phases(generated_photos: Path, tmp_p
     assert not others
     assert name == "steps_14_to_16.pt.trace.json.gz"  # behind 10 that are left out and 3 to warm up
     assert traced_steps(events) == 3
-    counts = {phase: names(events).count(phase) for phase in PHASES}
+    counts = {record_span: names(events).count(record_span) for record_span in PHASES}
     assert counts == dict.fromkeys(PHASES, 3)
     assert any("convolution_backward" in name for name in names(events))
     path = tmp_path / "run" / "profile" / name
@@ -116,7 +117,10 @@ def test_a_stopped_run_says_what_there_is(
 def test_without_a_profile_nothing_is_annotated_or_written(generated_photos: Path, tmp_path: Path) -> None:
     train_small(small_config(generated_photos, "train.steps=1"), tmp_path / "run")
     assert not (tmp_path / "run" / "profile").exists()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler, profiler.phase("mine"):
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+        record_span("mine"),
+    ):
         torch.ones(1)
     assert "mine" not in [event.name for event in profiler.events()]
 

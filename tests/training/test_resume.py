@@ -352,7 +352,7 @@ def test_a_start_that_was_killed_leaves_nothing_in_the_way_of_the_next(generated
 def test_a_run_that_another_process_finished_meanwhile_is_not_begun_again(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes between the first look at the directory and the lock, while pictures are checked."""
+    """It comes between the first look at the directory and the lock, while images are checked."""
     config = small_config(generated_photos)
     original = trainer.read_inputs
 

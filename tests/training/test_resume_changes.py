@@ -44,13 +44,13 @@ def resume(config_photos: Path, run: Path, *assignments: str, allow_changes: boo
     return train_small(config, run, resume=True, allow_changes=allow_changes)
 
 
-def remove_a_picture(photos: Path, _: Path) -> None:
-    (photos / "picture_03.jpg").unlink()
+def remove_a_image(photos: Path, _: Path) -> None:
+    (photos / "image_03.jpg").unlink()
 
 
 def exchange_the_style(photos: Path, _: Path) -> None:
-    # It lies among the photographs, which so change as well.
-    style = photos / "picture_00.jpg"
+    # It lies among the photos, which so change as well.
+    style = photos / "image_00.jpg"
     style.write_bytes(style.read_bytes() + b"\0")
 
 
@@ -70,11 +70,11 @@ def alter(run: Path, **state: object) -> None:
 
 CHANGES = [
     (
-        remove_a_picture,
+        remove_a_image,
         DataError,
-        r"pictures in the data folder changed .*\(12 pictures, SHA-256 \w+… then, 11 pictures",
+        r"images in the data folder changed .*\(12 images, SHA-256 \w+… then, 11 images",
     ),
-    (exchange_the_style, DataError, r"the style picture changed .*\(SHA-256 \w{12}… then, \w{12}… now\)"),
+    (exchange_the_style, DataError, r"the style image changed .*\(SHA-256 \w{12}… then, \w{12}… now\)"),
     (exchange_vgg, DataError, r"the VGG19 weights changed .*\(SHA-256 0{12}… then, \w{12}… now\)"),
     (another_world_size, UserError, "the processes that share a step were 2, are now 1"),
 ]
@@ -113,7 +113,7 @@ def test_another_configuration_is_listed_key_by_key(photo_folder: Path, run: Pat
     assert sorted(message for message in messages if message.startswith("goes on")) == sorted(
         f"goes on, though {text}" for text in texts
     )
-    assert any("the order of the pictures is from now on" in message for message in messages)
+    assert any("the order of the images is from now on" in message for message in messages)
     saved = load_config(file=run / "config.toml", environment={})
     assert (saved.train.learning_rate, saved.train.batch_size, saved.data.flip) == (0.01, 3, False)
     assert newest(run).state["scaler"]["scale"] == 65536.0  # there was none before; it begins as in a new run
@@ -128,7 +128,7 @@ def test_what_was_allowed_is_kept_even_if_the_process_is_killed_at_once(
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    (photo_folder / "picture_03.jpg").unlink()
+    (photo_folder / "image_03.jpg").unlink()
     with monkeypatch.context() as patch:
         patch.setattr("fastnst.training.trainer.RunLog", die)
         with pytest.raises(KeyboardInterrupt):
@@ -230,7 +230,7 @@ def test_on_the_command_line(
     assert "goes on, though train.learning_rate was 0.003, is now 0.01" in said
     code, said = fastnst(monkeypatch, capsys, "train", "--resume", "--out", str(out), "--steps", "7")
     assert code == 0, said
-    (photo_folder / "picture_05.webp").unlink()
+    (photo_folder / "image_05.webp").unlink()
     assert fastnst(monkeypatch, capsys, "train", "--resume", "--out", str(out), "--steps", "8")[0] == 3
     code, said = fastnst(monkeypatch, capsys, *small_arguments(photo_folder, tmp_path / "new"), "--allow-changes")
     assert code == 2

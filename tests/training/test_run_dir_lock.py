@@ -62,7 +62,7 @@ def test_eight_processes_that_resume_a_killed_run(
     assert_same_outcome(tmp_path / "run", undisturbed)
 
 
-def test_the_processes_that_load_pictures_do_not_hold_the_lock_of_a_killed_run(
+def test_the_processes_that_load_images_do_not_hold_the_lock_of_a_killed_run(
     fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
 ) -> None:
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS)

@@ -61,14 +61,14 @@ def test_signals_that_are_disregarded_change_nothing_any_more() -> None:
 
 
 def decode() -> None:
-    """Like a decoder of pictures, to which every `Exception` is damage."""
+    """Like a decoder of images, to which every `Exception` is damage."""
     try:
         os.kill(os.getpid(), signal.SIGTERM)
     except Exception as error:
         pytest.fail(f"took {error!r} for damage")
 
 
-def test_what_takes_any_exception_for_a_bad_picture_does_not_swallow_a_signal() -> None:
+def test_what_takes_any_exception_for_a_bad_image_does_not_swallow_a_signal() -> None:
     with StopRequest().installed(), pytest.raises(StoppedBySignal):
         decode()
 

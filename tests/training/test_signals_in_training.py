@@ -22,7 +22,7 @@ SETTINGS = (
     "train.sample_every=2",
     "visualize.every=2",
     "visualize.max_percent=100",
-    "visualize.pictures=1",
+    "visualize.images=1",
     "visualize.transform_maps=['up2:0']",
 )
 
@@ -62,7 +62,12 @@ def assert_ended_in_good_order(ended: Ended, signum: signal.Signals, message: st
 
 
 def stop_and_go_on(
-    phase: str, signum: signal.Signals, fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
+    phase: str,
+    signum: signal.Signals,
+    fork_server: ForkServer,
+    undisturbed: Path,
+    few_photos: Path,
+    tmp_path: Path,
 ) -> None:
     point, occurrence, message = PHASES[phase]
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
@@ -89,7 +94,12 @@ def test_a_signal_in_any_phase_loses_nothing(
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
 @pytest.mark.parametrize("phase", PHASES)
 def test_each_signal_in_each_phase_loses_nothing(
-    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path, phase: str, signum: signal.Signals
+    fork_server: ForkServer,
+    undisturbed: Path,
+    few_photos: Path,
+    tmp_path: Path,
+    phase: str,
+    signum: signal.Signals,
 ) -> None:
     """python -m pytest -m campaign tests/training/test_signals_in_training.py"""
     stop_and_go_on(phase, signum, fork_server, undisturbed, few_photos, tmp_path)
@@ -122,7 +132,7 @@ def test_a_second_signal_forces_the_end_and_the_last_checkpoint_stands(
 def test_a_signal_to_all_processes_of_a_run_is_one_to_the_run(
     fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    """A terminal's Ctrl-C and hang-up, and a supervisor's SIGTERM, reach the processes that load pictures as well."""
+    """A terminal's Ctrl-C and hang-up, and a supervisor's SIGTERM, reach the processes that load images as well."""
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
     case = Case(argv, str(tmp_path), "after-backward", 2, (signum,), real_loader=True, whole_group=True)
     ended = fork_server.run(case)

@@ -27,7 +27,7 @@ def configure(photo_folder: Path) -> Configure:
         watched = ("visualize.vgg_maps=['relu1_2:3']", "visualize.transform_maps=['conv2:5','up2']")
         options = {
             "data.folder": photo_folder,
-            "style.picture": photo_folder / "picture_00.jpg",
+            "style.image": photo_folder / "image_00.jpg",
             "loss.vgg": "random",
         }
         all_assignments = [*small, *log, *watched, *assignments]
@@ -42,13 +42,13 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, step: float, look: float) -> None:
         self.now = 0.0
         monkeypatch.setattr(snapshots.time, "perf_counter", lambda: self.now)
-        due, projected = snapshots.Looks.projections_due, snapshots.Looks._project
+        due, projected = snapshots.SampleLogger.projections_due, snapshots.SampleLogger._project
 
-        def stepping(this: snapshots.Looks, *arguments: int) -> bool:
+        def stepping(this: snapshots.SampleLogger, *arguments: int) -> bool:
             self.now += step
             return due(this, *arguments)
 
-        def looking(this: snapshots.Looks, *arguments: object) -> None:
+        def looking(this: snapshots.SampleLogger, *arguments: object) -> None:
             with this._allowance:
                 self.now += look
             # Its own clock stands still from here on; what it counts is taken back.
@@ -56,8 +56,8 @@ class Clock:
             projected(this, *arguments)
             this._allowance.spent, this._allowance.count = spent, count
 
-        monkeypatch.setattr(snapshots.Looks, "projections_due", stepping)
-        monkeypatch.setattr(snapshots.Looks, "_project", looking)
+        monkeypatch.setattr(snapshots.SampleLogger, "projections_due", stepping)
+        monkeypatch.setattr(snapshots.SampleLogger, "_project", looking)
 
 
 def run(config: Config, out: Path) -> list[str]:
@@ -67,7 +67,7 @@ def run(config: Config, out: Path) -> list[str]:
 
 
 def images(out: Path) -> dict[str, list[int]]:
-    """Steps of each picture's slider."""
+    """Steps of each image's slider."""
     events = EventAccumulator(str(out), size_guidance={"images": 0})
     events.Reload()
     return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
@@ -77,12 +77,12 @@ def test_projections_stand_under_one_tag_with_a_slider(configure: Configure, tmp
     out = tmp_path / "run"
     messages = run(configure("visualize.every=2", "visualize.max_percent=100"), out)
     sliders = images(out)
-    for picture in ("picture_00", "picture_01"):
+    for image in ("image_00", "image_01"):
         for tag in ("vgg_transformed/relu1_2_map3", "transform_net/conv2_map5", "transform_net/up2"):
-            assert sliders[f"evolution/{tag}/{picture}"] == [0, 2, 4, 6]
-        assert sliders[f"strip/transform_net/{picture}"] == [0, 2, 4, 6]
-        assert sliders[f"strip/vgg_content/{picture}"] == [0]
-    assert sliders["stylised/picture_00"] == [0, 6]
+            assert sliders[f"evolution/{tag}/{image}"] == [0, 2, 4, 6]
+        assert sliders[f"strip/transform_net/{image}"] == [0, 2, 4, 6]
+        assert sliders[f"strip/vgg_content/{image}"] == [0]
+    assert sliders["stylised/image_00"] == [0, 6]
     assert all(0 < row["speed/projections_percent"] < 100 for row in read_metrics(out))
     (report,) = [message for message in messages if message.startswith("projections: ")]
     assert report.startswith("projections: 4 sets in ")
@@ -106,7 +106,7 @@ def test_sets_that_would_take_too_long_are_left_out(
     """10 s a step, 2 s a set, a tenth of the time: the first set uses up 20 s, and another fits after 40 s."""
     Clock(monkeypatch, step=10.0, look=2.0)
     messages = run(configure("visualize.every=1", "visualize.max_percent=10"), tmp_path / "run")
-    assert images(tmp_path / "run")["evolution/transform_net/up2/picture_00"] == [0, 4, 6]
+    assert images(tmp_path / "run")["evolution/transform_net/up2/image_00"] == [0, 4, 6]
     (report,) = [message for message in messages if message.startswith("projections: ")]
     assert "3 sets in 0:06, 9.1% of the training time; 4 more would have passed" in report
     assert "visualize.max_percent = 10" in report
@@ -115,7 +115,7 @@ def test_sets_that_would_take_too_long_are_left_out(
 def test_the_time_is_that_of_training(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch, step=1000.0, look=2.0)
     run(configure("visualize.every=1", "train.log_every=1"), tmp_path / "run")
-    assert images(tmp_path / "run")["evolution/transform_net/up2/picture_00"] == list(range(STEPS + 1))
+    assert images(tmp_path / "run")["evolution/transform_net/up2/image_00"] == list(range(STEPS + 1))
     shares = [row["speed/projections_percent"] for row in read_metrics(tmp_path / "run")]
     # At the end of step s: the sets of steps 0 … s − 1, in s steps' time. The clock ticks before the row is written.
     assert shares == pytest.approx([100 * 2 * s / (1000 * s + 2 * s) for s in range(1, STEPS + 1)])
@@ -128,15 +128,15 @@ def test_maps_that_the_networks_lack_stop_a_run_before_it_begins(configure: Conf
 
 
 def test_vgg19_reaches_as_deep_as_what_is_watched(configure: Configure, tmp_path: Path) -> None:
-    run(configure("train.steps=1", "visualize.vgg_maps=['pool3:1']", "visualize.pictures=1"), tmp_path / "run")
-    assert images(tmp_path / "run")["evolution/vgg_transformed/pool3_map1/picture_00"] == [0, 1]
+    run(configure("train.steps=1", "visualize.vgg_maps=['pool3:1']", "visualize.images=1"), tmp_path / "run")
+    assert images(tmp_path / "run")["evolution/vgg_transformed/pool3_map1/image_00"] == [0, 1]
 
 
-def test_pictures_of_one_name_in_two_folders_are_told_apart(
+def test_images_of_one_name_in_two_folders_are_told_apart(
     configure: Configure, photo_folder: Path, tmp_path: Path
 ) -> None:
     for name in ("a", "b"):
         (photo_folder / name).mkdir()
-        shutil.copy(photo_folder / "picture_01.png", photo_folder / name / "same.png")
+        shutil.copy(photo_folder / "image_01.png", photo_folder / name / "same.png")
     run(configure("train.steps=1", "train.samples=2"), tmp_path / "run")
     assert {"stylised/a/same.png", "stylised/b/same.png"} <= set(images(tmp_path / "run"))

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnst.data.manifest import Entry, Manifest
-from fastnst.data.replacements import LateFailure, Replacements
-from fastnst.data.sampler import RunOrder
+from fastnst.data.replacements import ImageReplacer, ReadFailure
+from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
-from fastnst.training.distributed.environment import Launch
-from fastnst.training.distributed.synced_batches import SharedBatches, SharedFailures
+from fastnst.training.distributed.environment import DistEnv
+from fastnst.training.distributed.synced_batches import SyncedBatches, SyncedFailures
 
 TIMEOUT_S = 60.0
 
@@ -35,33 +35,33 @@ class EndedElsewhere(Exception):
 
 
 class ThreadTeam:
-    """As much of a `Team` as is used here."""
+    """As much of a `ProcessGroup` as is used here."""
 
     def __init__(self, rank: int, threads: Threads) -> None:
-        self.launch = Launch(rank, len(threads.texts), rank, len(threads.texts))
-        self.leads = rank == 0
+        self.dist_env = DistEnv(rank, len(threads.texts), rank, len(threads.texts))
+        self.is_rank_zero = rank == 0
         self._threads = threads
 
-    def collect(self, text: str) -> list[str]:
-        self._threads.texts[self.launch.rank] = text
+    def all_gather_text(self, text: str) -> list[str]:
+        self._threads.texts[self.dist_env.rank] = text
         self._threads.barrier.wait()
         texts = list(self._threads.texts)
         self._threads.barrier.wait()
         return texts if any(texts) else []
 
-    def leave_to(self, rank: int = 0) -> None:
-        if rank != self.launch.rank:
+    def exit_unless(self, rank: int = 0) -> None:
+        if rank != self.dist_env.rank:
             raise EndedElsewhere
 
 
 class FakeLoader:
-    """Delivers the indices of pictures instead of these; reads ahead, and finds a failure ahead or when due.
+    """Delivers the indices of images instead of these; reads ahead, and finds a failure ahead or when due.
 
-    A picture in `bad` cannot be read in that step, and can again in later ones: who finds it is one process alone.
+    An image in `bad` cannot be read in that step, and can again in later ones: who finds it is one process alone.
     """
 
     def __init__(
-        self, order: RunOrder, rank: int, replacements: Replacements, bad: dict[int, int], *, ahead: int, early: bool
+        self, order: Sampler, rank: int, replacements: ImageReplacer, bad: dict[int, int], *, ahead: int, early: bool
     ) -> None:
         self._order, self._rank, self._replacements, self._bad = order, rank, replacements, bad
         self._ahead, self._early = ahead, early
@@ -102,28 +102,28 @@ class FakeLoader:
         return [(index, "damaged") for index in indices.tolist() if self._bad.get(index) == step]
 
 
-def manifest_of(pictures: int) -> Manifest:
-    entries = [Entry(f"{index:03d}.png", 1, 1, 1, "PNG", True, 0) for index in range(pictures)]
-    return Manifest(Path("pictures"), entries, [], "fingerprint")
+def manifest_of(images: int) -> Manifest:
+    entries = [Entry(f"{index:03d}.png", 1, 1, 1, "PNG", True, 0) for index in range(images)]
+    return Manifest(Path("images"), entries, [], "fingerprint")
 
 
 def read_all(
-    world_size: int, pictures: int, bad: dict[int, int], *, batch_size: int, ahead: int, early: bool, percent: float
+    world_size: int, images: int, bad: dict[int, int], *, batch_size: int, ahead: int, early: bool, percent: float
 ) -> tuple[list[list[int]], list[tuple[int, str]], list[BaseException]]:
-    """Pictures of each step in the order of the ranks, failures as rank 0 notes them, and how the ranks ended."""
+    """Images of each step in the order of the ranks, failures as rank 0 notes them, and how the ranks ended."""
     threads, steps = Threads(world_size), 10
-    order = RunOrder(5, pictures, batch_size, steps, world_size=world_size)
-    manifest, noted = manifest_of(pictures), []
+    order = Sampler(5, images, batch_size, steps, world_size=world_size)
+    manifest, noted = manifest_of(images), []
 
-    def note(failure: LateFailure) -> None:
+    def note(failure: ReadFailure) -> None:
         noted.append((failure.step, failure.entry.path))
 
     def read(rank: int) -> tuple[list[list[int]], BaseException | None]:
-        failures = SharedFailures(
+        failures = SyncedFailures(
             manifest, ThreadTeam(rank, threads), max_percent=percent, earlier=(), note=note if not rank else pytest.fail
         )
         loader = FakeLoader(order, rank, failures.replacements, bad, ahead=ahead, early=early)
-        batches = SharedBatches(loader, order, rank, failures, start_step=0, read_ahead=ahead)
+        batches = SyncedBatches(loader, order, rank, failures, start_step=0, read_ahead=ahead)
         read: list[list[int]] = []
         try:
             for _ in range(steps):
@@ -140,7 +140,7 @@ def read_all(
 
 @settings(max_examples=40)
 @given(
-    pictures=st.integers(8, 30),
+    images=st.integers(8, 30),
     bad=st.dictionaries(st.integers(0, 19), st.integers(0, 9), max_size=8),
     share=st.integers(1, 3),
     world_size=st.integers(2, 3),
@@ -148,11 +148,11 @@ def read_all(
     early=st.booleans(),
 )
 def test_several_read_what_one_reads(
-    pictures: int, bad: dict[int, int], share: int, world_size: int, ahead: int, early: bool
+    images: int, bad: dict[int, int], share: int, world_size: int, ahead: int, early: bool
 ) -> None:
     how = {"batch_size": 6 * share, "ahead": ahead, "early": early, "percent": 99.0}
-    alone = read_all(1, pictures, bad, **how)
-    together = read_all(world_size, pictures, bad, **how)
+    alone = read_all(1, images, bad, **how)
+    together = read_all(world_size, images, bad, **how)
     assert together[0] == alone[0]
     if not early:
         assert sorted(together[1]) == sorted(alone[1])
@@ -163,5 +163,5 @@ def test_too_many_failures_end_all_in_the_same_step() -> None:
     _, noted, errors = read_all(3, 9, dict.fromkeys(range(8), 1), batch_size=6, ahead=2, early=False, percent=1.0)
     assert sorted(type(error).__name__ for error in errors) == ["DataError", "EndedElsewhere", "EndedElsewhere"]
     (told,) = [error for error in errors if isinstance(error, DataError)]
-    assert "of 9 pictures" in str(told)
+    assert "of 9 images" in str(told)
     assert len(noted) > 3

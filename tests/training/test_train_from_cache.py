@@ -73,18 +73,18 @@ def test_from_a_folder_to_its_cache_is_a_change(cache: Path, few_photos: Path, t
         train_on(cache, run, few_photos, resume=True)
     told = train_on(cache, run, few_photos, resume=True, allow_changes=True)
     assert any("goes on, though data.folder was" in text for text in told)
-    assert any("goes on, though the pictures in the data folder changed" in text for text in told)
+    assert any("goes on, though the images in the data folder changed" in text for text in told)
     train_on(few_photos, tmp_path / "whole", few_photos)
     assert weights(run) == weights(tmp_path / "whole")
 
 
-def test_a_cache_of_other_pictures_in_the_same_place_is_a_change(
+def test_a_cache_of_other_images_in_the_same_place_is_a_change(
     cache: Path, few_photos: Path, generated_photos: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     train_on(cache, run, few_photos, "train.steps=3")
     build_cache(build_manifest(generated_photos), cache, size=16, fit="random_crop", rebuild=True)
-    with pytest.raises(DataError, match=r"the pictures in the data folder changed .*5 pictures.*12 pictures"):
+    with pytest.raises(DataError, match=r"the images in the data folder changed .*5 images.*12 images"):
         train_on(cache, run, few_photos, resume=True)
 
 
@@ -126,22 +126,22 @@ def test_what_users_meet_on_the_command_line(
     photo_folder: Path, tmp_path: Path, fastnst: Fastnst, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (photo_folder / "broken.png").write_bytes(b"no picture")
+    (photo_folder / "broken.png").write_bytes(b"no image")
     code, out, err = fastnst("data", "cache", photo_folder, "--size", 32)
     assert (code, out) == (0, "caches/photos-32\n")
-    assert "12 pictures of 32 px (random_crop), 1 refused" in err
+    assert "12 images of 32 px (random_crop), 1 refused" in err
     assert "train with: --data caches/photos-32 --set data.image_size=32" in err
     cache = tmp_path / "caches" / "photos-32"
 
     code, out, _ = fastnst("data", "cache", photo_folder, "--size", 32, "--json")
     report = json.loads(out)
-    assert (code, report["pictures"], report["size"], report["fit"]) == (0, 12, 32, "random_crop")
+    assert (code, report["images"], report["size"], report["fit"]) == (0, 12, 32, "random_crop")
     assert report["shards"] == report["shards_kept"] > 1
     assert report["rejected"][0]["path"] == "broken.png"
     assert report["bytes"] == sum(path.stat().st_size for path in cache.glob("*.u8"))
 
     code, out, _ = fastnst("data", "check", cache)
-    assert (code, out[:34]) == (0, "12 pictures of 32 px (random_crop)")
+    assert (code, out[:34]) == (0, "12 images of 32 px (random_crop)")
     (cache / "shard_0001.u8").unlink()
     code, out, err = fastnst("data", "check", cache, "--json")
     assert code == 3

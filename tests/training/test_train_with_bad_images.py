@@ -1,4 +1,4 @@
-"""Whole runs in which pictures fail: listed at once, told, replaced, and the same after a resume."""
+"""Whole runs in which images fail: listed at once, told, replaced, and the same after a resume."""
 
 import errno
 import json
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from fastnst.config import Config
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Entry, build_manifest
-from fastnst.data.replacements import LateFailure, append_row, late_row, read_late_failures, with_failed
-from fastnst.data.sampler import RunOrder
+from fastnst.data.replacements import ReadFailure, append_row, late_row, read_failures, with_failed
+from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.training import trainer
 from fastnst.training.run_dir import rejected_images
@@ -25,7 +25,7 @@ from helpers.tiny_runs import logged, make_small, small_config, train_small
 
 pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
 
-STEPS, BATCH, PICTURES = 12, 2, 12
+STEPS, BATCH, IMAGES = 12, 2, 12
 LOADERS = ("dali", "pillow")
 
 
@@ -34,7 +34,7 @@ class Crash(Exception):
 
 
 class Scene:
-    """Small runs over a folder of twelve pictures, some of which go away when the first batch is asked for."""
+    """Small runs over a folder of twelve images, some of which go away when the first batch is asked for."""
 
     def __init__(self, folder: Path, style: Path, tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.style, self.tmp = folder, style, tmp
@@ -42,7 +42,7 @@ class Scene:
         self.away.mkdir()
         self.victims: list[str] = []
         self.crash_after: int | None = None
-        self.order = RunOrder(0, PICTURES, BATCH, STEPS)
+        self.order = Sampler(0, IMAGES, BATCH, STEPS)
         self.paths = [entry.path for entry in build_manifest(folder).images]
         step = TrainingStep.__call__
 
@@ -61,7 +61,7 @@ class Scene:
 
     def config(self, loader: str, *more: str) -> Config:
         settings = (f"data.loader={loader}", f"train.steps={STEPS}", "train.checkpoint_every=4", "train.samples=1")
-        return small_config(self.folder, *settings, f"style.picture={self.style}", *more)
+        return small_config(self.folder, *settings, f"style.image={self.style}", *more)
 
     def take_away(self) -> None:
         for name in self.victims:
@@ -73,7 +73,7 @@ class Scene:
             path.rename(self.folder / path.name)
 
     def first_used_in(self, step: int) -> str:
-        """A picture that comes for the first time in a step of the first pass, counted from 1."""
+        """An image that comes for the first time in a step of the first pass, counted from 1."""
         return self.paths[int(self.order.batch(step - 1).indices[0])]
 
     def train(self, config: Config, name: str, **options: Any) -> list[str]:
@@ -103,11 +103,11 @@ class Scene:
 
 @pytest.fixture
 def scene(photo_folder: Path, generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    return Scene(photo_folder, generated_photos / "picture_00.jpg", tmp_path, monkeypatch)
+    return Scene(photo_folder, generated_photos / "image_00.jpg", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_picture_that_goes_away_is_replaced_listed_and_told(scene: Scene, loader: str) -> None:
+def test_a_image_that_goes_away_is_replaced_listed_and_told(scene: Scene, loader: str) -> None:
     (scene.folder / "letter.jpg").write_text("A letter.")
     victim = scene.first_used_in(5)
     scene.victims = [victim]
@@ -124,10 +124,8 @@ def test_a_picture_that_goes_away_is_replaced_listed_and_told(scene: Scene, load
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("after", [5, 7, 11])
-def test_a_resumed_run_does_without_the_same_pictures_from_the_same_steps(
-    scene: Scene, loader: str, after: int
-) -> None:
-    """The picture is gone when the run is resumed; it is missed in step 5, between the checkpoints of steps 4 and 8."""
+def test_a_resumed_run_does_without_the_same_images_from_the_same_steps(scene: Scene, loader: str, after: int) -> None:
+    """The image is gone when the run is resumed; it is missed in step 5, between the checkpoints of steps 4 and 8."""
     scene.victims = [scene.paths[0], scene.first_used_in(5)]
     first_steps = [
         1 + next(s for s in range(STEPS) if scene.paths.index(name) in scene.order.batch(s).indices)
@@ -144,7 +142,7 @@ def test_a_resumed_run_does_without_the_same_pictures_from_the_same_steps(
     scene.crash(config, "crashed", after)
     # As a write that a power cut stopped.
     with (scene.tmp / "crashed" / REJECTED_NAME).open("a") as file:
-        file.write('{"path": "picture_0')
+        file.write('{"path": "image_0')
     scene.train(config, "crashed", resume=True)
     scene.assert_same("whole", "crashed")
     assert scene.rows("crashed") == rows
@@ -182,7 +180,7 @@ def test_too_many_failures_end_the_run_and_a_mended_folder_goes_on(scene: Scene)
     # All that comes for the first time behind the checkpoint of step 4: what fails before it stays out.
     scene.victims = [scene.paths[index] for step in (5, 6) for index in scene.order.batch(step - 1).indices]
     names = list(scene.victims)
-    with pytest.raises(DataError, match=r"4 of 12 pictures .* data\.max_failed_percent = 1 allows 3") as caught:
+    with pytest.raises(DataError, match=r"4 of 12 images .* data\.max_failed_percent = 1 allows 3") as caught:
         scene.train(config, "run")
     assert caught.value.exit_code == 3
     assert sum(name in str(caught.value) for name in names) == 3
@@ -221,7 +219,7 @@ def test_what_went_away_unnoticed_is_another_folder(scene: Scene) -> None:
     config = scene.config("pillow")
     scene.crash(config, "run", 5)
     (scene.folder / scene.paths[3]).unlink()
-    with pytest.raises(DataError, match="the pictures in the data folder changed") as caught:
+    with pytest.raises(DataError, match="the images in the data folder changed") as caught:
         scene.train(config, "run", resume=True)
     assert "--allow-changes" in str(caught.value)
     scene.train(config, "run", resume=True, allow_changes=True)
@@ -239,7 +237,7 @@ def test_a_failure_that_cannot_be_listed_ends_the_run(scene: Scene, monkeypatch:
     assert caught.value.exit_code == 3
 
 
-def test_a_pictures_failure_is_on_the_disk_before_the_batch_is_trained_on(
+def test_a_images_failure_is_on_the_disk_before_the_batch_is_trained_on(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: dict[int, int] = {}
@@ -262,27 +260,27 @@ def test_only_the_first_of_many_are_told_one_by_one(scene: Scene, monkeypatch: p
     scene.victims = scene.paths[4:9]
     messages = scene.train(scene.config("dali", "data.max_failed_percent=60"), "run")
     assert sum("stands in for it" in message for message in messages) == 2
-    assert sum("further pictures" in message for message in messages) == 1
+    assert sum("further images" in message for message in messages) == 1
     assert len(scene.rows("run")) == 5
 
 
 ENTRY = Entry("a b/caf\udce9 %2F.jpg", 1234, 640, 480, "JPEG", True, 99)
 
 
-def test_a_row_brings_back_the_picture_that_was_accepted(tmp_path: Path) -> None:
+def test_a_row_brings_back_the_image_that_was_accepted(tmp_path: Path) -> None:
     file = tmp_path / REJECTED_NAME
     append_row(file, '{"path": "x.gif", "reason": "it is a GIF; convert it"}\n')
-    append_row(file, late_row(LateFailure(ENTRY, "it went; restore it", 7)))
-    append_row(file, late_row(LateFailure(ENTRY, "it went again; restore it", 5)))
-    append_row(file, late_row(LateFailure(ENTRY, "and again; restore it", 9)))
-    (found,) = read_late_failures(file)
+    append_row(file, late_row(ReadFailure(ENTRY, "it went; restore it", 7)))
+    append_row(file, late_row(ReadFailure(ENTRY, "it went again; restore it", 5)))
+    append_row(file, late_row(ReadFailure(ENTRY, "and again; restore it", 9)))
+    (found,) = read_failures(file)
     assert (found.reason, found.step) == ("it went again; restore it", 5)
     assert [getattr(found.entry, key) for key in ("path", "size", "width", "height", "format", "plain")] == [
         getattr(ENTRY, key) for key in ("path", "size", "width", "height", "format", "plain")
     ]
     assert found.entry.mtime < 0, "no file has this time"
     assert json.loads(file.read_text("utf-8").splitlines()[1])["path"] == "a b/caf\\xe9 %2F.jpg"
-    assert read_late_failures(tmp_path / "absent") == []
+    assert read_failures(tmp_path / "absent") == []
 
 
 def _changed(**values: Any) -> Callable[[dict[str, Any]], object]:
@@ -312,11 +310,11 @@ def _changed(**values: Any) -> Callable[[dict[str, Any]], object]:
     ],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, damage: Callable[[dict[str, Any]], object]) -> None:
-    row = json.loads(late_row(LateFailure(ENTRY, "it went; restore it", 7)))
+    row = json.loads(late_row(ReadFailure(ENTRY, "it went; restore it", 7)))
     damage(row)
     (tmp_path / REJECTED_NAME).write_text('{"path": "a", "reason": "b"}\n' + json.dumps(row) + "\n")
     with pytest.raises(DataError, match=r"line 2 of .*rejected\.jsonl is damaged; remove that line"):
-        read_late_failures(tmp_path / REJECTED_NAME)
+        read_failures(tmp_path / REJECTED_NAME)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +323,7 @@ def test_a_damaged_row_is_named(tmp_path: Path, damage: Callable[[dict[str, Any]
 def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
     (tmp_path / REJECTED_NAME).write_bytes(line + b"\n")
     with pytest.raises(DataError, match="line 1 of"):
-        read_late_failures(tmp_path / REJECTED_NAME)
+        read_failures(tmp_path / REJECTED_NAME)
 
 
 def test_a_manifest_gets_back_what_went_away_or_changed(photo_folder: Path) -> None:
@@ -336,7 +334,7 @@ def test_a_manifest_gets_back_what_went_away_or_changed(photo_folder: Path) -> N
     (photo_folder / other.path).write_bytes((photo_folder / before.images[0].path).read_bytes())
     now = build_manifest(photo_folder)
     assert now.fingerprint != before.fingerprint
-    failures = [LateFailure(entry, "it went; restore it", 3) for entry in (other, gone, broken)]
+    failures = [ReadFailure(entry, "it went; restore it", 3) for entry in (other, gone, broken)]
     restored = with_failed(now, failures)
     assert restored.fingerprint == before.fingerprint
     assert [entry.path for entry in restored.images] == [entry.path for entry in before.images]

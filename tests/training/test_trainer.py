@@ -33,7 +33,7 @@ Configure = Callable[..., Config]
 
 @pytest.fixture
 def configure(photo_folder: Path) -> Configure:
-    """A run small enough for a test: two 32 px pictures a step, a shallow random VGG19, Pillow in one process."""
+    """A run small enough for a test: two 32 px images a step, a shallow random VGG19, Pillow in one process."""
 
     def configure(*assignments: str, preset: str = "vgg-conv3") -> Config:
         small = ("data.image_size=32", "train.batch_size=2", "data.workers=1", "data.loader=pillow", "train.steps=6")
@@ -42,7 +42,7 @@ def configure(photo_folder: Path) -> Configure:
         log += ("visualize.every=0",)
         options = {
             "data.folder": photo_folder,
-            "style.picture": photo_folder / "picture_00.jpg",
+            "style.image": photo_folder / "image_00.jpg",
             "loss.vgg": "random",
         }
         return load_config(preset=preset, assignments=[*small, *log, *assignments], options=options, environment={})
@@ -60,7 +60,7 @@ def run(
 
 
 @dataclass
-class Steps:
+class GraphedStep:
     """The steps that were begun, in order, and a signal that arrives in the middle of one."""
 
     calls: list[int] = field(default_factory=list)
@@ -69,8 +69,8 @@ class Steps:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
-    steps = Steps()
+def steps(monkeypatch: pytest.MonkeyPatch) -> GraphedStep:
+    steps = GraphedStep()
     original = TrainingStep.__call__
 
     def counting(self: TrainingStep, step: int, batch: torch.Tensor) -> object:
@@ -111,11 +111,11 @@ def test_a_run_leaves_all_that_it_promises(configure: Configure, tmp_path: Path)
         metadata = model.metadata()
     assert metadata["steps"] == "6"
     assert metadata["preset"] == "vgg-conv3"
-    assert metadata["style"] == "picture_00.jpg"
+    assert metadata["style"] == "image_00.jpg"
     assert (out / "rejected.jsonl").read_text() == ""
 
 
-def test_tensorboard_gets_scalars_histograms_and_pictures(configure: Configure, tmp_path: Path) -> None:
+def test_tensorboard_gets_scalars_histograms_and_images(configure: Configure, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(configure(), out)
     events = EventAccumulator(str(out), size_guidance={"images": 0, "histograms": 0})
@@ -124,8 +124,8 @@ def test_tensorboard_gets_scalars_histograms_and_pictures(configure: Configure, 
     assert {"loss/total", "loss/style/relu3_4", "speed/images_per_second"} <= set(tags["scalars"])
     assert {"conv1/weight", "conv1/scale", "conv1/shift", "res5/conv2/weight", "out/weight"} <= set(tags["histograms"])
     assert [event.step for event in events.Histograms("conv1/weight")] == [0, 3, 6]
-    assert {"style/picture", "content/picture_00", "stylised/picture_01"} <= set(tags["images"])
-    assert [event.step for event in events.Images("stylised/picture_00")] == [0, 3, 6]
+    assert {"style/image", "content/image_00", "stylised/image_01"} <= set(tags["images"])
+    assert [event.step for event in events.Images("stylised/image_00")] == [0, 3, 6]
     rows = {row["step"]: row["loss/total"] for row in read_metrics(out)}
     charted = {event.step: event.value for event in events.Scalars("loss/total")}
     assert charted == pytest.approx(rows, rel=1e-6)
@@ -153,7 +153,7 @@ def test_the_loss_falls(configure: Configure, tmp_path: Path) -> None:
     ids=["pillow", "dali-batch-norm", "fp16-deterministic"],
 )
 def test_resumed_equals_uninterrupted_to_the_last_bit(
-    configure: Configure, tmp_path: Path, steps: Steps, step: int, variant: tuple[str, ...]
+    configure: Configure, tmp_path: Path, steps: GraphedStep, step: int, variant: tuple[str, ...]
 ) -> None:
     config = configure(*variant)
     run(config, tmp_path / "whole")
@@ -186,7 +186,7 @@ def test_a_real_ctrl_c_saves_and_the_resumed_run_ends_with_the_same_bits(configu
     arguments = [
         *(
             "--style",
-            str(config.style.picture),
+            str(config.style.image),
             "--data",
             str(config.data.folder),
             "--preset",
@@ -264,8 +264,8 @@ def test_resuming_names_what_differs(configure: Configure, tmp_path: Path, photo
         UserError, match=r"content_weight was 2.0, is now 3.0; train.learning_rate was 0.003, is now 0.01"
     ):
         run(configure("train.learning_rate=0.01", "loss.content_weight=3"), out, resume=True)
-    (photo_folder / "picture_03.jpg").unlink()
-    with pytest.raises(DataError, match="the pictures in the data folder changed"):
+    (photo_folder / "image_03.jpg").unlink()
+    with pytest.raises(DataError, match="the images in the data folder changed"):
         run(configure("train.steps=3"), out, resume=True)
 
 
@@ -352,18 +352,16 @@ def test_torch_compile_takes_the_whole_step_in_one_graph(
     assert compiled == pytest.approx(plain, rel=1e-3)
 
 
-def test_broken_pictures_are_named_and_training_goes_on(
-    configure: Configure, tmp_path: Path, photo_folder: Path
-) -> None:
-    (photo_folder / "notes.jpg").write_text("not a picture")
+def test_broken_images_are_named_and_training_goes_on(configure: Configure, tmp_path: Path, photo_folder: Path) -> None:
+    (photo_folder / "notes.jpg").write_text("not an image")
     messages = run(configure("train.steps=2"), tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert [row["path"] for row in rows] == ["notes.jpg"]
     assert rows[0]["reason"]
-    assert any("1 of 13 pictures refused" in message for message in messages)
+    assert any("1 of 13 images refused" in message for message in messages)
 
 
-def test_a_picture_of_one_colour_is_not_trained_on(configure: Configure, photo_folder: Path) -> None:
+def test_a_image_of_one_colour_is_not_trained_on(configure: Configure, photo_folder: Path) -> None:
     Image.new("RGB", (64, 48), "teal").save(photo_folder / "flat.png")
     manifest = read_manifest(configure(), lambda _: None)
     assert len(manifest.images) == 12
@@ -372,8 +370,8 @@ def test_a_picture_of_one_colour_is_not_trained_on(configure: Configure, photo_f
     assert "one colour" in refused.reason
 
 
-def test_fewer_pictures_than_one_batch_are_refused(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.batch_size is 13, and .* holds 12 usable pictures") as refused:
+def test_fewer_images_than_one_batch_are_refused(configure: Configure, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.batch_size is 13, and .* holds 12 usable images") as refused:
         run(configure("train.batch_size=13"), tmp_path / "run")
     assert str(refused.value).endswith("add some, or use --set train.batch_size=12 or less")
     assert not (tmp_path / "run").exists()

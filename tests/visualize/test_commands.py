@@ -22,7 +22,7 @@ from fastnst.models.weights import load_vgg19
 from fastnst.training.run_dir.checkpoint import save_checkpoint
 from fastnst.training.run_dir.load_net import load_checkpoint_net, steps_of_run
 from fastnst.visualize.commands import heat_maps, top
-from fastnst.visualize.commands.options import columns_for, parse_activation, parse_maps, read_squares
+from fastnst.visualize.commands.options import columns_for, parse_activation, parse_maps, read_crops
 from helpers.run_command import exit_code_of
 
 Fastnst = Callable[..., tuple[int, bytes, str]]
@@ -43,12 +43,12 @@ def fastnst(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[
 
 @pytest.fixture
 def photo(tmp_path: Path, generated_photos: Path) -> Path:
-    """A picture of more than 64 × 64 px."""
+    """An image of more than 64 × 64 px."""
     for source in sorted(generated_photos.iterdir()):
-        with Image.open(source) as picture:
-            if min(picture.size) >= 64:
+        with Image.open(source) as image:
+            if min(image.size) >= 64:
                 return Path(shutil.copy(source, tmp_path / f"photo{source.suffix}"))
-    raise AssertionError("all pictures are small")
+    raise AssertionError("all images are small")
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +78,9 @@ def check_output(out: Path, printed: bytes) -> tuple[Page, set[str]]:
     assert {os.fsdecode(name) for name in page.files} == names - {"index.html"}
     for name in names:
         if name.endswith(".png"):
-            with Image.open(out / name) as picture:
-                assert picture.mode == "RGB"
-                picture.load()
+            with Image.open(out / name) as image:
+                assert image.mode == "RGB"
+                image.load()
     return page, names - {"index.html"}
 
 
@@ -160,7 +160,7 @@ def test_transform_at_a_checkpoint_with_single_maps(
 
 def test_top(fastnst: Fastnst, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    pictures = sorted(photo_folder.iterdir())
+    images = sorted(photo_folder.iterdir())
     Image.new("RGB", (200, 4)).save(photo_folder / "narrow.png")
     monkeypatch.setattr(top, "MAPS_PER_SHEET", 2)
     arguments = ("--layer", "relu2_1", "--maps", "top:3", "--count", 4, "--out", out)
@@ -169,20 +169,20 @@ def test_top(fastnst: Fastnst, photo_folder: Path, tmp_path: Path, monkeypatch: 
     page, names = check_output(out, printed)
     assert names == {"relu2_1-1.png", "relu2_1-2.png"}
     text = " ".join(page.text)
-    assert f"{photo_folder}, 12 pictures" in text
+    assert f"{photo_folder}, 12 images" in text
     assert "10 × 10 px" in text, "the receptive field"
     assert "narrow.png" in err
-    assert "top of relu2_1: 12/12 pictures" in err
+    assert "top of relu2_1: 12/12 images" in err
     # The tables name, of all maps, those with the strongest activations, and where these are.
     net = load_vgg19("random", last_layer="relu2_1", notify=lambda _: None)
-    activations = net(torch.cat(read_squares(pictures, 64)), ["relu2_1"])["relu2_1"].flatten(2)
+    activations = net(torch.cat(read_crops(images, 64)), ["relu2_1"])["relu2_1"].flatten(2)
     strongest = activations.amax(dim=(0, 2)).argsort(descending=True)[:3].tolist()
     cells = [cell for cell in page.text if cell.strip()]
-    rows = [cells[index - 4 : index + 1] for index, cell in enumerate(cells) if cell.startswith("picture_")]
+    rows = [cells[index - 4 : index + 1] for index, cell in enumerate(cells) if cell.startswith("image_")]
     assert [row[:2] for row in rows] == [[str(channel), str(rank)] for channel in strongest for rank in (1, 2, 3, 4)]
     for row in rows:
-        picture = [path.name for path in pictures].index(row[4])
-        values = activations[picture, int(row[0])]
+        image = [path.name for path in images].index(row[4])
+        values = activations[image, int(row[0])]
         assert float(row[2]) == pytest.approx(float(values.max()), rel=0.006)
         place, column = map(int, row[3].split(", "))
         assert float(values[place * 32 + column]) == pytest.approx(float(values.max()), rel=1e-4)
@@ -202,8 +202,8 @@ def test_saliency(fastnst: Fastnst, photo: Path, tmp_path: Path, method: str) ->
     assert (values.dtype, values.shape) == (np.float32, (64, 64))
     assert values.min() >= 0
     assert values.max() > 0
-    with Image.open(out / f"{stem}-heat_maps.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open(out / f"{stem}-heat_maps.png") as image:
+        assert image.size == (64, 64)
     assert "relu1_2:17" in " ".join(page.text)
 
 
@@ -232,12 +232,12 @@ def test_names_of_any_kind(fastnst: Fastnst, photo: Path, tmp_path: Path) -> Non
     folder = tmp_path / "a #b ü"
     folder.mkdir()
     names = ["with space & <b>.png", "käse#1?.jpg", "käse#1?.png", os.fsdecode(b"caf\xe9 50%.png")]
-    pictures = [folder / name for name in names]
-    for path in pictures:
+    images = [folder / name for name in names]
+    for path in images:
         with Image.open(photo) as source:
             source.convert("RGB").save(os.fsencode(path))
     out = tmp_path / "out %41"
-    arguments = [os.fsdecode(os.fsencode(path)) for path in pictures]
+    arguments = [os.fsdecode(os.fsencode(path)) for path in images]
     code, printed, err = fastnst("saliency", *arguments, "--target", "conv1_1:0", "--out", out, *SMALL)
     assert code == 0, err
     page, found = check_output(out, printed)
@@ -405,13 +405,13 @@ BAD: dict[str, tuple[Callable[[Path, Path, Path], list[Any]], int, tuple[str, ..
         ("--size 64", "conv4_4", "116×116"),
     ),
     "size-huge": (lambda _t, p, _r: ["deconvnet", p, *CONV1, "--size", "100000"], 2, ("100000", "2048")),
-    "picture-below-field": (
+    "image-below-field": (
         lambda t, _p, _r: ["deconvnet", _tiny(t), "--layer", "conv3_4"],
         3,
         ("tiny.png is 60 × 40 px", "conv3_4", "48 × 48 px"),
     ),
-    "no-picture": (lambda t, _p, _r: ["deconvnet", t / "none.jpg", *CONV1], 3, ("none.jpg", "check the path")),
-    "folder-as-picture": (lambda t, _p, _r: ["deconvnet", _empty(t), *CONV1], 3, ("empty", "give a")),
+    "no-image": (lambda t, _p, _r: ["deconvnet", t / "none.jpg", *CONV1], 3, ("none.jpg", "check the path")),
+    "folder-as-image": (lambda t, _p, _r: ["deconvnet", _empty(t), *CONV1], 3, ("empty", "give a")),
     "class-of-random-weights": (
         lambda _t, p, _r: ["saliency", p, "--target", "class:tabby"],
         3,
@@ -436,14 +436,14 @@ BAD: dict[str, tuple[Callable[[Path, Path, Path], list[Any]], int, tuple[str, ..
     "fill": (lambda _t, p, _r: ["occlusion", p, *MAP, "--fill", "gray"], 2, ("'gray'", "grey")),
     "patch": (lambda _t, p, _r: ["occlusion", p, *MAP, "--patch", 65], 2, ("65", "64")),
     "stride": (lambda _t, p, _r: ["occlusion", p, *MAP, "--stride", 33], 2, ("33", "32")),
-    "empty-folder": (lambda t, _p, _r: ["top", _empty(t), *CONV1], 3, ("empty", "no pictures")),
+    "empty-folder": (lambda t, _p, _r: ["top", _empty(t), *CONV1], 3, ("empty", "no images")),
     "file-as-folder": (lambda _t, p, _r: ["top", p, *CONV1], 3, ("photo", "folder")),
-    "folder-of-tiny-pictures": (
+    "folder-of-tiny-images": (
         lambda t, _p, _r: ["top", _tiny(_empty(t)).parent, "--layer", "conv3_4"],
         3,
         ("tiny.png", "60 × 40 px", "48 px"),
     ),
-    "top-fc": (lambda t, _p, _r: ["top", t, "--layer", "fc7"], 2, ("fc7", "whole picture")),
+    "top-fc": (lambda t, _p, _r: ["top", t, "--layer", "fc7"], 2, ("fc7", "whole image")),
     "count": (lambda t, _p, _r: ["top", t, *CONV1, "--count", 0], 2, ("--count 0",)),
     "loader": (lambda t, _p, _r: ["top", t, *CONV1, "--loader", "turbo"], 2, ("'turbo'", "pillow")),
     "weights": (lambda t, p, _r: ["deconvnet", p, *CONV1, "--vgg", t / "vgg.pth"], 3, ("vgg.pth",)),

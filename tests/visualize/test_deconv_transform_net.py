@@ -14,7 +14,7 @@ from fastnst.models.transform_net import ARCHITECTURES, LAYER_NAMES, NORMS, Tran
 from fastnst.visualize.deconv.neurons import Seeds
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from fastnst.visualize.deconv.transform_recording import TransformRecording
-from helpers.tiny_transform_nets import convolutions_of, random_pictures, random_values, small_net, with_activations
+from helpers.tiny_transform_nets import convolutions_of, random_images, random_values, small_net, with_activations
 
 # Both parities of either side, at conv2 and at conv3.
 SIZES = [(16, 16), (17, 19), (18, 21)]
@@ -23,7 +23,7 @@ SIZES = [(16, 16), (17, 19), (18, 21)]
 def _linearised(net: TransformNet, recording: TransformRecording) -> TransformNet:
     """The network that lets everything pass its ReLUs, norms with the recorded deviations and knows no shifts: linear.
 
-    It is fastnst's own network with batch norm, whichever norm `net` has; `recording` is of one picture.
+    It is fastnst's own network with batch norm, whichever norm `net` has; `recording` is of one image.
     """
     linear = small_net(net.architecture, "batch")
     convolutions = convolutions_of(net)
@@ -135,10 +135,10 @@ def _enlarge_in_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_activations_are_the_networks_own(architecture: str, norm: str, size: tuple[int, int]) -> None:
     net = small_net(architecture, norm).eval()
-    pictures = random_pictures(2, size)
-    recording = TransformDeconvnet(net).record(pictures, LAYER_NAMES)
+    images = random_images(2, size)
+    recording = TransformDeconvnet(net).record(images, LAYER_NAMES)
     assert list(recording.activations) == list(LAYER_NAMES)
-    for layer, expected in _plainly(net, pictures).items():
+    for layer, expected in _plainly(net, images).items():
         torch.testing.assert_close(recording.activations[layer], expected, rtol=1e-9, atol=1e-9)
     out = recording.activations["out"]
     with torch.no_grad():
@@ -149,24 +149,22 @@ def test_activations_are_the_networks_own(architecture: str, norm: str, size: tu
                 painting = (150.0 / 255.0) * out.tanh() + 0.5
             case _:
                 painting = (1.0 / 255.0) * out
-        assert torch.equal(painting, net(pictures))
+        assert torch.equal(painting, net(images))
 
 
 def test_activations_are_the_same_the_other_way_through_nearest_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_net("johnson")
-    pictures = random_pictures(1, (18, 21))
-    expected = TransformDeconvnet(net).record(pictures, LAYER_NAMES).activations
+    images = random_images(1, (18, 21))
+    expected = TransformDeconvnet(net).record(images, LAYER_NAMES).activations
     _enlarge_in_norms(monkeypatch)
-    actual = TransformDeconvnet(net).record(pictures, LAYER_NAMES).activations
+    actual = TransformDeconvnet(net).record(images, LAYER_NAMES).activations
     for layer in LAYER_NAMES:
         torch.testing.assert_close(actual[layer], expected[layer], rtol=1e-9, atol=1e-9)
         assert actual[layer].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_only_asked_layers_are_kept_front_to_back() -> None:
-    recording = TransformDeconvnet(small_net("lengstrom")).record(
-        random_pictures(1, (16, 16)), ["up1", "conv2", "res1"]
-    )
+    recording = TransformDeconvnet(small_net("lengstrom")).record(random_images(1, (16, 16)), ["up1", "conv2", "res1"])
     assert list(recording.activations) == ["conv2", "res1", "up1"]
 
 
@@ -185,7 +183,7 @@ def test_projection_is_the_exact_adjoint(
         _enlarge_in_norms(monkeypatch)
     net = small_net(architecture, norm)
     deconvnet = TransformDeconvnet(net)
-    recording = deconvnet.record(random_pictures(1, size), LAYER_NAMES)
+    recording = deconvnet.record(random_images(1, size), LAYER_NAMES)
     x = random_values(1, 3, *size, seed=5)
     up = TransformDeconvnet(_linearised(net, recording)).record(x, LAYER_NAMES).activations
     for layer in LAYER_NAMES:
@@ -209,15 +207,15 @@ def test_projection_is_the_exact_adjoint(
 )
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_projection_agrees_with_autograd(architecture: str, rule: str, norm: str, size: tuple[int, int]) -> None:
-    """Two pictures at once, as autograd sends them back where ReLUs, or norms too, have the rule as their backward."""
+    """Two images at once, as autograd sends them back where ReLUs, or norms too, have the rule as their backward."""
     net = small_net(architecture, norm).eval()
-    pictures = random_pictures(2, size).requires_grad_()
+    images = random_images(2, size).requires_grad_()
     deconvnet = TransformDeconvnet(net)
-    recording = deconvnet.record(pictures, LAYER_NAMES)
+    recording = deconvnet.record(images, LAYER_NAMES)
     relu = _open_relu if rule == "open" else _deconv_relu
-    for layer, activations in _plainly(net, pictures, relu, renormalise=rule == "renorm").items():
+    for layer, activations in _plainly(net, images, relu, renormalise=rule == "renorm").items():
         signal = recording.activations[layer]
-        expected = torch.autograd.grad(activations, pictures, signal, retain_graph=True)[0]
+        expected = torch.autograd.grad(activations, images, signal, retain_graph=True)[0]
         actual = deconvnet.project_layer(recording, layer, rectify=rule != "open", renormalise=rule == "renorm")
         assert not actual.requires_grad
         largest = float(expected.abs().max())
@@ -230,12 +228,12 @@ def test_projection_is_the_networks_own_gradient_without_relus(architecture: str
     net = small_net(architecture, "batch").eval()
     for layer in convolutions_of(net).values():
         layer.relu = False
-    pictures = random_pictures(1, (17, 18)).requires_grad_()
+    images = random_images(1, (17, 18)).requires_grad_()
     deconvnet = TransformDeconvnet(net)
-    recording = deconvnet.record(pictures, ["out"])
-    painting = net(pictures)
+    recording = deconvnet.record(images, ["out"])
+    painting = net(images)
     dy = random_values(*painting.shape, seed=3)
-    expected = torch.autograd.grad(painting, pictures, dy)[0]
+    expected = torch.autograd.grad(painting, images, dy)[0]
     amplitude = {"hwalsuklee": 0.5, "lengstrom": 150 / 255, "johnson": 1 / 255}[architecture]
     slope = 1 if architecture == "johnson" else 1 - recording.activations["out"].tanh().square()
     actual = deconvnet.project_layer(with_activations(recording, "out", dy * amplitude * slope), "out")
@@ -245,10 +243,10 @@ def test_projection_is_the_networks_own_gradient_without_relus(architecture: str
 def test_projection_by_hand_from_the_first_layer() -> None:
     net = small_net("lengstrom")
     deconvnet = TransformDeconvnet(net)
-    recording = deconvnet.record(random_pictures(1, (16, 17)), ["conv1"])
+    recording = deconvnet.record(random_images(1, (16, 17)), ["conv1"])
     activations = recording.activations["conv1"]
     seeds = Seeds.at([0], [2], [(5, 7)])
-    around = F.conv2d(random_pictures(1, (16, 17)), net.conv1.weight, padding=4)[0, 2]
+    around = F.conv2d(random_images(1, (16, 17)), net.conv1.weight, padding=4)[0, 2]
     gain = net.conv1.scale[2] / (around.var(correction=0) + 1e-3).sqrt()
     expected = torch.zeros(1, 3, 16, 17, dtype=torch.float64)
     # The filter, laid around the position, with the activation's value; its fourth row to the left fits in, too.
@@ -261,34 +259,34 @@ def test_projection_by_hand_from_the_first_layer() -> None:
 @pytest.mark.parametrize("layer", ["conv2", "res3", "out"])
 def test_seeds_go_down_each_for_itself(architecture: str, layer: str) -> None:
     deconvnet = TransformDeconvnet(small_net(architecture))
-    recording = deconvnet.record(random_pictures(3, (17, 18)), [layer])
+    recording = deconvnet.record(random_images(3, (17, 18)), [layer])
     activations = recording.activations[layer]
-    pictures, maps = [2, 0, 0, 2, 1], [1, 2, 0, 1, 0]
-    strongest = Seeds.strongest(activations, pictures, maps)
-    for seeds in (Seeds.every_position(pictures, maps), strongest):
+    images, maps = [2, 0, 0, 2, 1], [1, 2, 0, 1, 0]
+    strongest = Seeds.strongest(activations, images, maps)
+    for seeds in (Seeds.every_position(images, maps), strongest):
         projections = deconvnet.project(recording, layer, seeds, batch_size=2)
         assert projections.shape == (5, 3, 17, 18)
         assert float(projections[0].abs().max()) > 0
-        for index, (picture, channel) in enumerate(zip(pictures, maps, strict=True)):
+        for index, (image, channel) in enumerate(zip(images, maps, strict=True)):
             alone = torch.zeros_like(activations)
             where = slice(None) if seeds.positions is None else tuple(seeds.positions[index].tolist())
-            alone[picture, channel][where] = activations[picture, channel][where]
-            expected = deconvnet.project_layer(with_activations(recording, layer, alone), layer)[picture]
+            alone[image, channel][where] = activations[image, channel][where]
+            expected = deconvnet.project_layer(with_activations(recording, layer, alone), layer)[image]
             torch.testing.assert_close(projections[index], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_maps_add_up_to_the_layer_where_relus_are_open() -> None:
     deconvnet = TransformDeconvnet(small_net("hwalsuklee"))
-    recording = deconvnet.record(random_pictures(2, (16, 18)), ["res2"])
+    recording = deconvnet.record(random_images(2, (16, 18)), ["res2"])
     maps = list(range(recording.activations["res2"].shape[1]))
     projections = deconvnet.project(recording, "res2", Seeds.every_position([1] * len(maps), maps), rectify=False)
     whole = deconvnet.project_layer(recording, "res2", rectify=False)[1]
     torch.testing.assert_close(projections.sum(0), whole, rtol=1e-9, atol=1e-9 * float(whole.abs().max()))
 
 
-def test_layers_go_down_picture_by_picture() -> None:
+def test_layers_go_down_image_by_image() -> None:
     deconvnet = TransformDeconvnet(small_net("johnson"))
-    recording = deconvnet.record(random_pictures(3, (16, 19)), ["up2"])
+    recording = deconvnet.record(random_images(3, (16, 19)), ["up2"])
     for options in ({}, {"renormalise": True}):
         together = deconvnet.project_layer(recording, "up2", **options)
         assert together.shape == (3, 3, 16, 19)
@@ -297,13 +295,13 @@ def test_layers_go_down_picture_by_picture() -> None:
 
 def test_no_seeds_give_no_projections() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
-    recording = deconvnet.record(random_pictures(1, (16, 18)), ["conv1"])
+    recording = deconvnet.record(random_images(1, (16, 18)), ["conv1"])
     assert deconvnet.project(recording, "conv1", Seeds.every_position([], [])).shape == (0, 3, 16, 18)
 
 
 def test_a_silent_layer_projects_to_nothing() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
-    recording = deconvnet.record(random_pictures(1, (16, 18)), ["res4"])
+    recording = deconvnet.record(random_images(1, (16, 18)), ["res4"])
     silent = with_activations(recording, "res4", torch.zeros_like(recording.activations["res4"]))
     for renormalise in (False, True):
         projection = deconvnet.project_layer(silent, "res4", renormalise=renormalise)

@@ -14,7 +14,7 @@ from fastnst.models.published import load_lengstrom_npz
 from fastnst.models.transform_net import LAYER_NAMES, NORMS, TransformNet
 from fastnst.visualize.deconv.neurons import Seeds
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
-from helpers.tiny_transform_nets import generator, random_pictures, small_net
+from helpers.tiny_transform_nets import generator, random_images, small_net
 
 
 def _state(net: TransformNet) -> list[Any]:
@@ -33,18 +33,18 @@ def test_the_network_its_inputs_and_the_random_numbers_stay_as_they_were(norm: s
     net.res2.eval()
     net.up1.requires_grad_(False)
     before, tensors = _state(net), {name: value.clone() for name, value in net.state_dict().items()}
-    pictures = random_pictures(2, (16, 17))
-    copy = pictures.clone()
+    images = random_images(2, (16, 17))
+    copy = images.clone()
     random = torch.get_rng_state()
     deconvnet = TransformDeconvnet(net)
-    recording = deconvnet.record(pictures, LAYER_NAMES)
+    recording = deconvnet.record(images, LAYER_NAMES)
     activations = {layer: values.clone() for layer, values in recording.activations.items()}
     for layer in LAYER_NAMES:
         deconvnet.project(recording, layer, Seeds.strongest(recording.activations[layer], [1], [0]))
         deconvnet.project_layer(recording, layer)
         deconvnet.project_layer(recording, layer, renormalise=True)
     assert torch.equal(torch.get_rng_state(), random)
-    assert torch.equal(pictures, copy)
+    assert torch.equal(images, copy)
     assert all(torch.equal(recording.activations[layer], values) for layer, values in activations.items())
     assert _state(net) == before
     assert all(torch.equal(value, tensors[name]) for name, value in net.state_dict().items())
@@ -60,20 +60,20 @@ def test_the_network_is_as_it_was_after_a_failure(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(type(net.up1), "forward", fail)
     with pytest.raises(RuntimeError, match="no memory"):
-        TransformDeconvnet(net).record(random_pictures(1, (16, 16)), ["conv1"])
+        TransformDeconvnet(net).record(random_images(1, (16, 16)), ["conv1"])
     assert _state(net) == before
 
 
 def test_it_works_in_inference_mode_and_under_autocast_in_the_networks_type() -> None:
     net = TransformNet("hwalsuklee", generator=generator(0))
     deconvnet = TransformDeconvnet(net)
-    pictures = random_pictures(1, (16, 16))
-    expected = deconvnet.project_layer(deconvnet.record(pictures, ["res1"]), "res1")
+    images = random_images(1, (16, 16))
+    expected = deconvnet.project_layer(deconvnet.record(images, ["res1"]), "res1")
     assert expected.dtype == torch.float32
     with torch.no_grad():
-        painting = net(pictures.float())
+        painting = net(images.float())
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        recording = deconvnet.record(pictures, ["res1", "out"])
+        recording = deconvnet.record(images, ["res1", "out"])
     with torch.inference_mode():
         assert torch.equal(0.5 * recording.activations["out"].tanh() + 0.5, painting)
         torch.testing.assert_close(deconvnet.project_layer(recording, "res1"), expected)
@@ -84,14 +84,14 @@ def test_it_works_in_inference_mode_and_under_autocast_in_the_networks_type() ->
 
 def test_unknown_layers_are_refused() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
-    pictures = random_pictures(1, (16, 16))
+    images = random_images(1, (16, 16))
     with pytest.raises(UserError, match="no layer 'rse1'; did you mean 'res1'"):
-        deconvnet.record(pictures, ["rse1"])
+        deconvnet.record(images, ["rse1"])
     with pytest.raises(UserError, match="no layer 'zzz'; the layers are conv1, conv2"):
-        deconvnet.record(pictures, ["zzz"])
+        deconvnet.record(images, ["zzz"])
     with pytest.raises(UserError, match="no layer is asked for; name at least one of conv1"):
-        deconvnet.record(pictures, [])
-    recording = deconvnet.record(pictures, ["conv1", "res1"])
+        deconvnet.record(images, [])
+    recording = deconvnet.record(images, ["conv1", "res1"])
     with pytest.raises(UserError, match="up1 was not recorded, only conv1, res1"):
         deconvnet.project_layer(recording, "up1")
     with pytest.raises(UserError, match="did you mean 'up1'"):
@@ -100,21 +100,21 @@ def test_unknown_layers_are_refused() -> None:
 
 def test_seeds_out_of_range_are_refused() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
-    recording = deconvnet.record(random_pictures(2, (16, 20)), ["conv3"])
+    recording = deconvnet.record(random_images(2, (16, 20)), ["conv3"])
     with pytest.raises(UserError, match="conv3 has no map 16; its maps are 0 … 15"):
         deconvnet.project(recording, "conv3", Seeds.every_position([0], [16]))
-    with pytest.raises(UserError, match="no picture 2; its pictures are 0 … 1"):
+    with pytest.raises(UserError, match="no image 2; its images are 0 … 1"):
         deconvnet.project(recording, "conv3", Seeds.every_position([2], [0]))
     with pytest.raises(UserError, match=r"no position \(4, 0\); its rows are 0 … 3, its columns 0 … 4"):
         deconvnet.project(recording, "conv3", Seeds.at([0], [0], [(4, 0)]))
 
 
-def test_what_is_no_picture_is_refused() -> None:
+def test_what_is_no_image_is_refused() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
     with pytest.raises(UserError, match="sides of 16 pixels or more"):
-        deconvnet.record(random_pictures(1, (15, 40)), ["conv1"])
+        deconvnet.record(random_images(1, (15, 40)), ["conv1"])
     with pytest.raises(UserError, match="sides of 16 pixels or more"):
-        deconvnet.record(random_pictures(1, (16, 16))[0], ["conv1"])
+        deconvnet.record(random_images(1, (16, 16))[0], ["conv1"])
     with pytest.raises(UserError, match="divide by 255"):
         deconvnet.record(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["conv1"])
 
@@ -123,12 +123,12 @@ def test_what_is_no_picture_is_refused() -> None:
 
 
 def _spread(projection: Tensor) -> float:
-    """The share of the picture that the projection's energy fills: 1 where it is the same everywhere."""
+    """The share of the image that the projection's energy fills: 1 where it is the same everywhere."""
     energy = projection.square().sum(1)
     return float(energy.mean() ** 2 / energy.square().mean())
 
 
-def test_a_published_network_keeps_the_picture_apart_down_from_its_last_layers(weights: Path, content: Path) -> None:
+def test_a_published_network_keeps_the_image_apart_down_from_its_last_layers(weights: Path, content: Path) -> None:
     net = load_lengstrom_npz(weights / "transform_lengstrom_udnie.npz")
     deconvnet = TransformDeconvnet(net)
     photo = to_tensor(read_image(content / "content_stata.jpg"))

@@ -26,7 +26,7 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _pictures(*shape: int, seed: int = 1) -> Tensor:
+def _images(*shape: int, seed: int = 1) -> Tensor:
     return torch.rand(*shape, generator=_generator(seed), dtype=torch.float64)
 
 
@@ -71,9 +71,9 @@ def _plain(last: str) -> VGG19:
 
 
 def _red(rows: Sequence[Sequence[float]]) -> Tensor:
-    picture = torch.zeros(1, 3, len(rows), len(rows[0]), dtype=torch.float64)
-    picture[0, 0] = torch.tensor(rows)
-    return picture
+    image = torch.zeros(1, 3, len(rows), len(rows[0]), dtype=torch.float64)
+    image[0, 0] = torch.tensor(rows)
+    return image
 
 
 def _with(recording: Recording, layer: str, activations: Tensor) -> Recording:
@@ -89,8 +89,8 @@ def test_one_convolution() -> None:
     net.conv1_1.weight[0, 1, 1, 1] = 10
     net.conv1_1.bias.fill_(100)
     deconvnet = Deconvnet(net)
-    picture = _red([[0, 0, 0], [0, 2, 0], [0, 0, 0]])
-    projection = deconvnet(picture, "conv1_1", [0], seed=(0, 0))[0, 0]
+    image = _red([[0, 0, 0], [0, 2, 0], [0, 0, 0]])
+    projection = deconvnet(image, "conv1_1", [0], seed=(0, 0))[0, 0]
     # The corner sees the 2 through the filter's last entry: 9·2 + 100. That value comes back, the bias does not.
     expected = torch.zeros_like(projection)
     expected[0, :2, :2] = 118 * torch.tensor([[5.0, 6.0], [8.0, 9.0]])
@@ -98,7 +98,7 @@ def test_one_convolution() -> None:
     assert torch.equal(projection, expected)
     net.conv1_1.bias.zero_()
     # All nine activations 2·(9, 8, … 1) meet the filter's entries 9, 8, … 1 again in the middle.
-    everything = deconvnet(picture, "conv1_1", [0], seed="all")[0, 0]
+    everything = deconvnet(image, "conv1_1", [0], seed="all")[0, 0]
     assert everything[0, 1, 1] == 2 * sum(i * i for i in range(1, 10))
 
 
@@ -108,8 +108,8 @@ def test_convolution_pooling_convolution() -> None:
     net.conv2_1.weight[0, 0] = torch.tensor([[0, 0, 0], [0, 1, -3], [0, 0.5, 0]])
     net.conv2_1.bias.fill_(1)
     deconvnet = Deconvnet(net)
-    picture = _red([[1, 2, 0, 0], [3, 9, 4, 0], [0, 5, 0, 7], [6, 0, 8, 0]])
-    recording = deconvnet.record(picture, ["pool1", "conv2_1", "relu2_1"])
+    image = _red([[1, 2, 0, 0], [3, 9, 4, 0], [0, 5, 0, 7], [6, 0, 8, 0]])
+    recording = deconvnet.record(image, ["pool1", "conv2_1", "relu2_1"])
     assert recording.activations["pool1"][0, 0].tolist() == [[18, 8], [12, 16]]
     assert recording.activations["conv2_1"][0, 0, 0, 0] == 18 - 3 * 8 + 0.5 * 12 + 1
     # Its 1 becomes (1, -3; 0.5, 0) at the pool, lands where 9, 4 and 6 had been, loses the -3, and is doubled.
@@ -121,7 +121,7 @@ def test_convolution_pooling_convolution() -> None:
     assert torch.equal(linear, _red([[0] * 4, [0, 2, -6, 0], [0] * 4, [1, 0, 0, 0]]))
     # A negative activation comes back from the convolution, where its sign turns, and not from the ReLU behind it.
     net.conv2_1.bias.fill_(-2)
-    recording = deconvnet.record(picture, ["conv2_1", "relu2_1"])
+    recording = deconvnet.record(image, ["conv2_1", "relu2_1"])
     projection = deconvnet.project(recording, "conv2_1", corner)
     assert torch.equal(projection, _red([[0] * 4, [0, 0, 12, 0], [0] * 4, [0] * 4]))
     assert not deconvnet.project(recording, "relu2_1", corner).any()
@@ -135,11 +135,11 @@ def test_of_equal_maxima_the_first_is_switched_to(seed: str | tuple[int, int]) -
 
 
 def test_what_an_odd_size_leaves_out_of_the_pooling_stays_dark() -> None:
-    picture = _red([[float(5 * row + column) for column in range(5)] for row in range(7)])
-    projection = Deconvnet(_plain("pool1"))(picture, "pool1", [0], seed="all")[0, 0, 0]
+    image = _red([[float(5 * row + column) for column in range(5)] for row in range(7)])
+    projection = Deconvnet(_plain("pool1"))(image, "pool1", [0], seed="all")[0, 0, 0]
     assert projection.nonzero().tolist() == [[row, column] for row in (1, 3, 5) for column in (1, 3)]
-    assert torch.equal(projection, torch.where(projection != 0, picture[0, 0], 0))
-    assert Deconvnet(_plain("pool1"))(picture, "pool1", [0])[0, 0, 0].nonzero().tolist() == [[5, 3]]
+    assert torch.equal(projection, torch.where(projection != 0, image[0, 0], 0))
+    assert Deconvnet(_plain("pool1"))(image, "pool1", [0])[0, 0, 0].nonzero().tolist() == [[5, 3]]
 
 
 def test_values_add_where_pools_overlap() -> None:
@@ -165,10 +165,10 @@ def test_preprocessing_is_undone_without_its_mean() -> None:
     net = _net("conv1_1", [1] * 5, "caffe")
     net.conv1_1.weight.zero_()
     net.conv1_1.weight[0, 0, 1, 1] = 2
-    picture = _pictures(1, 3, 4, 4)
-    projection = Deconvnet(net)(picture, "conv1_1", [0], seed=(1, 2))[0, 0]
+    image = _images(1, 3, 4, 4)
+    projection = Deconvnet(net)(image, "conv1_1", [0], seed=(1, 2))[0, 0]
     # BGR in 0-255: the net's first channel is blue.
-    activation = 2 * 255 * (picture[0, 2, 1, 2] - 103.939 / 255) + net.conv1_1.bias
+    activation = 2 * 255 * (image[0, 2, 1, 2] - 103.939 / 255) + net.conv1_1.bias
     assert projection.nonzero().tolist() == [[2, 1, 2]]
     torch.testing.assert_close(projection[2, 1, 2], (activation * 2 * 255)[0], rtol=1e-6, atol=0)
 
@@ -176,9 +176,9 @@ def test_preprocessing_is_undone_without_its_mean() -> None:
 # Linearity: the exact adjoint.
 
 
-def _linear(net: VGG19, pictures: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """The net's linear part on `v`, pooling where the maxima of `pictures` are; by PyTorch alone."""
-    x, v = net.preprocess(pictures), net.preprocess(v + net.mean)
+def _linear(net: VGG19, images: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """The net's linear part on `v`, pooling where the maxima of `images` are; by PyTorch alone."""
+    x, v = net.preprocess(images), net.preprocess(v + net.mean)
     outputs = {}
     for name in net.layers:
         layer = net.get_submodule(name)
@@ -209,14 +209,14 @@ def _linear(net: VGG19, pictures: Tensor, v: Tensor) -> dict[str, Tensor]:
 def test_every_layer_is_projected_by_the_adjoint(
     make_net: Callable[[], VGG19], shape: tuple[int, ...], first: str
 ) -> None:
-    """⟨A x, y⟩ = ⟨x, Aᵀ y⟩ for each layer from `first` on, x being any picture and y any activations."""
+    """⟨A x, y⟩ = ⟨x, Aᵀ y⟩ for each layer from `first` on, x being any image and y any activations."""
     net = make_net()
     deconvnet = Deconvnet(net)
-    pictures, x = _pictures(*shape), _pictures(*shape, seed=3) - 0.5
-    recording = deconvnet.record(pictures, net.layers)
-    images = _linear(net, pictures, x)
+    images, x = _images(*shape), _images(*shape, seed=3) - 0.5
+    recording = deconvnet.record(images, net.layers)
+    mapped = _linear(net, images, x)
     for layer in net.layers[net.layers.index(first) :]:
-        outputs = images[layer]
+        outputs = mapped[layer]
         y = torch.randn(outputs.shape, generator=_generator(4), dtype=torch.float64)
         adjoint = deconvnet.project_layer(_with(recording, layer, y), layer, rectify=False)
         left, right = (outputs * y).sum(), (x * adjoint).sum()
@@ -231,16 +231,16 @@ def test_all_activations_of_a_positive_net_come_back_by_its_gradient() -> None:
     for parameter in net.parameters():
         parameter.abs_()
     deconvnet = Deconvnet(net)
-    pictures = _pictures(2, 3, 45, 36).requires_grad_()
-    recording = deconvnet.record(pictures, LAYERS)
+    images = _images(2, 3, 45, 36).requires_grad_()
+    recording = deconvnet.record(images, LAYERS)
     for layer in LAYERS:
-        output = net(pictures, [layer])[layer]
-        (expected,) = torch.autograd.grad(output, pictures, output.detach())
+        output = net(images, [layer])[layer]
+        (expected,) = torch.autograd.grad(output, images, output.detach())
         actual = deconvnet.project_layer(recording, layer)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
         # The whole is the sum of what its maps give.
         maps = range(output.shape[1])
-        parts = deconvnet(pictures, layer, maps, seed="all").sum(1)
+        parts = deconvnet(images, layer, maps, seed="all").sum(1)
         torch.testing.assert_close(parts, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
 
 
@@ -252,7 +252,7 @@ def _by_whole_maps(deconvnet: Deconvnet, recording: Recording, layer: str, seeds
     projections = []
     activations = recording.activations[layer]
     for index in range(len(seeds)):
-        place = [int(seeds.pictures[index]), int(seeds.maps[index])]
+        place = [int(seeds.images[index]), int(seeds.maps[index])]
         if seeds.positions is not None and activations.ndim == 4:
             place += seeds.positions[index].tolist()
         alone = torch.zeros_like(activations)
@@ -273,14 +273,14 @@ def test_windows_give_what_whole_maps_give(
     narrow: VGG19, layer: str, height: int, width: int, batch_size: int, places: list[tuple[int, float, float]]
 ) -> None:
     smallest = receptive_field(layer).jump
-    pictures = _pictures(2, 3, max(height, smallest), max(width, smallest))
+    images = _images(2, 3, max(height, smallest), max(width, smallest))
     deconvnet = Deconvnet(narrow)
-    recording = deconvnet.record(pictures, [layer])
+    recording = deconvnet.record(images, [layer])
     activations = recording.activations[layer]
     rows, columns = activations.shape[2:]
     # Half of the seeds at borders and corners: 0 and 1 are what the strategy likes best.
     positions = [(round(y * (rows - 1)), round(x * (columns - 1))) for _, y, x in places]
-    chosen = [picture for picture, _, _ in places]
+    chosen = [image for image, _, _ in places]
     maps = [int(activations[p, :, r, c].argmax()) for p, (r, c) in zip(chosen, positions, strict=True)]
     seeds = Seeds.at(chosen, maps, positions)
     expected = _by_whole_maps(deconvnet, recording, layer, seeds)
@@ -299,10 +299,10 @@ def test_windows_give_what_whole_maps_give(
 @pytest.mark.parametrize("layer", [*CONVOLUTIONAL, "fc6", "relu7", "fc8"])
 def test_a_map_by_itself_gives_what_it_gives_among_zeros(narrow: VGG19, layer: str) -> None:
     deconvnet = Deconvnet(narrow)
-    recording = deconvnet.record(_pictures(2, 3, 47, 66), [layer])
-    pictures, maps = [0, 1, 1], [5, 0, 3]
-    everywhere = Seeds.every_position(pictures, maps)
-    strongest = Seeds.strongest(recording.activations[layer], pictures, maps)
+    recording = deconvnet.record(_images(2, 3, 47, 66), [layer])
+    images, maps = [0, 1, 1], [5, 0, 3]
+    everywhere = Seeds.every_position(images, maps)
+    strongest = Seeds.strongest(recording.activations[layer], images, maps)
     for seeds in (everywhere, strongest):
         expected = _by_whole_maps(deconvnet, recording, layer, seeds)
         for batch_size in (1, 2, 16):
@@ -323,9 +323,9 @@ def test_captum_agrees(layer: str) -> None:
     for name in net.layers:
         kind = {"relu": nn.ReLU(), "pool": nn.MaxPool2d(2)}.get(name[:4])
         modules.append(kind or net.get_submodule(name))
-    pictures = _pictures(2, 3, 12, 15)
+    images = _images(2, 3, 12, 15)
     deconvnet = Deconvnet(net)
-    recording = deconvnet.record(pictures, [layer])
+    recording = deconvnet.record(images, [layer])
     # Of maps that are all zero there is nothing to compare.
     maps = recording.activations[layer].amax((2, 3)).topk(3).indices.flatten()
     seeds = Seeds.strongest(recording.activations[layer], [0, 0, 0, 1, 1, 1], maps)
@@ -333,11 +333,11 @@ def test_captum_agrees(layer: str) -> None:
     assert seeds.positions is not None
     peer = Deconvolution(nn.Sequential(*modules))
     for index, place in enumerate(zip(seeds.maps.tolist(), *seeds.positions.T.tolist(), strict=True)):
-        picture = seeds.pictures[index : index + 1]
+        image = seeds.images[index : index + 1]
         # captum starts from a gradient of 1 where the deconvnet starts from the activation.
-        value = recording.activations[layer][(int(picture), *place)]
+        value = recording.activations[layer][(int(image), *place)]
         assert value > 0
-        expected = value * peer.attribute(pictures[picture].requires_grad_(), target=place)[0]
+        expected = value * peer.attribute(images[image].requires_grad_(), target=place)[0]
         torch.testing.assert_close(actual[index], expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
 
 

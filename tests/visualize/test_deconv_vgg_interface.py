@@ -20,7 +20,7 @@ from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet, Recording
 
 
-def _pictures(*shape: int) -> Tensor:
+def _images(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -31,17 +31,17 @@ def net() -> VGG19:
 
 @pytest.fixture(scope="module")
 def recording(net: VGG19) -> Recording:
-    return Deconvnet(net).record(_pictures(2, 3, 18, 23).double(), ["relu1_2", "pool1", "relu2_1"])
+    return Deconvnet(net).record(_images(2, 3, 18, 23).double(), ["relu1_2", "pool1", "relu2_1"])
 
 
 # The forward pass.
 
 
 def test_a_recording_holds_what_the_net_gives(net: VGG19) -> None:
-    pictures = _pictures(2, 3, 17, 22).double()
+    images = _images(2, 3, 17, 22).double()
     for layers in (["conv1_2", "relu1_2", "conv2_2"], ["pool1"], ["relu2_1", "conv1_1"], net.layers):
-        found = Deconvnet(net).record(pictures, layers)
-        expected = net(pictures, layers)
+        found = Deconvnet(net).record(images, layers)
+        expected = net(images, layers)
         assert list(found.activations) == list(expected)
         for name, activations in expected.items():
             assert torch.equal(found.activations[name], activations)
@@ -50,9 +50,9 @@ def test_a_recording_holds_what_the_net_gives(net: VGG19) -> None:
 
 
 def test_switches_and_sizes_are_kept_of_each_pool_that_is_passed(net: VGG19) -> None:
-    shallow = Deconvnet(net).record(_pictures(1, 3, 17, 22).double(), ["relu1_2"])
+    shallow = Deconvnet(net).record(_images(1, 3, 17, 22).double(), ["relu1_2"])
     assert (shallow.switches, shallow.input_sizes) == ({}, {})
-    found = Deconvnet(net).record(_pictures(1, 3, 17, 22).double(), ["pool1"])
+    found = Deconvnet(net).record(_images(1, 3, 17, 22).double(), ["pool1"])
     assert found.input_sizes == {"pool1": (17, 22)}
     assert found.switches["pool1"].dtype == torch.uint8
     assert tuple(found.switches["pool1"].shape) == (1, 64, 8, 11)
@@ -62,7 +62,7 @@ def test_many_maps_cost_one_forward_pass(net: VGG19) -> None:
     calls: list[str] = []
     hooks = [module.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, module in _layers(net)]
     try:
-        projections = Deconvnet(net)(_pictures(1, 3, 16, 16).double(), "relu2_1", range(40), seed="all")
+        projections = Deconvnet(net)(_images(1, 3, 16, 16).double(), "relu2_1", range(40), seed="all")
     finally:
         for hook in hooks:
             hook.remove()
@@ -78,23 +78,23 @@ def _layers(net: VGG19) -> list[tuple[str, torch.nn.Module]]:
 # Calling it.
 
 
-def test_a_call_does_picture_by_picture_and_map_by_map_what_its_parts_do(net: VGG19) -> None:
+def test_a_call_does_image_by_image_and_map_by_map_what_its_parts_do(net: VGG19) -> None:
     deconvnet = Deconvnet(net)
-    pictures = _pictures(2, 3, 18, 23).double()
-    recording = deconvnet.record(pictures, ["relu2_1"])
+    images = _images(2, 3, 18, 23).double()
+    recording = deconvnet.record(images, ["relu2_1"])
     strongest = Seeds.strongest(recording.activations["relu2_1"], [0, 0, 0, 1, 1, 1], [7, 0, 99] * 2)
     given: dict[Any, Seeds] = {
         "strongest": strongest,
-        "all": Seeds.every_position(strongest.pictures, strongest.maps),
-        (8, 0): Seeds.at(strongest.pictures, strongest.maps, [(8, 0)] * 6),
+        "all": Seeds.every_position(strongest.images, strongest.maps),
+        (8, 0): Seeds.at(strongest.images, strongest.maps, [(8, 0)] * 6),
     }
     for seed, seeds in given.items():
-        projections = deconvnet(pictures, "relu2_1", [7, 0, 99], seed=seed)
+        projections = deconvnet(images, "relu2_1", [7, 0, 99], seed=seed)
         assert tuple(projections.shape) == (2, 3, 3, 18, 23)
         expected = deconvnet.project(recording, "relu2_1", seeds).reshape(projections.shape)
         assert torch.equal(projections, expected)
         assert projections.any()
-    assert torch.equal(deconvnet(pictures, "relu2_1", [7, 0, 99]), deconvnet(pictures, "relu2_1", [7, 0, 99]))
+    assert torch.equal(deconvnet(images, "relu2_1", [7, 0, 99]), deconvnet(images, "relu2_1", [7, 0, 99]))
 
 
 def test_a_patch_lies_where_it_says(net: VGG19, recording: Recording) -> None:
@@ -104,7 +104,7 @@ def test_a_patch_lies_where_it_says(net: VGG19, recording: Recording) -> None:
     assert tuple(cropped.shape) == (3, 3, field.size, field.size)
     assert corners.dtype == torch.int64
     assert corners.tolist() == [[-4, -4], [12, 16], [4, 6]]
-    # The first overhangs the picture by four pixels above and on the left, the second below and on the right.
+    # The first overhangs the image by four pixels above and on the left, the second below and on the right.
     assert not cropped[0, :, :4].any()
     assert not cropped[0, :, :, :4].any()
     assert not cropped[1, :, 6:].any()
@@ -122,11 +122,11 @@ def test_a_seed_is_carried_in_a_window_no_larger_than_what_it_sees(net: VGG19, m
     convolution = transposed.convolution
     monkeypatch.setattr(transposed, "convolution", watched)
     deconvnet = Deconvnet(net)
-    deconvnet(_pictures(1, 3, 30, 40).double(), "conv2_1", [5])
+    deconvnet(_images(1, 3, 30, 40).double(), "conv2_1", [5])
     assert sizes == [(3, 3), (8, 8), (10, 10)]
     sizes.clear()
-    # 3×3 is still smaller than the pool's 4×5; the next window, 8×8, is not smaller than the picture of 8×7.
-    deconvnet(_pictures(1, 3, 8, 7).double(), "conv2_1", [5])
+    # 3×3 is still smaller than the pool's 4×5; the next window, 8×8, is not smaller than the image of 8×7.
+    deconvnet(_images(1, 3, 8, 7).double(), "conv2_1", [5])
     assert sizes == [(3, 3), (8, 7), (8, 7)]
 
 
@@ -139,9 +139,9 @@ def test_no_seeds_give_no_projections(net: VGG19, recording: Recording) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_projections_have_the_nets_type(dtype: torch.dtype) -> None:
     net = VGG19("conv2_1", generator=torch.Generator().manual_seed(0))
-    pictures = _pictures(1, 3, 16, 19)
-    exact = Deconvnet(net.double())(pictures.double(), "conv2_1", [1, 2])
-    projections = Deconvnet(net.to(dtype))(pictures.to(dtype), "conv2_1", [1, 2])
+    images = _images(1, 3, 16, 19)
+    exact = Deconvnet(net.double())(images.double(), "conv2_1", [1, 2])
+    projections = Deconvnet(net.to(dtype))(images.to(dtype), "conv2_1", [1, 2])
     assert projections.dtype == dtype
     if dtype == torch.float32:
         torch.testing.assert_close(projections.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
@@ -155,14 +155,14 @@ def test_channels(net: VGG19, layer: str) -> None:
 # What stays as it was.
 
 
-def test_net_pictures_recording_and_random_numbers_stay_as_they_were(net: VGG19) -> None:
-    pictures = _pictures(1, 3, 16, 19).double().requires_grad_()
-    before_pictures = pictures.detach().clone()
+def test_net_images_recording_and_random_numbers_stay_as_they_were(net: VGG19) -> None:
+    images = _images(1, 3, 16, 19).double().requires_grad_()
+    before_images = images.detach().clone()
     before_net = {name: tensor.clone() for name, tensor in net.state_dict(keep_vars=True).items()}
     net.train()
     random_state = torch.get_rng_state()
     deconvnet = Deconvnet(net)
-    recording = deconvnet.record(pictures, net.layers)
+    recording = deconvnet.record(images, net.layers)
     kept = {name: tensor.clone() for name, tensor in recording.activations.items()}
     for layer in net.layers:
         seeds = Seeds.strongest(recording.activations[layer], [0], [1])
@@ -174,8 +174,8 @@ def test_net_pictures_recording_and_random_numbers_stay_as_they_were(net: VGG19)
     deconvnet.project_layer(replace(recording, activations=negative), "relu2_1")
     assert torch.equal(negative["relu2_1"], -1 - kept["relu2_1"])
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert torch.equal(pictures.detach(), before_pictures)
-    assert pictures.grad is None
+    assert torch.equal(images.detach(), before_images)
+    assert images.grad is None
     assert net.training
     net.eval()
     for name, tensor in net.state_dict(keep_vars=True).items():
@@ -201,15 +201,15 @@ REFUSED: list[tuple[Callable[[Deconvnet, Recording], object], str]] = [
     (lambda d, r: d.project(r, "pool1", Seeds.every_position([0], [-1])), "pool1 has no map -1; its maps are 0 … 63"),
     (
         lambda d, r: d.project(r, "relu2_1", Seeds.at([2], [0], [(0, 0)])),
-        "there is no picture 2 in the recording; its pictures are 0 … 1",
+        "there is no image 2 in the recording; its images are 0 … 1",
     ),
     (
         lambda d, r: d.project(r, "relu2_1", Seeds.at([0, 0], [0, 1], [(8, 10), (9, 0)])),
-        "relu2_1 has no position (9, 0) in this picture; its rows are 0 … 8, its columns 0 … 10",
+        "relu2_1 has no position (9, 0) in this image; its rows are 0 … 8, its columns 0 … 10",
     ),
     (lambda d, r: d.project_patches(r, "relu2_1", Seeds.at([0], [0], [(0, -1)])), "relu2_1 has no position (0, -1)"),
     (lambda d, r: d.project_patches(r, "relu2_1", Seeds.every_position([0], [0])), "these seeds have none; use Seeds"),
-    (lambda d, _: d.record(torch.rand(1, 3, 1, 9), ["pool1"]), "a picture of 9×1 pixels is too small for pool1"),
+    (lambda d, _: d.record(torch.rand(1, 3, 1, 9), ["pool1"]), "an image of 9×1 pixels is too small for pool1"),
     (lambda d, _: d.record(torch.rand(1, 3, 9, 9), []), "no VGG19 layer is asked for"),
     (lambda d, _: d.record(torch.rand(1, 3, 9, 9), ["relu2_2"]), "layer relu2_2 lies behind conv2_2"),
     (lambda d, _: d(torch.rand(1, 3, 9, 9), "relu1_1", [64]), "relu1_1 has no map 64; its maps are 0 … 63"),
@@ -233,12 +233,12 @@ def test_what_cannot_be_projected_is_refused(
 # The real thing.
 
 
-def test_real_weights_on_a_photograph(weights: Path, content: Path) -> None:
+def test_real_weights_on_a_photo(weights: Path, content: Path) -> None:
     file = str(weights / "vgg19_caffe_conv1_1-conv3_4.pth")
     net = load_vgg19(file, last_layer="relu3_4", notify=lambda _: None)
-    picture = to_tensor(read_image(content / "content_chicago.jpg")[100:228, 100:260])
+    image = to_tensor(read_image(content / "content_chicago.jpg")[100:228, 100:260])
     deconvnet = Deconvnet(net)
-    recording = deconvnet.record(picture, ["relu3_4"])
+    recording = deconvnet.record(image, ["relu3_4"])
     activations = recording.activations["relu3_4"]
     maps = activations.amax((0, 2, 3)).topk(8).indices
     seeds = Seeds.strongest(activations, [0] * 8, maps)
@@ -262,9 +262,9 @@ def test_real_weights_on_a_photograph(weights: Path, content: Path) -> None:
 @pytest.mark.gpu
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     net = VGG19("relu3_2", generator=torch.Generator().manual_seed(0)).double()
-    pictures = _pictures(2, 3, 61, 70).double()
-    expected = {seed: Deconvnet(net)(pictures, "relu3_2", [1, 20], seed=seed) for seed in ("strongest", "all")}
+    images = _images(2, 3, 61, 70).double()
+    expected = {seed: Deconvnet(net)(images, "relu3_2", [1, 20], seed=seed) for seed in ("strongest", "all")}
     net.cuda()
     for seed, projections in expected.items():
-        actual = Deconvnet(net)(pictures.cuda(), "relu3_2", [1, 20], seed=seed).cpu()
+        actual = Deconvnet(net)(images.cuda(), "relu3_2", [1, 20], seed=seed).cpu()
         torch.testing.assert_close(actual, projections, rtol=1e-9, atol=1e-10 * float(projections.abs().max()))

@@ -11,7 +11,7 @@ from fastnst.models.vgg19 import VGG19
 from fastnst.visualize.deconv.neurons import Seeds
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from fastnst.visualize.deconv.vgg import Deconvnet
-from fastnst.visualize.evolution import Evolution
+from fastnst.visualize.evolution import ProjectionMonitor
 from fastnst.visualize.sheets.render import about_grey, colour_scale
 
 LOSS_LAYERS = ("relu2_1", "relu1_1")
@@ -32,18 +32,18 @@ def vgg() -> VGG19:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.rand(2, 3, 24, 20, generator=_generator(2))
 
 
-def _evolution(net: TransformNet, vgg: VGG19, pictures: Tensor, **keys: tuple[str, ...]) -> Evolution:
+def _evolution(net: TransformNet, vgg: VGG19, images: Tensor, **keys: tuple[str, ...]) -> ProjectionMonitor:
     config = VisualizeConfig(**keys)
-    return Evolution(net, vgg, config, loss_layers=LOSS_LAYERS, pictures=pictures, names=["cat", "cup"])
+    return ProjectionMonitor(net, vgg, config, loss_layers=LOSS_LAYERS, images=images, names=["cat", "cup"])
 
 
-def test_a_look_projects_every_watched_map_of_every_picture(net: TransformNet, vgg: VGG19, pictures: Tensor) -> None:
+def test_a_look_projects_every_watched_map_of_every_image(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
     watched = {"vgg_maps": ("relu1_2:3", "relu2_2"), "transform_maps": ("conv2:5", "up2")}
-    seen = dict(_evolution(net, vgg, pictures, **watched).look())
+    seen = dict(_evolution(net, vgg, images, **watched).look())
     tags = ("transform_net/conv2_map5", "transform_net/up2", "vgg_transformed/relu1_2_map3", "vgg_transformed/relu2_2")
     projections = {f"evolution/{tag}/{name}" for tag in tags for name in ("cat", "cup")}
     assert set(seen) == projections | {"strip/transform_net/cat", "strip/transform_net/cup"}
@@ -52,16 +52,16 @@ def test_a_look_projects_every_watched_map_of_every_picture(net: TransformNet, v
         assert 0 <= float(seen[tag].min()) < 0.5 < float(seen[tag].max()) <= 1
 
     deconvnet = TransformDeconvnet(net)
-    recording = deconvnet.record(pictures[1:], ["conv2"])
+    recording = deconvnet.record(images[1:], ["conv2"])
     expected = deconvnet.project(recording, "conv2", Seeds.every_position([0], [5]), renormalise=True)
     assert torch.equal(seen["evolution/transform_net/conv2_map5/cup"], about_grey(expected, colour_scale(expected))[0])
 
 
-def test_vgg_looks_at_the_painting_not_at_the_photograph(net: TransformNet, vgg: VGG19, pictures: Tensor) -> None:
-    seen = dict(_evolution(net, vgg, pictures, vgg_maps=("relu1_2:3",), transform_maps=()).look())
+def test_vgg_looks_at_the_painting_not_at_the_photo(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
+    seen = dict(_evolution(net, vgg, images, vgg_maps=("relu1_2:3",), transform_maps=()).look())
     net.eval()
     with torch.no_grad():
-        painting = net(pictures[:1]).clamp(0, 1)
+        painting = net(images[:1]).clamp(0, 1)
     expected = Deconvnet(vgg)(painting, "relu1_2", [3])[0]
     assert torch.equal(
         seen["evolution/vgg_transformed/relu1_2_map3/cat"], about_grey(expected, colour_scale(expected))[0]
@@ -69,20 +69,20 @@ def test_vgg_looks_at_the_painting_not_at_the_photograph(net: TransformNet, vgg:
 
 
 def test_without_names_the_strongest_map_of_each_loss_layer_is_watched(
-    net: TransformNet, vgg: VGG19, pictures: Tensor
+    net: TransformNet, vgg: VGG19, images: Tensor
 ) -> None:
-    tags = [tag for tag, _ in _evolution(net, vgg, pictures, transform_maps=()).look() if tag.endswith("/cat")]
+    tags = [tag for tag, _ in _evolution(net, vgg, images, transform_maps=()).look() if tag.endswith("/cat")]
     expected = []
-    for layer, activations in vgg(pictures[:1], ["relu1_1", "relu2_1"]).items():
+    for layer, activations in vgg(images[:1], ["relu1_1", "relu2_1"]).items():
         strongest = int((activations == activations.max()).nonzero()[0, 1])
         expected.append(f"evolution/vgg_transformed/{layer}_map{strongest}/cat")
     assert tags == ["strip/transform_net/cat", *expected]
 
 
-def test_it_follows_the_weights(net: TransformNet, vgg: VGG19, pictures: Tensor) -> None:
-    evolution = _evolution(net, vgg, pictures)
+def test_it_follows_the_weights(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
+    evolution = _evolution(net, vgg, images)
     before = dict(evolution.look())
-    assert all(torch.equal(picture, before[tag]) for tag, picture in evolution.look())
+    assert all(torch.equal(image, before[tag]) for tag, image in evolution.look())
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=_generator(3)))
@@ -92,12 +92,12 @@ def test_it_follows_the_weights(net: TransformNet, vgg: VGG19, pictures: Tensor)
     assert all("relu1_1" in tag for tag in same)
 
 
-def test_it_leaves_the_networks_and_the_seed_alone(net: TransformNet, vgg: VGG19, pictures: Tensor) -> None:
+def test_it_leaves_the_networks_and_the_seed_alone(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
     batch_norm = TransformNet("lengstrom", "batch", generator=_generator(4)).train()
     for some_net in (net, batch_norm):
         state = {name: tensor.clone() for name, tensor in some_net.state_dict().items()}
         torch.manual_seed(5)
-        evolution = _evolution(some_net, vgg, pictures)
+        evolution = _evolution(some_net, vgg, images)
         list(evolution.look())
         list(evolution.content_strips())
         assert torch.initial_seed() == 5
@@ -107,8 +107,8 @@ def test_it_leaves_the_networks_and_the_seed_alone(net: TransformNet, vgg: VGG19
         assert all(torch.equal(tensor, state[name]) for name, tensor in some_net.state_dict().items())
 
 
-def test_strips_go_from_the_photograph_through_all_layers(net: TransformNet, vgg: VGG19, pictures: Tensor) -> None:
-    evolution = _evolution(net, vgg, pictures)
+def test_strips_go_from_the_photo_through_all_layers(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
+    evolution = _evolution(net, vgg, images)
     transform = dict(evolution.look())["strip/transform_net/cat"]
     content = dict(evolution.content_strips())["strip/vgg_content/cat"]
     # Tiles of 24 × 20 pixels are enlarged to about a hundred: photo, layers and painting; photo and two layers.
@@ -125,8 +125,8 @@ def test_strips_go_from_the_photograph_through_all_layers(net: TransformNet, vgg
     ],
 )
 def test_what_cannot_be_watched_is_refused_at_once(
-    net: TransformNet, vgg: VGG19, pictures: Tensor, watched: dict[str, tuple[str, ...]], message: str
+    net: TransformNet, vgg: VGG19, images: Tensor, watched: dict[str, tuple[str, ...]], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        _evolution(net, vgg, pictures, **watched)
+        _evolution(net, vgg, images, **watched)
     assert message in str(caught.value)

@@ -9,8 +9,8 @@ from fastnst.visualize.deconv.neurons import Seeds, check_maps
 
 def test_every_position_has_none() -> None:
     seeds = Seeds.every_position([0, 0, 1], [4, 5, 6])
-    assert (seeds.pictures.tolist(), seeds.maps.tolist(), seeds.positions) == ([0, 0, 1], [4, 5, 6], None)
-    assert seeds.maps.dtype == seeds.pictures.dtype == torch.int64
+    assert (seeds.images.tolist(), seeds.maps.tolist(), seeds.positions) == ([0, 0, 1], [4, 5, 6], None)
+    assert seeds.maps.dtype == seeds.images.dtype == torch.int64
     assert len(seeds) == 3
 
 
@@ -56,14 +56,14 @@ def test_no_seeds() -> None:
 
 def test_a_part() -> None:
     seeds = Seeds.at([0, 1, 2], [3, 4, 5], [(0, 1), (2, 3), (4, 5)])[1:3]
-    assert (seeds.pictures.tolist(), seeds.maps.tolist()) == ([1, 2], [4, 5])
+    assert (seeds.images.tolist(), seeds.maps.tolist()) == ([1, 2], [4, 5])
     assert seeds.positions is not None
     assert seeds.positions.tolist() == [[2, 3], [4, 5]]
     assert Seeds.every_position([0, 1], [2, 3])[:1].positions is None
 
 
 def test_what_does_not_pair_up_is_refused() -> None:
-    with pytest.raises(UserError, match=r"pictures \[2\] and maps \[1\] do not pair up"):
+    with pytest.raises(UserError, match=r"images \[2\] and maps \[1\] do not pair up"):
         Seeds.every_position([0, 1], [2])
     with pytest.raises(UserError, match=r"positions are \[1, 2\], expected \[2, 2\]"):
         Seeds.at([0, 1], [2, 3], [(0, 0)])

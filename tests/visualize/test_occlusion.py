@@ -28,7 +28,7 @@ def net() -> VGG19:
 
 @pytest.fixture(scope="module")
 def red_sum() -> VGG19:
-    """conv1_1's map 0 is red itself, in the picture's own units but for a constant."""
+    """conv1_1's map 0 is red itself, in the image's own units but for a constant."""
     net = VGG19("conv1_1").double()
     net.conv1_1.weight.zero_()
     net.conv1_1.weight[0, 0, 1, 1] = 1 / net.gain[0].item()
@@ -36,13 +36,13 @@ def red_sum() -> VGG19:
 
 
 @pytest.fixture
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.rand(2, 3, 11, 14, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def blurred(picture: Tensor, sizes: tuple[int, int]) -> Tensor:
+def blurred(image: Tensor, sizes: tuple[int, int]) -> Tensor:
     """`[3, H, W]` through NumPy: mirrored without the edge, convolved line by line."""
-    array = picture.numpy()
+    array = image.numpy()
     for axis, size in zip((1, 2), sizes, strict=True):
         reach = min(math.ceil(0.75 * size), array.shape[axis] - 1)
         bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (size / 4)) ** 2)
@@ -53,16 +53,16 @@ def blurred(picture: Tensor, sizes: tuple[int, int]) -> Tensor:
     return torch.from_numpy(array)
 
 
-def baseline(net: VGG19, picture: Tensor, fill: str, sizes: tuple[int, int]) -> Tensor:
-    return net.mean.expand_as(picture) if fill == "grey" else blurred(picture, sizes).to(picture.dtype)
+def baseline(net: VGG19, image: Tensor, fill: str, sizes: tuple[int, int]) -> Tensor:
+    return net.mean.expand_as(image) if fill == "grey" else blurred(image, sizes).to(image.dtype)
 
 
 def captum_heat(
-    net: VGG19, picture: Tensor, target: Target, covers: Tensor, sizes: tuple[int, int], strides: tuple[int, int]
+    net: VGG19, image: Tensor, target: Target, covers: Tensor, sizes: tuple[int, int], strides: tuple[int, int]
 ) -> Tensor:
     peer = Occlusion(lambda batch: score(net, target, batch))
     attribution = peer.attribute(
-        picture[None],
+        image[None],
         sliding_window_shapes=(3, *sizes),
         strides=(3, *strides),
         baselines=covers[None],
@@ -78,9 +78,9 @@ def captum_heat(
 
 def test_drops_by_hand(red_sum: VGG19) -> None:
     mean = red_sum.mean[0].item()
-    picture = torch.zeros(1, 3, 3, 3, dtype=torch.float64)
-    picture[0, 0] = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]], dtype=torch.float64) / 10 + mean
-    found = occlusion(red_sum, picture, parse_target("conv1_1:0"), size=2, stride=2)
+    image = torch.zeros(1, 3, 3, 3, dtype=torch.float64)
+    image[0, 0] = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]], dtype=torch.float64) / 10 + mean
+    found = occlusion(red_sum, image, parse_target("conv1_1:0"), size=2, stride=2)
     # The red of a window goes: 0.1+0.2+0.4+0.5 at the top left; the others are cut off by the edge.
     drops = torch.tensor([[1.2, 0.9], [1.5, 0.9]], dtype=torch.float64)
     torch.testing.assert_close(found.base, torch.tensor([4.5], dtype=torch.float64))
@@ -91,9 +91,9 @@ def test_drops_by_hand(red_sum: VGG19) -> None:
 
 def test_overlapping_occluders_are_averaged(red_sum: VGG19) -> None:
     mean = red_sum.mean[0].item()
-    picture = torch.zeros(1, 3, 1, 3, dtype=torch.float64)
-    picture[0, 0] = torch.tensor([0.3, 0.1, -0.2], dtype=torch.float64) + mean
-    found = occlusion(red_sum, picture, parse_target("conv1_1:0"), size=(1, 2), stride=1)
+    image = torch.zeros(1, 3, 1, 3, dtype=torch.float64)
+    image[0, 0] = torch.tensor([0.3, 0.1, -0.2], dtype=torch.float64) + mean
+    found = occlusion(red_sum, image, parse_target("conv1_1:0"), size=(1, 2), stride=1)
     torch.testing.assert_close(found.scores, torch.tensor([[[-0.2, 0.3]]], dtype=torch.float64))
     # The middle is covered twice, with drops 0.4 and -0.1.
     torch.testing.assert_close(found.heat, torch.tensor([[[0.4, 0.15, -0.1]]], dtype=torch.float64))
@@ -115,11 +115,11 @@ GEOMETRIES = [
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize(("sizes", "strides"), GEOMETRIES)
 def test_heat_is_captums(
-    net: VGG19, pictures: Tensor, sizes: tuple[int, int], strides: tuple[int, int], fill: str
+    net: VGG19, images: Tensor, sizes: tuple[int, int], strides: tuple[int, int], fill: str
 ) -> None:
-    found = occlusion(net, pictures, TARGET, size=sizes, stride=strides, fill=fill, batch_size=16)
-    for picture, heat in zip(pictures, found.heat, strict=True):
-        peer = captum_heat(net, picture, TARGET, baseline(net, picture, fill, sizes), sizes, strides)
+    found = occlusion(net, images, TARGET, size=sizes, stride=strides, fill=fill, batch_size=16)
+    for image, heat in zip(images, found.heat, strict=True):
+        peer = captum_heat(net, image, TARGET, baseline(net, image, fill, sizes), sizes, strides)
         # Captum adds the drops up in single precision.
         assert (heat - peer).abs().max() <= 1e-6 * peer.abs().max()
 
@@ -133,8 +133,8 @@ def test_agrees_with_captum_on_a_photo_with_trained_weights(content: Path, weigh
     target, sizes, strides = parse_target("relu3_4:100"), (16, 16), (14, 14)
     # In double: a drop is a small difference of large scores.
     found = occlusion(net.double(), photo, target, size=16, stride=14, fill=fill)
-    picture = photo[0].double()
-    peer = captum_heat(net, picture, target, baseline(net, picture, fill, sizes), sizes, strides)
+    image = photo[0].double()
+    peer = captum_heat(net, image, target, baseline(net, image, fill, sizes), sizes, strides)
     assert (found.heat[0] - peer).abs().max() <= 1e-6 * peer.abs().max()
     single = occlusion(net.float(), photo, target, size=16, stride=14, fill=fill).heat[0]
     assert (single - peer).abs().max() <= 1e-5 * peer.abs().max()
@@ -152,14 +152,14 @@ def test_every_pixel_is_covered_or_the_stride_is_refused(
     red_sum: VGG19, side: tuple[int, int], size: tuple[int, int], stride: tuple[int, int]
 ) -> None:
     size = (min(size[0], side[0]), min(size[1], side[1]))
-    picture = torch.rand(1, 3, *side, dtype=torch.float64)
+    image = torch.rand(1, 3, *side, dtype=torch.float64)
     target = parse_target("conv1_1:0")
     if any(t > s and s < whole for whole, s, t in zip(side, size, stride, strict=True)):
         with pytest.raises(UserError, match="so that each pixel is covered"):
-            occlusion(red_sum, picture, target, size=size, stride=stride)
+            occlusion(red_sum, image, target, size=size, stride=stride)
         return
-    found = occlusion(red_sum, picture, target, size=size, stride=stride)
-    red = picture[0, 0] - red_sum.mean[0]
+    found = occlusion(red_sum, image, target, size=size, stride=stride)
+    red = image[0, 0] - red_sum.mean[0]
     drops, covering = torch.zeros_like(red), torch.zeros_like(red)
     for row in range(found.scores.shape[1]):
         for column in range(found.scores.shape[2]):
@@ -173,13 +173,13 @@ def test_every_pixel_is_covered_or_the_stride_is_refused(
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_batches_and_neighbours_change_nothing(net: VGG19, pictures: Tensor, fill: str) -> None:
-    whole = occlusion(net, pictures, TARGET, size=4, stride=3, fill=fill, batch_size=64)
+def test_batches_and_neighbours_change_nothing(net: VGG19, images: Tensor, fill: str) -> None:
+    whole = occlusion(net, images, TARGET, size=4, stride=3, fill=fill, batch_size=64)
     assert whole.scores.shape == (2, 4, 5)
     assert whole.base.shape == (2,)
     assert whole.heat.shape == (2, 11, 14)
     for index in range(2):
-        alone = occlusion(net, pictures[index : index + 1], TARGET, size=4, stride=3, fill=fill, batch_size=3)
+        alone = occlusion(net, images[index : index + 1], TARGET, size=4, stride=3, fill=fill, batch_size=3)
         for found, expected in (
             (alone.scores[0], whole.scores[index]),
             (alone.base[0], whole.base[index]),
@@ -188,14 +188,14 @@ def test_batches_and_neighbours_change_nothing(net: VGG19, pictures: Tensor, fil
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-9)
 
 
-def test_no_more_than_a_batch_of_copies_at_once(pictures: Tensor) -> None:
+def test_no_more_than_a_batch_of_copies_at_once(images: Tensor) -> None:
     seen: list[int] = []
     net = VGG19("conv1_1").double()
     net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     calls: list[tuple[int, int]] = []
     occlusion(
         net,
-        pictures,
+        images,
         parse_target("conv1_1:0"),
         size=4,
         stride=3,
@@ -206,18 +206,18 @@ def test_no_more_than_a_batch_of_copies_at_once(pictures: Tensor) -> None:
     assert calls == [(6, 40), (12, 40), (18, 40), (20, 40), (26, 40), (32, 40), (38, 40), (40, 40)]
 
 
-def test_leaves_everything_as_it_was(net: VGG19, pictures: Tensor) -> None:
+def test_leaves_everything_as_it_was(net: VGG19, images: Tensor) -> None:
     state = {name: value.clone() for name, value in net.state_dict().items()}
     random = torch.get_rng_state()
-    wanted = pictures.clone().requires_grad_()
+    wanted = images.clone().requires_grad_()
     expected = [occlusion(net, wanted, TARGET, size=4, stride=4, fill=fill) for fill in FILLS]
     assert not expected[0].heat.requires_grad
     assert torch.is_grad_enabled()
-    assert torch.equal(wanted, pictures)
+    assert torch.equal(wanted, images)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     with torch.inference_mode():
-        assert torch.equal(occlusion(net, pictures, TARGET, size=4, stride=4).heat, expected[0].heat)
+        assert torch.equal(occlusion(net, images, TARGET, size=4, stride=4).heat, expected[0].heat)
 
 
 # Fillings.
@@ -257,26 +257,26 @@ def test_single_precision_in_single_precision_out() -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"target": Target("relu2_1", 128, "")}, "its maps are 0 … 127"),
         ({"target": Target("relu4_1", 0, "")}, "lies behind relu2_1"),
-        ({"pictures": torch.zeros(11, 14, 3)}, r"\[11, 14, 3\]"),
+        ({"images": torch.zeros(11, 14, 3)}, r"\[11, 14, 3\]"),
     ],
 )
 def test_what_cannot_be_done_is_said(net: VGG19, arguments: dict[str, object], message: str) -> None:
-    usual = {"pictures": torch.zeros(1, 3, 11, 14), "target": TARGET, "size": 4, "stride": 2}
+    usual = {"images": torch.zeros(1, 3, 11, 14), "target": TARGET, "size": 4, "stride": 2}
     with pytest.raises(UserError, match=message):
         occlusion(net, **(usual | arguments))
 
 
-def test_a_class_needs_the_classifier(net: VGG19, pictures: Tensor) -> None:
+def test_a_class_needs_the_classifier(net: VGG19, images: Tensor) -> None:
     with pytest.raises(DataError, match="needs the classifier"):
-        occlusion(net, pictures, parse_target("class:7"), size=4, stride=4)
+        occlusion(net, images, parse_target("class:7"), size=4, stride=4)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fill", FILLS)
-def test_a_gpu_finds_the_same(net: VGG19, pictures: Tensor, fill: str) -> None:
-    expected = occlusion(net, pictures, TARGET, size=4, stride=3, fill=fill)
+def test_a_gpu_finds_the_same(net: VGG19, images: Tensor, fill: str) -> None:
+    expected = occlusion(net, images, TARGET, size=4, stride=3, fill=fill)
     twin = VGG19("relu2_1").double()
     twin.load_state_dict(net.state_dict())
-    found = occlusion(twin.cuda(), pictures, TARGET, size=4, stride=3, fill=fill)
+    found = occlusion(twin.cuda(), images, TARGET, size=4, stride=3, fill=fill)
     assert found.heat.is_cuda
     torch.testing.assert_close(found.heat.cpu(), expected.heat, rtol=1e-10, atol=1e-8)

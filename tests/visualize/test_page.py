@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastnst.errors import DataError, UserError
 from fastnst.visualize.sheets.page import Figure, build_page
-from fastnst.visualize.sheets.report import Report, Sheet, check_out, picture_names, write_report
+from fastnst.visualize.sheets.report import Report, Sheet, check_out, image_names, write_report
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
@@ -56,15 +56,15 @@ class Page(HTMLParser):
         return {urllib.parse.unquote_to_bytes(part.path).removeprefix(b"/out/") for part in parts}
 
 
-def picture(height: int = 8, width: int = 12) -> np.ndarray:
+def image(height: int = 8, width: int = 12) -> np.ndarray:
     return np.zeros((height, width, 3), np.uint8)
 
 
 def report(*names: str) -> Report:
     numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
-    extras = {"-heat.png": picture(), "-heat.npy": numbers}
-    table = [("map", "picture"), ("1", "<b>.jpg")]
-    sheets = [Sheet(name, f"visualize/{name}", picture(), f"caption of {name}", "alt", extras, table) for name in names]
+    extras = {"-heat.png": image(), "-heat.npy": numbers}
+    table = [("map", "image"), ("1", "<b>.jpg")]
+    sheets = [Sheet(name, f"visualize/{name}", image(), f"caption of {name}", "alt", extras, table) for name in names]
     return Report("Title & <more>", "About it.", {"layer": "conv1_1", "VGG19": 'a "file" <x>'}, sheets)
 
 
@@ -165,6 +165,6 @@ def test_the_output_must_be_a_folder_that_can_be_written(tmp_path: Path, monkeyp
         check_out(tmp_path / "new" / "deep")
 
 
-def test_pictures_of_one_name_are_numbered() -> None:
+def test_images_of_one_name_are_numbered() -> None:
     paths = [Path("a/x.jpg"), Path("b/x.png"), Path("x-2.jpg"), Path("c/x.jpg"), Path("y.tar.png")]
-    assert picture_names(paths) == ["x", "x-2", "x-2-2", "x-3", "y.tar"]
+    assert image_names(paths) == ["x", "x-2", "x-2-2", "x-3", "y.tar"]

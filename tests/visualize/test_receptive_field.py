@@ -26,8 +26,8 @@ def test_sizes(layer: str) -> None:
 @pytest.mark.parametrize("layer", LAYERS[: LAYERS.index("pool5") + 1])
 def test_a_field_is_what_a_gradient_reaches(layer: str) -> None:
     """One channel, filters of ones, averages instead of maxima: nothing that is seen is lost on the way."""
-    picture = torch.ones(1, 1, 288, 320, dtype=torch.float64, requires_grad=True)
-    x: torch.Tensor = picture
+    image = torch.ones(1, 1, 288, 320, dtype=torch.float64, requires_grad=True)
+    x: torch.Tensor = image
     for name in LAYERS[: LAYERS.index(layer) + 1]:
         if name.startswith("conv"):
             x = F.conv2d(x, torch.ones(1, 1, 3, 3, dtype=x.dtype), padding=1)
@@ -35,8 +35,8 @@ def test_a_field_is_what_a_gradient_reaches(layer: str) -> None:
             x = F.avg_pool2d(x, 2)
     field = receptive_field(layer)
     for position in ((0, 0), (x.shape[2] // 2, x.shape[3] // 2), (x.shape[2] - 1, x.shape[3] - 1)):
-        (seen,) = torch.autograd.grad(x[0, 0, position[0], position[1]], picture, retain_graph=True)
-        expected = torch.zeros_like(picture)
+        (seen,) = torch.autograd.grad(x[0, 0, position[0], position[1]], image, retain_graph=True)
+        expected = torch.zeros_like(image)
         top, left = (field.start + place * field.jump for place in position)
         expected[..., max(top, 0) : top + field.size, max(left, 0) : left + field.size] = 1
         assert torch.equal((seen != 0).to(expected.dtype), expected)
@@ -48,7 +48,7 @@ def test_conv1_1_sees_its_pixel_and_its_neighbours() -> None:
 
 @pytest.mark.parametrize("layer", ["fc6", "relu6", "fc7", "relu7", "fc8"])
 def test_fully_connected_layers_see_everything(layer: str) -> None:
-    with pytest.raises(UserError, match=rf"{layer} sees the whole picture .*; choose a layer up to pool5"):
+    with pytest.raises(UserError, match=rf"{layer} sees the whole image .*; choose a layer up to pool5"):
         receptive_field(layer)
 
 

@@ -1,4 +1,4 @@
-"""Numbers as colours, and pictures on sheets."""
+"""Numbers as colours, and images on sheets."""
 
 import hypothesis
 import numpy as np
@@ -56,18 +56,18 @@ def test_the_scale_of_little_or_nothing() -> None:
 @given(scale=st.floats(1e-30, 1e30), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_zero_is_exactly_mid_grey_and_signs_are_opposite(scale: float, dtype: torch.dtype) -> None:
     values = torch.tensor([0.0, scale, -scale, 2 * scale, -2 * scale, scale / 2], dtype=dtype).reshape(6, 1, 1, 1)
-    pictures = about_grey(values.expand(6, 3, 2, 2), scale)
-    assert pictures.shape == (6, 3, 2, 2)
-    assert pictures.dtype == dtype
-    torch.testing.assert_close(pictures[:, 0, 0, 0], torch.tensor([0.5, 1, 0, 1, 0, 0.75], dtype=dtype))
-    assert (pictures[0] == 0.5).all()
+    images = about_grey(values.expand(6, 3, 2, 2), scale)
+    assert images.shape == (6, 3, 2, 2)
+    assert images.dtype == dtype
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0.5, 1, 0, 1, 0, 0.75], dtype=dtype))
+    assert (images[0] == 0.5).all()
 
 
 def test_projections_of_one_scale_stay_comparable() -> None:
     weak = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     both = torch.cat([weak, 4 * weak])
-    pictures = about_grey(both, 100.0) - 0.5
-    torch.testing.assert_close(pictures[1], 4 * pictures[0], rtol=1e-4, atol=1e-6)
+    images = about_grey(both, 100.0) - 0.5
+    torch.testing.assert_close(images[1], 4 * images[0], rtol=1e-4, atol=1e-6)
 
 
 def lightness(colours: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def test_inputs_stay_as_they_are() -> None:
 # Sheets.
 
 
-def test_a_sheet_holds_every_picture_unchanged_and_white_around_it() -> None:
+def test_a_sheet_holds_every_image_unchanged_and_white_around_it() -> None:
     red, green, blue = blocks((1, 0, 0), (0, 1, 0), (0, 0, 1), side=120)
     sheet = contact_sheet([Row([red, green], ["red", "green"]), Row([blue], ["blue"])], title="Colours")
     assert sheet.dtype == np.uint8
@@ -144,7 +144,7 @@ def test_a_sheet_holds_every_picture_unchanged_and_white_around_it() -> None:
     assert (margin == 255).all()
 
 
-def test_a_small_picture_is_enlarged_pixel_by_pixel_and_a_large_one_reduced() -> None:
+def test_a_small_image_is_enlarged_pixel_by_pixel_and_a_large_one_reduced() -> None:
     checks = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]).expand(3, 2, 3)
     sheet = contact_sheet([Row([checks], [""])])
     top, left, bottom, right = where(sheet, (0, 0, 0))
@@ -164,7 +164,7 @@ LONG = "a_name_without_any_space_that_is_far_too_long_for_its_column_" * 4 + "en
 
 @pytest.mark.parametrize("on_top", [False, True])
 @pytest.mark.parametrize("captions", [["a", "b"], [LONG, "b"], ["many short words " * 9, LONG], ["", ""]])
-def test_captions_stay_within_their_column_and_clear_of_the_pictures(captions: list[str], on_top: bool) -> None:
+def test_captions_stay_within_their_column_and_clear_of_the_images(captions: list[str], on_top: bool) -> None:
     tiles = blocks((1, 0, 0), (0, 0, 1))
     sheet = contact_sheet([Row(tiles, captions)], captions_on_top=on_top)
     boxes = [where(sheet, (255, 0, 0)), where(sheet, (0, 0, 255))]
@@ -206,7 +206,7 @@ def test_whatever_is_written_stays_on_the_sheet(title: str, note: str, captions:
     sheet = contact_sheet([Row(tiles, captions, label=title)], title=title, note=note)
     margin = np.concatenate([sheet[:16].ravel(), sheet[-16:].ravel(), sheet[:, :20].ravel(), sheet[:, -20:].ravel()])
     assert (margin == 255).all()
-    # All lines of the title are there: the more, the lower the picture.
+    # All lines of the title are there: the more, the lower the image.
     again = contact_sheet([Row(tiles, captions, label=title)], note=note)
     assert sheet.shape[0] >= again.shape[0]
 
@@ -236,23 +236,23 @@ def test_letters_that_the_font_lacks_lose_their_accents_or_become_question_marks
     assert drawable("map 17 · ±0.0123 @ (14, 9) … conv3_4 #%&") == "map 17 · ±0.0123 @ (14, 9) ... conv3_4 #%&"
 
 
-def test_a_picture_with_nan_is_refused() -> None:
+def test_a_image_with_nan_is_refused() -> None:
     with pytest.raises(DataError, match="NaN"):
         contact_sheet([Row([torch.full((3, 20, 20), torch.nan)], [""])])
     with pytest.raises(DataError, match="NaN"):
         contact_sheet([Row([heat_map(torch.full((1, 20, 20), torch.nan), scale=1.0)], [""])])
 
 
-def test_a_mosaic_lays_pictures_in_rows() -> None:
-    pictures = torch.arange(5).float().div(10).reshape(5, 1, 1, 1).expand(5, 3, 32, 64)
-    whole = mosaic(pictures, 3)
+def test_a_mosaic_lays_images_in_rows() -> None:
+    images = torch.arange(5).float().div(10).reshape(5, 1, 1, 1).expand(5, 3, 32, 64)
+    whole = mosaic(images, 3)
     assert whole.shape == (3, 2 * 32 + 3, 3 * 64 + 2 * 3)
     for index in range(5):
         row, column = index // 3 * 35, index % 3 * 67
-        torch.testing.assert_close(whole[:, row : row + 32, column : column + 64], pictures[index])
+        torch.testing.assert_close(whole[:, row : row + 32, column : column + 64], images[index])
     assert (whole[:, 35:, 134:] == 1).all()
     assert (whole[:, 32:35] == 1).all()
-    assert mosaic(pictures[:1, :, :3, :3], 1).shape == (3, 66, 66)
+    assert mosaic(images[:1, :, :3, :3], 1).shape == (3, 66, 66)
 
 
 @pytest.mark.parametrize(

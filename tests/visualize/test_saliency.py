@@ -38,8 +38,8 @@ class AsSequential(nn.Module):
                 layers.append(conv)
         self.layers = nn.Sequential(*layers).requires_grad_(False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.layers(self.prepare(pictures)).sum(dim=(2, 3))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(self.prepare(images)).sum(dim=(2, 3))
 
 
 @pytest.fixture(scope="module", params=FLAVOURS)
@@ -53,15 +53,15 @@ def net(request: pytest.FixtureRequest) -> VGG19:
 
 
 @pytest.fixture
-def pictures() -> Tensor:
+def images() -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.rand(3, 3, 13, 18, generator=generator, dtype=torch.float64)
 
 
-def captum_map(method: Callable[..., Tensor], pictures: Tensor, target: Target) -> Tensor:
+def captum_map(method: Callable[..., Tensor], images: Tensor, target: Target) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Setting backward hooks on ReLU")
-        attribution = method(pictures.clone().requires_grad_(), target=target.map)
+        attribution = method(images.clone().requires_grad_(), target=target.map)
     return attribution.detach().abs().amax(dim=1)
 
 
@@ -91,15 +91,15 @@ def two_colours() -> VGG19:
 
 def test_plain_by_hand(two_colours: VGG19) -> None:
     red, green = two_colours.gain[0].item(), two_colours.gain[1].item()
-    pictures = torch.rand(1, 3, 4, 5, dtype=torch.float64)
-    found = saliency(two_colours, pictures, parse_target("relu1_2:0"))
+    images = torch.rand(1, 3, 4, 5, dtype=torch.float64)
+    found = saliency(two_colours, images, parse_target("relu1_2:0"))
     assert 2 * green > red
     torch.testing.assert_close(found, torch.full((1, 4, 5), 2 * green, dtype=torch.float64))
 
 
 def test_guided_stops_what_would_lower_the_target(two_colours: VGG19) -> None:
-    pictures = torch.rand(1, 3, 4, 5, dtype=torch.float64)
-    found = saliency(two_colours, pictures, parse_target("relu1_2:0"), method="guided")
+    images = torch.rand(1, 3, 4, 5, dtype=torch.float64)
+    found = saliency(two_colours, images, parse_target("relu1_2:0"), method="guided")
     # Green's gradient is negative at relu1_1 and ends there; red's remains.
     torch.testing.assert_close(found, torch.full((1, 4, 5), two_colours.gain[0].item(), dtype=torch.float64))
 
@@ -117,18 +117,18 @@ def test_a_closed_relu_hides_its_pixels(two_colours: VGG19) -> None:
 
 
 @pytest.mark.parametrize("target", [parse_target(text) for text in TARGETS], ids=TARGETS)
-def test_plain_is_captums_saliency(net: VGG19, pictures: Tensor, target: Target) -> None:
-    peer = captum_map(Saliency(AsSequential(net, target.layer)).attribute, pictures, target)
-    assert_near(saliency(net, pictures, target), peer, 1e-12)
+def test_plain_is_captums_saliency(net: VGG19, images: Tensor, target: Target) -> None:
+    peer = captum_map(Saliency(AsSequential(net, target.layer)).attribute, images, target)
+    assert_near(saliency(net, images, target), peer, 1e-12)
 
 
 @pytest.mark.parametrize("target", [parse_target(text) for text in TARGETS], ids=TARGETS)
-def test_guided_is_captums_guided_backpropagation(net: VGG19, pictures: Tensor, target: Target) -> None:
-    peer = captum_map(GuidedBackprop(AsSequential(net, target.layer)).attribute, pictures, target)
-    found = saliency(net, pictures, target, method="guided")
+def test_guided_is_captums_guided_backpropagation(net: VGG19, images: Tensor, target: Target) -> None:
+    peer = captum_map(GuidedBackprop(AsSequential(net, target.layer)).attribute, images, target)
+    found = saliency(net, images, target, method="guided")
     assert_near(found, peer, 1e-12)
     if target.layer not in ("conv1_1", "relu1_1"):
-        plain = saliency(net, pictures, target)
+        plain = saliency(net, images, target)
         assert not torch.allclose(found, plain, rtol=0.1)
 
 
@@ -145,33 +145,33 @@ def test_agrees_with_captum_on_a_photo_in_single_precision(content: Path, weight
     assert_near(saliency(net, photo, target, method="guided"), guided, 1e-5)
 
 
-def test_smoothgrad_is_the_mean_over_noisy_copies(net: VGG19, pictures: Tensor) -> None:
+def test_smoothgrad_is_the_mean_over_noisy_copies(net: VGG19, images: Tensor) -> None:
     target = parse_target("relu2_2:3")
     expected = []
-    for picture in pictures:
+    for image in images:
         generator = torch.Generator().manual_seed(11)
-        total = torch.zeros_like(picture)
+        total = torch.zeros_like(image)
         for _ in range(5):
-            grain = torch.randn(picture.shape, generator=generator).double()
-            noisy = (picture + 0.2 * (picture.max() - picture.min()) * grain)[None].requires_grad_()
+            grain = torch.randn(image.shape, generator=generator).double()
+            noisy = (image + 0.2 * (image.max() - image.min()) * grain)[None].requires_grad_()
             total += torch.autograd.grad(score(net, target, noisy).sum(), noisy)[0][0]
         expected.append((total / 5).abs().amax(dim=0))
     settings = {"method": "smoothgrad", "samples": 5, "noise": 0.2, "seed": 11}
     for batch_size in (1, 2, 16):
-        found = saliency(net, pictures, target, batch_size=batch_size, **settings)
+        found = saliency(net, images, target, batch_size=batch_size, **settings)
         assert_near(found, torch.stack(expected), 1e-12)
 
 
-def test_smoothgrad_without_noise_is_plain(net: VGG19, pictures: Tensor) -> None:
+def test_smoothgrad_without_noise_is_plain(net: VGG19, images: Tensor) -> None:
     target = parse_target("conv2_2:1")
-    found = saliency(net, pictures, target, method="smoothgrad", noise=0.0, samples=3)
-    assert_near(found, saliency(net, pictures, target), 1e-12)
+    found = saliency(net, images, target, method="smoothgrad", noise=0.0, samples=3)
+    assert_near(found, saliency(net, images, target), 1e-12)
 
 
-def test_smoothgrads_noise_follows_the_seed(net: VGG19, pictures: Tensor) -> None:
+def test_smoothgrads_noise_follows_the_seed(net: VGG19, images: Tensor) -> None:
     target = parse_target("relu2_2:3")
     one, again, other = (
-        saliency(net, pictures[:1], target, method="smoothgrad", samples=2, seed=seed) for seed in (1, 1, 2)
+        saliency(net, images[:1], target, method="smoothgrad", samples=2, seed=seed) for seed in (1, 1, 2)
     )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -181,33 +181,33 @@ def test_smoothgrads_noise_follows_the_seed(net: VGG19, pictures: Tensor) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_picture_stands_for_itself(net: VGG19, pictures: Tensor, method: str) -> None:
+def test_each_image_stands_for_itself(net: VGG19, images: Tensor, method: str) -> None:
     target = parse_target("relu2_2:3")
-    together = saliency(net, pictures, target, method=method, samples=3, batch_size=2)
+    together = saliency(net, images, target, method=method, samples=3, batch_size=2)
     assert together.shape == (3, 13, 18)
     assert bool((together >= 0).all())
-    for picture, expected in zip(pictures.split(1), together.split(1), strict=True):
-        assert_near(saliency(net, picture, target, method=method, samples=3), expected, 1e-12)
+    for image, expected in zip(images.split(1), together.split(1), strict=True):
+        assert_near(saliency(net, image, target, method=method, samples=3), expected, 1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda context: context.__name__)
 def test_works_where_gradients_are_off(
-    net: VGG19, pictures: Tensor, method: str, context: Callable[[], torch.no_grad]
+    net: VGG19, images: Tensor, method: str, context: Callable[[], torch.no_grad]
 ) -> None:
     target = parse_target("relu2_2:3")
-    expected = saliency(net, pictures, target, method=method, samples=2)
+    expected = saliency(net, images, target, method=method, samples=2)
     with context():
-        made_here = pictures + 0
+        made_here = images + 0
         assert torch.equal(saliency(net, made_here, target, method=method, samples=2), expected)
         assert not torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_leaves_everything_as_it_was(net: VGG19, pictures: Tensor, method: str) -> None:
+def test_leaves_everything_as_it_was(net: VGG19, images: Tensor, method: str) -> None:
     target = parse_target("relu2_2:3")
     net.conv1_2.weight.requires_grad_()
-    wanted = pictures.clone().requires_grad_()
+    wanted = images.clone().requires_grad_()
     state = {name: value.clone() for name, value in net.state_dict().items()}
     random = torch.get_rng_state()
     try:
@@ -219,13 +219,13 @@ def test_leaves_everything_as_it_was(net: VGG19, pictures: Tensor, method: str) 
         assert not net.conv1_1.weight.requires_grad
     finally:
         net.conv1_2.weight.requires_grad_(False)
-    assert torch.equal(wanted, pictures)
+    assert torch.equal(wanted, images)
     assert torch.equal(torch.get_rng_state(), random)
     assert not net.training
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     # Guided passes leave no hook behind: the next plain gradient is PyTorch's own.
     (plain,) = torch.autograd.grad(score(net, target, wanted).sum(), wanted)
-    assert torch.equal(saliency(net, pictures, target), plain.abs().amax(dim=1))
+    assert torch.equal(saliency(net, images, target), plain.abs().amax(dim=1))
 
 
 @pytest.mark.parametrize(
@@ -238,12 +238,12 @@ def test_leaves_everything_as_it_was(net: VGG19, pictures: Tensor, method: str) 
         ({"noise": float("nan")}, "noise is nan"),
         ({"target": Target("relu2_2", 128, "")}, "its maps are 0 … 127"),
         ({"target": Target("relu3_1", 0, "")}, "lies behind relu2_2"),
-        ({"pictures": torch.zeros(3, 8, 8)}, r"got torch.float32 \[3, 8, 8\]"),
-        ({"pictures": torch.zeros(1, 3, 1, 8)}, "too small for relu2_2"),
+        ({"images": torch.zeros(3, 8, 8)}, r"got torch.float32 \[3, 8, 8\]"),
+        ({"images": torch.zeros(1, 3, 1, 8)}, "too small for relu2_2"),
     ],
 )
 def test_what_cannot_be_done_is_said(net: VGG19, arguments: dict[str, object], message: str) -> None:
-    usual = {"pictures": torch.zeros(1, 3, 8, 8), "target": parse_target("relu2_2:0")}
+    usual = {"images": torch.zeros(1, 3, 8, 8), "target": parse_target("relu2_2:0")}
     with pytest.raises(UserError, match=message):
         saliency(net, **(usual | arguments))
 
@@ -256,11 +256,11 @@ def test_a_class_needs_the_classifier(net: VGG19, method: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-def test_a_gpu_finds_the_same(net: VGG19, pictures: Tensor, method: str) -> None:
+def test_a_gpu_finds_the_same(net: VGG19, images: Tensor, method: str) -> None:
     target = parse_target("relu2_2:3")
-    expected = saliency(net, pictures, target, method=method, samples=3)
+    expected = saliency(net, images, target, method=method, samples=3)
     twin = VGG19("relu2_2", net.flavour).double()
     twin.load_state_dict(net.state_dict())
-    found = saliency(twin.cuda(), pictures, target, method=method, samples=3)
+    found = saliency(twin.cuda(), images, target, method=method, samples=3)
     assert found.is_cuda
     assert_near(found.cpu(), expected, 1e-10)

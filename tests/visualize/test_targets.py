@@ -138,39 +138,39 @@ def test_parsing_a_class_does_not_import_torch() -> None:
 
 
 def test_the_score_of_a_map_is_its_total_activation(net: VGG19) -> None:
-    pictures = torch.rand(2, 3, 10, 12, dtype=torch.float64)
+    images = torch.rand(2, 3, 10, 12, dtype=torch.float64)
     for layer, number in (("conv1_1", 63), ("relu1_2", 5), ("pool1", 0), ("relu2_1", 127)):
-        activations = net(pictures, [layer])[layer]
+        activations = net(images, [layer])[layer]
         expected = torch.stack([activations[n, number].sum() for n in range(2)])
-        torch.testing.assert_close(score(net, parse_target(f"{layer}:{number}"), pictures), expected)
+        torch.testing.assert_close(score(net, parse_target(f"{layer}:{number}"), images), expected)
 
 
 def test_the_score_of_a_class_is_its_logit(classifier: VGG19) -> None:
-    pictures = torch.rand(2, 3, 32, 32)
-    logits = classifier(pictures, ["fc8"])["fc8"]
+    images = torch.rand(2, 3, 32, 32)
+    logits = classifier(images, ["fc8"])["fc8"]
     assert logits.shape == (2, 1000)
-    assert torch.equal(score(classifier, parse_target("class:tabby"), pictures), logits[:, 281])
+    assert torch.equal(score(classifier, parse_target("class:tabby"), images), logits[:, 281])
 
 
 def test_saliency_and_occlusion_explain_a_class(classifier: VGG19) -> None:
     target = parse_target("class:tabby")
-    pictures = torch.rand(1, 3, 32, 40).requires_grad_()
-    logit = classifier(pictures, ["fc8"])["fc8"][0, 281]
-    (gradient,) = torch.autograd.grad(logit, pictures)
-    torch.testing.assert_close(saliency(classifier, pictures, target), gradient.abs().amax(dim=1))
-    covered = pictures.detach().clone()
+    images = torch.rand(1, 3, 32, 40).requires_grad_()
+    logit = classifier(images, ["fc8"])["fc8"][0, 281]
+    (gradient,) = torch.autograd.grad(logit, images)
+    torch.testing.assert_close(saliency(classifier, images, target), gradient.abs().amax(dim=1))
+    covered = images.detach().clone()
     covered[:, :, :16, 16:32] = classifier.mean
-    found = occlusion(classifier, pictures, target, size=16, stride=16)
+    found = occlusion(classifier, images, target, size=16, stride=16)
     assert found.scores.shape == (1, 2, 3)
     torch.testing.assert_close(found.scores[:, 0, 1], score(classifier, target, covered))
     torch.testing.assert_close(found.base[0], logit.detach())
 
 
 def test_the_score_has_the_nets_type_and_a_gradient(net: VGG19) -> None:
-    pictures = torch.rand(1, 3, 8, 8).requires_grad_()
-    total = score(net, parse_target("relu2_1:3"), pictures)
+    images = torch.rand(1, 3, 8, 8).requires_grad_()
+    total = score(net, parse_target("relu2_1:3"), images)
     assert total.dtype == torch.float64
-    assert torch.autograd.grad(total.sum(), pictures)[0].dtype == torch.float32
+    assert torch.autograd.grad(total.sum(), images)[0].dtype == torch.float32
 
 
 def test_a_sum_beyond_half_precisions_range_is_finite() -> None:
@@ -188,7 +188,7 @@ def test_a_class_needs_the_classifier(net: VGG19) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "pictures", "message"),
+    ("target", "images", "message"),
     [
         (Target("relu3_4", 0, ""), torch.zeros(1, 3, 32, 32), "relu3_4 lies behind relu2_1"),
         (Target("relu2_9", 0, ""), torch.zeros(1, 3, 32, 32), "did you mean"),
@@ -201,9 +201,9 @@ def test_a_class_needs_the_classifier(net: VGG19) -> None:
         (Target("relu2_1", 0, ""), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "uint8.*to_tensor"),
     ],
 )
-def test_what_has_no_score(net: VGG19, target: Target, pictures: torch.Tensor, message: str) -> None:
+def test_what_has_no_score(net: VGG19, target: Target, images: torch.Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        score(net, target, pictures)
+        score(net, target, images)
 
 
 def test_a_choice_that_does_not_exist_names_the_nearest() -> None:

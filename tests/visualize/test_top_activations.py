@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastnst.data.crop import read_square, window_of
+from fastnst.data.crop import crop_box, read_crop
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.errors import DataError, UserError
 from fastnst.models.vgg19 import VGG19
@@ -61,12 +61,12 @@ def project(net: VGG19, manifest: Manifest, top: TopActivations, **options: Any)
 
 
 def prepared(manifest: Manifest, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """All pictures, `[N, 3, size, size]`, each read on its own."""
+    """All images, `[N, 3, size, size]`, each read on its own."""
     rows = []
     for entry in manifest.images:
-        window = window_of(entry.width, entry.height, "center_crop", np.array([0.5, 0.5]), size)
+        window = crop_box(entry.width, entry.height, "center_crop", np.array([0.5, 0.5]), size)
         path = str(manifest.folder / entry.path)
-        rows.append(read_square(path, entry, window, size, False))
+        rows.append(read_crop(path, entry, window, size, False))
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(dtype) / 255
 
 
@@ -90,7 +90,7 @@ def dot_detector() -> VGG19:
 
 
 def write_dots(folder: Path, dots: Sequence[tuple[int, int, int]]) -> Manifest:
-    """Pictures of green 51 with red 0 but for one dot: row, column, red."""
+    """Images of green 51 with red 0 but for one dot: row, column, red."""
     for index, (row, column, red) in enumerate(dots):
         pixels = np.full((16, 16, 3), (0, 51, 0), np.uint8)
         pixels[row, column, 0] = red
@@ -105,7 +105,7 @@ def test_the_brightest_dots_are_found_where_they_are(tmp_path: Path) -> None:
     manifest = write_dots(tmp_path, [(3, 4, 153), (0, 0, 255), (15, 7, 51), (9, 15, 204)])
     top = find(dot_detector(), manifest, "relu1_1", maps=[1, 0], count=3, size=16, batch_size=3)
     assert (top.layer, top.maps) == ("relu1_1", (1, 0))
-    assert top.pictures.tolist() == [[1, 0, 2], [1, 3, 0]]
+    assert top.images.tolist() == [[1, 0, 2], [1, 3, 0]]
     # One row down and one column right of the dots; that of the third and the fourth would be outside, and the border
     # counts as the channel's mean.
     assert top.positions[0].tolist() == [[1, 1], [4, 5], [0, 0]]
@@ -120,7 +120,7 @@ def test_patches_and_projections_of_the_dots(tmp_path: Path) -> None:
     projections, patches = project(net, manifest, top, size=16)
     assert projections.shape == patches.shape == (1, 3, 3, 3, 3)
     assert projections.dtype == patches.dtype == torch.float32
-    # The dots themselves stand in the middle; beyond the picture all is grey.
+    # The dots themselves stand in the middle; beyond the image all is grey.
     expected_red = [
         [[0.5, 0.5, 0.5], [0.5, 1.0, 0.0], [0.5, 0.0, 0.0]],
         [[0.0, 0.0, 0.5], [0.0, 0.8, 0.5], [0.0, 0.0, 0.5]],
@@ -136,10 +136,10 @@ def test_patches_and_projections_of_the_dots(tmp_path: Path) -> None:
     assert not projections.any()
 
 
-def test_fewer_pictures_than_places(tmp_path: Path) -> None:
+def test_fewer_images_than_places(tmp_path: Path) -> None:
     net, manifest = dot_detector(), write_dots(tmp_path, [(3, 4, 102), (5, 5, 255)])
     top = find(net, manifest, "relu1_1", maps=[0, 2], size=16)
-    assert top.pictures.tolist() == [[1, 0] + [-1] * 7, [0, 1] + [-1] * 7]
+    assert top.images.tolist() == [[1, 0] + [-1] * 7, [0, 1] + [-1] * 7]
     assert (top.values[:, 2:] == -torch.inf).all()
     assert (top.positions[:, 2:] == -1).all()
     projections, patches = project(net, manifest, top, size=16)
@@ -149,10 +149,10 @@ def test_fewer_pictures_than_places(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_of_equal_activations_the_earlier_picture_and_the_first_position_win(tmp_path: Path, batch_size: int) -> None:
+def test_of_equal_activations_the_earlier_image_and_the_first_position_win(tmp_path: Path, batch_size: int) -> None:
     manifest = write_dots(tmp_path, [(3, 4, 102)] * 5 + [(5, 5, 255)] + [(7, 1, 102)] * 2)
     top = find(dot_detector(), manifest, "relu1_1", maps=[0, 2, 40], count=7, size=16, batch_size=batch_size)
-    assert top.pictures.tolist() == [[5, 0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]]
+    assert top.images.tolist() == [[5, 0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]]
     # Green is everywhere alike, and map 40, without weights, is zero everywhere.
     assert not top.positions[1:].any()
     assert not top.values[2].any()
@@ -180,7 +180,7 @@ def test_any_order_and_any_batches_give_the_sorted_list(
     for number in range(3):
         of_map = [row[number] for row in values]
         best = ranked(of_map, count)
-        assert top.pictures[number].tolist() == best + [-1] * missing
+        assert top.images[number].tolist() == best + [-1] * missing
         assert top.values[number].tolist() == [of_map[index] for index in best] + [-torch.inf] * missing
         assert top.positions[number].tolist() == [[index, index + 100] for index in best] + [[-1, -1]] * missing
 
@@ -193,24 +193,24 @@ def test_equals_a_search_through_all_activations(
         pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
     top = find(net, manifest, count=count, batch_size=batch_size, loader=loader)
     assert top.maps == tuple(range(128))
-    pictures = prepared(manifest, SIZE)
+    images = prepared(manifest, SIZE)
     if loader == "dali":
         # Its pixels may differ from Pillow's by 1 of 255, and two activations that are nearly equal change places.
         (passed,) = squares(manifest, SIZE, batch_size=12, loader=loader, device=CPU, workers=1)
         by_dali = passed[1][passed[0].argsort()].permute(0, 3, 1, 2).double() / 255
-        torch.testing.assert_close(by_dali, pictures, rtol=0, atol=1.01 / 255)
-        pictures = by_dali
-    activations = net(pictures, [LAYER])[LAYER]
+        torch.testing.assert_close(by_dali, images, rtol=0, atol=1.01 / 255)
+        images = by_dali
+    activations = net(images, [LAYER])[LAYER]
     for number in range(128):
         values, places = activations[:, number].flatten(1).max(1)
         best = ranked(values.tolist(), count)
         torch.testing.assert_close(top.values[number], values[best], rtol=1e-12, atol=1e-12)
-        assert top.pictures[number].tolist() == best
+        assert top.images[number].tolist() == best
         assert (top.positions[number] @ torch.tensor([SIZE // 2, 1])).tolist() == places[best].tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12, 50])
-def test_a_pass_holds_every_picture_once(manifest: Manifest, batch_size: int) -> None:
+def test_a_pass_holds_every_image_once(manifest: Manifest, batch_size: int) -> None:
     passed = list(squares(manifest, SIZE, batch_size=batch_size, loader="pillow", device=CPU, workers=1))
     assert [len(batch) for _, batch in passed] == [len(indices) for indices, _ in passed]
     indices, batches = (torch.cat(parts) for parts in zip(*passed, strict=True))
@@ -219,30 +219,30 @@ def test_a_pass_holds_every_picture_once(manifest: Manifest, batch_size: int) ->
 
 
 @pytest.mark.parametrize("loader", ["pillow", "dali"])
-def test_each_projection_and_patch_is_that_of_its_picture_map_and_position(
+def test_each_projection_and_patch_is_that_of_its_image_map_and_position(
     net: VGG19, manifest: Manifest, found: TopActivations, loader: str
 ) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
     projections, patches = project(net, manifest, found, batch_size=4, loader=loader)
-    pictures = prepared(manifest, SIZE)
+    images = prepared(manifest, SIZE)
     field = receptive_field(LAYER)
     deconvnet = Deconvnet(net)
     margin = field.size
     for row, number in enumerate(found.maps):
         for place in range(4):
-            picture = pictures[found.pictures[row, place]][None]
+            image = images[found.images[row, place]][None]
             at = found.positions[row, place].tolist()
-            recording = deconvnet.record(picture, [LAYER])
+            recording = deconvnet.record(image, [LAYER])
             activation = recording.activations[LAYER][0, number, at[0], at[1]]
             torch.testing.assert_close(activation, found.values[row, place], rtol=1e-12, atol=1e-12)
             top, left = (field.start + field.jump * index + margin for index in at)
             window = (0, slice(None), slice(top, top + field.size), slice(left, left + field.size))
             frame = [margin] * 4
-            patch = torch.nn.functional.pad(picture, frame, value=0.5)[window].float()
+            patch = torch.nn.functional.pad(image, frame, value=0.5)[window].float()
             torch.testing.assert_close(patches[row, place], patch, atol=1e-6 if loader == "pillow" else 0.004, rtol=0)
             if loader == "pillow":
-                whole = deconvnet(picture, LAYER, [number], seed=(at[0], at[1]))[:, 0]
+                whole = deconvnet(image, LAYER, [number], seed=(at[0], at[1]))[:, 0]
                 projection = torch.nn.functional.pad(whole, frame)[window].float()
                 torch.testing.assert_close(projections[row, place], projection, rtol=1e-5, atol=1e-6)
 
@@ -253,26 +253,24 @@ def test_each_projection_and_patch_is_that_of_its_picture_map_and_position(
     side=st.integers(1, 8),
     corners=st.lists(st.tuples(st.integers(0, 1), st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=4),
 )
-def test_windows_are_cut_out_of_pictures(
-    height: int, width: int, side: int, corners: list[tuple[int, int, int]]
-) -> None:
+def test_windows_are_cut_out_of_images(height: int, width: int, side: int, corners: list[tuple[int, int, int]]) -> None:
     batch = torch.arange(2 * height * width * 3, dtype=torch.int64).mul(37).remainder(256).to(torch.uint8)
     batch = batch.reshape(2, height, width, 3)
     table = torch.tensor(corners)
     windows = cut_out(batch, table[:, 0], table[:, 1:], side)
-    for window, (picture, top, left) in zip(windows, corners, strict=True):
+    for window, (image, top, left) in zip(windows, corners, strict=True):
         for row in range(side):
             for column in range(side):
                 y, x = top + row, left + column
                 inside = 0 <= y < height and 0 <= x < width
-                expected = batch[picture, y, x] / 255 if inside else torch.full((3,), 0.5)
+                expected = batch[image, y, x] / 255 if inside else torch.full((3,), 0.5)
                 assert torch.equal(window[:, row, column], expected)
 
 
 # Good order.
 
 
-def test_memory_does_not_grow_with_the_pictures(net: VGG19, manifest: Manifest) -> None:
+def test_memory_does_not_grow_with_the_images(net: VGG19, manifest: Manifest) -> None:
     held: list[int] = []
 
     def measure(_done: int, _total: int) -> None:
@@ -284,25 +282,25 @@ def test_memory_does_not_grow_with_the_pictures(net: VGG19, manifest: Manifest) 
     assert len(set(held[2:])) == 1
 
 
-def test_progress_counts_pictures(net: VGG19, manifest: Manifest, found: TopActivations) -> None:
+def test_progress_counts_images(net: VGG19, manifest: Manifest, found: TopActivations) -> None:
     seen: list[tuple[int, int]] = []
     find(net, manifest, maps=[0], batch_size=5, progress=lambda *now: seen.append(now))
     assert seen == [(0, 12), (5, 12), (10, 12), (12, 12)]
     seen.clear()
     project(net, manifest, found, progress=lambda *now: seen.append(now))
-    kept = len(found.pictures.unique())
+    kept = len(found.images.unique())
     assert seen == [(0, kept), (kept, kept)]
 
 
-def test_only_pictures_that_are_shown_are_read_again(net: VGG19, photo_folder: Path) -> None:
+def test_only_images_that_are_shown_are_read_again(net: VGG19, photo_folder: Path) -> None:
     manifest = build_manifest(photo_folder)
     top = find(net, manifest, maps=[3], count=2)
     for index, entry in enumerate(manifest.images):
-        if index not in top.pictures:
+        if index not in top.images:
             (photo_folder / entry.path).unlink()
     projections, _ = project(net, manifest, top)
     assert projections.flatten(2).any(2).all()
-    (photo_folder / manifest.images[int(top.pictures[0, 1])].path).unlink()
+    (photo_folder / manifest.images[int(top.images[0, 1])].path).unlink()
     with pytest.raises(DataError, match="cannot read"):
         project(net, manifest, top)
 
@@ -328,10 +326,10 @@ def test_real_layers_on_real_photos(photos: Path, weights: Path, tmp_path: Path)
     activations = net(prepared(manifest, 64, torch.float32), ["relu3_1"])["relu3_1"]
     strongest = activations.amax((2, 3)).sort(dim=0, descending=True).values[:9].T
     torch.testing.assert_close(top.values, strongest, rtol=1e-4, atol=1e-2)
-    # The trained maps respond to different things: no picture is the strongest for all of them.
-    assert len(top.pictures[:, 0].unique()) > 3
+    # The trained maps respond to different things: no image is the strongest for all of them.
+    assert len(top.images[:, 0].unique()) > 3
     some = find(net, manifest, "relu3_1", maps=[7, 200], size=64, batch_size=6)
-    assert torch.equal(some.pictures, top.pictures[[7, 200]])
+    assert torch.equal(some.images, top.images[[7, 200]])
     projections, patches = project(net, manifest, some, size=64)
     assert projections.shape == (2, 9, 3, 24, 24)
     assert projections.flatten(2).abs().amax(2).gt(0).equal(some.values > 0)
@@ -346,7 +344,7 @@ def test_real_layers_on_real_photos(photos: Path, weights: Path, tmp_path: Path)
     ("layer", "options", "message"),
     [
         ("relu2_9", {}, "no VGG19 layer is named 'relu2_9'; did you mean 'relu2_"),
-        ("fc6", {}, "fc6 sees the whole picture .* choose a layer up to pool5"),
+        ("fc6", {}, "fc6 sees the whole image .* choose a layer up to pool5"),
         ("relu3_1", {}, "relu3_1 lies behind relu2_1, where this VGG19 ends; load it up to relu3_1"),
         (LAYER, {"maps": [0, 128]}, "relu2_1 has no map 128; its maps are 0 … 127"),
         (LAYER, {"maps": [-1]}, "relu2_1 has no map -1"),
@@ -356,7 +354,7 @@ def test_real_layers_on_real_photos(photos: Path, weights: Path, tmp_path: Path)
         ("conv1_1", {"size": 15}, "squares of 15 px .* from 16 to 2048"),
         (LAYER, {"size": 4096}, "squares of 4096 px .* from 16 to 2048"),
         (LAYER, {"count": 0}, "0 activations per map"),
-        (LAYER, {"batch_size": 0}, "a batch of 0 pictures"),
+        (LAYER, {"batch_size": 0}, "a batch of 0 images"),
         (LAYER, {"loader": "cv2"}, "unknown loader 'cv2'; choose one of pillow, dali"),
     ],
 )
@@ -370,8 +368,8 @@ def test_what_cannot_be_done_is_said_before_any_work(
     assert not progress
 
 
-def test_no_pictures(net: VGG19, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no pictures"):
+def test_no_images(net: VGG19, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no images"):
         find(net, Manifest(tmp_path, [], [], ""))
 
 
@@ -384,5 +382,5 @@ def test_default_size_holds_the_receptive_field(layer: str, size: int) -> None:
 
 
 def test_no_default_size_for_layers_without_positions() -> None:
-    with pytest.raises(UserError, match="fc7 sees the whole picture"):
+    with pytest.raises(UserError, match="fc7 sees the whole image"):
         default_size("fc7")

@@ -1,7 +1,7 @@
 """Makes a cache, or finishes or mends one: shard by shard, so that what is finished outlives whatever ends the process.
 
 A shard is a file that `write_atomic` gives its name when it is whole; a note beside it (`shard_0000.json`) says what it
-was made from, and its SHA-256, until the manifest, written last, says so of all. Which picture lies where, and every
+was made from, and its SHA-256, until the manifest, written last, says so of all. Which image lies where, and every
 byte, follow from the folder's manifest alone, and from no number of threads.
 """
 
@@ -36,11 +36,11 @@ from fastnst.data.cache.format import (
     shard_name,
 )
 from fastnst.data.cache.verify import describe_damage, note_written, sha256_of_shard, verify
-from fastnst.data.crop import Window, read_square, window_of
+from fastnst.data.crop import CropBox, crop_box, read_crop
 from fastnst.data.manifest import Entry, Manifest, Rejection
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
-from fastnst.images import UnusablePictureError, printable
+from fastnst.images import UnusableImageError, printable
 from fastnst.progress import ProgressReport, byte_count
 from fastnst.storage import (
     LOCK_NAME,
@@ -54,7 +54,7 @@ from fastnst.storage import (
     write_atomic,
 )
 
-_CHUNK_PICTURES, _CHUNK_BYTES = 16, 1 << 24
+_CHUNK_IMAGES, _CHUNK_BYTES = 16, 1 << 24
 _LARGEST_NOTE = 1 << 12
 _MIDDLE = np.array([0.5, 0.5], np.float32)
 
@@ -78,13 +78,13 @@ def build_cache(
     workers: int | None = None,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Built:
-    """Write the pictures of a folder into a cache; shows its progress on stderr.
+    """Write the images of a folder into a cache; shows its progress on stderr.
 
-    Pictures whose sides differ by more than `LARGEST_RATIO` are refused, beside those that the manifest refuses.
+    Images whose sides differ by more than `LARGEST_RATIO` are refused, beside those that the manifest refuses.
 
     Args:
         manifest: of the folder, for training (`build_manifest(…, flat=False)`).
-        out: the cache; new, empty, unfinished, or with `rebuild` one that is damaged or of other pictures. Of those,
+        out: the cache; new, empty, unfinished, or with `rebuild` one that is damaged or of other images. Of those,
             what is as it should be is kept.
         size: of the short side, or of the square.
         fit: see `fastnst.data.cache.format`.
@@ -93,21 +93,21 @@ def build_cache(
         notify: receives one line per event that a user should know of.
 
     Raises:
-        DataError: `out` is damaged or of something else, and `rebuild` is not set; or a picture has changed meanwhile.
+        DataError: `out` is damaged or of something else, and `rebuild` is not set; or an image has changed meanwhile.
         StorageError: the storage refuses, or has not the space.
         UserError: another process makes this cache just now.
     """
     manifest = _without_thin_ones(manifest)
-    pictures = layout(manifest.images, fit, size)
-    plans = [plan_of(group, fit, size) for group in in_shards(pictures)]
-    totals = [sum(stored.bytes for stored in group) for group in in_shards(pictures)]
+    images = layout(manifest.images, fit, size)
+    plans = [plan_of(group, fit, size) for group in in_shards(images)]
+    totals = [sum(stored.bytes for stored in group) for group in in_shards(images)]
     _check_place(out)
     if not out.exists():
         # Before anything is made.
         _check_space(out, dict(enumerate(totals)))
     with lock_run(out):
         _check_place(out)
-        builder = _Builder(manifest, out, pictures, size, fit, workers or len(os.sched_getaffinity(0)))
+        builder = _Builder(manifest, out, images, size, fit, workers or len(os.sched_getaffinity(0)))
         finished = builder.finished_cache(plans, rebuild=rebuild)
         if finished is not None:
             return Built(finished, len(plans))
@@ -118,8 +118,8 @@ def build_cache(
         _check_space(out, {index: totals[index] for index in missing})
         builder.take_manifest_away(known)
         kept = len(known)
-        done = sum(len(in_shards(pictures)[index]) for index in known)
-        with ProgressReport("cache", len(pictures), "pictures", start=done) as progress:
+        done = sum(len(in_shards(images)[index]) for index in known)
+        with ProgressReport("cache", len(images), "images", start=done) as progress:
             for index in missing:
                 known[index] = builder.write_shard(index, plans[index], totals[index], progress)
         return Built(builder.write_manifest([known[index] for index in range(len(plans))]), kept)
@@ -128,11 +128,9 @@ def build_cache(
 class _Builder:
     """The owner of a cache's folder."""
 
-    def __init__(
-        self, manifest: Manifest, out: Path, pictures: list[Stored], size: int, fit: Fit, workers: int
-    ) -> None:
+    def __init__(self, manifest: Manifest, out: Path, images: list[Stored], size: int, fit: Fit, workers: int) -> None:
         self._manifest, self._out, self._size, self._fit, self._workers = manifest, out, size, fit, workers
-        self._pictures, self._groups = pictures, in_shards(pictures)
+        self._images, self._groups = images, in_shards(images)
         self._source = os.path.abspath(manifest.folder)  # noqa: PTH100
 
     def finished_cache(self, plans: list[str], *, rebuild: bool) -> Cache | None:
@@ -214,7 +212,7 @@ class _Builder:
 
     def _cache(self, shards: tuple[Shard, ...]) -> Cache:
         return Cache(
-            self._out, self._size, self._fit, self._source, shards, self._pictures, list(self._manifest.rejected)
+            self._out, self._size, self._fit, self._source, shards, self._images, list(self._manifest.rejected)
         )
 
     def _decoded(self, group: list[Stored]) -> Iterator[np.ndarray]:
@@ -235,18 +233,18 @@ class _Builder:
         return [self._pixels(stored) for stored in chunk]
 
     def _pixels(self, stored: Stored) -> np.ndarray:
-        """What is kept of a picture: uint8 `[rows, columns, 3]`."""
+        """What is kept of an image: uint8 `[rows, columns, 3]`."""
         entry, size = stored.entry, self._size
-        window: Window
+        window: CropBox
         if self._fit == "random_crop":
             side = min(entry.width, entry.height)
             window = 0.0, 0.0, stored.columns * side / size, stored.rows * side / size
         else:
-            window = window_of(entry.width, entry.height, self._fit, _MIDDLE, size)
+            window = crop_box(entry.width, entry.height, self._fit, _MIDDLE, size)
         path = os.path.join(self._manifest.folder, entry.path)  # noqa: PTH118
         try:
-            pixels = read_square(path, entry, window, size, False, shape=(stored.columns, stored.rows))
-        except UnusablePictureError as error:
+            pixels = read_crop(path, entry, window, size, False, shape=(stored.columns, stored.rows))
+        except UnusableImageError as error:
             raise DataError(
                 f"{printable(path)} cannot be read any more: {error}; then run the same command again, which goes on "
                 "with what is finished"
@@ -268,7 +266,7 @@ class _Builder:
 
 
 def _without_thin_ones(manifest: Manifest) -> Manifest:
-    """Without pictures whose long side would be endless once the short one has its size."""
+    """Without images whose long side would be endless once the short one has its size."""
     kept = [entry for entry in manifest.images if not _is_thin(entry)]
     if len(kept) == len(manifest.images):
         return manifest
@@ -283,7 +281,7 @@ def _without_thin_ones(manifest: Manifest) -> Manifest:
     ]
     if not kept:
         raise DataError(
-            f"not one picture in {printable(manifest.folder)} can be cached; the first, {printable(thin[0].path)}: "
+            f"not one image in {printable(manifest.folder)} can be cached; the first, {printable(thin[0].path)}: "
             f"{thin[0].reason}"
         )
     rejected = sorted([*manifest.rejected, *thin], key=lambda item: os.fsencode(item.path))
@@ -338,11 +336,11 @@ def _check_space(out: Path, to_write: dict[int, int]) -> None:
 
 
 def _chunks(group: list[Stored]) -> Iterator[list[Stored]]:
-    """Pictures that one thread decodes at a time, so that neither their number nor their bytes get out of hand."""
+    """Images that one thread decodes at a time, so that neither their number nor their bytes get out of hand."""
     chunk: list[Stored] = []
     for stored in group:
         chunk.append(stored)
-        if len(chunk) == _CHUNK_PICTURES or sum(each.bytes for each in chunk) >= _CHUNK_BYTES:
+        if len(chunk) == _CHUNK_IMAGES or sum(each.bytes for each in chunk) >= _CHUNK_BYTES:
             yield chunk
             chunk = []
     if chunk:
@@ -354,4 +352,4 @@ def _note_path(shard: Path) -> Path:
 
 
 def _describe(cache: Cache) -> str:
-    return f"{len(cache.pictures)} pictures of {cache.source}, {cache.size} px, {cache.fit}"
+    return f"{len(cache.images)} images of {cache.source}, {cache.size} px, {cache.fit}"

@@ -1,11 +1,11 @@
-"""Pictures that were decoded and resized once, for runs that read them at the speed of memory.
+"""Images that were decoded and resized once, for runs that read them at the speed of memory.
 
     CACHE/
-        shard_0000.u8   pictures one behind the other, each uint8 [rows, columns, 3]
+        shard_0000.u8   images one behind the other, each uint8 [rows, columns, 3]
         …
         manifest.json   what is where, the shards' SHA-256, and from what they were made; written last
 
-Of each picture it holds all that a run with the cache's `fit` may see. For `random_crop` the whole of it, the short
+Of each image it holds all that a run with the cache's `fit` may see. For `random_crop` the whole of it, the short
 side resized to `size`; where the crop lies and the mirroring stay the run's. For `center_crop` and `squash`, which
 leave nothing to choose, the square itself. So a batch from a cache is the one that the Pillow loader makes of the
 folder: always to the bit for `center_crop` and `squash`, and for `random_crop` where `size` is a power of two. For
@@ -46,9 +46,9 @@ FORMAT = 1
 SHARD_BYTES = 1 << 30
 """No shard is larger. Those that are finished outlive a process that is killed."""
 LARGEST_RATIO = 32
-"""Of a picture's sides; the long one of a thin picture could have gigabytes once the short one is enlarged."""
+"""Of an image's sides; the long one of a thin image could have gigabytes once the short one is enlarged."""
 LARGEST_MANIFEST = 1 << 28
-"""Bytes; a picture takes some 100."""
+"""Bytes; an image takes some 100."""
 
 _SIZES = (16, 2048)
 _LARGEST_NUMBER = 1 << 62
@@ -57,7 +57,7 @@ _BEGINNING = b'{\n"kind": "fastnst cache"'
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A picture in a shard."""
+    """An image in a shard."""
 
     entry: Entry
     """The file that it was made from."""
@@ -74,7 +74,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of pictures."""
+    """A file of images."""
 
     name: str
     size: int
@@ -93,7 +93,7 @@ class Cache:
     source: str
     """The folder that it was made of, for messages."""
     shards: tuple[Shard, ...]
-    pictures: list[Stored]
+    images: list[Stored]
     """In the order of the folder's manifest."""
     rejected: list[Rejection]
 
@@ -112,7 +112,7 @@ class ShardError(DataError):
 
 @dataclass(frozen=True)
 class CachedManifest(Manifest):
-    """The pictures of a cache, for a run; `folder` is the cache's own."""
+    """The images of a cache, for a run; `folder` is the cache's own."""
 
     cache: Cache = field(kw_only=True)
 
@@ -130,7 +130,7 @@ def is_cache(folder: Path) -> bool:
 
 def as_manifest(cache: Cache) -> CachedManifest:
     """A cache as the manifest of a run. Its fingerprint is that of the stored bytes: equal caches train alike."""
-    images = [stored.entry for stored in cache.pictures]
+    images = [stored.entry for stored in cache.images]
     digest = hashlib.sha256(f"{cache.size} {cache.fit} {fingerprint_of(images)}".encode())
     for shard in cache.shards:
         digest.update(shard.sha256.encode())
@@ -166,38 +166,38 @@ def shard_name(index: int) -> str:
 
 
 def stored_shape(width: int, height: int, fit: Fit, size: int) -> tuple[int, int]:
-    """Rows and columns of what is kept of a picture."""
+    """Rows and columns of what is kept of an image."""
     if fit != "random_crop":
         return size, size
     side = min(width, height)
     return resized_length(height, side, size), resized_length(width, side, size)
 
 
-def layout(images: Iterable[Entry], fit: Fit, size: int) -> list[Stored]:
-    """Where each picture lies: one behind the other, and a new shard where one would become too large."""
-    pictures: list[Stored] = []
+def layout(entries: Iterable[Entry], fit: Fit, size: int) -> list[Stored]:
+    """Where each image lies: one behind the other, and a new shard where one would become too large."""
+    images: list[Stored] = []
     shard = offset = 0
-    for entry in images:
+    for entry in entries:
         rows, columns = stored_shape(entry.width, entry.height, fit, size)
         stored = Stored(entry, shard, offset, rows, columns)
         if offset + stored.bytes > SHARD_BYTES and offset:
             shard, offset = shard + 1, 0
             stored = Stored(entry, shard, offset, rows, columns)
-        pictures.append(stored)
+        images.append(stored)
         offset += stored.bytes
-    return pictures
+    return images
 
 
-def in_shards(pictures: list[Stored]) -> list[list[Stored]]:
-    """The pictures of each shard."""
-    starts = [index for index, stored in enumerate(pictures) if not stored.offset]
-    return [pictures[start:end] for start, end in pairwise([*starts, len(pictures)])]
+def in_shards(images: list[Stored]) -> list[list[Stored]]:
+    """The images of each shard."""
+    starts = [index for index, stored in enumerate(images) if not stored.offset]
+    return [images[start:end] for start, end in pairwise([*starts, len(images)])]
 
 
-def plan_of(pictures: list[Stored], fit: Fit, size: int, pillow: str = PIL.__version__) -> str:
+def plan_of(images: list[Stored], fit: Fit, size: int, pillow: str = PIL.__version__) -> str:
     """SHA-256 of what decides a shard's bytes: its files, as their check found them, size, fit, and what decodes."""
     digest = hashlib.sha256(f"{FORMAT} {fit} {size} {pillow}".encode())
-    for stored in pictures:
+    for stored in images:
         digest.update(json.dumps(_row(stored)).encode())
     return digest.hexdigest()
 
@@ -261,7 +261,7 @@ def read_cache(folder: Path) -> Cache:
 
 def manifest_bytes(cache: Cache) -> bytes:
     """The content of `manifest.json`, as `read_cache` takes it."""
-    groups = in_shards(cache.pictures)
+    groups = in_shards(cache.images)
     shards = [
         {
             "name": shard.name,
@@ -278,7 +278,7 @@ def manifest_bytes(cache: Cache) -> bytes:
         "fit": cache.fit,
         "pillow": PIL.__version__,
         "source": quote_from_bytes(os.fsencode(cache.source)),
-        "fingerprint": fingerprint_of(stored.entry for stored in cache.pictures),
+        "fingerprint": fingerprint_of(stored.entry for stored in cache.images),
         "columns": _COLUMNS,
         "rejected": [[quote_from_bytes(os.fsencode(item.path)), item.reason] for item in cache.rejected],
     }
@@ -292,7 +292,7 @@ _COLUMNS = ["path", "bytes", "width", "height", "format", "plain", "mtime_ns", "
 
 
 def _row(stored: Stored) -> list[Any]:
-    """A picture's line in the manifest."""
+    """An image's line in the manifest."""
     path, *rest = astuple(stored.entry)
     # A name that is not UTF-8 cannot stand in JSON, and must come back exactly.
     return [quote_from_bytes(os.fsencode(path)), *rest, stored.offset, stored.rows, stored.columns]
@@ -305,7 +305,7 @@ def _parse(folder: Path, value: dict[str, Any]) -> Cache:
     size, fit, pillow = _whole(value["size"], *_SIZES), value["fit"], value["pillow"]
     if fit not in get_args(Fit) or not isinstance(pillow, str):
         raise ValueError("another fit than there are")
-    pictures: list[Stored] = []
+    images: list[Stored] = []
     shards: list[Shard] = []
     for index, shard in enumerate(value["shards"]):
         group = _group(index, shard["pictures"], fit, size)
@@ -313,38 +313,38 @@ def _parse(folder: Path, value: dict[str, Any]) -> Cache:
         found = Shard(shard["name"], _whole(shard["size"], 1, SHARD_BYTES), _digest(shard["sha256"]), shard["plan"])
         # Exactly these: a manifest must not make anyone read elsewhere.
         if (found.name, found.size, found.plan) != (shard_name(index), total, plan_of(group, fit, size, pillow)):
-            raise ValueError(f"shard {index} does not fit its pictures")
-        pictures += group
+            raise ValueError(f"shard {index} does not fit its images")
+        images += group
         shards.append(found)
-    paths = [os.fsencode(stored.entry.path) for stored in pictures]
+    paths = [os.fsencode(stored.entry.path) for stored in images]
     if not paths or any(before >= after for before, after in pairwise(paths)):
-        raise ValueError("the pictures are not in order")
-    if value["fingerprint"] != fingerprint_of(stored.entry for stored in pictures):
+        raise ValueError("the images are not in order")
+    if value["fingerprint"] != fingerprint_of(stored.entry for stored in images):
         raise ValueError("the fingerprint is another")
     rejected = [Rejection(os.fsdecode(unquote_to_bytes(path)), str(reason)) for path, reason in value["rejected"]]
     source = os.fsdecode(unquote_to_bytes(value["source"]))
-    return Cache(folder, size, fit, source, tuple(shards), pictures, rejected)
+    return Cache(folder, size, fit, source, tuple(shards), images, rejected)
 
 
 def _group(index: int, rows: list[Any], fit: Fit, size: int) -> list[Stored]:
-    """The pictures of a shard; shapes and offsets are computed, and those of the manifest have to be equal."""
+    """The images of a shard; shapes and offsets are computed, and those of the manifest have to be equal."""
     group: list[Stored] = []
     offset = 0
     for row in rows:
-        path, length, width, height, picture_format, plain, mtime, *place = row
+        path, length, width, height, image_format, plain, mtime, *place = row
         name = unquote_to_bytes(path)
         if not name or name.startswith(b"/") or b".." in name.split(b"/") or b"\0" in name:
             raise ValueError("a path leads out of the folder")
         width, height = _whole(width, 1, _LARGEST_NUMBER), _whole(height, 1, _LARGEST_NUMBER)
         if max(width, height) > LARGEST_RATIO * min(width, height):
-            raise ValueError(f"a picture of {width} × {height} px")
-        if picture_format not in TRAINING_FORMATS or type(plain) is not bool:
-            raise ValueError("not a picture that a check accepted")
+            raise ValueError(f"an image of {width} × {height} px")
+        if image_format not in TRAINING_FORMATS or type(plain) is not bool:
+            raise ValueError("not an image that a check accepted")
         length, mtime = _whole(length, 1, _LARGEST_NUMBER), _whole(mtime, -_LARGEST_NUMBER, _LARGEST_NUMBER)
-        entry = Entry(os.fsdecode(name), length, width, height, picture_format, plain, mtime)
+        entry = Entry(os.fsdecode(name), length, width, height, image_format, plain, mtime)
         stored = Stored(entry, index, offset, *stored_shape(width, height, fit, size))
         if [_whole(number, 0, _LARGEST_NUMBER) for number in place] != [offset, stored.rows, stored.columns]:
-            raise ValueError(f"picture {len(group)} of shard {index} lies elsewhere")
+            raise ValueError(f"image {len(group)} of shard {index} lies elsewhere")
         group.append(stored)
         offset += stored.bytes
     return group

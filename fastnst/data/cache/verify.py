@@ -34,7 +34,7 @@ _NAMED = 3
 def open_cache(
     folder: Path, *, size: int, fit: Fit, progress: Callable[[int, int], None] | None = None
 ) -> CachedManifest:
-    """The pictures of a cache that a run with this size and fit can read, its shards verified.
+    """The images of a cache that a run with this size and fit can read, its shards verified.
 
     Args:
         folder: see `is_cache`.

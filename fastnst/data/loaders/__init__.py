@@ -1,4 +1,4 @@
-"""Training pictures: which there are (`manifest`), in which order (`order`), and how they are loaded.
+"""Training images: which there are (`manifest`), in which order (`order`), and how they are loaded.
 
 Two loaders decode the files of a folder, by DALI or by Pillow; a third reads what was decoded once (`cache`).
 """
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from fastnst.config import DataConfig
     from fastnst.data.manifest import Manifest
-    from fastnst.data.replacements import Replacements
-    from fastnst.data.sampler import RunOrder
+    from fastnst.data.replacements import ImageReplacer
+    from fastnst.data.sampler import Sampler
 
 
 MOST_WORKERS = 16
@@ -37,7 +37,7 @@ class Loader(Protocol):
     ) -> None: ...
 
     def seek(self, step: int) -> None:
-        """Go on with `step`, read anew: pictures have failed that this loader does not know of."""
+        """Go on with `step`, read anew: images have failed that this loader does not know of."""
 
     def close(self) -> None:
         """End threads and processes; may be called twice."""
@@ -45,41 +45,41 @@ class Loader(Protocol):
 
 def open_loader(
     manifest: "Manifest",
-    order: "RunOrder",
+    order: "Sampler",
     config: "DataConfig",
     *,
     device: "torch.device",
     start_step: int = 0,
     rank: int = 0,
-    replacements: "Replacements | None" = None,
+    replacements: "ImageReplacer | None" = None,
 ) -> Loader:
     """The batches of steps `start_step` … `order.steps` - 1.
 
-    All loaders deliver the same pictures in the same order. On a CPU no value of DALI's and Pillow's differs by more
-    than 1 of 255, and the mean difference of a picture is below 0.3: the rounding of two resamplers. How a cache
+    All loaders deliver the same images in the same order. On a CPU no value of DALI's and Pillow's differs by more
+    than 1 of 255, and the mean difference of an image is below 0.3: the rounding of two resamplers. How a cache
     relates to them says `fastnst.data.cache`. What a batch holds depends on its step alone, not on where the loader
     started.
 
     Args:
         manifest: of the folder; that of a cache (`CachedManifest`) is read as one, whatever `loader` says.
-        order: made for `len(manifest.images)` pictures.
+        order: made for `len(manifest.images)` images.
         config: `loader`, `image_size`, `workers` and `prefetch` are used; `fit` and `flip` are the order's.
         device: where batches go; DALI decodes there if it is a GPU.
         start_step: first step to deliver.
         rank: this process's share of each batch.
-        replacements: what stands in for pictures that changed or went away since the folder was checked, or that kill
-            what decodes them, and who is told. None: nothing does, and the first such picture is an error.
+        replacements: what stands in for images that changed or went away since the folder was checked, or that kill
+            what decodes them, and who is told. None: nothing does, and the first such image is an error.
 
     Raises:
         UserError: DALI is asked for and not installed.
-        DataError: a shard of a cache is missing, or changes; or, while iterating: more pictures failed than may fail,
+        DataError: a shard of a cache is missing, or changes; or, while iterating: more images failed than may fail,
             loading processes are killed again and again, or DALI failed twice in one step.
     """
     from fastnst.data.cache.format import CachedManifest
-    from fastnst.data.replacements import Replacements
+    from fastnst.data.replacements import ImageReplacer
 
     assert order.num_images == len(manifest.images), (order.num_images, len(manifest.images))
-    replacements = replacements or Replacements(manifest)
+    replacements = replacements or ImageReplacer(manifest)
     if config.workers is None:
         workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         config = config.model_copy(update={"workers": workers})

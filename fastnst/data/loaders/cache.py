@@ -1,4 +1,4 @@
-"""Pictures from a cache: threads read them ahead into batches, cut them out and mirror them; nothing is computed."""
+"""Images from a cache: threads read them ahead into batches, cut them out and mirror them; nothing is computed."""
 
 import os
 import threading
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     import torch
 
     from fastnst.config import DataConfig
-    from fastnst.data.replacements import Replacements
-    from fastnst.data.sampler import RunOrder
+    from fastnst.data.replacements import ImageReplacer
+    from fastnst.data.sampler import Sampler
 
 _ABSENT = "it is not in the cache"
 
 _Job = tuple[int, Stored | None, np.ndarray, bool]
-"""Index in the manifest, where the picture lies (None: nowhere), its row of `Samples.crop`, and flip."""
+"""Index in the manifest, where the image lies (None: nowhere), its row of `SampleBatch.crop`, and flip."""
 
 
 class CacheLoader:
@@ -37,11 +37,11 @@ class CacheLoader:
     def __init__(
         self,
         manifest: CachedManifest,
-        order: "RunOrder",
+        order: "Sampler",
         config: "DataConfig",
         *,
         device: "torch.device",
-        replacements: "Replacements",
+        replacements: "ImageReplacer",
         start_step: int = 0,
         rank: int = 0,
     ) -> None:
@@ -50,8 +50,8 @@ class CacheLoader:
         self._replacements = replacements
         self._prefetch, self._workers = config.prefetch, config.workers
         self._shards = Shards(manifest.cache)
-        # A run that was begun on the folder itself, and goes on here, may know pictures that had failed in between.
-        places = {stored.entry.path: stored for stored in manifest.cache.pictures}
+        # A run that was begun on the folder itself, and goes on here, may know images that had failed in between.
+        places = {stored.entry.path: stored for stored in manifest.cache.images}
         self._stored = [places.get(entry.path) for entry in manifest.images]
         self._next_to_submit = start_step
         self._waiting: deque[tuple[torch.Tensor, list[Future[list[int]]]]] = deque()
@@ -86,7 +86,7 @@ class CacheLoader:
         self.close()
 
     def seek(self, step: int) -> None:
-        """Go on with `step`; what was read ahead may lack a picture, and is read again."""
+        """Go on with `step`; what was read ahead may lack an image, and is read again."""
         for _, futures in self._waiting:
             for future in futures:
                 future.cancel()
@@ -123,13 +123,13 @@ class CacheLoader:
         return [(index, self._stored[index], crop, flip) for index, crop, flip in places]
 
     def _read(self, squares: np.ndarray, jobs: list[_Job]) -> list[int]:
-        """Fill the squares, in a thread; the indices of pictures that are not there."""
+        """Fill the squares, in a thread; the indices of images that are not there."""
         absent = []
         for square, (index, stored, crop, flip) in zip(squares, jobs, strict=True):
             if stored is None:
                 absent.append(index)
             else:
-                self._shards.read_square(stored, self._order.fit, crop, flip, square)
+                self._shards.read_crop(stored, self._order.fit, crop, flip, square)
         return absent
 
 
@@ -175,7 +175,7 @@ class Shards:
             os.close(self._open.pop().descriptor)
 
     def read(self, stored: Stored) -> np.ndarray:
-        """All that is kept of a picture, uint8 `[rows, columns, 3]`; void when this thread reads the next one.
+        """All that is kept of an image, uint8 `[rows, columns, 3]`; void when this thread reads the next one.
 
         Raises:
             DataError: the shard is no longer what it was.
@@ -184,13 +184,13 @@ class Shards:
         self._fill(stored.shard, stored.offset, pixels)
         return pixels.reshape(stored.rows, stored.columns, 3)
 
-    def read_square(self, stored: Stored, fit: Fit, crop: np.ndarray, flip: bool, out: np.ndarray) -> None:
-        """The square that `window_of` and `resize_window` would make of the picture's file.
+    def read_crop(self, stored: Stored, fit: Fit, crop: np.ndarray, flip: bool, out: np.ndarray) -> None:
+        """The square that `crop_box` and `resize_crop` would make of the image's file.
 
         Args:
-            stored: the picture.
+            stored: the image.
             fit: the cache's.
-            crop: its row of `Samples.crop`.
+            crop: its row of `SampleBatch.crop`.
             flip: mirror it left to right.
             out: receives it; uint8 `[size, size, 3]`, contiguous.
 
@@ -244,14 +244,14 @@ class Shards:
 
 
 def read_pixels(manifest: Manifest, entry: Entry) -> np.ndarray:
-    """A picture of a run's folder, uint8 `[H, W, 3]`: the whole file, or what its cache keeps of it.
+    """An image of a run's folder, uint8 `[H, W, 3]`: the whole file, or what its cache keeps of it.
 
     Raises:
         DataError: it cannot be read.
     """
     if not isinstance(manifest, CachedManifest):
         return read_image(manifest.folder / entry.path)
-    stored = next((each for each in manifest.cache.pictures if each.entry.path == entry.path), None)
+    stored = next((each for each in manifest.cache.images if each.entry.path == entry.path), None)
     if stored is None:
         raise DataError(f"{printable(entry.path)}: {_ABSENT}")
     with Shards(manifest.cache) as shards:

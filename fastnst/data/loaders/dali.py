@@ -1,11 +1,11 @@
-"""Pictures by NVIDIA DALI: decoded, cut out and resized on the GPU, or in DALI's threads where there is none.
+"""Images by NVIDIA DALI: decoded, cut out and resized on the GPU, or in DALI's threads where there is none.
 
-The order of the run feeds it: for each step, the files' bytes (read ahead by threads) and each picture's window.
+The order of the run feeds it: for each step, the files' bytes (read ahead by threads) and each image's window.
 Nothing in the pipeline is random. Images that are not safe for DALI (see `fastnst.data.dali_safe`), such as CMYK, are
 cropped by Pillow in the reading threads and enter as uncompressed PNM, which passes through unchanged. Progressive
 JPEGs are safe: on a GPU, DALI itself keeps from the decoding engines what these do not read.
 
-Pictures are decoded whole, though only their window is seen. `image_slice`, which decodes a region, gives the same
+Images are decoded whole, though only their window is seen. `image_slice`, which decodes a region, gives the same
 bits with a margin around the window; on a CPU it saves next to nothing, as JPEG's entropy coding has to be read all the
 same. What it does to the share of the GPU's decoding engines was not measured; nor were, on a GPU, the settings below,
 which follow DALI's documentation. On a CPU a thread per core with three batches ready is within the noise of the best
@@ -25,21 +25,21 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from fastnst.data.crop import read_picture, read_square, window_of
+from fastnst.data.crop import crop_box, read_crop, read_image
 from fastnst.data.manifest import Entry
 from fastnst.errors import DataError
-from fastnst.images import UnusablePictureError, printable
+from fastnst.images import UnusableImageError, printable
 
 if TYPE_CHECKING:
     from fastnst.config import DataConfig
     from fastnst.data.manifest import Manifest
-    from fastnst.data.replacements import Replacements
-    from fastnst.data.sampler import RunOrder
+    from fastnst.data.replacements import ImageReplacer
+    from fastnst.data.sampler import Sampler
 
 HW_DECODER_LOAD = 0.65
 """Share of the JPEGs that goes to the GPU's decoding engines, where it has them; DALI's own value."""
 LARGEST_HINT = 2048
-"""Pixels of a side for which the decoding engines' memory is set aside at the start; rare larger pictures grow it."""
+"""Pixels of a side for which the decoding engines' memory is set aside at the start; rare larger images grow it."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ class DaliLoader:
     def __init__(
         self,
         manifest: "Manifest",
-        order: "RunOrder",
+        order: "Sampler",
         config: "DataConfig",
         *,
         device: torch.device,
-        replacements: "Replacements",
+        replacements: "ImageReplacer",
         start_step: int = 0,
         rank: int = 0,
     ) -> None:
@@ -80,7 +80,7 @@ class DaliLoader:
                     raise self._feed.error from None
                 raise
             except RuntimeError as error:
-                # Ends, because each time it finds at least one more picture to blame, or raises at the second time.
+                # Ends, because each time it finds at least one more image to blame, or raises at the second time.
                 self._pipeline = self._recover(error)
             else:
                 self._step += 1
@@ -131,13 +131,13 @@ class DaliLoader:
         )
 
     def _recover(self, error: RuntimeError) -> Pipeline:
-        """A new pipeline that goes on with the same step; the pictures that broke the old one are left to Pillow.
+        """A new pipeline that goes on with the same step; the images that broke the old one are left to Pillow.
 
         DALI may not say which they are, so those in flight are tried one by one. What Pillow cannot read either is
         replaced when it is read. If none is to blame, the file may have been written to just then: once more.
         """
         self._pipeline = None
-        in_flight = self._feed.pictures(self._step, self._config.prefetch + 1)
+        in_flight = self._feed.images(self._step, self._config.prefetch + 1)
         broken = [index for index in in_flight if not self._decodes(index)]
         if not broken and self._retried < self._step:
             self._retried = self._step
@@ -160,7 +160,7 @@ class DaliLoader:
             return True
         try:
             encoded = self._feed.read(entry)
-        except UnusablePictureError:
+        except UnusableImageError:
             return False
         whole = np.array([[0.0, 0.0]], np.float32), np.array([[entry.height, entry.width]], np.float32)
         probe = _build(lambda _: ([encoded], *whole), 1, self._config.image_size, self._device, threads=1, prefetch=1)
@@ -182,9 +182,9 @@ def _build(
     largest: tuple[int, int] = (0, 0),
     affine: bool = True,
 ) -> Pipeline:
-    """Encoded pictures and their windows → uint8 squares on the device.
+    """Encoded images and their windows → uint8 squares on the device.
 
-    On a GPU, memory for pictures of `largest` width and height is set aside, and with `affine` each decoding thread
+    On a GPU, memory for images of `largest` width and height is set aside, and with `affine` each decoding thread
     keeps to one core.
     """
     on_gpu = device.type == "cuda"
@@ -226,15 +226,15 @@ def _build(
 
 
 class _Feed:
-    """What a pipeline asks for: iteration → encoded pictures, window starts and window ends of one step."""
+    """What a pipeline asks for: iteration → encoded images, window starts and window ends of one step."""
 
     def __init__(
-        self, manifest: "Manifest", order: "RunOrder", config: "DataConfig", replacements: "Replacements", rank: int
+        self, manifest: "Manifest", order: "Sampler", config: "DataConfig", replacements: "ImageReplacer", rank: int
     ) -> None:
         self.entries = manifest.images
         self.order = order
         self.by_pillow: set[int] = set()
-        """Pictures that DALI turned out not to decode, though they are plain."""
+        """Images that DALI turned out not to decode, though they are plain."""
         self.error: DataError | None = None
         """Why there is nothing more to feed, if that is not the end of the run."""
         self._replacements = replacements
@@ -274,8 +274,8 @@ class _Feed:
         self._reading.clear()
         self._pool.shutdown(cancel_futures=True)
 
-    def pictures(self, step: int, count: int) -> list[int]:
-        """The different pictures of `count` steps from `step` on."""
+    def images(self, step: int, count: int) -> list[int]:
+        """The different images of `count` steps from `step` on."""
         steps = range(step, min(step + count, self.order.steps))
         return sorted({int(index) for each in steps for index in self._places(each)[0]})
 
@@ -288,17 +288,17 @@ class _Feed:
         return int(width), int(height)
 
     def read(self, entry: Entry) -> np.ndarray:
-        """The bytes of a picture's file, uint8 `[size]`."""
-        return np.frombuffer(read_picture(self._path(entry), entry), np.uint8)
+        """The bytes of an image's file, uint8 `[size]`."""
+        return np.frombuffer(read_image(self._path(entry), entry), np.uint8)
 
     def _collect(self, step: int, indices: list[int], futures: "list[Future[_Sample]]") -> "list[_Sample] | None":
-        """The samples of `step`; None if a picture failed, which is noted."""
+        """The samples of `step`; None if an image failed, which is noted."""
         samples: list[_Sample] = []
         failed: list[tuple[int, str]] = []
         for index, future in zip(indices, futures, strict=True):
             try:
                 samples.append(future.result())
-            except UnusablePictureError as error:
+            except UnusableImageError as error:
                 failed.append((index, str(error)))
         if not failed:
             return samples
@@ -309,7 +309,7 @@ class _Feed:
         return None
 
     def _places(self, step: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Pictures, crops and flips of a step."""
+        """Images, crops and flips of a step."""
         samples = self.order.batch(step, self._rank)
         return self._replacements.indices(step, samples.indices).tolist(), samples.crop, samples.flip
 
@@ -324,12 +324,12 @@ class _Feed:
 
     def _sample(self, index: int, crop: np.ndarray, flip: bool) -> "_Sample":
         entry = self.entries[index]
-        left, top, right, bottom = window = window_of(entry.width, entry.height, self.order.fit, crop, self._image_size)
+        left, top, right, bottom = window = crop_box(entry.width, entry.height, self.order.fit, crop, self._image_size)
         if entry.plain and index not in self.by_pillow:
             # A window that runs from right to left is mirrored.
             return self.read(entry), (top, right if flip else left), (bottom, left if flip else right)
         size = self._image_size
-        square = read_square(self._path(entry), entry, window, size, flip)
+        square = read_crop(self._path(entry), entry, window, size, flip)
         header = f"P6\n{size} {size}\n255\n".encode()
         return np.frombuffer(header + square.tobytes(), np.uint8), (0.0, 0.0), (float(size), float(size))
 
@@ -338,7 +338,7 @@ class _Feed:
 
 
 _Sample = tuple[np.ndarray, tuple[float, float], tuple[float, float]]
-"""Encoded picture, and start and end of its window as (y, x)."""
+"""Encoded image, and start and end of its window as (y, x)."""
 
 
 def _last_line(error: RuntimeError) -> str:

@@ -1,4 +1,4 @@
-"""Pictures by Pillow in worker processes: portable, and what DALI is measured against.
+"""Images by Pillow in worker processes: portable, and what DALI is measured against.
 
 Each batch is shared among all workers, so that the next one is ready as soon as the machine can make it. Workers are
 started afresh rather than forked, because a fork of a process with threads or CUDA may hang; they import neither
@@ -22,26 +22,26 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from fastnst.data.crop import Window, read_square, window_of
+from fastnst.data.crop import CropBox, crop_box, read_crop
 from fastnst.data.manifest import Entry
 from fastnst.errors import DataError
-from fastnst.images import UnusablePictureError
+from fastnst.images import UnusableImageError
 
 if TYPE_CHECKING:
     import torch
 
     from fastnst.config import DataConfig
     from fastnst.data.manifest import Manifest
-    from fastnst.data.replacements import Replacements
-    from fastnst.data.sampler import RunOrder
+    from fastnst.data.replacements import ImageReplacer
+    from fastnst.data.sampler import Sampler
 
-Job = tuple[int, str, Entry, Window, bool]
+Job = tuple[int, str, Entry, CropBox, bool]
 """Index in the manifest, path, what the check found, window, flip."""
 Part = tuple[np.ndarray, list[tuple[int, str]]]
-"""Squares, uint8 `[B, S, S, 3]`, and index and reason of each picture that could not be read, whose square is void."""
+"""Squares, uint8 `[B, S, S, 3]`, and index and reason of each image that could not be read, whose square is void."""
 
 MOST_DEATHS = 3
-"""Times that a run bears a loading process to end for no reason that a picture gave."""
+"""Times that a run bears a loading process to end for no reason that an image gave."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ class PillowLoader:
     def __init__(
         self,
         manifest: "Manifest",
-        order: "RunOrder",
+        order: "Sampler",
         config: "DataConfig",
         *,
         device: "torch.device",
-        replacements: "Replacements",
+        replacements: "ImageReplacer",
         start_step: int = 0,
         rank: int = 0,
     ) -> None:
@@ -111,7 +111,7 @@ class PillowLoader:
         self.close()
 
     def seek(self, step: int) -> None:
-        """Go on with `step`; what was read ahead may hold a picture that has failed by now, and is read again."""
+        """Go on with `step`; what was read ahead may hold an image that has failed by now, and is read again."""
         for futures in self._waiting:
             for future in futures:
                 future.cancel()
@@ -143,7 +143,7 @@ class PillowLoader:
         # The first call starts the processes, which must not see a stop signal before they know what to do with it.
         with _signals_held_back():
             try:
-                return self._pool.submit(_read_squares, jobs, self._size)
+                return self._pool.submit(_read_crops, jobs, self._size)
             except BrokenProcessPool as error:
                 # A worker died while there was nothing to do. Whoever waits for this part finds out, in its turn.
                 broken: Future[Part] = Future()
@@ -156,13 +156,13 @@ class PillowLoader:
         jobs: list[Job] = []
         for index, crop, flip in zip(indices, samples.crop, samples.flip, strict=True):
             entry = self._manifest.images[index]
-            window = window_of(entry.width, entry.height, self._order.fit, crop, self._size)
+            window = crop_box(entry.width, entry.height, self._order.fit, crop, self._size)
             path = os.path.join(self._manifest.folder, entry.path)  # noqa: PTH118
             jobs.append((int(index), path, entry, window, bool(flip)))
         return jobs
 
     def _recover(self, step: int, error: BrokenProcessPool) -> None:
-        """Go on with `step` after a process ended, without the picture that ended it, if there is one.
+        """Go on with `step` after a process ended, without the image that ended it, if there is one.
 
         Nobody says which it was, so those in flight are tried one by one; one that ends two processes is to blame,
         provided that a process with nothing to decode lives.
@@ -172,7 +172,7 @@ class PillowLoader:
         self._renew_pool()
         if not self._survives([]):
             raise DataError(
-                "the processes that load pictures end as soon as they start; use --loader dali, or look for what ends "
+                "the processes that load images end as soon as they start; use --loader dali, or look for what ends "
                 "them in the messages above"
             ) from error
         blamed = False
@@ -187,10 +187,10 @@ class PillowLoader:
             self._deaths += 1
             if self._deaths > MOST_DEATHS:
                 raise DataError(
-                    f"processes that load pictures ended unexpectedly {self._deaths} times, perhaps for lack of "
+                    f"processes that load images ended unexpectedly {self._deaths} times, perhaps for lack of "
                     f"memory; set data.workers below {self._workers} or use --loader dali"
                 ) from error
-            _log.warning("a process that loads pictures ended unexpectedly; a new one goes on")
+            _log.warning("a process that loads images ended unexpectedly; a new one goes on")
         self.seek(step)
 
     def _survives(self, jobs: list[Job]) -> bool:
@@ -206,14 +206,14 @@ class PillowLoader:
         self._pool = self._new_pool()
 
 
-def _read_squares(jobs: list[Job], size: int) -> Part:
+def _read_crops(jobs: list[Job], size: int) -> Part:
     """In a worker."""
     batch = np.empty((len(jobs), size, size, 3), dtype=np.uint8)
     failed: list[tuple[int, str]] = []
     for square, (index, path, entry, window, flip) in zip(batch, jobs, strict=True):
         try:
-            square[:] = read_square(path, entry, window, size, flip)
-        except UnusablePictureError as error:
+            square[:] = read_crop(path, entry, window, size, flip)
+        except UnusableImageError as error:
             failed.append((index, str(error)))
     return batch, failed
 

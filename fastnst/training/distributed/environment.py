@@ -11,7 +11,7 @@ _ADVICE = "start several processes by: torchrun --nproc-per-node N -m fastnst tr
 
 
 @dataclass(frozen=True)
-class Launch:
+class DistEnv:
     """This process among those that share a run."""
 
     rank: int = 0
@@ -22,36 +22,36 @@ class Launch:
     local_world_size: int = 1
     """Processes on this machine."""
 
+    @classmethod
+    def from_environ(cls, environment: Mapping[str, str] = os.environ) -> "DistEnv":
+        """Read the variables that torchrun sets; a single process where there are none.
 
-def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """What the environment says; one process alone where it says nothing.
-
-    Raises:
-        UserError: the variables contradict one another, or some are missing.
-    """
-    world_size = _number(environment, "WORLD_SIZE", 1)
-    if world_size == 1:
-        return Launch()
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    if missing:
-        raise UserError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set; unset it, or {_ADVICE}")
-    rank = _number(environment, "RANK", 0)
-    local_rank = _number(environment, "LOCAL_RANK", rank)
-    local_world_size = _number(environment, "LOCAL_WORLD_SIZE", world_size)
-    if not 0 <= rank < world_size:
-        raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}; {_ADVICE}")
-    if not 0 <= local_rank < local_world_size:
-        raise UserError(f"LOCAL_RANK is {local_rank} and LOCAL_WORLD_SIZE {local_world_size}; {_ADVICE}")
-    return Launch(rank, world_size, local_rank, local_world_size)
+        Raises:
+            UserError: the variables contradict one another, or some are missing.
+        """
+        world_size = _number(environment, "WORLD_SIZE", 1)
+        if world_size == 1:
+            return DistEnv()
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+        if missing:
+            raise UserError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set; unset it, or {_ADVICE}")
+        rank = _number(environment, "RANK", 0)
+        local_rank = _number(environment, "LOCAL_RANK", rank)
+        local_world_size = _number(environment, "LOCAL_WORLD_SIZE", world_size)
+        if not 0 <= rank < world_size:
+            raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}; {_ADVICE}")
+        if not 0 <= local_rank < local_world_size:
+            raise UserError(f"LOCAL_RANK is {local_rank} and LOCAL_WORLD_SIZE {local_world_size}; {_ADVICE}")
+        return DistEnv(rank, world_size, local_rank, local_world_size)
 
 
-def check_shareable(config: Config, launch: Launch) -> None:
+def check_divisible(config: Config, dist_env: DistEnv) -> None:
     """Refuse what several processes cannot share.
 
     Raises:
         UserError: the batch does not divide evenly, or the norm's statistics are those of a whole batch.
     """
-    batch_size, processes = config.train.batch_size, launch.world_size
+    batch_size, processes = config.train.batch_size, dist_env.world_size
     if batch_size % processes:
         nearest = batch_size + processes - batch_size % processes
         raise UserError(
@@ -61,19 +61,19 @@ def check_shareable(config: Config, launch: Launch) -> None:
     if processes > 1 and config.model.norm == "batch":
         raise UserError(
             f"model.norm is 'batch', whose statistics are those of a whole batch, and {processes} processes see "
-            f"{batch_size // processes} of its {batch_size} pictures each; use --set model.norm=instance, or train in "
+            f"{batch_size // processes} of its {batch_size} images each; use --set model.norm=instance, or train in "
             "one process"
         )
 
 
-def of_one_process(config: Config, launch: Launch) -> Config:
+def local_config(config: Config, dist_env: DistEnv) -> Config:
     """The configuration with this process's share of a batch, and of the machine's cores where nothing else is set."""
-    train = config.train.model_copy(update={"batch_size": max(1, config.train.batch_size // launch.world_size)})
+    train = config.train.model_copy(update={"batch_size": max(1, config.train.batch_size // dist_env.world_size)})
     data = config.data
-    if data.workers is None and launch.local_world_size > 1:
+    if data.workers is None and dist_env.local_world_size > 1:
         from fastnst.data.loaders import MOST_WORKERS
 
-        cores = len(os.sched_getaffinity(0)) // launch.local_world_size
+        cores = len(os.sched_getaffinity(0)) // dist_env.local_world_size
         data = data.model_copy(update={"workers": max(1, min(MOST_WORKERS, cores))})
     return config.model_copy(update={"train": train, "data": data})
 

@@ -38,7 +38,7 @@ class End:
     """For the user, from this process; empty where another tells."""
 
 
-class Pulse:
+class Heartbeat:
     """This process's sign of life, and what it knows of the others.
 
     Args:
@@ -46,7 +46,7 @@ class Pulse:
         world_size: how many there are.
         group: a gloo group for this alone, with `SILENCE` as its timeout.
         store: where ends are announced.
-        obituary: rank that is gone without a word → what to tell the user, and the exit code.
+        failure_message: rank that is gone without a word → what to tell the user, and the exit code.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Pulse:
         world_size: int,
         group: dist.ProcessGroup,
         store: dist.Store,
-        obituary: Callable[[int], tuple[str, int]],
+        failure_message: Callable[[int], tuple[str, int]],
     ) -> None:
-        self._rank, self._group, self._store, self._obituary = rank, group, store, obituary
+        self._rank, self._group, self._store, self._failure_message = rank, group, store, failure_message
         self._states = torch.zeros(world_size, dtype=torch.int64)
         self._own = _GOING
         self._leaving = threading.Event()
@@ -65,7 +65,7 @@ class Pulse:
         self._end: End | None = None
         self._store_is_lost = False
         self._last_words: list[dist.Work | None] = []
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     @property
@@ -196,7 +196,7 @@ class Pulse:
         return True
 
     def _bury(self, rank: int) -> End:
-        message, exit_code = self._obituary(rank)
+        message, exit_code = self._failure_message(rank)
         try:
             is_first = self._claim(exit_code)
         except RuntimeError:

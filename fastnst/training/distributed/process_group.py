@@ -22,15 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.progress import silenced
-from fastnst.training.distributed.environment import Launch
-from fastnst.training.distributed.heartbeat import SILENCE, Pulse
+from fastnst.training.distributed.environment import DistEnv
+from fastnst.training.distributed.heartbeat import SILENCE, Heartbeat
 from fastnst.training.run_dir.checkpoint import checkpoint_steps
 from fastnst.training.signals import StopRequest
 
 MEETING = timedelta(minutes=5)
 """How long processes wait for one another at their start."""
 PATIENCE = timedelta(days=7)
-"""How long one waits while another works: checks a million pictures, say. That it is alive is what its pulse says."""
+"""How long one waits while another works: checks a million images, say. That it is alive is what its heartbeat says."""
 BUCKET_MB = 1
 """Gradients that travel together: with DistributedDataParallel's own 25, a whole net waits for its last gradient."""
 
@@ -39,103 +39,104 @@ class _EndedElsewhere(BaseException):
     """Another process ended the run; nothing on the way out may take it for a failure of its own."""
 
 
-class Team(Protocol):
+class ProcessGroup(Protocol):
     """The processes of a run, as one of them sees it. All of them make the same calls in the same order."""
 
-    launch: Launch
+    dist_env: DistEnv
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process prints and writes."""
-        return self.launch.rank == 0
+        return self.dist_env.rank == 0
 
-    def parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
+    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
         """What to call in place of `net`, so that its gradients are the mean over all processes.
 
         Args:
             net: on `device`; its parameters become those of rank 0 everywhere.
             device: this process's.
-            image_size: side of the pictures.
+            image_size: side of the images.
         """
 
-    def agree(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         """The largest of each value, over all processes."""
 
-    def collect(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """What each process has to say, by rank; empty if none has."""
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+    def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean of each value, over all processes; the same keys everywhere."""
 
-    def share(self, content: bytes) -> bytes:
+    def broadcast(self, content: bytes) -> bytes:
         """What rank 0 gives."""
 
-    def first_on_each_machine(self) -> contextlib.AbstractContextManager[None]:
+    def local_rank_zero_first(self) -> contextlib.AbstractContextManager[None]:
         """One process of each machine is through this block before the others enter it, and find what it cached."""
 
-    def leave_to(self, rank: int = 0) -> None:
+    def exit_unless(self, rank: int = 0) -> None:
         """Before raising what ends all processes at the same time: returns in `rank`, and never in the others."""
 
 
-class _Alone(Team):
+class SingleProcess(ProcessGroup):
     """One process, which agrees with itself."""
 
-    launch = Launch()
+    dist_env = DistEnv()
 
-    def parallel(self, net: nn.Module, *_: object) -> nn.Module:
+    def data_parallel(self, net: nn.Module, *_: object) -> nn.Module:
         return net
 
-    def agree(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         return list(values)
 
-    def collect(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         return [text] if text else []
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+    def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
         return dict(values)
 
-    def share(self, content: bytes) -> bytes:
+    def broadcast(self, content: bytes) -> bytes:
         return content
 
-    def first_on_each_machine(self) -> contextlib.AbstractContextManager[None]:
+    def local_rank_zero_first(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def leave_to(self, _rank: int = 0) -> None:
+    def exit_unless(self, _rank: int = 0) -> None:
         pass
 
 
-class _Several(Team):
+class Distributed(ProcessGroup):
     """One of several processes, brought together by the environment's store."""
 
-    def __init__(self, launch: Launch, runs: Sequence[Path]) -> None:
-        self.launch = launch
+    def __init__(self, dist_env: DistEnv, runs: Sequence[Path]) -> None:
+        self.dist_env = dist_env
         self._runs = runs
         try:
-            store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=MEETING))
+            store, _, _ = next(dist.rendezvous("env://", dist_env.rank, dist_env.world_size, timeout=MEETING))
             dist.init_process_group(
-                "gloo", store=store, rank=launch.rank, world_size=launch.world_size, timeout=PATIENCE
+                "gloo", store=store, rank=dist_env.rank, world_size=dist_env.world_size, timeout=PATIENCE
             )
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).partition("\n")[0][:200]
             raise UserError(
-                f"rank {launch.rank} of {launch.world_size} processes could not meet the others at {where} ({reason}); "
-                "start them together, by torchrun, with the same --nnodes and --rdzv-endpoint on every machine"
+                f"rank {dist_env.rank} of {dist_env.world_size} processes could not meet the others at {where} "
+                f"({reason}); start them together, by torchrun, with the same --nnodes and --rdzv-endpoint on every "
+                "machine"
             ) from error
-        self._pulse: Pulse | None = None
+        self._heartbeat: Heartbeat | None = None
         self._gradients: dist.ProcessGroup | None = None
         self._on_gpu: dist.ProcessGroup | None = None
         who = f"process {os.getpid()} on {os.uname().nodename}"
         self._who = self._gather(who)
-        self._pulse = Pulse(
-            launch.rank,
-            launch.world_size,
+        self._heartbeat = Heartbeat(
+            dist_env.rank,
+            dist_env.world_size,
             dist.new_group(backend="gloo", timeout=SILENCE),
             dist.PrefixStore("fastnst", store),
-            self._obituary,
+            self._failure_message,
         )
 
-    def parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
+    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
         # Apart from the group on which the processes agree, so that neither waits for the other.
         if self._gradients is None and device.type == "cuda":
             self._gradients = self._on_gpu = dist.new_group(backend="nccl", timeout=PATIENCE, device_id=device)
@@ -151,61 +152,63 @@ class _Several(Team):
         net.zero_grad(set_to_none=True)
         return wrapped
 
-    def agree(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         agreed = torch.tensor(values, dtype=torch.int64)
         self._wait(dist.all_reduce(agreed, dist.ReduceOp.MAX, async_op=True))
         return agreed.tolist()
 
-    def collect(self, text: str) -> list[str]:
-        return self._gather(text) if self.agree(bool(text))[0] else []
+    def all_gather_text(self, text: str) -> list[str]:
+        return self._gather(text) if self.all_reduce_max(bool(text))[0] else []
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+    def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
         total = torch.tensor(list(values.values()), dtype=torch.float64)
         self._wait(dist.all_reduce(total, async_op=True))
-        return dict(zip(values, (total / self.launch.world_size).tolist(), strict=True))
+        return dict(zip(values, (total / self.dist_env.world_size).tolist(), strict=True))
 
-    def share(self, content: bytes) -> bytes:
+    def broadcast(self, content: bytes) -> bytes:
         size = torch.tensor([len(content)])
         self._wait(dist.broadcast(size, 0, async_op=True))
-        shared = torch.frombuffer(bytearray(content if self.leads else int(size)) or bytearray(1), dtype=torch.uint8)
+        shared = torch.frombuffer(
+            bytearray(content if self.is_rank_zero else int(size)) or bytearray(1), dtype=torch.uint8
+        )
         self._wait(dist.broadcast(shared, 0, async_op=True))
         return shared.numpy().tobytes()[: int(size)]
 
     @contextlib.contextmanager
-    def first_on_each_machine(self) -> Iterator[None]:
-        if self.launch.local_rank:
-            self.agree(0)
+    def local_rank_zero_first(self) -> Iterator[None]:
+        if self.dist_env.local_rank:
+            self.all_reduce_max(0)
             yield
         else:
             yield
-            self.agree(0)
+            self.all_reduce_max(0)
 
-    def leave_to(self, rank: int = 0) -> None:
-        if self.launch.rank == rank:
+    def exit_unless(self, rank: int = 0) -> None:
+        if self.dist_env.rank == rank:
             return
-        assert self._pulse is not None
-        if self._pulse.wait_for_end(60.0) is None:
+        assert self._heartbeat is not None
+        if self._heartbeat.wait_for_end(60.0) is None:
             raise RuntimeError(f"rank {rank} goes on where all should end")
         raise _EndedElsewhere
 
     def finish(self) -> None:
         """Wait for the others, at the end of a run that went well."""
-        assert self._pulse is not None
-        self._pulse.finish(self._check)
+        assert self._heartbeat is not None
+        self._heartbeat.finish(self._check)
         dist.destroy_process_group()
 
     def end(self, error: BaseException, stop: StopRequest) -> BaseException:
         """What to raise instead of `error`, with which this process's share has ended early."""
-        assert self._pulse is not None
+        assert self._heartbeat is not None
         # The others are about to end, too, and torchrun will send signals to those that are a little slower.
         stop.disregard()
         # A broken connection is the way in which a process learns first that another is gone.
         is_broken_connection = isinstance(error, RuntimeError) and not isinstance(error, UserError)
-        end = self._pulse.wait_for_end(3.0 if is_broken_connection else 0.0)
+        end = self._heartbeat.wait_for_end(3.0 if is_broken_connection else 0.0)
         if end is None:
             code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-            return error if self._pulse.announce(code) else SystemExit(self._code(code))
-        self._pulse.leave()
+            return error if self._heartbeat.announce(code) else SystemExit(self._code(code))
+        self._heartbeat.leave()
         if self._on_gpu is not None:
             # Its GPU may be waiting for gradients that never come, and the process for its GPU.
             with contextlib.suppress(RuntimeError):
@@ -213,17 +216,17 @@ class _Several(Team):
         return DeviceError(end.message) if end.message else SystemExit(end.exit_code)
 
     def _code(self, own: int) -> int:
-        assert self._pulse is not None
-        return self._pulse.end.exit_code if self._pulse.end else own
+        assert self._heartbeat is not None
+        return self._heartbeat.end.exit_code if self._heartbeat.end else own
 
     def _gather(self, text: str) -> list[str]:
         content = text.encode()
-        sizes = torch.zeros(self.launch.world_size, dtype=torch.int64)
-        sizes[self.launch.rank] = len(content)
+        sizes = torch.zeros(self.dist_env.world_size, dtype=torch.int64)
+        sizes[self.dist_env.rank] = len(content)
         self._wait(dist.all_reduce(sizes, async_op=True))
         longest = max(1, int(sizes.max()))
         own = torch.frombuffer(bytearray(content.ljust(longest, b"\0")), dtype=torch.uint8)
-        all_of_them = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.launch.world_size)]
+        all_of_them = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.dist_env.world_size)]
         self._wait(dist.all_gather(all_of_them, own, async_op=True))
         return [each.numpy().tobytes()[:size].decode() for each, size in zip(all_of_them, sizes.tolist(), strict=True)]
 
@@ -238,10 +241,10 @@ class _Several(Team):
         work.wait()
 
     def _check(self) -> None:
-        if self._pulse is not None and self._pulse.end is not None:
+        if self._heartbeat is not None and self._heartbeat.end is not None:
             raise _EndedElsewhere
 
-    def _obituary(self, rank: int) -> tuple[str, int]:
+    def _failure_message(self, rank: int) -> tuple[str, int]:
         try:
             step = min(max(checkpoint_steps(run), default=0) for run in self._runs)
         except (OSError, DataError):
@@ -252,21 +255,21 @@ class _Several(Team):
             else "no step is saved; then start again"
         )
         return (
-            f"rank {rank} of {self.launch.world_size} ({self._who[rank]}) ended without a word or has not been heard "
+            f"rank {rank} of {self.dist_env.world_size} ({self._who[rank]}) ended without a word or has not been heard "
             f"of for {SILENCE.seconds // 60} minutes: killed, perhaps for lack of memory. Training stopped; {kept}",
             DeviceError.exit_code,
         )
 
 
 @contextlib.contextmanager
-def open_team(launch: Launch, runs: Sequence[Path], stop: StopRequest) -> Iterator[Team]:
+def open_process_group(dist_env: DistEnv, runs: Sequence[Path], stop: StopRequest) -> Iterator[ProcessGroup]:
     """The processes of a run; where one of them fails, all end.
 
     An error is raised in the process that met it first. Where it ended the run of another one, that one raises
     SystemExit with the same exit code: the user hears of it once.
 
     Args:
-        launch: how many they are.
+        dist_env: how many they are.
         runs: the run directories that they share; what is saved there is told when one of them is gone.
         stop: signals that this process has received.
 
@@ -274,62 +277,62 @@ def open_team(launch: Launch, runs: Sequence[Path], stop: StopRequest) -> Iterat
         UserError: the processes do not find one another.
         DeviceError: another process was killed.
     """
-    if launch.world_size == 1:
-        yield _Alone()
+    if dist_env.world_size == 1:
+        yield SingleProcess()
         return
     with contextlib.ExitStack() as quiet:
-        if launch.rank:
+        if dist_env.rank:
             quiet.enter_context(silenced())
-        team = _Several(launch, runs)
+        group = Distributed(dist_env, runs)
         try:
-            yield team
-            team.finish()
+            yield group
+            group.finish()
         except BaseException as error:
-            instead = team.end(error, stop)
+            instead = group.end(error, stop)
             if instead is error:
                 raise
             raise instead from error
 
 
-def choose_device(name: str, launch: Launch) -> None:
+def choose_device(name: str, dist_env: DistEnv) -> None:
     """Make this process's GPU the current one, if it is to use one.
 
     Raises:
         DeviceError: fewer GPUs than processes, or a PyTorch without NCCL.
     """
-    if launch.world_size == 1 or name == "cpu" or not torch.cuda.is_available():
+    if dist_env.world_size == 1 or name == "cpu" or not torch.cuda.is_available():
         return
-    if launch.local_world_size > torch.cuda.device_count():
+    if dist_env.local_world_size > torch.cuda.device_count():
         raise DeviceError(
-            f"{launch.local_world_size} processes on this machine share {torch.cuda.device_count()} GPUs, and each "
+            f"{dist_env.local_world_size} processes on this machine share {torch.cuda.device_count()} GPUs, and each "
             f"needs its own; use torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu"
         )
     if not (dist.is_available() and dist.is_nccl_available()):
         raise DeviceError(
-            f"{launch.world_size} processes on GPUs need NCCL, and torch {torch.__version__} is built without it; "
+            f"{dist_env.world_size} processes on GPUs need NCCL, and torch {torch.__version__} is built without it; "
             "install a CUDA build of PyTorch for Linux, train in one process, or use --device cpu"
         )
-    torch.cuda.set_device(launch.local_rank)
+    torch.cuda.set_device(dist_env.local_rank)
 
 
-def check_equal(team: Team, what: Mapping[str, Any]) -> None:
+def check_equal(group: ProcessGroup, what: Mapping[str, Any]) -> None:
     """Refuse processes that were given different things: options by the environment, folders on other machines.
 
     Args:
-        team: all of them call this.
+        group: all of them call this.
         what: configuration, fingerprints, …: JSON values by name, or dictionaries of them.
 
     Raises:
         DataError: naming the first that differs, and both values.
     """
-    said = [json.loads(text) for text in team.collect(json.dumps(_flat(what)))]
+    said = [json.loads(text) for text in group.all_gather_text(json.dumps(_flat(what)))]
     for rank, other in enumerate(said):
         for key, value in said[0].items():
             if other.get(key) != value:
-                team.leave_to()
+                group.exit_unless()
                 raise DataError(
                     f"rank 0 has {key} = {str(value)[:200]}, and rank {rank} has {str(other.get(key))[:200]}; give "
-                    "all processes the same options, pictures, style and weights"
+                    "all processes the same options, images, style and weights"
                 )
 
 

@@ -13,9 +13,9 @@ from fastnst.config import Config
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DeviceError, UserError
 from fastnst.progress import byte_count
-from fastnst.training.distributed.environment import Launch, of_one_process
+from fastnst.training.distributed.environment import DistEnv, local_config
 from fastnst.training.memory.estimate import Estimate, estimate
-from fastnst.training.step.graphed_step import obstacle
+from fastnst.training.step.graphed_step import capture_unsupported_reason
 
 RESERVE_BYTES = 2**30
 """What an estimate does not see: decoding and its processes, workspaces of convolutions, the allocator's rounding."""
@@ -24,7 +24,7 @@ RESERVE_SHARE = 0.25
 preset, in fp32 and bf16, these are 2 to 11% of what is kept with the fused engine, at 256 pixels, and 11 to 21% of what
 autograd keeps, at 256 and 512."""
 SIZE_STEP = 16
-ALONE = Launch()
+ALONE = DistEnv()
 
 
 def needed_memory(need: Estimate) -> int:
@@ -53,13 +53,13 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
     return max(0, min(rooms))
 
 
-def room_of_one_process(device: torch.device, launch: Launch) -> int:
+def room_of_one_process(device: torch.device, dist_env: DistEnv) -> int:
     """`available_memory`, of which each process of a machine has its share unless it has its own device."""
-    return available_memory(device) // (1 if device.type == "cuda" else launch.local_world_size)
+    return available_memory(device) // (1 if device.type == "cuda" else dist_env.local_world_size)
 
 
 def largest_that_fits(config: Config, room: int, *, device_type: str, styles: int = 1) -> tuple[int, int] | None:
-    """The largest `train.batch_size` for which there is memory; failing that, of a single picture the largest size.
+    """The largest `train.batch_size` for which there is memory; failing that, of a single image the largest size.
 
     Args:
         config: as for `estimate`.
@@ -68,8 +68,8 @@ def largest_that_fits(config: Config, room: int, *, device_type: str, styles: in
         styles: as for `estimate`.
 
     Returns:
-        Batch size, at most that of `config`, and picture size: that of `config`, or less than that, a multiple of 16,
-        where not even a single picture fits. None where none of any size does.
+        Batch size, at most that of `config`, and image size: that of `config`, or less than that, a multiple of 16,
+        where not even a single image fits. None where none of any size does.
     """
 
     def of(batch_size: int, side: int) -> Estimate:
@@ -79,14 +79,14 @@ def largest_that_fits(config: Config, room: int, *, device_type: str, styles: in
     single = of(1, side)
     if needed_memory(single) <= room:
         # All that grows with the batch grows in proportion to it.
-        per_picture = needed_memory(of(2, side)) - needed_memory(single)
-        return min(asked, 1 + (room - needed_memory(single)) // per_picture), side
+        per_image = needed_memory(of(2, side)) - needed_memory(single)
+        return min(asked, 1 + (room - needed_memory(single)) // per_image), side
     if single.weights + RESERVE_BYTES > room:
         return None
-    return _largest_picture(lambda smaller: needed_memory(of(1, smaller)), side, room)
+    return _largest_image(lambda smaller: needed_memory(of(1, smaller)), side, room)
 
 
-def _largest_picture(need_of: Callable[[int], int], side: int, room: int) -> tuple[int, int] | None:
+def _largest_image(need_of: Callable[[int], int], side: int, room: int) -> tuple[int, int] | None:
     sizes = range(SIZE_STEP, side, SIZE_STEP)
     low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
     fits = False
@@ -95,7 +95,7 @@ def _largest_picture(need_of: Callable[[int], int], side: int, room: int) -> tup
         try:
             does = need_of(sizes[middle]) <= room
         except UserError:
-            # Too small a picture for a layer of the loss: what fits, if anything does, is larger.
+            # Too small an image for a layer of the loss: what fits, if anything does, is larger.
             low = middle + 1
             continue
         fits |= does
@@ -105,20 +105,20 @@ def _largest_picture(need_of: Callable[[int], int], side: int, room: int) -> tup
 
 @contextlib.contextmanager
 def explained_memory_errors(
-    config: Config, device: torch.device, launch: Launch = ALONE, *, styles: int = 1
+    config: Config, device: torch.device, dist_env: DistEnv = ALONE, *, styles: int = 1
 ) -> Iterator[None]:
     """Turn a lack of memory into an error that says what would fit.
 
     Args:
         config: resolved: not `auto`.
         device: where it runs.
-        launch: the processes that share the run.
+        dist_env: the processes that share the run.
         styles: that are trained together.
 
     Raises:
         DeviceError: instead of what PyTorch or Python raise.
     """
-    room = room_of_one_process(device, launch)
+    room = room_of_one_process(device, dist_env)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -129,11 +129,11 @@ def explained_memory_errors(
         # On a CPU the 16-bit types take more memory, not less.
         in_fp32 = config.train.precision == "fp32" and device.type == "cuda"
         other = ", or use --precision bf16" if in_fp32 else ""
-        if obstacle(config.train, device, processes=launch.world_size) is None:
+        if capture_unsupported_reason(config.train, device, processes=dist_env.world_size) is None:
             other += ", or --set train.capture=off, which frees a step's memory between steps"
         raise DeviceError(
             f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
-            f"{config.data.image_size}; {_advice(config, room, device, launch, styles)}{other}"
+            f"{config.data.image_size}; {_advice(config, room, device, dist_env, styles)}{other}"
         ) from error
 
 
@@ -168,8 +168,8 @@ def describe_shortage(
             return f"{wants}: no train.batch_size or data.image_size should fit; use a device with more memory"
 
 
-def _advice(config: Config, room: int, device: torch.device, launch: Launch, styles: int) -> str:
-    processes, own = launch.world_size, of_one_process(config, launch)
+def _advice(config: Config, room: int, device: torch.device, dist_env: DistEnv, styles: int) -> str:
+    processes, own = dist_env.world_size, local_config(config, dist_env)
     try:
         need = estimate(own, device_type=device.type, styles=styles)
         shortage = describe_shortage(own, need, room, device_type=device.type, processes=processes, styles=styles)

@@ -11,7 +11,7 @@ from fastnst.config import Config
 from fastnst.device import DTYPES
 from fastnst.losses.fused import LossEngine
 from fastnst.losses.perceptual import PerceptualLoss
-from fastnst.models.transform_net import Painted, TransformNet
+from fastnst.models.transform_net import OutputMapping, TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 
 _ADAM_TENSORS = 2
@@ -38,7 +38,7 @@ def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
     """Count the bytes of a run's tensors without allocating them.
 
     Args:
-        config: architecture, loss layers, batch and picture size, precision (resolved: not `auto`), engine.
+        config: architecture, loss layers, batch and image size, precision (resolved: not `auto`), engine.
         device_type: `cuda` or `cpu`, whose autocast rules apply.
         styles: how many networks are trained together, one after the other in each step.
     """
@@ -68,7 +68,7 @@ def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
         shape = (config.train.batch_size, side, side, 3)
         batch = torch.empty(shape, dtype=torch.uint8 if fused else torch.float32).permute(0, 3, 1, 2)
         made = functional_call(net, fake_net, (batch,), {"raw": fused})
-        painted = {"painted": net.painted(made.shape[2:], batch.shape[2:])} if fused else {}
+        painted = {"painted": net.output_mapping(made.shape[2:], batch.shape[2:])} if fused else {}
         of_loss = functional_call(loss_pass, fake_loss, (made, batch), painted)
     if fused:
         for tensor in of_loss:
@@ -94,11 +94,11 @@ class _FusedPass(nn.Module):
         super().__init__()
         self.loss, self.dtype = loss, dtype
 
-    def forward(self, raw: Tensor, content: Tensor, painted: Painted) -> list[Tensor]:
+    def forward(self, raw: Tensor, content: Tensor, painted: OutputMapping) -> list[Tensor]:
         """All that is alive when the backward begins."""
         engine = LossEngine(self.loss, self.dtype)
         targets = engine.content_targets(content)
-        u, _ = engine.entered(raw, painted)
+        u, _ = engine.preprocess(raw, painted)
         kept = [x for stage in engine.forward(u) for x in (*stage.outputs().values(), stage.switches)]
         return [x for x in (raw, *targets.values(), *kept) if x is not None]
 

@@ -20,7 +20,7 @@ WAIT_STEPS, WARM_UP_STEPS = 10, 3
 _annotating = False
 
 
-def phase(name: str) -> AbstractContextManager[Any]:
+def record_span(name: str) -> AbstractContextManager[Any]:
     """Names a part of the step in the trace; nothing at all in a run without a profile.
 
     On a GPU it spans what the host does there, and the kernels launched from it. What a CUDA graph replays was launched

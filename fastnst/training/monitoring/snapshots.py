@@ -19,17 +19,17 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.progress import duration
 from fastnst.run_log.writer import RunLog, training_graph
 from fastnst.training.inputs import Inputs
-from fastnst.visualize.evolution import Evolution
+from fastnst.visualize.evolution import ProjectionMonitor
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
 
-class Looks:
-    """Fixed pictures of the data folder, and what the networks make of them as training goes on.
+class SampleLogger:
+    """Fixed images of the data folder, and what the networks make of them as training goes on.
 
     Args:
-        inputs: configuration, pictures and style.
+        inputs: configuration, images and style.
         net: the transform net, on the device; no look changes it or draws a random number.
         loss: its style is set.
         share: of `visualize.max_percent`, what these may take; others take the rest.
@@ -38,16 +38,16 @@ class Looks:
     def __init__(self, inputs: Inputs, net: TransformNet, loss: PerceptualLoss, *, share: float = 1.0) -> None:
         self._inputs, self._net, self._loss = inputs, net, loss
         config = inputs.config
-        self._names, pictures = _read_squares(inputs, max(config.train.samples, config.visualize.pictures))
-        self._samples = pictures[: config.train.samples]
-        watched = config.visualize.pictures
+        self._names, images = _read_crops(inputs, max(config.train.samples, config.visualize.images))
+        self._samples = images[: config.train.samples]
+        watched = config.visualize.images
         self._evolution = (
-            Evolution(
+            ProjectionMonitor(
                 net,
                 inputs.vgg,
                 config.visualize,
                 loss_layers=loss.layers,
-                pictures=pictures[:watched],
+                images=images[:watched],
                 names=self._names[:watched],
             )
             if config.visualize.every
@@ -73,12 +73,12 @@ class Looks:
         if graph is None:
             graph = training_graph(self._net, self._loss, image_size=image_size, batch_size=batch_size)
         log.graph(graph)
-        log.pictures(0, "style", self._inputs.style, ["picture"])
-        log.pictures(0, "content", self._samples, self._names[: len(self._samples)])
+        log.images(0, "style", self._inputs.style, ["picture"])
+        log.images(0, "content", self._samples, self._names[: len(self._samples)])
         self.look(log, 0)
         if self._evolution is not None:
-            for tag, picture in self._evolution.content_strips():
-                log.picture(0, tag, picture)
+            for tag, image in self._evolution.content_strips():
+                log.image(0, tag, image)
             self._project(log, 0, self._evolution)
         return graph
 
@@ -87,8 +87,8 @@ class Looks:
         log.histograms(step, self._net)
         if len(self._samples):
             # One at a time: what fits in training by batches must fit here, whatever `train.samples` is.
-            pictures = [stylize(self._net, sample[None]) for sample in self._samples]
-            log.pictures(step, "stylised", torch.cat(pictures), self._names[: len(self._samples)])
+            images = [stylize(self._net, sample[None]) for sample in self._samples]
+            log.images(step, "stylised", torch.cat(images), self._names[: len(self._samples)])
 
     def projections_due(self, step: int, last: int) -> bool:
         """Whether `project` has something to do after `step` of `last` steps."""
@@ -123,10 +123,10 @@ class Looks:
             f"time{left_out}"
         )
 
-    def _project(self, log: RunLog, step: int, evolution: Evolution) -> None:
+    def _project(self, log: RunLog, step: int, evolution: ProjectionMonitor) -> None:
         with self._allowance:
-            for tag, picture in evolution.look():
-                log.picture(step, tag, picture)
+            for tag, image in evolution.look():
+                log.image(step, tag, image)
 
 
 class _Allowance:
@@ -161,8 +161,8 @@ class _Allowance:
         self.spent, self._longest, self.count = self.spent + took, max(self._longest, took), self.count + 1
 
 
-def _read_squares(inputs: Inputs, count: int) -> tuple[list[str], Tensor]:
-    """Names of the folder's first `count` pictures that can be read, and they themselves, `[P, 3, S, S]` in [0, 1]."""
+def _read_crops(inputs: Inputs, count: int) -> tuple[list[str], Tensor]:
+    """Names of the folder's first `count` images that can be read, and they themselves, `[P, 3, S, S]` in [0, 1]."""
     side = inputs.config.data.image_size
     paths: list[str] = []
     squares: list[Image.Image] = []

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 
-class Meter:
-    """Speed between two logged steps: pictures per second, and the share of time spent waiting for pictures.
+class ThroughputMeter:
+    """Speed between two logged steps: images per second, and the share of time spent waiting for images.
 
     Samples and checkpoints are left out of both; the device is idle when either clock is read, since the loss was read.
     """
@@ -34,9 +34,9 @@ class Meter:
         """Scalars since the last reading; `steps` is how many this process has made."""
         now = time.perf_counter()
         elapsed = max(now - self._begin - self._paused, 1e-9)
-        pictures = (steps - self._steps) * self._batch_size
+        images = (steps - self._steps) * self._batch_size
         scalars = {
-            "speed/images_per_second": pictures / elapsed,
+            "speed/images_per_second": images / elapsed,
             "speed/data_wait_percent": 100 * self._waited / elapsed,
         }
         self._begin, self._steps, self._waited, self._paused = now, steps, 0.0, 0.0

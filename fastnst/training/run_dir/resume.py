@@ -1,6 +1,6 @@
 """Going on with a run: what a checkpoint knows of its origin, what has changed since, and whether its weights fit.
 
-A resumed run is the one that would have been, had nothing interrupted it, as long as configuration, pictures, style,
+A resumed run is the one that would have been, had nothing interrupted it, as long as configuration, images, style,
 VGG19 and the number of processes are the same. Whatever differs is named, with both values, and ends the attempt unless
 it was allowed. What is never allowed is another network.
 """
@@ -14,21 +14,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastnst.config_text import current_keys
 from fastnst.errors import DataError, UserError
-from fastnst.training.distributed.process_group import Team
+from fastnst.training.distributed.process_group import ProcessGroup
 from fastnst.training.inputs import Inputs
 from fastnst.training.run_dir.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint
 from fastnst.training.run_dir.layout import config_differences, config_values, refuse_another_network
 
-# Each changes which picture stands at which place of the run.
-_KEYS_OF_THE_ORDER = ("train.seed was", "train.batch_size was", "the pictures in")
+# Each changes which image stands at which place of the run.
+_KEYS_OF_THE_ORDER = ("train.seed was", "train.batch_size was", "the images in")
 
 
-def origin_of(inputs: Inputs, *, world_size: int) -> dict[str, Any]:
-    """What decides the weights of a run, as JSON values, for `save_checkpoint` to keep and `changes_since` to compare.
+def provenance(inputs: Inputs, *, world_size: int) -> dict[str, Any]:
+    """Return what decides the weights of a run, as JSON values that checkpoints keep.
 
     Args:
-        inputs: configuration, pictures, style and VGG19.
+        inputs: configuration, images, style and VGG19.
         world_size: processes that share each step.
     """
     return {
@@ -59,24 +60,24 @@ def checkpoint_to_resume(run: Path, notify: Callable[[str], None]) -> Checkpoint
     return checkpoint
 
 
-def changes_since(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bool) -> list[str]:
+def diff_provenance(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bool) -> list[str]:
     """What is not as it was when a checkpoint was written, one text for each, with both values.
 
     Args:
         checkpoint: the one to go on from.
-        now: what `origin_of` says of this process.
+        now: what `provenance` says of this process.
         allow: return the changes instead of raising.
 
     Raises:
         UserError: the configuration or the number of processes changed, and `allow` is not set.
-        DataError: pictures, style or VGG19 changed, and `allow` is not set; or it is another network in any case; or
+        DataError: images, style or VGG19 changed, and `allow` is not set; or it is another network in any case; or
             the checkpoint does not tell its origin.
     """
     match checkpoint.state:
         case {
             "configuration": dict(configuration),
             "fingerprints": dict(fingerprints),
-            "pictures": int(pictures),
+            "pictures": int(images),
             "world_size": int(world_size),
         }:
             pass
@@ -85,13 +86,14 @@ def changes_since(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bool
                 f"{checkpoint.path} does not tell what it was trained with; it is of another version of fastnst. "
                 "Start a new run in another --out"
             )
+    configuration = current_keys(configuration)
     refuse_another_network(checkpoint.path, configuration, now["configuration"])
     options = config_differences(configuration, now["configuration"])
     if world_size != now["world_size"]:
         options.append(f"the processes that share a step were {world_size}, are now {now['world_size']}")
     files = []
-    named = {"data": "the pictures in the data folder", "style": "the style picture", "vgg": "the VGG19 weights"}
-    counts = {"data": (f"{pictures} pictures, ", f"{now['pictures']} pictures, ")}
+    named = {"data": "the images in the data folder", "style": "the style image", "vgg": "the VGG19 weights"}
+    counts = {"data": (f"{images} images, ", f"{now['pictures']} images, ")}
     for key, what in named.items():
         then, today = str(fingerprints.get(key, "unknown")), now["fingerprints"][key]
         if then != today:
@@ -109,27 +111,27 @@ def changes_since(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bool
     return options + files
 
 
-def shared_checkpoint(checkpoint: Checkpoint | None, team: Team) -> Checkpoint | None:
+def shared_checkpoint(checkpoint: Checkpoint | None, group: ProcessGroup) -> Checkpoint | None:
     """Rank 0's `checkpoint`, in all processes: others need not see its files."""
-    if team.launch.world_size == 1:
+    if group.dist_env.world_size == 1:
         return checkpoint
     head = json.dumps([str(checkpoint.path), checkpoint.step, checkpoint.state]) if checkpoint else ""
-    head = team.share(head.encode()).decode()
+    head = group.broadcast(head.encode()).decode()
     if not head:
         return None
-    tensors = safetensors.torch.load(team.share(safetensors.torch.save(checkpoint.tensors) if checkpoint else b""))
+    tensors = safetensors.torch.load(group.broadcast(safetensors.torch.save(checkpoint.tensors) if checkpoint else b""))
     path, step, state = json.loads(head)
     return Checkpoint(Path(path), step, tensors, state)
 
 
 def tell_changes(changes: list[str], step: int, notify: Callable[[str], None]) -> None:
-    """List what was allowed to change, and what that means for the order of pictures."""
+    """List what was allowed to change, and what that means for the order of images."""
     for change in changes:
         notify(f"goes on, though {change}")
     if any(change.startswith(_KEYS_OF_THE_ORDER) for change in changes):
         notify(
-            f"the order of the pictures is from now on that of the new values, entered behind step {step}: in the "
-            "current pass some pictures may come twice, and others not at all"
+            f"the order of the images is from now on that of the new values, entered behind step {step}: in the "
+            "current pass some images may come twice, and others not at all"
         )
 
 

@@ -1,6 +1,6 @@
 """A folder of runs that were trained together, one for each style.
 
-styles.json     name → style picture, written before the first of
+styles.json     name → style image, written before the first of
 NAME/           a run directory like any other, for each style
 """
 
@@ -19,12 +19,12 @@ LARGEST_FILE = 1 << 22
 """Bytes of `styles.json`; a thousand styles have some 100 thousand."""
 
 
-class StyleFolder:
+class MultiStyleDir:
     """What `--out` names where several styles are trained.
 
     Args:
         out: the folder.
-        styles: name → picture.
+        styles: name → image.
     """
 
     def __init__(self, out: Path, styles: Mapping[str, Path]) -> None:
@@ -77,40 +77,40 @@ class StyleFolder:
             StorageError: the storage refuses.
         """
         remove_leftovers(self._out / STYLES_NAME)
-        paths = {name: str(picture) for name, picture in self._styles.items()}
+        paths = {name: str(image) for name, image in self._styles.items()}
         write_atomic(self._out / STYLES_NAME, (json.dumps(paths, indent=2) + "\n").encode())
 
 
-def named_styles(pictures: Sequence[Path]) -> dict[str, Path]:
-    """Name → picture, in the same order: the file's name without its suffix, which names the run directory.
+def style_names(images: Sequence[Path]) -> dict[str, Path]:
+    """Name → image, in the same order: the file's name without its suffix, which names the run directory.
 
     Raises:
         UserError: two of them have the same name.
     """
     styles: dict[str, Path] = {}
-    for picture in pictures:
-        name = picture.stem
+    for image in images:
+        name = image.stem
         if name in styles:
-            same = printable(styles[name]) if styles[name] != picture else "itself"
+            same = printable(styles[name]) if styles[name] != image else "itself"
             raise UserError(
-                f"--style {printable(picture)} would have the same run directory as {same}: "
-                f"{printable(name)!r}; give each style once, and rename one of two pictures of the same name"
+                f"--style {printable(image)} would have the same run directory as {same}: "
+                f"{printable(name)!r}; give each style once, and rename one of two images of the same name"
             )
-        styles[name] = picture
+        styles[name] = image
     return styles
 
 
 def run_configs(config: Config, styles: Mapping[str, Path], out: Path) -> dict[Path, Config]:
     """Run directory → configuration of each style, in the order of `styles`."""
     configs = {}
-    for name, picture in styles.items():
-        style = config.style.model_copy(update={"picture": picture})
+    for name, image in styles.items():
+        style = config.style.model_copy(update={"image": image})
         configs[out / name] = config.model_copy(update={"style": style})
     return configs
 
 
-def prepare_runs(
-    configs: Mapping[Path, Config], folder: StyleFolder | None, *, resume: bool, allow_changes: bool
+def validate_run_dirs(
+    configs: Mapping[Path, Config], folder: MultiStyleDir | None, *, resume: bool, allow_changes: bool
 ) -> list[list[str]]:
     """Check that the run directories may hold these runs; makes nothing.
 
@@ -124,7 +124,7 @@ def prepare_runs(
         For each run what differs from its saved configuration.
 
     Raises:
-        UserError: as `prepare_run` and `StyleFolder.check`.
+        UserError: as `prepare_run` and `MultiStyleDir.check`.
         DataError: likewise.
     """
     if folder is not None:
@@ -161,15 +161,15 @@ def saved_styles(out: Path) -> dict[str, Path] | None:
         styles = json.loads(content)
         if not isinstance(styles, dict) or not styles:
             raise TypeError("not an object")
-        for name, picture in styles.items():
+        for name, image in styles.items():
             # A name must not lead out of the folder.
-            if not isinstance(picture, str) or Path(name).name != name or name == ".." or "\0" in name:
-                raise ValueError("not a name and a picture")
+            if not isinstance(image, str) or Path(name).name != name or name == ".." or "\0" in name:
+                raise ValueError("not a name and an image")
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
             f"{printable(path)} is damaged; go on with each style by fastnst train --resume --out {printable(out)}/NAME"
         ) from error
-    return {name: Path(picture) for name, picture in styles.items()}
+    return {name: Path(image) for name, image in styles.items()}
 
 
 def _is_nothing(path: Path) -> bool:

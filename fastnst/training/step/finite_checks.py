@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Health:
+class FiniteCheck:
     """The first step, by name, whose value was not finite."""
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Health:
         is_first = bad & (self._first_bad_steps == 0)
         self._first_bad_steps.copy_(torch.where(is_first, step, self._first_bad_steps))
 
-    def first_bad(self) -> tuple[int, list[str]] | None:
+    def first_nonfinite(self) -> tuple[int, list[str]] | None:
         """The first step with something that was not finite, and all that was not in it; waits for the device."""
         steps = self._first_bad_steps.tolist()
         first = min((step for step in steps if step), default=0)

@@ -8,9 +8,9 @@ is captured whole.
 
 A graph repeats launches with the addresses and numbers that they had. Hence:
 
-- Pictures are copied into a tensor of the graph's. Copies and replays are queued on one stream: a copy runs behind the
+- Images are copied into a tensor of the graph's. Copies and replays are queued on one stream: a copy runs behind the
   replay that reads what it overwrites, and before its own.
-- The step's number, which `Health` takes down, is counted in the graph; the processor sets it where counts differ.
+- The step's number, which `FiniteCheck` takes down, is counted in the graph; the processor sets it where counts differ.
 - The terms lie in one tensor that the next replay overwrites, so each step hands out a copy of it.
 - Gradients are None when the capture begins, so that they lie in the graph's memory. Where a launched step has put
   others in their place, a replay puts them back.
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastnst.config import TrainConfig
 from fastnst.losses.perceptual import LossTerms
-from fastnst.training.monitoring.profiler import phase
+from fastnst.training.monitoring.profiler import record_span
 from fastnst.training.step.cuda_streams import CudaStreams, Graph, Streams
 from fastnst.training.step.train_step import TrainingStep
 
@@ -38,7 +38,7 @@ WARM_UP = 3
 """Launched steps before a capture, as many as `torch.cuda.make_graphed_callables` makes."""
 
 
-def obstacle(config: TrainConfig, device: torch.device, *, processes: int = 1) -> str | None:
+def capture_unsupported_reason(config: TrainConfig, device: torch.device, *, processes: int = 1) -> str | None:
     """Why a run's steps are launched and not captured; empty where nobody expects it, None where they are captured.
 
     Args:
@@ -60,8 +60,8 @@ def obstacle(config: TrainConfig, device: torch.device, *, processes: int = 1) -
     return None
 
 
-class Steps:
-    """Makes the steps of a run, captured where `obstacle` sees none.
+class GraphedStep:
+    """Makes the steps of a run, captured where `capture_unsupported_reason` sees none.
 
     Args:
         config: of the run.
@@ -80,7 +80,7 @@ class Steps:
         self._kind: object = None
         self._warm = 0
         self._told_of_shape = False
-        why = obstacle(config, device, processes=processes)
+        why = capture_unsupported_reason(config, device, processes=processes)
         if why is None:
             self._streams = CudaStreams(device)
             self._feed = _Feed(self._streams)
@@ -121,7 +121,7 @@ class Steps:
             self._captured = self._capture(self._streams, batch, steps)
         if self._captured is None or not self._captured.takes(batch):
             return make_steps(number, batch, steps)
-        with phase("captured step"):
+        with record_span("captured step"):
             return self._captured.replay(number, batch)
 
     def _capture(self, streams: Streams, batch: Tensor, steps: Sequence[TrainingStep]) -> "_Captured | None":
@@ -130,7 +130,7 @@ class Steps:
         except RuntimeError as error:
             # Nothing was computed: the step is still to be made, and the state is that of the one before.
             for step in steps:
-                step.abandon()
+                step.discard_step()
             self._streams = None
             # The end of a capture that has failed fails, too; what was first says why.
             reason = str(error.__context__ or error).strip().partition("\n")[0][:200]
@@ -180,14 +180,14 @@ class _Captured:
         tell_of_shape: Callable[[list[int], list[int]], None],
     ) -> None:
         self._streams, self._tell_of_shape = streams, tell_of_shape
-        self._pictures = torch.empty_like(batch)
+        self._images = torch.empty_like(batch)
         self._number = torch.zeros((), dtype=torch.int64, device=batch.device)
         self._made = 0
         """The number on the device, once all that is queued has run."""
 
         def work() -> tuple[Tensor, list[LossTerms]]:
             self._number.add_(1)
-            terms = make_steps(self._number, self._pictures, steps)
+            terms = make_steps(self._number, self._images, steps)
             return torch.stack([value for each in terms for value in _values(each)]), terms
 
         for step in steps:
@@ -200,7 +200,7 @@ class _Captured:
 
     def takes(self, batch: Tensor) -> bool:
         """Whether a batch fits; tells if not."""
-        own = self._pictures
+        own = self._images
         fits = (batch.shape, batch.dtype, batch.device) == (own.shape, own.dtype, own.device)
         if not fits:
             self._tell_of_shape(list(batch.shape), list(own.shape))
@@ -208,7 +208,7 @@ class _Captured:
 
     def replay(self, number: int, batch: Tensor) -> list[LossTerms]:
         """Make step `number`, all on the current stream."""
-        self._streams.copy(self._pictures, batch)
+        self._streams.copy(self._images, batch)
         if number != self._made + 1:
             self._number.fill_(number - 1)
         self._made = number
@@ -239,9 +239,9 @@ def _terms(values: Iterator[Tensor], layers: Sequence[str]) -> LossTerms:
 
 @dataclass
 class _Slot:
-    pictures: Tensor
+    images: Tensor
     free: Any = None
-    """Behind the step that reads the pictures."""
+    """Behind the step that reads the images."""
 
 
 class _Feed:
@@ -271,19 +271,19 @@ class _Feed:
             if slot is not None:
                 if slot.free is not None:
                     streams.wait(slot.free)
-                streams.copy(slot.pictures, batch)
+                streams.copy(slot.images, batch)
             ready = streams.mark()
         streams.wait(ready)
         if slot is None:
             streams.keep(batch)
             return batch
         self._lent = slot
-        return slot.pictures
+        return slot.images
 
     def _slot_for(self, batch: Tensor) -> _Slot | None:
         """The slot that was lent longer ago; None for a batch of another shape than the first."""
         if not self._slots:
             self._slots = [_Slot(torch.empty_like(batch)) for _ in range(2)]
         self._slots.reverse()
-        own = self._slots[0].pictures
+        own = self._slots[0].images
         return self._slots[0] if (batch.shape, batch.dtype) == (own.shape, own.dtype) else None

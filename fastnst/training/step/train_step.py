@@ -11,8 +11,8 @@ from fastnst.device import DTYPES, resolve_precision
 from fastnst.losses.fused import LossEngine
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
-from fastnst.training.monitoring.profiler import phase
-from fastnst.training.step.finite_checks import Health, SkippedSteps, not_finite
+from fastnst.training.monitoring.profiler import record_span
+from fastnst.training.step.finite_checks import FiniteCheck, SkippedSteps, not_finite
 
 
 def to_unit(batch: Tensor) -> Tensor:
@@ -20,16 +20,16 @@ def to_unit(batch: Tensor) -> Tensor:
     return batch.permute(0, 3, 1, 2).float().div_(255.0)
 
 
-def as_pictures(batch: Tensor) -> Tensor:
+def as_images(batch: Tensor) -> Tensor:
     """uint8 `[N, H, W, 3]` → the same memory as `[N, 3, H, W]`, channels_last."""
     return batch.permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
-class Content:
+class ContentFeatures:
     """What steps of several networks on one batch have in common."""
 
-    pictures: Tensor
+    images: Tensor
     """`[N, 3, H, W]`, uint8."""
     targets: dict[str, Tensor]
     """φ of them, by content layer."""
@@ -64,14 +64,14 @@ class TrainingStep:
         self.net = net
         self._called = net if parallel is None else parallel
         self.device = device
-        self.health = Health(device)
+        self.health = FiniteCheck(device)
         self.skipped = SkippedSteps(device)
         self._dtype = DTYPES[resolve_precision(config.precision, device)]
         # Fused Adam computes the same whether or not it is capturable, which a CUDA graph wants to be told.
         self.optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True, capturable=True)
         self.scaler = self._new_scaler()
         self.loads = 0
-        """How often `load_state` or `abandon` has put other tensors in the place of those that a step changes."""
+        """How often `load_state` or `discard_step` has put other tensors in the place of those that a step changes."""
         self._loss = loss
         self._parameters = dict(net.named_parameters())
         self._state: dict[str, Tensor] = {**self._parameters, **dict(net.named_buffers())}
@@ -86,7 +86,7 @@ class TrainingStep:
                 beside=beside._engine if beside is not None else None,
             )
 
-    def __call__(self, step: int | Tensor, batch: Tensor, content: Content | None = None) -> LossTerms:
+    def __call__(self, step: int | Tensor, batch: Tensor, content: ContentFeatures | None = None) -> LossTerms:
         """Train on a batch.
 
         Args:
@@ -100,11 +100,11 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self._engine is None:
             terms = self._forward(batch)
-            with phase("backward"):
+            with record_span("backward"):
                 self.scaler.scale(terms.total).backward()
         else:
             terms = self._fused_pass(self._engine, batch, content)
-        with phase("optimiser"):
+        with record_span("optimiser"):
             self.scaler.unscale_(self.optimizer)
             updates = self._updates().clone()
             self.scaler.step(self.optimizer)
@@ -113,13 +113,13 @@ class TrainingStep:
         self._record(step, detached, skipped=self._updates() == updates)
         return detached
 
-    def content_of(self, batch: Tensor) -> Content | None:
+    def content_of(self, batch: Tensor) -> ContentFeatures | None:
         """What steps beside this one may share of a batch; None where each has to compute it itself (autograd)."""
         if self._engine is None:
             return None
-        pictures = as_pictures(batch)
-        with phase("content pass"):
-            return Content(pictures, self._engine.content_targets(pictures))
+        images = as_images(batch)
+        with record_span("content pass"):
+            return ContentFeatures(images, self._engine.content_targets(images))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on, by dotted name; weights are below `model.`."""
@@ -156,7 +156,7 @@ class TrainingStep:
         self.skipped.restore(int(scaler.get("skipped_steps", 0)), int(scaler.get("skipped_in_a_row", 0)))
         self.loads += 1
 
-    def abandon(self) -> None:
+    def discard_step(self) -> None:
         """Forget a step that was begun and did not reach its end, of which the device has computed nothing."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
@@ -172,28 +172,28 @@ class TrainingStep:
         content = to_unit(batch)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             stylized = self._transformed(content, raw=False)
-            with phase("loss network"):
+            with record_span("loss network"):
                 return self._loss(stylized, content)
 
-    def _fused_pass(self, engine: LossEngine, batch: Tensor, content: Content | None) -> LossTerms:
+    def _fused_pass(self, engine: LossEngine, batch: Tensor, content: ContentFeatures | None) -> LossTerms:
         """Forward and backward of one batch."""
         # First, while the transform net holds nothing: a pass without gradient needs its two largest layers at once.
         content = content or self.content_of(batch)
         assert content is not None
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            raw = self._transformed(content.pictures, raw=True)
-        painted = self.net.painted(raw.shape[2:], content.pictures.shape[2:])
+            raw = self._transformed(content.images, raw=True)
+        painted = self.net.output_mapping(raw.shape[2:], content.images.shape[2:])
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
-        with phase("loss network"):
-            terms, gradient = engine.of_raw(raw.detach(), painted, content.targets, scale)
+        with record_span("loss network"):
+            terms, gradient = engine.loss_and_grad(raw.detach(), painted, content.targets, scale)
         del content  # and its targets, unless the next network wants them
-        with phase("backward"):
+        with record_span("backward"):
             raw.backward(gradient)
         return terms
 
     def _transformed(self, content: Tensor, *, raw: bool) -> Tensor:
         """The one place that calls the transform net."""
-        with phase("transform net"):
+        with record_span("transform net"):
             made: Tensor = self._called(content, raw=raw)
         return made
 

@@ -1,4 +1,4 @@
-"""The pictures of a folder as VGG19 looks at them: the middle square of each, exactly once."""
+"""The images of a folder as VGG19 looks at them: the middle square of each, exactly once."""
 
 from collections.abc import Generator
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from fastnst.config import DataConfig
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest
-from fastnst.data.sampler import RunOrder
+from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError, UserError
 from fastnst.images import MIN_SIDE, printable
 
@@ -21,17 +21,17 @@ def check_squares(manifest: Manifest, size: int, batch_size: int, loader: str) -
     """What `squares` is asked for, before any work.
 
     Raises:
-        DataError: the manifest holds no pictures.
+        DataError: the manifest holds no images.
         UserError: a size, batch size or loader that cannot be used.
     """
     if not manifest.images:
         raise DataError(
-            f"{printable(manifest.folder)} holds no pictures that can be used; give a folder of JPEG, PNG or WebP"
+            f"{printable(manifest.folder)} holds no images that can be used; give a folder of JPEG, PNG or WebP"
         )
     if not MIN_SIDE <= size <= LARGEST_SIDE:
         raise UserError(f"squares of {size} px cannot be had; choose a size from {MIN_SIDE} to {LARGEST_SIDE}")
     if batch_size < 1:
-        raise UserError(f"a batch of {batch_size} pictures holds nothing; choose a batch size of at least 1")
+        raise UserError(f"a batch of {batch_size} images holds nothing; choose a batch size of at least 1")
     if loader not in LOADERS:
         raise UserError(f"unknown loader {loader!r}; choose one of {', '.join(LOADERS)}")
 
@@ -39,14 +39,14 @@ def check_squares(manifest: Manifest, size: int, batch_size: int, loader: str) -
 def squares(
     manifest: Manifest, size: int, *, batch_size: int, loader: str, device: torch.device, workers: int | None = None
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """One pass over the pictures, in an order of its own.
+    """One pass over the images, in an order of its own.
 
-    A picture becomes the same square in every pass: what it is does not depend on its neighbours.
+    An image becomes the same square in every pass: what it is does not depend on its neighbours.
 
     Args:
-        manifest: of the folder; at least one picture.
+        manifest: of the folder; at least one image.
         size: side of the squares, in pixels.
-        batch_size: pictures at a time; the last batch may hold fewer.
+        batch_size: images at a time; the last batch may hold fewer.
         loader: `dali` (decodes on the GPU where `device` is one) or `pillow`.
         device: where the squares go.
         workers: threads or processes that decode; None: one for each core.
@@ -60,9 +60,9 @@ def squares(
     """
     check_squares(manifest, size, batch_size, loader)
     total = len(manifest.images)
-    # Runs read full batches: where pictures run out, the next pass begins, and its pictures are cut off below.
+    # Runs read full batches: where images run out, the next pass begins, and its images are cut off below.
     batch_size = min(batch_size, total)
-    order = RunOrder(0, total, batch_size, -(-total // batch_size), fit="center_crop", flip=False)
+    order = Sampler(0, total, batch_size, -(-total // batch_size), fit="center_crop", flip=False)
     config = DataConfig.model_validate({"loader": loader, "image_size": size, "workers": workers})
     with open_loader(manifest, order, config, device=device) as batches:
         for step, batch in enumerate(batches):
@@ -70,6 +70,6 @@ def squares(
             yield torch.from_numpy(order.batch(step).indices[:once]), batch[:once]
 
 
-def to_pictures(batch: Tensor, dtype: torch.dtype) -> Tensor:
+def to_images(batch: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 `[B, S, S, 3]` as `[B, 3, S, S]` in [0, 1], channels_last."""
     return batch.permute(0, 3, 1, 2).to(dtype).div_(255)

@@ -1,4 +1,4 @@
-"""Occlusion maps: what a target loses when a part of the picture is covered (Zeiler & Fergus 2014, §4.2)."""
+"""Occlusion maps: what a target loses when a part of the image is covered (Zeiler & Fergus 2014, §4.2)."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class OcclusionMap:
 
     Attributes:
         scores: `[N, rows, cols]`, the score with the occluder at each position, from the top left.
-        base: `[N]`, the score of the whole picture.
+        base: `[N]`, the score of the whole image.
         heat: `[N, H, W]`, the mean drop base − score over the occluders that cover a pixel: positive where the
             target needs the pixel, negative where the pixel stands in its way.
     """
@@ -45,7 +45,7 @@ class OcclusionMap:
 @torch.no_grad()
 def occlusion(
     net: VGG19,
-    pictures: Tensor,
+    images: Tensor,
     target: Target,
     *,
     size: int | tuple[int, int] = 32,
@@ -54,44 +54,44 @@ def occlusion(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> OcclusionMap:
-    """Slide an occluder over each picture and read the target's score at every position.
+    """Slide an occluder over each image and read the target's score at every position.
 
-    The first occluder lies in the top left corner; those at the right and bottom are cut off by the picture's edge, so
+    The first occluder lies in the top left corner; those at the right and bottom are cut off by the image's edge, so
     that every pixel is covered: ⌈(side − size) / stride⌉ + 1 positions along each side. Only one batch of occluded
     copies is held at a time. An occluder's own edges excite maps that look for edges, above all a grey one's on a
     shallow layer; their heat is negative then, and `blur` says more.
 
     Args:
         net: VGG19, loaded at least up to the target's layer.
-        pictures: `[N, 3, H, W]`, RGB in [0, 1].
+        images: `[N, 3, H, W]`, RGB in [0, 1].
         target: see `targets.parse_target`.
         size: side of the occluder, or (height, width), in pixels.
         stride: pixels between two positions, or (down, across).
         fill: `grey` covers with the mean colour of ImageNet, `net.mean`, which is zero to the network; `blur` lets a
-            blurred copy of the picture show through: Gaussian, with a quarter of the occluder's side as standard
-            deviation and reflection at the picture's edges (after Fong & Vedaldi 2017, arXiv:1704.03296, §4.1).
+            blurred copy of the image show through: Gaussian, with a quarter of the occluder's side as standard
+            deviation and reflection at the image's edges (after Fong & Vedaldi 2017, arXiv:1704.03296, §4.1).
         batch_size: occluded copies in one forward pass.
         progress: called with the number of occluded copies done and of all, after each batch.
 
     Raises:
         DataError: a class, and the net ends before fc8.
-        UserError: unknown fill, layer or map, pictures that do not fit, an occluder larger than the picture, or a
+        UserError: unknown fill, layer or map, images that do not fit, an occluder larger than the image, or a
             stride below 1 or above the occluder's side, which would leave pixels uncovered.
     """
     check_choice("fill", fill, FILLS)
     check_at_least_one("batch_size", batch_size)
     check_target(net, target)
-    pictures = as_input(net, pictures)
+    images = as_input(net, images)
     sizes, strides = _pair(size), _pair(stride)
-    rows, columns = map(_spans, pictures.shape[2:], sizes, strides)
+    rows, columns = map(_spans, images.shape[2:], sizes, strides)
     windows = [(slice(*row), slice(*column)) for row in rows for column in columns]
-    covers = net.mean.expand_as(pictures) if fill == "grey" else _blurred(pictures, sizes)
-    base = torch.cat([score(net, target, part) for part in pictures.split(batch_size)])
-    scores = base.new_empty(len(pictures), len(windows))
-    for index, (picture, cover) in enumerate(zip(pictures, covers, strict=True)):
+    covers = net.mean.expand_as(images) if fill == "grey" else _blurred(images, sizes)
+    base = torch.cat([score(net, target, part) for part in images.split(batch_size)])
+    scores = base.new_empty(len(images), len(windows))
+    for index, (image, cover) in enumerate(zip(images, covers, strict=True)):
         for start in range(0, len(windows), batch_size):
             part = windows[start : start + batch_size]
-            copies = picture.expand(len(part), -1, -1, -1).clone(memory_format=torch.channels_last)
+            copies = image.expand(len(part), -1, -1, -1).clone(memory_format=torch.channels_last)
             for copy, (row, column) in zip(copies, part, strict=True):
                 copy[:, row, column] = cover[:, row, column]
             scores[index, start : start + len(part)] = score(net, target, copies)
@@ -136,16 +136,16 @@ def _membership(spans: list[tuple[int, int]]) -> Tensor:
     return held
 
 
-def _blurred(pictures: Tensor, sizes: tuple[int, int]) -> Tensor:
+def _blurred(images: Tensor, sizes: tuple[int, int]) -> Tensor:
     """`[N, 3, H, W]`, blurred down and across, each with a width that suits the occluder's side."""
     for dim, size in zip((2, 3), sizes, strict=True):
         deviation = _BLUR_DEVIATION * size
-        # Reflection reaches as far as the picture does, less the edge itself.
-        reach = min(math.ceil(_BLUR_REACH * deviation), pictures.shape[dim] - 1)
-        offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=pictures.device)
+        # Reflection reaches as far as the image does, less the edge itself.
+        reach = min(math.ceil(_BLUR_REACH * deviation), images.shape[dim] - 1)
+        offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=images.device)
         bell = torch.exp(-0.5 * (offsets / deviation) ** 2)
         shape = (1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)
-        kernel = (bell / bell.sum()).to(pictures.dtype).reshape(shape).expand(3, -1, -1, -1)
+        kernel = (bell / bell.sum()).to(images.dtype).reshape(shape).expand(3, -1, -1, -1)
         margins = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
-        pictures = F.conv2d(F.pad(pictures, margins, mode="reflect"), kernel, groups=3)
-    return pictures
+        images = F.conv2d(F.pad(images, margins, mode="reflect"), kernel, groups=3)
+    return images

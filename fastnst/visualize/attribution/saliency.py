@@ -21,7 +21,7 @@ METHODS = ("plain", "guided", "smoothgrad")
 
 def saliency(
     net: VGG19,
-    pictures: Tensor,
+    images: Tensor,
     target: Target,
     *,
     method: str = "plain",
@@ -37,62 +37,62 @@ def saliency(
       on only where both its input and the gradient are positive. Sharper, but less faithful to the target (Adebayo et
       al. 2018, "Sanity checks for saliency maps").
     - `smoothgrad` (Smilkov et al. 2017, arXiv:1706.03825, §2): the signed gradient is averaged over noisy copies of the
-      picture, then the absolute value is taken. Each picture gets the same noise, drawn on the CPU, whatever stands
+      image, then the absolute value is taken. Each image gets the same noise, drawn on the CPU, whatever stands
       beside it in the batch and whatever `batch_size` is. Noisy pixels are not clamped to [0, 1].
 
     Args:
         net: VGG19, loaded at least up to the target's layer.
-        pictures: `[N, 3, H, W]`, RGB in [0, 1].
+        images: `[N, 3, H, W]`, RGB in [0, 1].
         target: see `targets.parse_target`.
         method: one of `METHODS`.
-        samples: noisy copies of each picture; smoothgrad only, as are the next two.
-        noise: the noise's standard deviation, in parts of the picture's range max − min.
+        samples: noisy copies of each image; smoothgrad only, as are the next two.
+        noise: the noise's standard deviation, in parts of the image's range max − min.
         seed: of the noise.
-        batch_size: pictures in one forward and backward pass.
+        batch_size: images in one forward and backward pass.
 
     Returns:
         `[N, H, W]`, on the net's device and in its type, none below 0.
 
     Raises:
         DataError: a class, and the net ends before fc8.
-        UserError: unknown method, layer or map, pictures that do not fit, a negative or infinite `noise`, or a count
+        UserError: unknown method, layer or map, images that do not fit, a negative or infinite `noise`, or a count
             below 1.
     """
     check_choice("saliency method", method, METHODS)
     check_at_least_one("batch_size", batch_size)
     check_at_least_one("samples", samples)
     if not (math.isfinite(noise) and noise >= 0):
-        raise UserError(f"noise is {noise}; give a part of the picture's range, 0 or more, for example 0.15")
+        raise UserError(f"noise is {noise}; give a part of the image's range, 0 or more, for example 0.15")
     check_target(net, target)
-    pictures = as_input(net, pictures.detach())
+    images = as_input(net, images.detach())
     if method == "smoothgrad":
-        parts = [_smoothed(net, picture, target, samples, noise, seed, batch_size) for picture in pictures.split(1)]
+        parts = [_smoothed(net, image, target, samples, noise, seed, batch_size) for image in images.split(1)]
     else:
-        parts = [_gradient(net, part, target, guided=method == "guided") for part in pictures.split(batch_size)]
+        parts = [_gradient(net, part, target, guided=method == "guided") for part in images.split(batch_size)]
     return torch.cat(parts).abs().amax(dim=1)
 
 
 def _smoothed(
-    net: VGG19, picture: Tensor, target: Target, samples: int, noise: float, seed: int, batch_size: int
+    net: VGG19, image: Tensor, target: Target, samples: int, noise: float, seed: int, batch_size: int
 ) -> Tensor:
-    """`[1, 3, H, W]`: the gradient's mean over noisy copies of one picture."""
-    deviation = noise * (picture.amax() - picture.amin())
+    """`[1, 3, H, W]`: the gradient's mean over noisy copies of one image."""
+    deviation = noise * (image.amax() - image.amin())
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros_like(picture)
+    total = torch.zeros_like(image)
     for done in range(0, samples, batch_size):
         # Copy by copy: what a larger draw holds depends on its size.
-        draws = [torch.randn(picture.shape[1:], generator=generator) for _ in range(min(batch_size, samples - done))]
-        noisy = picture + deviation * torch.stack(draws).to(picture)
+        draws = [torch.randn(image.shape[1:], generator=generator) for _ in range(min(batch_size, samples - done))]
+        noisy = image + deviation * torch.stack(draws).to(image)
         total += _gradient(net, noisy, target, guided=False).sum(dim=0, keepdim=True)
     return total / samples
 
 
-def _gradient(net: VGG19, pictures: Tensor, target: Target, *, guided: bool) -> Tensor:
-    """`[N, 3, H, W]`: ∂score/∂pixel, each picture by itself, also for callers who have switched gradients off."""
+def _gradient(net: VGG19, images: Tensor, target: Target, *, guided: bool) -> Tensor:
+    """`[N, 3, H, W]`: ∂score/∂pixel, each image by itself, also for callers who have switched gradients off."""
     relus = [name for name in LAYERS[: LAYERS.index(target.layer) + 1] if name.startswith("relu")] if guided else []
     with torch.inference_mode(False), torch.enable_grad():
         # A copy, because an inference tensor cannot take part in a backward pass.
-        pixels = pictures.clone().requires_grad_()
+        pixels = images.clone().requires_grad_()
         outputs = net(pixels, [*relus, target.layer])
         # On the ReLUs' outputs rather than on modules: these hooks go away with this pass's graph. A ReLU's own
         # backward keeps what had a positive input, the hook before it what has a positive gradient.

@@ -56,13 +56,13 @@ def parse_target(text: str) -> Target:
     return _class_target(rest) if head.lower() == "class" else _map_target(head, rest)
 
 
-def score(net: "VGG19", target: Target, pictures: "Tensor") -> "Tensor":
-    """What the target says of each picture; differentiable.
+def score(net: "VGG19", target: Target, images: "Tensor") -> "Tensor":
+    """What the target says of each image; differentiable.
 
     Args:
         net: VGG19, loaded at least up to the target's layer.
         target: what to read.
-        pictures: `[N, 3, H, W]`, RGB in [0, 1].
+        images: `[N, 3, H, W]`, RGB in [0, 1].
 
     Returns:
         `[N]`, in the net's type, half precision as fp32. For a class its logit, before any softmax (Simonyan et al.
@@ -70,11 +70,11 @@ def score(net: "VGG19", target: Target, pictures: "Tensor") -> "Tensor":
 
     Raises:
         DataError: a class, and the net ends before fc8.
-        UserError: unknown layer, a layer behind the net's last one, a map out of range, pictures of another shape or
+        UserError: unknown layer, a layer behind the net's last one, a map out of range, images of another shape or
             type or too small for the layer.
     """
     check_target(net, target)
-    return total_activation(net(as_input(net, pictures), [target.layer])[target.layer], target)
+    return total_activation(net(as_input(net, images), [target.layer])[target.layer], target)
 
 
 def total_activation(activations: "Tensor", target: Target) -> "Tensor":
@@ -101,18 +101,18 @@ def check_target(net: "VGG19", target: Target) -> None:
         )
 
 
-def as_input(net: "VGG19", pictures: "Tensor") -> "Tensor":
-    """`pictures` on the net's device and in its type.
+def as_input(net: "VGG19", images: "Tensor") -> "Tensor":
+    """`images` on the net's device and in its type.
 
     Raises:
-        UserError: not `[N, 3, H, W]` with at least one picture, or not floats.
+        UserError: not `[N, 3, H, W]` with at least one image, or not floats.
     """
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.shape[0] or not pictures.is_floating_point():
+    if images.ndim != 4 or images.shape[1] != 3 or not images.shape[0] or not images.is_floating_point():
         raise UserError(
-            f"pictures are floats [N, 3, H, W] in [0, 1], got {pictures.dtype} {list(pictures.shape)}; "
-            "fastnst.images.to_tensor makes one of a uint8 picture"
+            f"images are floats [N, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}; "
+            "fastnst.images.to_tensor makes one of a uint8 image"
         )
-    return pictures.to(net.mean)
+    return images.to(net.mean)
 
 
 def check_choice(kind: str, given: str, choices: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """What makes each feature map of VGG19 fire most, in a whole folder (Zeiler & Fergus 2014, §4.1 and Figure 2).
 
-One pass over the pictures finds the strongest activations of all asked maps; a second one, over the pictures that
+One pass over the images finds the strongest activations of all asked maps; a second one, over the images that
 hold them, projects each back to pixels and cuts out what it saw.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastnst.data.manifest import Manifest
 from fastnst.errors import UserError
 from fastnst.models.vgg19 import VGG19
-from fastnst.visualize.attribution.folder_batches import check_squares, squares, to_pictures
+from fastnst.visualize.attribution.folder_batches import check_squares, squares, to_images
 from fastnst.visualize.deconv.neurons import Seeds, check_maps
 from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet
@@ -22,7 +22,7 @@ from fastnst.visualize.deconv.vgg import Deconvnet
 COUNT = 9
 """Activations per map, as in the figure: three by three."""
 GREY = 0.5
-"""What lies outside a picture."""
+"""What lies outside an image."""
 _MOST_SEEDS_AT_ONCE = 256
 _PIXELS_AT_ONCE = 2**20
 """Of the windows that are projected together; on 64 maps, those of the first block, they take 268 MB."""
@@ -32,21 +32,21 @@ _PIXELS_AT_ONCE = 2**20
 class TopActivations:
     """The strongest activations of M maps; all tensors are on the CPU.
 
-    A picture stands at most once in a map's row, with its strongest position: neighbouring positions of one texture
-    would crowd out all other pictures.
+    An image stands at most once in a map's row, with its strongest position: neighbouring positions of one texture
+    would crowd out all other images.
 
     Attributes:
         layer: where the maps are.
         maps: M channels.
-        values: `[M, count]`, descending; -inf where there are fewer pictures than `count`.
-        pictures: `[M, count]` int64, index into the manifest's `images`; -1 where there are fewer.
+        values: `[M, count]`, descending; -inf where there are fewer images than `count`.
+        images: `[M, count]` int64, index into the manifest's `images`; -1 where there are fewer.
         positions: `[M, count, 2]` int64, row and column in the map; -1 where there are fewer.
     """
 
     layer: str
     maps: tuple[int, ...]
     values: Tensor
-    pictures: Tensor
+    images: Tensor
     positions: Tensor
 
 
@@ -54,11 +54,11 @@ class TopActivations:
 class TopPatches:
     """What each of the strongest activations saw; both `[M, count, 3, s, s]` float32 on the CPU.
 
-    The windows are the receptive field, s pixels wide, of the activation's position. They may reach beyond the picture.
+    The windows are the receptive field, s pixels wide, of the activation's position. They may reach beyond the image.
 
     Attributes:
-        projections: of the activation alone, back to pixels: positive and negative; 0 outside the picture.
-        patches: the same window of the picture, RGB in [0, 1]; grey (0.5) outside the picture.
+        projections: of the activation alone, back to pixels: positive and negative; 0 outside the image.
+        patches: the same window of the image, RGB in [0, 1]; grey (0.5) outside the image.
     """
 
     projections: Tensor
@@ -66,34 +66,34 @@ class TopPatches:
 
 
 class RunningTop:
-    """The `count` strongest pictures of each of M maps so far; as large after a million pictures as after ten.
+    """The `count` strongest images of each of M maps so far; as large after a million images as after ten.
 
-    Of equal activations the picture with the lower index comes first, so the outcome depends neither on the order of
-    the pictures nor on how they are cut into batches.
+    Of equal activations the image with the lower index comes first, so the outcome depends neither on the order of
+    the images nor on how they are cut into batches.
     """
 
     def __init__(self, maps: int, count: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.values = torch.full((maps, count), -torch.inf, dtype=dtype, device=device)
-        self.pictures = torch.full((maps, count), -1, dtype=torch.int64, device=device)
+        self.images = torch.full((maps, count), -1, dtype=torch.int64, device=device)
         self.positions = torch.full((maps, count, 2), -1, dtype=torch.int64, device=device)
 
-    def merge(self, values: Tensor, pictures: Tensor, positions: Tensor) -> None:
-        """Take further pictures in.
+    def merge(self, values: Tensor, images: Tensor, positions: Tensor) -> None:
+        """Take further images in.
 
         Args:
-            values: `[M, B]`, the strongest activation of each map in each picture.
-            pictures: `[B]` int64, none of them seen before.
+            values: `[M, B]`, the strongest activation of each map in each image.
+            images: `[B]` int64, none of them seen before.
             positions: `[M, B, 2]` int64, where those are.
         """
         maps, count = self.values.shape
         values = torch.cat((self.values, values), dim=1)
-        pictures = torch.cat((self.pictures, pictures.expand(maps, -1)), dim=1)
+        images = torch.cat((self.images, images.expand(maps, -1)), dim=1)
         positions = torch.cat((self.positions, positions), dim=1)
         # `topk` leaves open which of several equal values it takes; two sorts, the second stable, do not.
-        by_picture = pictures.argsort(dim=1)
-        by_value = values.gather(1, by_picture).argsort(dim=1, descending=True, stable=True)
-        best = by_picture.gather(1, by_value)[:, :count]
-        self.values, self.pictures = values.gather(1, best), pictures.gather(1, best)
+        by_image = images.argsort(dim=1)
+        by_value = values.gather(1, by_image).argsort(dim=1, descending=True, stable=True)
+        best = by_image.gather(1, by_value)[:, :count]
+        self.values, self.images = values.gather(1, best), images.gather(1, best)
         self.positions = positions.gather(1, best[:, :, None].expand(-1, -1, 2))
 
 
@@ -123,25 +123,25 @@ def find_top_activations(
 ) -> TopActivations:
     """The strongest activations of feature maps in a whole folder, by one pass over it.
 
-    Time does not depend on the number of maps, nor memory on the number of pictures.
+    Time does not depend on the number of maps, nor memory on the number of images.
 
     Args:
         net: reaches as deep as `layer`.
-        manifest: the pictures. Of each, the middle square is looked at, resized to `size`.
+        manifest: the images. Of each, the middle square is looked at, resized to `size`.
         layer: up to `pool5`.
         maps: channels; None means all.
         count: activations per map. A dead map's are zeros, at position (0, 0).
         size: side of the squares in pixels, at least the layer's receptive field; None means `default_size(layer)`.
-        batch_size: pictures at a time. It may change the last digits of the activations, as convolutions round.
+        batch_size: images at a time. It may change the last digits of the activations, as convolutions round.
         loader: `dali` or `pillow`.
         workers: threads or processes that decode; None: one for each core.
         device: where the net is.
-        progress: receives the number of pictures done and of all pictures, again and again.
+        progress: receives the number of images done and of all images, again and again.
 
     Raises:
         UserError: unknown layer, one behind the net's last or without positions, a map out of range, a size smaller
             than the receptive field, or another option out of range.
-        DataError: no pictures, or one that changed since the folder was checked.
+        DataError: no images, or one that changed since the folder was checked.
     """
     chosen = _check_maps(net, layer, maps)
     size = _check_size(layer, size)
@@ -158,14 +158,14 @@ def find_top_activations(
     passes = squares(manifest, size, batch_size=batch_size, loader=loader, device=device, workers=workers)
     with closing(passes) as batches:
         for indices, batch in batches:
-            activations = net(to_pictures(batch, dtype), [layer])[layer]
+            activations = net(to_images(batch, dtype), [layer])[layer]
             values, places = activations.flatten(2).max(2)
             values, places = values.T[channels], places.T[channels]
             width = activations.shape[3]
             top.merge(values, indices.to(device), torch.stack((places // width, places % width), dim=2))
             done += len(indices)
             report(done, total)
-    return TopActivations(layer, chosen, top.values.cpu(), top.pictures.cpu(), top.positions.cpu())
+    return TopActivations(layer, chosen, top.values.cpu(), top.images.cpu(), top.positions.cpu())
 
 
 @torch.no_grad()
@@ -183,20 +183,20 @@ def project_top(
 ) -> TopPatches:
     """Project the strongest activations back to pixels, and cut out what they saw.
 
-    Only pictures that hold one of them are read, once each. The result takes 24·M·count·s² bytes, s being the layer's
+    Only images that hold one of them are read, once each. The result takes 24·M·count·s² bytes, s being the layer's
     receptive field: 127 MB for nine activations of each map of `relu3_4`, 7.9 GB for `pool5`; there, take the maps in
     parts.
 
     Args:
         net, manifest, size, loader: those of `find_top_activations`; with others the positions mean nothing.
         top: what it found.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         workers: threads or processes that decode; None: one for each core.
         device: where the net is.
-        progress: receives the number of pictures done and of those to be read, again and again.
+        progress: receives the number of images done and of those to be read, again and again.
 
     Returns:
-        Projections and patches; 0 and grey where there are fewer pictures than `count`.
+        Projections and patches; 0 and grey where there are fewer images than `count`.
 
     Raises:
         UserError, DataError: as `find_top_activations`.
@@ -204,45 +204,45 @@ def project_top(
     _check_maps(net, top.layer, top.maps)
     size = _check_size(top.layer, size)
     check_squares(manifest, size, batch_size, loader)
-    assert top.pictures.max() < len(manifest.images), "the pictures of another manifest"
+    assert top.images.max() < len(manifest.images), "the images of another manifest"
     side = receptive_field(top.layer).size
     at_once = max(1, min(_MOST_SEEDS_AT_ONCE, _PIXELS_AT_ONCE // side**2))
-    slots = top.pictures.numel()
+    slots = top.images.numel()
     projections = torch.zeros(slots, 3, side, side)
     patches = torch.full_like(projections, GREY)
 
-    kept, of_slot = top.pictures.flatten().unique(return_inverse=True)
+    kept, of_slot = top.images.flatten().unique(return_inverse=True)
     if kept[0] < 0:
         kept, of_slot = kept[1:], of_slot - 1
     subset = replace(manifest, images=[manifest.images[index] for index in kept.tolist()])
     report = progress or (lambda _done, _total: None)
     report(0, len(kept))
     deconvnet = Deconvnet(net)
-    channels = torch.tensor(top.maps).repeat_interleave(top.pictures.shape[1])
+    channels = torch.tensor(top.maps).repeat_interleave(top.images.shape[1])
     positions = top.positions.flatten(0, 1)
     done = 0
     passes = squares(subset, size, batch_size=batch_size, loader=loader, device=device, workers=workers)
     with closing(passes) as batches:
         for indices, batch in batches:
-            recording = deconvnet.record(to_pictures(batch, net.mean.dtype), [top.layer])
+            recording = deconvnet.record(to_images(batch, net.mean.dtype), [top.layer])
             rows, here = (of_slot == indices[:, None]).nonzero(as_tuple=True)
             for part_rows, part in zip(rows.split(at_once), here.split(at_once), strict=True):
                 seeds = Seeds.at(part_rows, channels[part], positions[part], device)
                 projected, corners = deconvnet.project_patches(recording, top.layer, seeds)
                 projections[part] = projected.to("cpu", torch.float32)
-                patches[part] = cut_out(batch, seeds.pictures, corners, side).cpu()
+                patches[part] = cut_out(batch, seeds.images, corners, side).cpu()
             done += len(indices)
             report(done, len(kept))
-    shape = (*top.pictures.shape, 3, side, side)
+    shape = (*top.images.shape, 3, side, side)
     return TopPatches(projections.reshape(shape), patches.reshape(shape))
 
 
-def cut_out(batch: Tensor, pictures: Tensor, corners: Tensor, side: int) -> Tensor:
-    """Windows of pictures as float32 `[K, 3, side, side]` in [0, 1], grey outside the picture.
+def cut_out(batch: Tensor, images: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Windows of images as float32 `[K, 3, side, side]` in [0, 1], grey outside the image.
 
     Args:
         batch: uint8 `[B, H, W, 3]`.
-        pictures: `[K]` int64, row in the batch.
+        images: `[K]` int64, row in the batch.
         corners: `[K, 2]` int64, top and left of each window; may be negative.
         side: of the windows, in pixels.
     """
@@ -251,7 +251,7 @@ def cut_out(batch: Tensor, pictures: Tensor, corners: Tensor, side: int) -> Tens
     rows, columns = (corners[:, axis, None] + offsets for axis in (0, 1))
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    windows = batch[pictures[:, None, None], rows[:, :, None], columns[:, None, :]]
+    windows = batch[images[:, None, None], rows[:, :, None], columns[:, None, :]]
     return torch.where(inside[..., None], windows / 255, GREY).permute(0, 3, 1, 2)
 
 

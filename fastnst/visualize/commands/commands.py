@@ -1,6 +1,6 @@
 """What `fastnst visualize …` does, from names of files and options to a report; writing it is `report.write_report`'s.
 
-Options are checked first, then pictures are read, then weights: what is cheap to refuse is refused at once.
+Options are checked first, then images are read, then weights: what is cheap to refuse is refused at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from fastnst.visualize.commands.options import (
     field_of,
     parse_activation,
     parse_maps,
-    read_squares,
+    read_crops,
     vgg_size,
 )
 from fastnst.visualize.deconv.receptive_field import receptive_field
@@ -42,7 +42,7 @@ _REFUSALS_NAMED = 5
 
 
 def deconvnet(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     layers: Sequence[str],
     *,
     maps: str,
@@ -52,11 +52,11 @@ def deconvnet(
     device: str,
     notify: Notify,
 ) -> Report:
-    """VGG19's maps on pictures, projected back to pixels.
+    """VGG19's maps on images, projected back to pixels.
 
     Raises:
         UserError: an option or a combination of options that cannot be used.
-        DataError: a picture or the weights cannot be used.
+        DataError: an image or the weights cannot be used.
         DeviceError: no such device, or too little memory.
     """
     choice, seed = parse_maps(maps), parse_activation(activation)
@@ -65,10 +65,10 @@ def deconvnet(
     layers = check_vgg_layers(layers, choice)
     size = vgg_size(layers, size)
     where = resolve_device(device)
-    squares = read_squares(pictures, size, layers)
+    squares = read_crops(images, size, layers)
     with memory_errors(_advice(where, "--size or the number of --maps")):
         net = _load(vgg, layers, where, notify)
-        report = projections.deconvnet(net, pictures, squares, layers, maps=choice, activation=seed)
+        report = projections.deconvnet(net, images, squares, layers, maps=choice, activation=seed)
     return _with_weights(report, vgg, net)
 
 
@@ -101,7 +101,7 @@ def top(
 
 
 def saliency(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     target: str,
     *,
     method: str,
@@ -112,7 +112,7 @@ def saliency(
     device: str,
     notify: Notify,
 ) -> Report:
-    """Where in pictures a target is sensitive to the pixels. Raises as `deconvnet` does."""
+    """Where in images a target is sensitive to the pixels. Raises as `deconvnet` does."""
     check_choice("saliency method", method, METHODS)
     for name, value in (("--samples", samples), ("--noise", noise)):
         if value is not None and method != "smoothgrad":
@@ -120,12 +120,12 @@ def saliency(
     chosen = parse_target(target)
     size = vgg_size([chosen.layer], size)
     where = resolve_device(device)
-    squares = read_squares(pictures, size, [chosen.layer])
+    squares = read_crops(images, size, [chosen.layer])
     with memory_errors(_advice(where, "--size")):
         net = _load_for(chosen, vgg, where, notify)
         report = heat_maps.saliency(
             net,
-            pictures,
+            images,
             squares,
             chosen,
             method=method,
@@ -136,7 +136,7 @@ def saliency(
 
 
 def occlusion(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     target: str,
     *,
     patch: int,
@@ -147,22 +147,22 @@ def occlusion(
     device: str,
     notify: Notify,
 ) -> Report:
-    """What a target loses when parts of pictures are covered. Raises as `deconvnet` does."""
+    """What a target loses when parts of images are covered. Raises as `deconvnet` does."""
     check_choice("fill", fill, FILLS)
     chosen = parse_target(target)
     size = vgg_size([chosen.layer], size)
     where = resolve_device(device)
-    squares = read_squares(pictures, size, [chosen.layer])
+    squares = read_crops(images, size, [chosen.layer])
     with memory_errors(_advice(where, "--size")):
         net = _load_for(chosen, vgg, where, notify)
-        report = heat_maps.occlusion(net, pictures, squares, chosen, patch=patch, stride=stride, fill=fill)
+        report = heat_maps.occlusion(net, images, squares, chosen, patch=patch, stride=stride, fill=fill)
     return _with_weights(report, vgg, net)
 
 
 def transform(
     load: Callable[[torch.device], TransformNet],
     model: str,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     layers: Sequence[str],
     *,
     maps: str | None,
@@ -174,7 +174,7 @@ def transform(
     Args:
         load: gives the network on a device.
         model: what to call it.
-        pictures: the files.
+        images: the files.
         layers: which to show; none named: all.
         maps: maps of these layers to show as well.
         size: side of the squares in pixels; None: 256.
@@ -186,10 +186,10 @@ def transform(
     choice = None if maps is None else parse_maps(maps)
     size = TRANSFORM_SIZE if size is None else check_size(size)
     where = resolve_device(device)
-    squares = read_squares(pictures, size)
+    squares = read_crops(images, size)
     with memory_errors(_advice(where, "--size or the number of --maps")):
         net = load(where)
-        report = projections.transform(net, pictures, squares, layers or net.layer_names, maps=choice)
+        report = projections.transform(net, images, squares, layers or net.layer_names, maps=choice)
     settings = {"model": f"{model}: {net.architecture}, {net.norm} norm", **report.settings}
     return replace(report, settings=settings)
 
@@ -214,13 +214,13 @@ def _load_for(target: Target, vgg: str, device: torch.device, notify: Notify) ->
 
 def _read_manifest(folder: Path, layer: str, notify: Notify) -> Manifest:
     smallest = max(MIN_SIDE, field_of(layer) or 0)
-    with counted("check", "pictures") as progress:
+    with counted("check", "images") as progress:
         manifest = build_manifest(folder, progress=progress, min_side=smallest)
     if manifest.rejected:
         for refused in manifest.rejected[:_REFUSALS_NAMED]:
             notify(f"passed over: {printable(refused.path)}: {refused.reason}")
         if len(manifest.rejected) > _REFUSALS_NAMED:
-            notify(f"passed over: {len(manifest.rejected) - _REFUSALS_NAMED} more pictures")
+            notify(f"passed over: {len(manifest.rejected) - _REFUSALS_NAMED} more images")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""`fastnst visualize saliency` and `occlusion`: where in a picture a target is seen, as heat maps and numbers."""
+"""`fastnst visualize saliency` and `occlusion`: where in an image a target is seen, as heat maps and numbers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from fastnst.visualize.attribution.occlusion import occlusion as measure_occlusi
 from fastnst.visualize.attribution.saliency import saliency as measure_saliency
 from fastnst.visualize.attribution.targets import Target, check_choice, score
 from fastnst.visualize.sheets.render import Row, colour_scale, contact_sheet, heat_map, number, overlay
-from fastnst.visualize.sheets.report import Report, Sheet, picture_names
+from fastnst.visualize.sheets.report import Report, Sheet, image_names
 
 _LEGEND_WIDTH = 20  # pixels
 
@@ -23,7 +23,7 @@ _METHODS = {
     "[0, 1] (Simonyan et al. 2013).",
     "guided": "How much the score changes with a pixel, counting only what raises it on the whole way through the "
     "network (guided backpropagation, Springenberg et al. 2014).",
-    "smoothgrad": "How much the score changes with a pixel, on average over noisy copies of the picture (SmoothGrad, "
+    "smoothgrad": "How much the score changes with a pixel, on average over noisy copies of the image (SmoothGrad, "
     "Smilkov et al. 2017).",
 }
 _OCCLUSION = (
@@ -33,7 +33,7 @@ _OCCLUSION = (
 
 def saliency(
     net: VGG19,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     squares: Sequence[Tensor],
     target: Target,
     *,
@@ -41,11 +41,11 @@ def saliency(
     samples: int = 25,
     noise: float = 0.15,
 ) -> Report:
-    """Saliency maps: a sheet per picture with heat map and overlay, and the raw array.
+    """Saliency maps: a sheet per image with heat map and overlay, and the raw array.
 
     Args:
         net: as deep as the target's layer, on the device where it is to work.
-        pictures: the files, for names.
+        images: the files, for names.
         squares: their `[1, 3, H, W]`, RGB in [0, 1].
         target: what is explained.
         method, samples, noise: see `saliency.saliency`.
@@ -56,8 +56,8 @@ def saliency(
     """
     check_choice("saliency method", method, tuple(_METHODS))
     sheets = []
-    with ProgressReport("saliency", len(pictures), "pictures") as progress:
-        for path, name, square in zip(pictures, picture_names(pictures), squares, strict=True):
+    with ProgressReport("saliency", len(images), "images") as progress:
+        for path, name, square in zip(images, image_names(images), squares, strict=True):
             values = measure_saliency(net, square.to(net.mean), target, method=method, samples=samples, noise=noise)
             base = float(score(net, target, square.to(net.mean)))
             scale = colour_scale(values)
@@ -75,13 +75,13 @@ def saliency(
             progress.advance()
     settings = _settings(target, squares[0]) | {"method": method}
     if method == "smoothgrad":
-        settings["noisy copies"] = f"{samples}, standard deviation {noise:g} of the picture's range"
+        settings["noisy copies"] = f"{samples}, standard deviation {noise:g} of the image's range"
     return Report(f"Saliency of {target.name}", _METHODS[method], settings, sheets)
 
 
 def occlusion(
     net: VGG19,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     squares: Sequence[Tensor],
     target: Target,
     *,
@@ -89,11 +89,11 @@ def occlusion(
     stride: int = 8,
     fill: str = "grey",
 ) -> Report:
-    """Occlusion maps: a sheet per picture with heat map and overlay, and the raw heat and scores.
+    """Occlusion maps: a sheet per image with heat map and overlay, and the raw heat and scores.
 
     Args:
         net: as deep as the target's layer, on the device where it is to work.
-        pictures: the files, for names.
+        images: the files, for names.
         squares: their `[1, 3, H, W]`, RGB in [0, 1].
         target: what is explained.
         patch: side of the occluder in pixels.
@@ -104,7 +104,7 @@ def occlusion(
         DataError: a class, and the net ends before the classifier.
     """
     sheets = []
-    for path, name, square in zip(pictures, picture_names(pictures), squares, strict=True):
+    for path, name, square in zip(images, image_names(images), squares, strict=True):
         with counted(f"occlusion of {printable(path.name)}", "occluders") as count:
             measured = measure_occlusion(
                 net, square.to(net.mean), target, size=patch, stride=stride, fill=fill, progress=count
@@ -142,7 +142,7 @@ def _sheet(
     note: str,
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Sheet:
-    """Picture, overlay, heat map and its colours beside one another; `values` are `[1, H, W]` on the CPU."""
+    """Image, overlay, heat map and its colours beside one another; `values` are `[1, H, W]` on the CPU."""
     scale, square = colour_scale(values), square.cpu().float()
     heat = heat_map(values, signed=signed, scale=scale)
     laid_over = overlay(square, heat)
@@ -152,7 +152,7 @@ def _sheet(
     ends = f"{number(-scale if signed else 0)} to {number(scale)}"
     file_name = printable(path.name)
     image = contact_sheet(
-        [Row([square, laid_over, heat, legend], [file_name, "over the picture", "heat map", ends])],
+        [Row([square, laid_over, heat, legend], [file_name, "over the image", "heat map", ends])],
         title=title,
         note=f"{note}.",
     )

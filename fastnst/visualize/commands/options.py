@@ -1,4 +1,4 @@
-"""What a user asks to see: which maps, which activations, which squares of which pictures."""
+"""What a user asks to see: which maps, which activations, which squares of which images."""
 
 import math
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastnst.data.crop import resize_window
+from fastnst.data.crop import resize_crop
 from fastnst.errors import DataError, UserError
 from fastnst.images import MIN_SIDE, printable, read_image, to_tensor
 from fastnst.models.vgg19 import LAYERS, WEIGHT_SHAPES, check_layer
@@ -149,24 +149,24 @@ def check_size(size: int) -> int:
 
 
 def field_of(layer: str) -> int | None:
-    """Side of a VGG19 layer's receptive field in pixels; None where that is the whole picture."""
+    """Side of a VGG19 layer's receptive field in pixels; None where that is the whole image."""
     return None if layer.startswith("fc") or layer in ("relu6", "relu7") else receptive_field(layer).size
 
 
-def read_squares(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -> list[Tensor]:
-    """The middle square of each picture, resized: `[1, 3, size, size]` in [0, 1] on the CPU.
+def read_crops(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -> list[Tensor]:
+    """The middle square of each image, resized: `[1, 3, size, size]` in [0, 1] on the CPU.
 
     Args:
         paths: the files.
         size: side of the squares, in pixels.
-        layers: of VGG19; a picture must be as large as what they see of it.
+        layers: of VGG19; an image must be as large as what they see of it.
 
     Raises:
-        UserError: no picture is named.
-        DataError: a file cannot be read as a picture, or its short side is smaller than a receptive field.
+        UserError: no image is named.
+        DataError: a file cannot be read as an image, or its short side is smaller than a receptive field.
     """
     if not paths:
-        raise UserError("no picture was named; give one or more files")
+        raise UserError("no image was named; give one or more files")
     field, layer = max(((field_of(layer) or 0, layer) for layer in layers), default=(0, ""))
     squares = []
     for path in paths:
@@ -175,23 +175,23 @@ def read_squares(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -
         if min(height, width) < field:
             raise DataError(
                 f"{printable(path)} is {width} × {height} px, smaller than the receptive field of {layer}, "
-                f"{field} × {field} px; give a larger picture or choose a shallower layer"
+                f"{field} × {field} px; give a larger image or choose a shallower layer"
             )
         side = min(height, width)
         left, top = (width - side) / 2, (height - side) / 2
         window = (left, top, left + side, top + side)
-        squares.append(to_tensor(np.array(resize_window(Image.fromarray(pixels), window, size, False))))
+        squares.append(to_tensor(np.array(resize_crop(Image.fromarray(pixels), window, size, False))))
     return squares
 
 
 def columns_for(cells: int) -> int:
-    """Columns of a sheet of so many pictures: wider than high, with few empty places."""
+    """Columns of a sheet of so many images: wider than high, with few empty places."""
     low, high = math.ceil(math.sqrt(cells)), math.ceil(math.sqrt(2 * cells))
     return min(range(low, high + 1), key=lambda columns: (-cells % columns, columns))
 
 
 def strengths(layer: str, activations: Tensor, activation: Activation) -> Tensor:
-    """How strongly each map of one picture answers, by the activation that is to be projected.
+    """How strongly each map of one image answers, by the activation that is to be projected.
 
     Args:
         layer: for messages.

@@ -27,15 +27,15 @@ from fastnst.visualize.deconv.receptive_field import ReceptiveField, receptive_f
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from fastnst.visualize.deconv.vgg import Deconvnet
 from fastnst.visualize.sheets.render import Row, about_grey, colour_scale, contact_sheet, mosaic, number
-from fastnst.visualize.sheets.report import Report, Sheet, picture_names
+from fastnst.visualize.sheets.report import Report, Sheet, image_names
 from fastnst.visualize.sheets.strips import layer_strip
 
 MAPS_PER_SHEET = 63
-"""With the picture itself, eight rows of eight."""
+"""With the image itself, eight rows of eight."""
 _SEEDS_AT_ONCE = 64  # between two signs of progress
 
 _HOW_TO_READ = (
-    "Each projection shows, in the colours of the pixels, what in the picture caused the activation (Zeiler & Fergus "
+    "Each projection shows, in the colours of the pixels, what in the image caused the activation (Zeiler & Fergus "
     "2014): grey is zero, brighter or darker is more or less of red, green and blue."
 )
 
@@ -47,18 +47,18 @@ _RENORMALISED = "On the way back each norm normalises the signal by its own stat
 
 def deconvnet(
     net: VGG19,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     squares: Sequence[Tensor],
     layers: Sequence[str],
     *,
     maps: MapChoice,
     activation: Activation = "strongest",
 ) -> Report:
-    """Projections of VGG19's maps: a sheet per picture and layer, and over several layers a strip per picture.
+    """Projections of VGG19's maps: a sheet per image and layer, and over several layers a strip per image.
 
     Args:
         net: as deep as the layers, on the device where it is to work.
-        pictures: the files, for names.
+        images: the files, for names.
         squares: their `[1, 3, H, W]`, RGB in [0, 1].
         layers: at least one, in the order in which they are shown.
         maps: which maps of each layer.
@@ -69,8 +69,8 @@ def deconvnet(
     """
     walker = Deconvnet(net)
     sheets: list[Sheet] = []
-    with _Counter("deconvnet", len(pictures), maps) as counter:
-        for path, name, square in zip(pictures, picture_names(pictures), squares, strict=True):
+    with _Counter("deconvnet", len(images), maps) as counter:
+        for path, name, square in zip(images, image_names(images), squares, strict=True):
             shown = _Shown("deconvnet", "VGG19", path, name, square.to(net.mean))
             recording = walker.record(shown.square, layers)
             counter.begin([recording.activations[layer] for layer in layers])
@@ -87,17 +87,17 @@ def deconvnet(
 
 def transform(
     net: TransformNet,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     squares: Sequence[Tensor],
     layers: Sequence[str],
     *,
     maps: MapChoice | None = None,
 ) -> Report:
-    """The transform net from photo to painting (the paper's Figure 2): a strip per picture, and single maps.
+    """The transform net from photo to painting (the paper's Figure 2): a strip per image, and single maps.
 
     Args:
         net: on the device where it is to work.
-        pictures: the files, for names.
+        images: the files, for names.
         squares: their `[1, 3, H, W]`, RGB in [0, 1].
         layers: out of `net.layer_names`; they are shown front to back.
         maps: which to project one by one as well, all positions of each together; None: none.
@@ -107,8 +107,8 @@ def transform(
     """
     walker, weight = TransformDeconvnet(net), next(net.parameters())
     sheets: list[Sheet] = []
-    with _Counter("transform", len(pictures), maps) as counter:
-        for path, name, square in zip(pictures, picture_names(pictures), squares, strict=True):
+    with _Counter("transform", len(images), maps) as counter:
+        for path, name, square in zip(images, image_names(images), squares, strict=True):
             shown = _Shown("transform", "the transform net", path, name, square.to(weight))
             recording = walker.record(shown.square, layers)
             layers = list(recording.activations)
@@ -145,7 +145,7 @@ class _Shown:
         return printable(self.path.name)
 
     def field(self, layer: str) -> ReceptiveField | None:
-        """What an activation sees, where that is a small part of the picture and worth a closer look."""
+        """What an activation sees, where that is a small part of the image and worth a closer look."""
         if self.network != "VGG19" or field_of(layer) is None:
             return None
         field = receptive_field(layer)
@@ -160,7 +160,7 @@ def _strip(shown: _Shown, projections: Mapping[str, Tensor], scales: str, painti
         layer_strip(shown.square, projections, painting),
         f"{shown.file_name} on its way through {shown.network}: all activations of each layer together, projected "
         f"back to pixels. {scales}",
-        f"A row of pictures: {shown.file_name}, then its projections from {', '.join(projections)}{goal}.",
+        f"A row of images: {shown.file_name}, then its projections from {', '.join(projections)}{goal}.",
     )
 
 
@@ -173,7 +173,7 @@ def _map_sheets(
     activation: Activation,
     advance: Callable[[int], None],
 ) -> list[Sheet]:
-    """The picture and the projections of the chosen maps, all on one scale, on as many sheets as they need."""
+    """The image and the projections of the chosen maps, all on one scale, on as many sheets as they need."""
     strength = strengths(layer, activations, activation)
     maps = choice.of(layer, strength)
     rows = [0] * len(maps)
@@ -201,7 +201,7 @@ def _map_sheets(
         ending = layer if len(maps) <= MAPS_PER_SHEET else f"{layer}-{start // MAPS_PER_SHEET + 1}"
         words = _Words(shown, layer, activation, maps[part], f"grey = 0; black/white = ±{number(scale)}")
         photo = shown.square[0].cpu()
-        sheets.append(words.sheet(ending, [photo, *tiles[part]], ["the picture", *captions[part]]))
+        sheets.append(words.sheet(ending, [photo, *tiles[part]], ["the image", *captions[part]]))
         field = shown.field(layer)
         if field is not None and seeds.positions is not None:
             corners = (seeds.positions[part] * field.jump + field.start).tolist()
@@ -223,11 +223,11 @@ class _Words:
     maps: Sequence[int]
     note: str
 
-    def sheet(self, ending: str, pictures: Sequence[Tensor], captions: Sequence[str]) -> Sheet:
-        columns = columns_for(len(pictures))
+    def sheet(self, ending: str, images: Sequence[Tensor], captions: Sequence[str]) -> Sheet:
+        columns = columns_for(len(images))
         rows = [
-            Row(pictures[start : start + columns], captions[start : start + columns])
-            for start in range(0, len(pictures), columns)
+            Row(images[start : start + columns], captions[start : start + columns])
+            for start in range(0, len(images), columns)
         ]
         shown, which = self.shown, f"maps {_listed(self.maps)}"
         what = _PROJECTED.get(describe_choice(self.activation), f"activation at {describe_choice(self.activation)}")
@@ -242,9 +242,9 @@ class _Words:
         )
 
 
-def _cut(picture: Tensor, corner: Sequence[int], side: int) -> Tensor:
-    """A square of `[3, H, W]`, mid-grey where it reaches beyond the picture."""
-    around = torch.nn.functional.pad(picture, (side,) * 4, value=0.5)
+def _cut(image: Tensor, corner: Sequence[int], side: int) -> Tensor:
+    """A square of `[3, H, W]`, mid-grey where it reaches beyond the image."""
+    around = torch.nn.functional.pad(image, (side,) * 4, value=0.5)
     top, left = (min(max(place + side, 0), around.shape[axis] - side) for axis, place in enumerate(corner, start=1))
     return around[:, top : top + side, left : left + side]
 
@@ -259,18 +259,18 @@ def _settings(layers: Sequence[str], square: Tensor) -> dict[str, str]:
 
 
 class _Counter(contextlib.ExitStack):
-    """Reports how many maps are projected; how many there are is known when the first picture has gone through."""
+    """Reports how many maps are projected; how many there are is known when the first image has gone through."""
 
-    def __init__(self, label: str, pictures: int, choice: MapChoice | None) -> None:
+    def __init__(self, label: str, images: int, choice: MapChoice | None) -> None:
         super().__init__()
-        self._label, self._pictures, self._choice = label, pictures, choice
+        self._label, self._images, self._choice = label, images, choice
         self._report: ProgressReport | None = None
 
     def begin(self, activations: Sequence[Tensor]) -> None:
-        """Before the maps of each picture."""
+        """Before the maps of each image."""
         if self._report is None and self._choice is not None:
             maps = sum(self._choice.count(layer.shape[1]) for layer in activations)
-            self._report = self.enter_context(ProgressReport(self._label, self._pictures * maps, "maps"))
+            self._report = self.enter_context(ProgressReport(self._label, self._images * maps, "maps"))
 
     def advance(self, maps: int) -> None:
         if self._report is not None:

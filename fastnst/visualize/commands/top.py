@@ -21,8 +21,8 @@ _COLUMNS = 2
 _PATCH_BYTES = 1 << 30  # of projections and patches held at a time
 
 _HOW_TO_READ = (
-    "For each feature map its strongest activations in the whole folder, one per picture: left their projections back "
-    "to pixels, grey being zero and each map having a scale of its own; right what the activation sees of the picture, "
+    "For each feature map its strongest activations in the whole folder, one per image: left their projections back "
+    "to pixels, grey being zero and each map having a scale of its own; right what the activation sees of the image, "
     "strongest first (Zeiler & Fergus 2014, Figure 2)."
 )
 
@@ -38,24 +38,24 @@ def top(
     loader: str,
     device: torch.device,
 ) -> Report:
-    """Sheets of a layer's maps, each with the projections and the picture patches of its strongest activations.
+    """Sheets of a layer's maps, each with the projections and the image patches of its strongest activations.
 
     Args:
         net: as deep as the layer, on the device.
-        manifest: the folder's pictures.
+        manifest: the folder's images.
         layer: up to `pool5`.
         maps: which; of `top:N`, those with the strongest activations of all.
         count: activations per map.
-        size: side in pixels of the squares that the pictures become.
+        size: side in pixels of the squares that the images become.
         loader: `pillow` or `dali`.
         device: where the net is.
 
     Raises:
         UserError: a map that the layer does not have, or another argument out of range.
-        DataError: a picture that changed since the folder was checked.
+        DataError: an image that changed since the folder was checked.
     """
     named = None if maps.numbers is None else maps.numbers
-    with counted(f"top of {layer}", "pictures") as progress:
+    with counted(f"top of {layer}", "images") as progress:
         found = find_top_activations(
             net,
             manifest,
@@ -74,7 +74,7 @@ def top(
     at_once = max(1, _PATCH_BYTES // (24 * count * side * side * MAPS_PER_SHEET)) * MAPS_PER_SHEET
     for start in range(0, len(found.maps), at_once):
         part = _rows(found, list(range(start, min(start + at_once, len(found.maps)))))
-        with counted(f"project {layer}", "pictures") as progress:
+        with counted(f"project {layer}", "images") as progress:
             patches = project_top(net, manifest, part, size=size, loader=loader, device=device, progress=progress)
         for first in range(0, len(part.maps), MAPS_PER_SHEET):
             here = list(range(first, min(first + MAPS_PER_SHEET, len(part.maps))))
@@ -82,11 +82,11 @@ def top(
     if len(sheets) == 1:
         sheets = [replace(sheets[0], name=layer, tag=f"visualize/top/{layer}")]
     settings = {
-        "folder": f"{printable(manifest.folder)}, {len(manifest.images)} pictures",
+        "folder": f"{printable(manifest.folder)}, {len(manifest.images)} images",
         "layer": layer,
         "maps": maps.text,
         "count": f"{count} strongest activations per map",
-        "size": f"{size} × {size} px, the middle square of each picture",
+        "size": f"{size} × {size} px, the middle square of each image",
         "receptive field": f"{side} × {side} px",
     }
     return Report(f"What excites {layer} of VGG19", _HOW_TO_READ, settings, sheets)
@@ -94,10 +94,10 @@ def top(
 
 def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, ordinal: int) -> Sheet:
     cells, captions = [], []
-    table = [("map", "rank", "activation", "row, column", "picture")]
+    table = [("map", "rank", "activation", "row, column", "image")]
     columns = math.ceil(math.sqrt(part.values.shape[1]))
     for row, map_number in enumerate(part.maps):
-        held = int((part.pictures[row] >= 0).sum())
+        held = int((part.images[row] >= 0).sum())
         projections, seen = patches.projections[row, :held], patches.patches[row, :held]
         scale = colour_scale(projections)
         left, right = mosaic(about_grey(projections, scale), columns), mosaic(seen, columns)
@@ -108,7 +108,7 @@ def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, ordina
         )
         for rank in range(held):
             place = ", ".join(map(str, part.positions[row, rank].tolist()))
-            path = printable(manifest.images[int(part.pictures[row, rank])].path)
+            path = printable(manifest.images[int(part.images[row, rank])].path)
             table.append((str(map_number), str(rank + 1), number(values[rank]), place, path))
     rows = [
         Row(cells[start : start + _COLUMNS], captions[start : start + _COLUMNS])
@@ -122,8 +122,8 @@ def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, ordina
         gap=24,
     )
     listed = ", ".join(map(str, part.maps))
-    caption = f"{part.layer}, maps {listed}: projections left, patches of the pictures right; scales at each map."
-    alt = f"For the maps {listed} of {part.layer}: a square of projections beside a square of picture patches."
+    caption = f"{part.layer}, maps {listed}: projections left, patches of the images right; scales at each map."
+    alt = f"For the maps {listed} of {part.layer}: a square of projections beside a square of image patches."
     name = f"{part.layer}-{ordinal}"
     return Sheet(name, f"visualize/top/{name}", image, caption, alt, table=table)
 
@@ -131,7 +131,7 @@ def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, ordina
 def _rows(found: TopActivations, rows: Sequence[int]) -> TopActivations:
     maps = tuple(found.maps[row] for row in rows)
     index = list(rows)
-    return TopActivations(found.layer, maps, found.values[index], found.pictures[index], found.positions[index])
+    return TopActivations(found.layer, maps, found.values[index], found.images[index], found.positions[index])
 
 
 def _patches_of(patches: TopPatches, rows: Sequence[int]) -> TopPatches:

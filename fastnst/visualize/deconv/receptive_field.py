@@ -1,4 +1,4 @@
-"""Which pixels of a picture an activation of VGG19 sees."""
+"""Which pixels of an image an activation of VGG19 sees."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from fastnst.models.vgg19 import LAYERS, check_layer
 class ReceptiveField:
     """A square of pixels per position of a layer's map, alike for rows and columns.
 
-    The activation at position p sees the pixels [start + p·jump, start + p·jump + size), those outside the picture
+    The activation at position p sees the pixels [start + p·jump, start + p·jump + size), those outside the image
     being zero padding. Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning", derive the steps.
 
     Attributes:
@@ -28,13 +28,13 @@ def receptive_field(layer: str) -> ReceptiveField:
     """The receptive field of one of VGG19's convolutional layers.
 
     Raises:
-        UserError: unknown layer, or a fully connected one, which sees the whole picture whatever its size.
+        UserError: unknown layer, or a fully connected one, which sees the whole image whatever its size.
     """
     check_layer(layer)
     depth = LAYERS.index(layer)
     if depth >= LAYERS.index("fc6"):
         raise UserError(
-            f"{layer} sees the whole picture and has no receptive field of a fixed size; choose a layer up to pool5"
+            f"{layer} sees the whole image and has no receptive field of a fixed size; choose a layer up to pool5"
         )
     size, jump, start = 1, 1, 0
     for name in LAYERS[: depth + 1]:

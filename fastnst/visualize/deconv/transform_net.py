@@ -1,7 +1,7 @@
 """The deconvnet of the transform net: from any of its layers back to pixels.
 
 Zeiler & Fergus 2014, §2.1, run a network backwards: the signal is rectified and sent through the transposed filters,
-without biases, layer by layer, until it is a picture. Every layer has its adjoint as the counterpart:
+without biases, layer by layer, until it is an image. Every layer has its adjoint as the counterpart:
 
 | on the way up | on the way down |
 |---|---|
@@ -16,7 +16,7 @@ without biases, layer by layer, until it is a picture. Every layer has its adjoi
 
 Layers are `conv1`, `conv2`, `conv3`, `res1` … `res5`, `up1`, `up2`, `out`. A layer's activations are what it hands on:
 after norm, addition and ReLU, without the border that the next layer asked for. Those of `out` come before tanh and
-scaling, cropped to the picture. Residual blocks and `out` end without a ReLU, so their signal keeps its sign.
+scaling, cropped to the image. Residual blocks and `out` end without a ReLU, so their signal keeps its sign.
 
 Rectified at every layer, all signals converge to one pattern (Sixt, Granz, Landgraf 2020, "When Explanations Lie"):
 from `res3` on, all of a published network arrives as a soft blob at its strongest place. `renormalise` does
@@ -44,7 +44,7 @@ from fastnst.visualize.deconv.adjoints import (
 )
 from fastnst.visualize.deconv.neurons import Seeds, check_maps
 from fastnst.visualize.deconv.transform_recording import (
-    PICTURE,
+    IMAGE,
     Passage,
     TransformRecording,
     mirrored_before,
@@ -60,7 +60,7 @@ class TransformDeconvnet:
     """Projects what the layers of a transform net respond to back to pixels (Zeiler & Fergus 2014, §2.1).
 
     The network works as when it paints: in evaluation mode and in its parameters' type, batch norm with the running
-    statistics, instance norm with the picture's own. It is left as it was. Its weights are not part of a recording:
+    statistics, instance norm with the image's own. It is left as it was. Its weights are not part of a recording:
     project before they change.
 
     Args:
@@ -74,23 +74,23 @@ class TransformDeconvnet:
         self.net = net
         self.layers: tuple[str, ...] = net.layer_names
 
-    def record(self, pictures: Tensor, layers: Sequence[str]) -> TransformRecording:
+    def record(self, images: Tensor, layers: Sequence[str]) -> TransformRecording:
         """Run the network once and keep the layers' activations, and what projecting them needs.
 
         Args:
-            pictures: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
+            images: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
             layers: names out of `self.layers`, at least one.
 
         Raises:
-            UserError: an unknown layer or none, pictures of another shape, or whole numbers instead of floats.
+            UserError: an unknown layer or none, images of another shape, or whole numbers instead of floats.
         """
         if not layers:
             raise UserError(f"no layer is asked for; name at least one of {', '.join(self.layers)}")
         for layer in layers:
             self._check_layer(layer)
-        if not pictures.is_floating_point():
-            raise UserError(f"pictures are floats in [0, 1], got {pictures.dtype}; divide by 255 first")
-        return run_and_record(self.net, pictures, layers)
+        if not images.is_floating_point():
+            raise UserError(f"images are floats in [0, 1], got {images.dtype}; divide by 255 first")
+        return run_and_record(self.net, images, layers)
 
     def project(
         self,
@@ -107,7 +107,7 @@ class TransformDeconvnet:
         Args:
             recording: of this network.
             layer: one of the recorded layers.
-            seeds: K pairs of a picture and a map, each with a position or with the whole map. They start with the
+            seeds: K pairs of an image and a map, each with a position or with the whole map. They start with the
                 activations' own values, all others are zero.
             batch_size: how many go down at once.
             rectify: apply the ReLUs to the signal. Without them the projection is the exact adjoint of the network in
@@ -118,13 +118,13 @@ class TransformDeconvnet:
             `[K, 3, H, W]`, signed, in the order of the seeds.
 
         Raises:
-            UserError: the layer was not recorded, or a picture, map or position is out of range.
+            UserError: the layer was not recorded, or an image, map or position is out of range.
         """
         activations = self._recorded(recording, layer)
         _check_seeds(layer, seeds, activations)
         seeds = seeds.to(activations.device)
         parts = [
-            self._to_pixels(recording, layer, _plant(activations, part), part.pictures, rectify, renormalise)
+            self._to_pixels(recording, layer, _plant(activations, part), part.images, rectify, renormalise)
             for part in (seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size))
         ]
         return torch.cat(parts) if parts else activations.new_zeros(0, 3, *recording.size)
@@ -143,19 +143,19 @@ class TransformDeconvnet:
         Args:
             recording: of this network.
             layer: one of the recorded layers.
-            batch_size: how many pictures go down at once.
+            batch_size: how many images go down at once.
             rectify: see `project`.
             renormalise: give each norm the signal's own statistics: see above.
 
         Returns:
-            `[N, 3, H, W]`, signed, one per picture.
+            `[N, 3, H, W]`, signed, one per image.
 
         Raises:
             UserError: the layer was not recorded.
         """
         activations = self._recorded(recording, layer)
-        pictures = torch.arange(activations.shape[0], device=activations.device)
-        parts = zip(activations.split(batch_size), pictures.split(batch_size), strict=True)
+        images = torch.arange(activations.shape[0], device=activations.device)
+        parts = zip(activations.split(batch_size), images.split(batch_size), strict=True)
         return torch.cat(
             [self._to_pixels(recording, layer, signal, whose, rectify, renormalise) for signal, whose in parts]
         )
@@ -180,11 +180,11 @@ class TransformDeconvnet:
         recording: TransformRecording,
         layer: str,
         signal: Tensor,
-        pictures: Tensor,
+        images: Tensor,
         rectify: bool,
         renormalise: bool,
     ) -> Tensor:
-        """`signal` `[K, C, H', W']` at a layer's activations → `[K, 3, H, W]`; `pictures`: whose statistics hold."""
+        """`signal` `[K, C, H', W']` at a layer's activations → `[K, 3, H, W]`; `images`: whose statistics hold."""
         passages = recording.passages
 
         def through(name: str, module: ConvLayer | UpLayer, signal: Tensor, before: Passage) -> Tensor:
@@ -195,7 +195,7 @@ class TransformDeconvnet:
             if rstd is not None and renormalise:
                 signal = _standardised(signal) * module.scale[:, None, None]
             elif rstd is not None:
-                signal = signal * (module.scale * rstd[pictures])[:, :, None, None]
+                signal = signal * (module.scale * rstd[images])[:, :, None, None]
             if isinstance(module, UpLayer) and module.nearest:
                 before = before._replace(placing=_ENLARGED)
             return place_adjoint(_convolution_adjoint(module, signal, before.placed_size), before.placing)
@@ -203,7 +203,7 @@ class TransformDeconvnet:
         if layer == "out":
             size = passages[layer].size
             signal = crop_adjoint(signal, size, self.net._inside(size, recording.size))
-        way = pairwise((PICTURE, *self.layers[: self.layers.index(layer) + 1]))
+        way = pairwise((IMAGE, *self.layers[: self.layers.index(layer) + 1]))
         for preceding, name in reversed(list(way)):
             before = passages[preceding]
             module = self.net.get_submodule(name)
@@ -242,8 +242,8 @@ def _standardised(signal: Tensor) -> Tensor:
 def _check_seeds(layer: str, seeds: Seeds, activations: Tensor) -> None:
     count, channels, height, width = activations.shape
     check_maps(layer, seeds.maps.tolist(), channels)
-    if wrong := [row for row in seeds.pictures.tolist() if not 0 <= row < count]:
-        raise UserError(f"the recording has no picture {wrong[0]}; its pictures are 0 … {count - 1}")
+    if wrong := [row for row in seeds.images.tolist() if not 0 <= row < count]:
+        raise UserError(f"the recording has no image {wrong[0]}; its images are 0 … {count - 1}")
     if seeds.positions is None:
         return
     for row, column in seeds.positions.tolist():
@@ -258,8 +258,8 @@ def _plant(activations: Tensor, seeds: Seeds) -> Tensor:
     one = torch.arange(len(seeds), device=activations.device)
     signal = activations.new_zeros(len(seeds), *activations.shape[1:]).contiguous(memory_format=torch.channels_last)
     if seeds.positions is None:
-        signal[one, seeds.maps] = activations[seeds.pictures, seeds.maps]
+        signal[one, seeds.maps] = activations[seeds.images, seeds.maps]
     else:
         rows, columns = seeds.positions.unbind(1)
-        signal[one, seeds.maps, rows, columns] = activations[seeds.pictures, seeds.maps, rows, columns]
+        signal[one, seeds.maps, rows, columns] = activations[seeds.images, seeds.maps, rows, columns]
     return signal

@@ -11,15 +11,15 @@ from torch import Tensor
 from fastnst.models.transform_net import ConvLayer, Placing, TransformNet, UpLayer
 from fastnst_kernels.placement import Placement, own_places
 
-PICTURE = "picture"
-"""Whose passage is that of the picture itself."""
+IMAGE = "image"
+"""Whose passage is that of the image itself."""
 
 _Wants = Callable[[Tensor], Placing]
 _Note = Callable[[str, ConvLayer | UpLayer, Tensor, Placing, Tensor], None]
 
 
 class Passage(NamedTuple):
-    """What the way down needs to know of a convolution's way up, or of the picture's on its way to the first one.
+    """What the way down needs to know of a convolution's way up, or of the image's on its way to the first one.
 
     Attributes:
         size: height and width of the result.
@@ -42,9 +42,9 @@ class TransformRecording:
 
     Attributes:
         activations: layer → `[N, C, H', W']`, channels_last, of the layers that were asked for, front to back.
-        size: height and width of the pictures.
+        size: height and width of the images.
         passages: by layer, where a residual block's is that of its second convolution; `res1.conv1`, … are the first
-            ones, `picture` is the input, as the network mirrored it before it began.
+            ones, `image` is the input, as the network mirrored it before it began.
     """
 
     activations: dict[str, Tensor]
@@ -53,16 +53,16 @@ class TransformRecording:
 
 
 @torch.no_grad()
-def run_and_record(net: TransformNet, pictures: Tensor, layers: Sequence[str]) -> TransformRecording:
+def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> TransformRecording:
     """Run `net` once, in evaluation mode and in its parameters' type; it is left as it was.
 
     Args:
         net: the network.
-        pictures: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
+        images: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
         layers: whose activations to keep.
 
     Raises:
-        UserError: pictures of another shape.
+        UserError: images of another shape.
     """
     device, dtype = net.conv1.weight.device, net.conv1.weight.dtype
     activations: dict[str, Tensor] = {}
@@ -75,19 +75,19 @@ def run_and_record(net: TransformNet, pictures: Tensor, layers: Sequence[str]) -
             activations[layer] = own_places(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
 
     with torch.autocast(device.type, enabled=False), _in_evaluation_mode(net), _listening(net, note):
-        net(pictures.to(device, dtype))
-    size = (pictures.shape[2], pictures.shape[3])
+        net(images.to(device, dtype))
+    size = (images.shape[2], images.shape[3])
     if "out" in activations:
         rows, columns = net._inside(passages["out"].size, size)
         activations["out"] = activations["out"][:, :, rows, columns].contiguous(memory_format=torch.channels_last)
     border = 2 * mirrored_before(net)
     # The first layer has no norm before it: `TransformNet.forward` itself writes its border.
-    passages[PICTURE] = Passage((size[0] + border, size[1] + border), Placement(*net.conv1.wants(pictures)))
+    passages[IMAGE] = Passage((size[0] + border, size[1] + border), Placement(*net.conv1.wants(images)))
     return TransformRecording(activations, size, passages)
 
 
 def mirrored_before(net: TransformNet) -> int:
-    """By how many pixels `net` mirrors a picture at each side before it begins."""
+    """By how many pixels `net` mirrors an image at each side before it begins."""
     return 40 if net.architecture == "hwalsuklee" else 0
 
 

@@ -20,14 +20,14 @@ class Signal:
 
     Attributes:
         values: `[K, C, h, w]`; `[K, C]` from fc6 on.
-        pictures: `[K]`, whose switches to go by.
+        images: `[K]`, whose switches to go by.
         size: height and width of the layer's whole map; (1, 1) from fc6 on.
         maps: `[K]`, the only channel of each that is not zero, C being 1; None where all C are carried.
         corners: `[K, 2]`, where in the map each window begins; None where h×w is the whole map.
     """
 
     values: Tensor
-    pictures: Tensor
+    images: Tensor
     size: tuple[int, int]
     maps: Tensor | None
     corners: Tensor | None
@@ -35,19 +35,19 @@ class Signal:
 
 def seeded(activations: Tensor, seeds: Seeds) -> Signal:
     """What to begin with: each seed's own value in its channel, at its position or everywhere in the map."""
-    pictures, maps = seeds.pictures, seeds.maps
+    images, maps = seeds.images, seeds.maps
     if activations.ndim == 2:
-        return Signal(activations[pictures, maps].unsqueeze(1), pictures, (1, 1), maps, None)
+        return Signal(activations[images, maps].unsqueeze(1), images, (1, 1), maps, None)
     size = (activations.shape[2], activations.shape[3])
     if seeds.positions is None:
-        return Signal(activations[pictures, maps].unsqueeze(1), pictures, size, maps, None)
+        return Signal(activations[images, maps].unsqueeze(1), images, size, maps, None)
     rows, columns = seeds.positions.unbind(1)
-    values = activations[pictures, maps, rows, columns].reshape(-1, 1, 1, 1)
-    return Signal(values, pictures, size, maps, seeds.positions)
+    values = activations[images, maps, rows, columns].reshape(-1, 1, 1, 1)
+    return Signal(values, images, size, maps, seeds.positions)
 
 
 def whole(activations: Tensor, first: int, last: int) -> Signal:
-    """Everything in the pictures `first` … `last` - 1."""
+    """Everything in the images `first` … `last` - 1."""
     values = activations[first:last].clone()
     size = (values.shape[2], values.shape[3]) if values.ndim == 4 else (1, 1)
     return Signal(values, torch.arange(first, last, device=values.device), size, None, None)
@@ -82,15 +82,15 @@ def unpool(signal: Signal, switches: Tensor, size: tuple[int, int]) -> Signal:
 
     Args:
         signal: at the pool's output.
-        switches: `[N, C, h, w]` of all pictures.
+        switches: `[N, C, h, w]` of all images.
         size: height and width of what was pooled.
     """
     if signal.corners is None:
-        chosen = switches[signal.pictures] if signal.maps is None else switches[signal.pictures, signal.maps, None]
+        chosen = switches[signal.images] if signal.maps is None else switches[signal.images, signal.maps, None]
         return replace(signal, values=max_unpool2d_switches(signal.values, chosen, size), size=size)
     # Where a window overhangs, its signal is 0, whichever way that is switched.
     side = signal.values.shape[-1]
-    chosen = windows.cut_clamped(switches, signal.pictures, signal.maps, signal.corners, side)
+    chosen = windows.cut_clamped(switches, signal.images, signal.maps, signal.corners, side)
     values = max_unpool2d_switches(signal.values, chosen, (2 * side, 2 * side))
     return replace(signal, values=values, size=size, corners=2 * signal.corners)
 

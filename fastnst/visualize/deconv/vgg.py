@@ -1,6 +1,6 @@
-"""Deconvnet for VGG19: what in a picture has caused an activation (Zeiler & Fergus 2014, §2.1).
+"""Deconvnet for VGG19: what in an image has caused an activation (Zeiler & Fergus 2014, §2.1).
 
-Legend: K seeds, that is pairs of a picture and a feature map; [K, C, h, w] a signal on its way from a layer's map of
+Legend: K seeds, that is pairs of an image and a feature map; [K, C, h, w] a signal on its way from a layer's map of
 h×w to the pixels.
 
 Each layer has its counterpart, applied from the seed's layer down to the pixels, everything but the seed being zero:
@@ -39,7 +39,7 @@ class Recording:
 
     Attributes:
         activations: the asked layers' outputs, `[N, C, h, w]` channels_last, or `[N, C]` from fc6 on.
-        size: height and width of the pictures.
+        size: height and width of the images.
         switches: of each pool below the deepest asked layer, `[N, C, h, w]` uint8.
         input_sizes: height and width of what each of these pools, and fc6, was given.
     """
@@ -72,21 +72,21 @@ class Deconvnet:
         return self._weight(below[-1]).shape[0]
 
     @torch.no_grad()
-    def record(self, pictures: Tensor, layers: Sequence[str]) -> Recording:
+    def record(self, images: Tensor, layers: Sequence[str]) -> Recording:
         """One forward pass.
 
         Args:
-            pictures: `[N, 3, H, W]`, RGB in [0, 1].
+            images: `[N, 3, H, W]`, RGB in [0, 1].
             layers: whose activations to keep, at least one.
 
         Raises:
-            UserError: a layer is unknown or behind the net's last, or the pictures are too small for the deepest.
+            UserError: a layer is unknown or behind the net's last, or the images are too small for the deepest.
         """
-        depth = self.net.check(pictures, layers)
+        depth = self.net.check(images, layers)
         activations: dict[str, Tensor] = {}
         switches: dict[str, Tensor] = {}
         input_sizes: dict[str, tuple[int, int]] = {}
-        x = self.net.preprocess(pictures)
+        x = self.net.preprocess(images)
         kept = True
         for name in self.layers[: depth + 1]:
             if name.startswith("pool") or name == "fc6":
@@ -100,7 +100,7 @@ class Deconvnet:
             kept = name in layers
             if kept:
                 activations[name] = x
-        return Recording(activations, (pictures.shape[2], pictures.shape[3]), switches, input_sizes)
+        return Recording(activations, (images.shape[2], images.shape[3]), switches, input_sizes)
 
     @torch.no_grad()
     def project(
@@ -112,14 +112,14 @@ class Deconvnet:
             recording: holds `layer`.
             layer: where the seeds are.
             seeds: K of them.
-            batch_size: how many whole pictures' worth of signal to carry at once; of small windows, more fit in.
+            batch_size: how many whole images' worth of signal to carry at once; of small windows, more fit in.
             rectify: apply the ReLUs.
 
         Returns:
             `[K, 3, H, W]`: for each pixel and RGB channel a number of either sign, in units of activation.
 
         Raises:
-            UserError: `layer` is unknown or not recorded, or a seed names a picture, map or position that is not there.
+            UserError: `layer` is unknown or not recorded, or a seed names an image, map or position that is not there.
         """
         activations = self._check(recording, layer, seeds)
         seeds = seeds.to(activations.device)
@@ -150,8 +150,8 @@ class Deconvnet:
             rectify: apply the ReLUs.
 
         Returns:
-            patches: `[K, 3, s, s]`, s being the size of the layer's receptive field; 0 outside the picture.
-            corners: `[K, 2]` int64, row and column of the picture at which each begins; may be negative.
+            patches: `[K, 3, s, s]`, s being the size of the layer's receptive field; 0 outside the image.
+            corners: `[K, 2]` int64, row and column of the image at which each begins; may be negative.
 
         Raises:
             UserError: as in `project`; the seeds have no positions; or `layer` is fully connected.
@@ -173,7 +173,7 @@ class Deconvnet:
 
     @torch.no_grad()
     def project_layer(self, recording: Recording, layer: str, *, batch_size: int = 16, rectify: bool = True) -> Tensor:
-        """All activations of a layer together, picture by picture: `[N, 3, H, W]`; otherwise as `project`."""
+        """All activations of a layer together, image by image: `[N, 3, H, W]`; otherwise as `project`."""
         self._check_layer(layer)
         activations = self._recorded(recording, layer)
         count = activations.shape[0]
@@ -184,12 +184,12 @@ class Deconvnet:
         return projections
 
     def __call__(
-        self, pictures: Tensor, layer: str, maps: Sequence[int], *, seed: str | tuple[int, int] = "strongest"
+        self, images: Tensor, layer: str, maps: Sequence[int], *, seed: str | tuple[int, int] = "strongest"
     ) -> Tensor:
-        """Projections of some maps of a layer, for each of the pictures, by one forward pass.
+        """Projections of some maps of a layer, for each of the images, by one forward pass.
 
         Args:
-            pictures: `[N, 3, H, W]`, RGB in [0, 1].
+            images: `[N, 3, H, W]`, RGB in [0, 1].
             layer: where to start from.
             maps: M channels of it.
             seed: `strongest`, `all` activations of the map, or the row and column of one.
@@ -198,12 +198,12 @@ class Deconvnet:
             `[N, M, 3, H, W]`.
 
         Raises:
-            UserError: unknown layer, map, seed or position, or the pictures are too small for the layer.
+            UserError: unknown layer, map, seed or position, or the images are too small for the layer.
         """
         check_maps(layer, maps, self.channels(layer))
-        recording = self.record(pictures, [layer])
+        recording = self.record(images, [layer])
         activations = recording.activations[layer]
-        count = len(pictures)
+        count = len(images)
         rows = [row for row in range(count) for _ in maps]
         channels = list(maps) * count
         if seed == "strongest":
@@ -256,14 +256,14 @@ class Deconvnet:
         activations = self._recorded(recording, layer)
         count, channels = activations.shape[:2]
         check_maps(layer, seeds.maps.tolist(), channels)
-        for picture in seeds.pictures.tolist():
-            if not 0 <= picture < count:
-                raise UserError(f"there is no picture {picture} in the recording; its pictures are 0 … {count - 1}")
+        for image in seeds.images.tolist():
+            if not 0 <= image < count:
+                raise UserError(f"there is no image {image} in the recording; its images are 0 … {count - 1}")
         height, width = activations.shape[2:] if activations.ndim == 4 else (1, 1)
         for row, column in [] if seeds.positions is None else seeds.positions.tolist():
             if not (0 <= row < height and 0 <= column < width):
                 raise UserError(
-                    f"{layer} has no position ({row}, {column}) in this picture; its rows are 0 … {height - 1}, its "
+                    f"{layer} has no position ({row}, {column}) in this image; its rows are 0 … {height - 1}, its "
                     f"columns 0 … {width - 1}"
                 )
         return activations

@@ -34,11 +34,11 @@ def cut_clamped(maps: Tensor, rows_of: Tensor, channels_of: Tensor | None, corne
     """
     rows, columns = _coordinates(corners, side)
     rows, columns = rows.clamp_(0, maps.shape[2] - 1)[:, :, None], columns.clamp_(0, maps.shape[3] - 1)[:, None, :]
-    pictures = rows_of[:, None, None]
+    images = rows_of[:, None, None]
     if channels_of is None:
         # Whole pixels are copied, all channels of one at once.
-        return maps.permute(0, 2, 3, 1)[pictures, rows, columns].permute(0, 3, 1, 2)
-    return maps[pictures, channels_of[:, None, None], rows, columns].unsqueeze(1)
+        return maps.permute(0, 2, 3, 1)[images, rows, columns].permute(0, 3, 1, 2)
+    return maps[images, channels_of[:, None, None], rows, columns].unsqueeze(1)
 
 
 def put_back(windows: Tensor, corners: Tensor, whole: Tensor) -> None:

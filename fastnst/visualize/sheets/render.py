@@ -1,7 +1,7 @@
-"""How what the networks see is drawn: numbers to colours, and pictures to sheets with captions.
+"""How what the networks see is drawn: numbers to colours, and images to sheets with captions.
 
 A projection or a heat map has no colours of its own. Here zero is always the same colour (mid-grey, black or white),
-one scale holds for all pictures that are to be compared, and the caller states it on the sheet.
+one scale holds for all images that are to be compared, and the caller states it on the sheet.
 """
 
 import bisect
@@ -26,7 +26,7 @@ _SIGNED = ("0b2a6b", "2f6fb7", "9cc3e3", "ffffff", "f3b296", "cb4335", "7a1020")
 _TILE_SIDES = (96, 512)  # pixels of a tile's longer side: below it is enlarged, above reduced, by whole factors
 _MOSAIC_LARGEST = 128
 _MARGIN, _GAP, _LINE_GAP = 24, 10, 3
-_NARROWEST = 320  # of the part within the margins, so that a title over one small picture need not be a column
+_NARROWEST = 320  # of the part within the margins, so that a title over one small image need not be a column
 _CAPTION_LINES = 3
 _INK, _FAINT = (28, 28, 30), (104, 104, 110)
 # Signs that Pillow's own font lacks, and what is read in their place.
@@ -41,10 +41,10 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 class Row:
     """One row of a contact sheet."""
 
-    pictures: Sequence[Tensor]
+    images: Sequence[Tensor]
     """Each `[3, H, W]` or `[1, 3, H, W]`, RGB in [0, 1]; sizes may differ."""
     captions: Sequence[str]
-    """One for each picture; may be empty."""
+    """One for each image; may be empty."""
     label: str = ""
     """A line above the row."""
 
@@ -64,7 +64,7 @@ def colour_scale(projections: Tensor) -> float:
 
 
 def about_grey(projections: Tensor, scale: float) -> Tensor:
-    """Projections as pictures: 0 is mid-grey, −scale black and +scale white, per colour channel.
+    """Projections as images: 0 is mid-grey, −scale black and +scale white, per colour channel.
 
     Args:
         projections: `[..., 3, H, W]`, in any unit.
@@ -95,41 +95,41 @@ def heat_map(values: Tensor, *, signed: bool = False, scale: float | None = None
     position = values / scale
     position = (0.5 + 0.5 * position).clamp(0, 1) if signed else position.clamp(0, 1)
     position = position * (len(ramp) - 1)
-    # A NaN has no colour; it is kept, for whoever writes the picture to refuse.
+    # A NaN has no colour; it is kept, for whoever writes the image to refuse.
     below = position.nan_to_num(0).floor().clamp(max=len(ramp) - 2)
     share = (position - below).unsqueeze(-1)
     index = below.long()
     return (ramp[index] * (1 - share) + ramp[index + 1] * share).permute(0, 3, 1, 2)
 
 
-def overlay(pictures: Tensor, heat: Tensor, *, opacity: float = 0.6) -> Tensor:
+def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6) -> Tensor:
     """Heat over the grey version of a photo.
 
     Args:
-        pictures: RGB in [0, 1], `[N, 3, H, W]`.
+        images: RGB in [0, 1], `[N, 3, H, W]`.
         heat: `heat_map`'s result, the same shape.
         opacity: share of the heat in the result.
 
     Returns:
         RGB in [0, 1], `[N, 3, H, W]`.
     """
-    luma = torch.tensor([0.299, 0.587, 0.114], device=pictures.device, dtype=pictures.dtype).reshape(3, 1, 1)
-    grey = (pictures * luma).sum(1, keepdim=True)
+    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device, dtype=images.dtype).reshape(3, 1, 1)
+    grey = (images * luma).sum(1, keepdim=True)
     return grey * (1 - opacity) + heat * opacity
 
 
-def mosaic(pictures: Tensor, columns: int = 3, *, smallest: int = 64) -> Tensor:
-    """Small pictures as one, in rows, brought to a size at which they can be seen.
+def mosaic(images: Tensor, columns: int = 3, *, smallest: int = 64) -> Tensor:
+    """Small images as one, in rows, brought to a size at which they can be seen.
 
     Args:
-        pictures: RGB in [0, 1], `[K, 3, h, w]`.
-        columns: pictures in a row; the last row is filled up with white.
-        smallest: pixels of a longer side below which the pictures are enlarged.
+        images: RGB in [0, 1], `[K, 3, h, w]`.
+        columns: images in a row; the last row is filled up with white.
+        smallest: pixels of a longer side below which the images are enlarged.
 
     Returns:
-        RGB in [0, 1], `[3, H, W]`, with white lines between the pictures.
+        RGB in [0, 1], `[3, H, W]`, with white lines between the images.
     """
-    tiles = [_sized(picture, smallest, _MOSAIC_LARGEST) for picture in pictures]
+    tiles = [_sized(image, smallest, _MOSAIC_LARGEST) for image in images]
     height, width = tiles[0].shape[1:]
     rows, line = -(-len(tiles) // columns), 3
     whole = tiles[0].new_ones(3, rows * (height + line) - line, columns * (width + line) - line)
@@ -139,9 +139,9 @@ def mosaic(pictures: Tensor, columns: int = 3, *, smallest: int = 64) -> Tensor:
     return whole
 
 
-def strip(pictures: Sequence[Tensor], captions: Sequence[str], *, title: str = "", note: str = "") -> np.ndarray:
-    """Pictures in one row with their names on top, as in the paper's Figure 2; arguments as in `contact_sheet`."""
-    return contact_sheet([Row(pictures, captions)], title=title, note=note, captions_on_top=True)
+def strip(images: Sequence[Tensor], captions: Sequence[str], *, title: str = "", note: str = "") -> np.ndarray:
+    """Images in one row with their names on top, as in the paper's Figure 2; arguments as in `contact_sheet`."""
+    return contact_sheet([Row(images, captions)], title=title, note=note, captions_on_top=True)
 
 
 def contact_sheet(
@@ -153,27 +153,27 @@ def contact_sheet(
     largest: int = _TILE_SIDES[1],
     gap: int = 10,
 ) -> np.ndarray:
-    """Pictures in rows and columns on white, with captions.
+    """Images in rows and columns on white, with captions.
 
-    Small pictures are enlarged by a whole factor, pixel by pixel; large ones reduced by averaging. Captions are broken
+    Small images are enlarged by a whole factor, pixel by pixel; large ones reduced by averaging. Captions are broken
     into up to three lines as wide as their column, and shortened in the middle where that is too little. Letters that
     Pillow's own font lacks lose their accents, or become question marks.
 
     Args:
-        rows: at least one, each with at least one picture.
+        rows: at least one, each with at least one image.
         title: above all, in larger type.
         note: below all, in smaller type: what the colours stand for.
-        captions_on_top: above their pictures instead of below.
-        largest: pixels of a longer side above which a picture is reduced.
+        captions_on_top: above their images instead of below.
+        largest: pixels of a longer side above which an image is reduced.
         gap: pixels between columns.
 
     Returns:
         uint8 `[H, W, 3]`.
 
     Raises:
-        DataError: a picture holds NaN.
+        DataError: an image holds NaN.
     """
-    tiles = [[to_array(_sized(_one(picture), _TILE_SIDES[0], largest)) for picture in row.pictures] for row in rows]
+    tiles = [[to_array(_sized(_one(image), _TILE_SIDES[0], largest)) for image in row.images] for row in rows]
     count = max(len(row) for row in tiles)
     narrowest = min(_TILE_SIDES[0], max(tile.shape[1] for row in tiles for tile in row))
     widths = [max([narrowest, *(row[c].shape[1] for row in tiles if len(row) > c)]) for c in range(count)]
@@ -183,7 +183,7 @@ def contact_sheet(
     for row, row_tiles in zip(rows, tiles, strict=True):
         canvas.paragraph(row.label, 14, _INK, after=4)
         cells = list(zip(widths, row_tiles, row.captions, strict=False))
-        assert len(cells) == len(row.captions) == len(row.pictures), "one caption for each picture"
+        assert len(cells) == len(row.captions) == len(row.images), "one caption for each image"
         canvas.row(cells, captions_on_top)
     canvas.paragraph(note, 12, _FAINT, after=0)
     return canvas.draw()
@@ -195,7 +195,7 @@ class _Canvas:
     def __init__(self, inner: int, gap: int) -> None:
         self.inner, self.gap, self.y = inner, gap, _MARGIN
         self.texts: list[tuple[tuple[int, int], str, str, int, tuple[int, int, int]]] = []
-        self.pictures: list[tuple[tuple[int, int], np.ndarray]] = []
+        self.images: list[tuple[tuple[int, int], np.ndarray]] = []
 
     def paragraph(self, text: str, size: int, ink: tuple[int, int, int], *, after: int) -> None:
         lines = list(_wrapped(drawable(text), size, self.inner))
@@ -207,23 +207,23 @@ class _Canvas:
     def row(self, cells: Sequence[tuple[int, np.ndarray, str]], captions_on_top: bool) -> None:
         captions = [_caption(caption, 13, width) for width, _, caption in cells]
         text_height = max(len(lines) for lines in captions) * _line_height(13)
-        picture_height = max(tile.shape[0] for _, tile, _ in cells)
+        image_height = max(tile.shape[0] for _, tile, _ in cells)
         x = _MARGIN
         for (width, tile, _), lines in zip(cells, captions, strict=True):
             top = self.y + (text_height + 4 if captions_on_top and text_height else 0)
-            top += picture_height - tile.shape[0] if captions_on_top else 0
-            self.pictures.append(((x + (width - tile.shape[1]) // 2, top), tile))
-            # A caption stays with its picture: the shorter ones lean towards it.
+            top += image_height - tile.shape[0] if captions_on_top else 0
+            self.images.append(((x + (width - tile.shape[1]) // 2, top), tile))
+            # A caption stays with its image: the shorter ones lean towards it.
             first = self.y + text_height - len(lines) * _line_height(13) if captions_on_top else top + tile.shape[0] + 4
             for index, line in enumerate(lines):
                 place = (x + width // 2, first + index * _line_height(13))
                 self.texts.append((place, "ma", line, 13, _INK))
             x += width + self.gap
-        self.y += picture_height + (text_height + 4 if text_height else 0) + _GAP + 2
+        self.y += image_height + (text_height + 4 if text_height else 0) + _GAP + 2
 
     def draw(self) -> np.ndarray:
         sheet = Image.new("RGB", (self.inner + 2 * _MARGIN, self.y + _MARGIN), "white")
-        for place, tile in self.pictures:
+        for place, tile in self.images:
             sheet.paste(Image.fromarray(tile), place)
         pen = ImageDraw.Draw(sheet)
         for place, anchor, line, size, ink in self.texts:
@@ -250,20 +250,20 @@ def _ramp(signed: bool) -> tuple[str, ...]:
     return _SIGNED if signed else _HEAT
 
 
-def _one(picture: Tensor) -> Tensor:
-    return picture[0] if picture.ndim == 4 else picture
+def _one(image: Tensor) -> Tensor:
+    return image[0] if image.ndim == 4 else image
 
 
-def _sized(picture: Tensor, smallest: int, largest: int) -> Tensor:
+def _sized(image: Tensor, smallest: int, largest: int) -> Tensor:
     """`[3, H, W]`, enlarged or reduced by a whole factor so that the longer side lies within the bounds, if it can."""
-    side = max(picture.shape[1:])
+    side = max(image.shape[1:])
     if side < smallest:
         factor = -(-smallest // side)
-        return picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     if side > largest:
         factor = -(-side // largest)
-        return F.avg_pool2d(picture[None], factor, ceil_mode=True)[0]
-    return picture
+        return F.avg_pool2d(image[None], factor, ceil_mode=True)[0]
+    return image
 
 
 def _caption(text: str, size: int, width: int) -> list[str]:

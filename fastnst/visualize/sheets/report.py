@@ -21,7 +21,7 @@ PAGE_NAME = "index.html"
 
 @dataclass(frozen=True)
 class Sheet:
-    """One picture for people, with the numbers behind it."""
+    """One image for people, with the numbers behind it."""
 
     name: str
     """Of its file, without `.png`."""
@@ -80,7 +80,7 @@ def write_report(report: Report, out: Path, *, command: str, inputs: Sequence[Pa
 
     Raises:
         UserError: a result would replace an input.
-        DataError: a picture's name leaves no room for the result's, or the storage refuses.
+        DataError: an image's name leaves no room for the result's, or the storage refuses.
     """
     contents: dict[str, np.ndarray] = {}
     figures = []
@@ -94,7 +94,7 @@ def write_report(report: Report, out: Path, *, command: str, inputs: Sequence[Pa
     kept = {path.resolve() for path in inputs}
     for name in [*contents, PAGE_NAME]:
         if len(os.fsencode(name)) > 255:
-            raise DataError(f"{printable(name)} is too long for a file's name; rename the picture")
+            raise DataError(f"{printable(name)} is too long for a file's name; rename the image")
         if (out / name).resolve() in kept:
             raise UserError(f"{printable(out / name)} would be replaced, and is an input; choose another --out")
     for name, array in contents.items():
@@ -113,8 +113,8 @@ def as_markdown(report: Report, command: str) -> str:
     return "\n".join([f"## {printable(report.title)}", "", printable(report.about), "", *lines])
 
 
-def picture_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each picture's results: the file's without its suffix, numbered where several are alike."""
+def image_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each image's results: the file's without its suffix, numbered where several are alike."""
     names: list[str] = []
     for path in paths:
         name, again = path.stem, 2

@@ -1,4 +1,4 @@
-"""Strips: one picture on its way through a network, each layer projected back to pixels (the paper, Figures 2 and 3).
+"""Strips: one image on its way through a network, each layer projected back to pixels (the paper, Figures 2 and 3).
 
 Layers differ in size by orders of magnitude, so each tile has a scale of its own about zero = grey, stated above it.
 """
@@ -12,19 +12,19 @@ from fastnst.visualize.sheets.render import about_grey, colour_scale, number, st
 
 
 def layer_strip(photo: Tensor, projections: Mapping[str, Tensor], painting: Tensor | None = None) -> np.ndarray:
-    """The photograph, the projections with their layers' names on top, and the painting.
+    """The photo, the projections with their layers' names on top, and the painting.
 
     Args:
         photo: RGB in [0, 1], `[1, 3, H, W]`.
         projections: layer → `[1, 3, H, W]`, in the order in which they are shown.
-        painting: as the photograph; None where the network makes none.
+        painting: as the photo; None where the network makes none.
 
     Returns:
         uint8 `[H', W', 3]`.
     """
     scales = {layer: colour_scale(projection) for layer, projection in projections.items()}
-    pictures = [photo, *(about_grey(projection, scales[layer]) for layer, projection in projections.items())]
+    images = [photo, *(about_grey(projection, scales[layer]) for layer, projection in projections.items())]
     captions = ["photo", *(f"{layer} ±{number(scale)}" for layer, scale in scales.items())]
     if painting is not None:
-        pictures, captions = [*pictures, painting], [*captions, "painting"]
-    return strip(pictures, captions, note="Grey is 0; black and white are the values above each layer.")
+        images, captions = [*images, painting], [*captions, "painting"]
+    return strip(images, captions, note="Grey is 0; black and white are the values above each layer.")

@@ -1,4 +1,4 @@
-"""What decodes pictures: Pillow, DALI, and the engines that some GPUs have for JPEG."""
+"""What decodes images: Pillow, DALI, and the engines that some GPUs have for JPEG."""
 
 import ctypes
 import io
@@ -13,7 +13,7 @@ from fastnst.doctor.verdict import Verdict, failed, passed, warned
 
 _DALI = "nvidia-dali-cuda130"
 _LARGEST_DIFFERENCE = 4.0
-"""Mean of |DALI - Pillow|, of 255, on a picture without fine detail: two JPEG decoders differ by less than 2."""
+"""Mean of |DALI - Pillow|, of 255, on an image without fine detail: two JPEG decoders differ by less than 2."""
 
 # Of nvjpeg.h.
 _NVJPEG_BACKEND_HARDWARE = 3
@@ -96,7 +96,7 @@ def judge_pillow(facts: Facts) -> Verdict:
     if missing := [name.upper() for name in ("jpeg", "png") if not pillow[name]]:
         return failed(f"{version} without {' and '.join(missing)}", reinstall)
     lacks = [] if pillow["turbo"] else ["libjpeg-turbo (JPEG is read more slowly)"]
-    lacks += [] if pillow["webp"] else ["WebP (such pictures are refused)"]
+    lacks += [] if pillow["webp"] else ["WebP (such images are refused)"]
     if lacks:
         return warned(f"{version} without {' and '.join(lacks)}", reinstall)
     return passed(f"{version}, libjpeg-turbo {pillow['turbo']}, WebP")
@@ -108,7 +108,7 @@ def judge_dali(facts: Facts) -> Verdict:
     other = "train with --loader pillow, or "
     install = f"install it:\n  {pip_install(_DALI + wanted)}"
     if "broken" in dali:
-        found = f"cannot be imported: {dali['broken']}; training loads pictures with it unless told otherwise"
+        found = f"cannot be imported: {dali['broken']}; training loads images with it unless told otherwise"
         needed = facts.get("packages").get("packages", {}).get(_DALI, {}).get("needed", True)
         return failed(found, other + install) if needed else warned(found, "train with --loader pillow")
     version = dali["version"]
@@ -153,8 +153,8 @@ def _decoded(encoded: Any, device: str) -> Any:
         source = fn.external_source(source=lambda: [encoded], batch=True)
         pipeline.set_outputs(fn.decoders.image(source, device=device, output_type=types.RGB))
     pipeline.build()
-    (pictures,) = pipeline.run()
-    return np.array((pictures if device == "cpu" else pictures.as_cpu()).at(0))
+    (images,) = pipeline.run()
+    return np.array((images if device == "cpu" else images.as_cpu()).at(0))
 
 
 def _cuda_devices() -> int:
