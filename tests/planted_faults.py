@@ -29,7 +29,7 @@ RESUME, DIRECTORY, INPUTS, SIGNALS, HEALTH, DETERMINISM, MEMORY, REJECTED = (
     f"fastnst/training/{name}.py"
     for name in ("resume", "run_directory", "inputs", "signals", "health", "determinism", "memory", "rejected")
 )
-CAPTURED, WINOGRAD = "fastnst/training/captured.py", "kernels/fastnst_kernels/winograd.py"
+CAPTURED, WINOGRAD = "fastnst/training/captured.py", "kernels/fastnst_kernels/cpu/winograd.py"
 STORAGE, SUMMARIES, IMAGES, CLI, ERRORS = (
     f"fastnst/{name}.py" for name in ("storage", "summaries", "images", "cli", "errors")
 )

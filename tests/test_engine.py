@@ -24,7 +24,8 @@ from fastnst.training.engine import LossEngine
 from fastnst.training.estimate import estimate
 from fastnst.training.fused_ops import convolve_relu, pool, unpool
 from fastnst.training.step import TrainingStep
-from fastnst_kernels import max_pool2d_switches, winograd
+from fastnst_kernels import max_pool2d_switches
+from fastnst_kernels.cpu import winograd
 
 PRESETS = ("hwalsuklee", "lengstrom", "johnson", "vgg-conv3")
 # Losses before ReLUs, on ReLUs and on poolings, several on one layer, and layers that only one kind is measured on.

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from byte_counter import count_bytes
-from kernel_cases import LAYOUTS, randn
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import LAYOUTS, randn
 
 from fastnst_kernels import StyleMatrix, gram_matrix, style_loss_and_matrix, tap_backward
 

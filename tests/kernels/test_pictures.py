@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DTYPES, LAYOUTS, check_bad_input, randn
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, randn
 from tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import (

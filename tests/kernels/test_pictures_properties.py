@@ -6,9 +6,9 @@ equality.
 
 import numpy as np
 import torch
+from helpers.kernel_cases import DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES
 
 from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import LAYOUTS
+from helpers.kernel_cases import LAYOUTS
 
 import fastnst_kernels
 from fastnst_kernels import runtime

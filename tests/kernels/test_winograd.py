@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kernel_cases import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import randn
 from tolerances import FLOOR
 from torch import Tensor
 
-from fastnst_kernels import winograd
-from fastnst_kernels.recomputed import convolution, recomputed_instance_norm
+from fastnst_kernels.cpu import winograd
+from fastnst_kernels.norm.recompute import convolution, recomputed_instance_norm
 
 
 def gradients(x: Tensor, weight: Tensor, dz: Tensor, padding: int) -> tuple[Tensor, Tensor]:
