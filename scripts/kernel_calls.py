@@ -19,9 +19,8 @@ import torch
 from op_calls import OPS
 
 import fastnst_kernels as fk
-from fastnst_kernels import cost
-from fastnst_kernels.inspection import CompiledKernel, Launch, record
-from fastnst_kernels.recording import kernels_of
+from fastnst_kernels.inspection import CompiledKernel, Launch, cost, record
+from fastnst_kernels.inspection.recording import kernels_of
 
 Shape = tuple[int, int, int, int]
 
@@ -205,7 +204,7 @@ def record_calls(
 
 def package_modules() -> list[ModuleType]:
     """All modules of the kernel library."""
-    return [importlib.import_module(f"{fk.__name__}.{found.name}") for found in pkgutil.iter_modules(fk.__path__)]
+    return [importlib.import_module(found.name) for found in pkgutil.walk_packages(fk.__path__, f"{fk.__name__}.")]
 
 
 def unreached_kernels(calls: Sequence[Call]) -> list[str]:

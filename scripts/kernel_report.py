@@ -42,8 +42,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastnst_kernels.disassembly import BULK
 from fastnst_kernels.inspection import ARCHITECTURES, CompiledKernel, compile_launches
+from fastnst_kernels.inspection.disassembly import BULK
 
 BEGIN = "<!-- written by python scripts/kernel_report.py --bytes kernels/README.md -->"
 END = "<!-- end -->"
@@ -172,7 +172,7 @@ def as_markdown(report: Report) -> str:
     ]
     kinds: dict[tuple[str, str], list[CompiledKernel]] = {}
     for kernel in report.kernels:
-        kinds.setdefault((kernel.module.rpartition(".")[2], kernel.kernel), []).append(kernel)
+        kinds.setdefault((kernel.module.removeprefix("fastnst_kernels."), kernel.kernel), []).append(kernel)
     for (module, name), kernels in kinds.items():
         rows: dict[tuple[str, str], dict[str, str]] = {}
         for kernel in kernels:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnst_kernels as fk
-from fastnst_kernels import cost
-from fastnst_kernels.cost import Cost
+from fastnst_kernels.inspection import cost
+from fastnst_kernels.inspection.cost import Cost
 from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
 
 LAYER_SIZES: tuple[Size, ...] = ((64, 256, 256), (128, 128, 128), (256, 64, 64), (512, 32, 32), (512, 16, 16))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnst_kernels as fk
-from fastnst_kernels import cost
-from fastnst_kernels.cost import Cost
+from fastnst_kernels.inspection import cost
+from fastnst_kernels.inspection.cost import Cost
 from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
 
 NORM_SIZES: tuple[Size, ...] = ((32, 256, 256), (64, 128, 128), (128, 64, 64))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastnst_kernels.cost import Cost
+from fastnst_kernels.inspection.cost import Cost
 
 Shape = tuple[int, int, int, int]
 Size = tuple[int, int, int]  # C, H, W

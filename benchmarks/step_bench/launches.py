@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import fastnst_kernels as fk
-from fastnst_kernels import cost, runtime
-from fastnst_kernels.recording import record
+from fastnst_kernels import runtime
+from fastnst_kernels.inspection import cost
+from fastnst_kernels.inspection.recording import record
 
 ARCHITECTURE = "sm_90"
 

@@ -24,7 +24,7 @@ import torch
 
 from fastnst.config import Config
 from fastnst.device import DTYPES
-from fastnst_kernels import cost
+from fastnst_kernels.inspection import cost
 from step_bench.launches import launched_bytes
 from step_bench.ledger import (
     CONTENT,

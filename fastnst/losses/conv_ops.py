@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches, winograd
+from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches
+from fastnst_kernels.cpu import winograd
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

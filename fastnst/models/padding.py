@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnst_kernels.placement import Placement, place, place_adjoint
+from fastnst_kernels.norm.upsample_pad import Placement, place, place_adjoint
 
 
 def reflect_pad(x: Tensor, pad: int) -> Tensor:

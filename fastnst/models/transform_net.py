@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastnst.errors import DataError, UserError
 from fastnst.models.padding import reflect_pad
 from fastnst_kernels import batch_norm, instance_norm, picture_input
-from fastnst_kernels.recomputed import convolution, recomputed_batch_norm, recomputed_instance_norm
+from fastnst_kernels.norm.recompute import convolution, recomputed_batch_norm, recomputed_instance_norm
 
 ARCHITECTURES = ("hwalsuklee", "lengstrom", "johnson")
 NORMS = ("instance", "batch")

@@ -4,8 +4,8 @@ They work under autograd, autocast, torch.compile and fake tensors, in channels_
 the same bits every time. `runtime` says which implementation runs; `kernels/README.md` has the formulas.
 """
 
-from fastnst_kernels.batch_norm import batch_norm, batch_norm_reference
-from fastnst_kernels.gram import (
+from fastnst_kernels.gram.loss_relu_backward import tap_backward, tap_backward_reference
+from fastnst_kernels.gram.style_loss import (
     StyleMatrix,
     gram_matrix,
     gram_matrix_reference,
@@ -13,14 +13,7 @@ from fastnst_kernels.gram import (
     style_loss_and_matrix,
     style_loss_reference,
 )
-from fastnst_kernels.instance_norm import instance_norm, instance_norm_reference
-from fastnst_kernels.max_pool import (
-    max_pool2d_switches,
-    max_pool2d_switches_reference,
-    max_unpool2d_switches,
-    max_unpool2d_switches_reference,
-)
-from fastnst_kernels.pictures import (
+from fastnst_kernels.image.image import (
     network_boundary,
     network_boundary_backward,
     network_boundary_backward_reference,
@@ -28,7 +21,14 @@ from fastnst_kernels.pictures import (
     picture_input,
     picture_input_reference,
 )
-from fastnst_kernels.taps import tap_backward, tap_backward_reference
+from fastnst_kernels.norm.batch_norm import batch_norm, batch_norm_reference
+from fastnst_kernels.norm.instance_norm import instance_norm, instance_norm_reference
+from fastnst_kernels.pool.max_pool import (
+    max_pool2d_switches,
+    max_pool2d_switches_reference,
+    max_unpool2d_switches,
+    max_unpool2d_switches_reference,
+)
 
 __all__ = [
     "StyleMatrix",

@@ -32,7 +32,7 @@ CHECKPOINT, RESUME, DIRECTORY, REJECTED = (
     f"fastnst/training/run_dir/{name}.py" for name in ("checkpoint", "resume", "layout", "rejected_images")
 )
 MEMORY, SUMMARIES = "fastnst/training/memory/available.py", "fastnst/run_log/writer.py"
-CLI, WINOGRAD = "fastnst/cli/main.py", "kernels/fastnst_kernels/winograd.py"
+CLI, WINOGRAD = "fastnst/cli/main.py", "kernels/fastnst_kernels/cpu/winograd.py"
 STORAGE, IMAGES, ERRORS = (f"fastnst/{name}.py" for name in ("storage", "images", "errors"))
 WEIGHTS, VETTING, DOWNLOAD, STYLE_MODEL = (
     f"fastnst/models/{name}.py" for name in ("weights", "vetting", "download", "style_model")

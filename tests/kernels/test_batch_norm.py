@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, parameters, randn, same_format
 
-from fastnst_kernels import batch_norm, batch_norm_reference, normalization, runtime
+from fastnst_kernels import batch_norm, batch_norm_reference, runtime
+from fastnst_kernels.norm import dispatch
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, parameters, randn, same_format
 from helpers.tolerances import assert_as_exact_as_torch
 
 SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 2, 1), (4, 3, 1, 1)]
@@ -83,8 +84,8 @@ def test_residual_and_relu(tier, dtype, with_residual, relu, training):
 def test_any_split_of_the_rows(tier, layout, programs, monkeypatch):
     """In contiguous format the chunks of several samples make one channel; the last chunk of each is a short one."""
     monkeypatch.setattr(runtime, "TARGET_PROGRAMS", programs)
-    monkeypatch.setattr(normalization, "_TILE_ELEMENTS", 32)
-    monkeypatch.setattr(normalization, "_MERGE_ROWS", 2)
+    monkeypatch.setattr(dispatch, "_TILE_ELEMENTS", 32)
+    monkeypatch.setattr(dispatch, "_MERGE_ROWS", 2)
     check(tier, LAYOUTS[layout](randn((2, 3, 11, 9), torch.float32, tier.device) + 3), training=True, relu=True)
 
 

@@ -19,7 +19,7 @@ import kernel_calls
 import kernel_report
 
 from fastnst_kernels.inspection import ARCHITECTURES
-from fastnst_kernels.recording import kernels_of
+from fastnst_kernels.inspection.recording import kernels_of
 
 KERNELS = sorted({name for module in kernel_calls.package_modules() for name in kernels_of(module)})
 
@@ -84,7 +84,7 @@ def test_rows_of_three_channels_move_in_16_bytes(report: kernel_report.Report) -
     hot = {launch.identity for call in report.calls if call.case.hot for launch in call.launches}
     seen = []
     for kernel in report.kernels:
-        if kernel.module.endswith("pictures_kernels") and kernel.launches[0].identity in hot:
+        if kernel.module.endswith("image.kernels") and kernel.launches[0].identity in hot:
             seen.append(kernel.kernel)
             assert kernel.widest_store == 128, kernel
             loads = 128

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastnst_kernels import cost
+from fastnst_kernels.inspection import cost
 
 SHAPE = (2, 3, 4, 5)  # 120 elements, 6 pairs of sample and channel
 BF16, FP32 = torch.bfloat16, torch.float32

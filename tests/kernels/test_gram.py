@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, randn, same_format, spread_like
 
 from fastnst_kernels import (
-    gram_kernels,
     gram_matrix,
     gram_matrix_reference,
-    product_kernels,
     runtime,
     style_loss,
     style_loss_and_matrix,
     style_loss_reference,
 )
-from fastnst_kernels.gram import style_matrix_reference
+from fastnst_kernels.gram import kernels as gram_kernels
+from fastnst_kernels.gram import product
+from fastnst_kernels.gram.style_loss import style_matrix_reference
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, randn, same_format, spread_like
 from helpers.tolerances import assert_as_exact_as_torch
 
 # One position; C = 3, 17 and 32; several tiles of 64, with a remainder, in aligned and in odd rows; primes; more
@@ -93,10 +93,10 @@ def test_every_configuration_of_the_gram(tier, name, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("name", product_kernels.PRODUCT_TILES)
+@pytest.mark.parametrize("name", product.PRODUCT_TILES)
 def test_every_configuration_of_the_backward(tier, name, layout, monkeypatch):
-    tile = product_kernels.PRODUCT_TILES[name]
-    monkeypatch.setattr(product_kernels, "product_tile", lambda _: tile)
+    tile = product.PRODUCT_TILES[name]
+    monkeypatch.setattr(product, "product_tile", lambda _: tile)
     features = LAYOUTS[layout](randn((1, 136, 3, 50), torch.bfloat16, tier.device))
     dy = randn((1, 136, 136), torch.bfloat16, tier.device, seed=9).float()
     check(gram_matrix, torch_gram, gram_matrix_reference, [features], dy, torch.bfloat16)
@@ -119,7 +119,7 @@ def test_configurations_by_shape(monkeypatch):
     assert chosen[9, 0] == chosen[10, 0] == [tiles[name] for name in names]
     assert chosen[8, 0] == [tiles[name] for name in ["64 small", "128", *names[2:]]]
     names = ["C ≤ 64", "C ≤ 128", "C > 128", "C > 128", "small", "narrow", "ieee"]
-    assert [product_kernels.product_tile(f) for f in features] == [product_kernels.PRODUCT_TILES[n] for n in names]
+    assert [product.product_tile(f) for f in features] == [product.PRODUCT_TILES[n] for n in names]
 
 
 def test_splits_depend_on_the_work_alone():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from byte_counter import count_bytes
-from kernel_cases import LAYOUTS, randn
 
 from fastnst_kernels import StyleMatrix, gram_matrix, style_loss_and_matrix, tap_backward
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import LAYOUTS, randn
 
 
 def interpreted(test):

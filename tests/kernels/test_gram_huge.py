@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastnst_kernels import gram_kernels, product_kernels, runtime, taps
-from fastnst_kernels.gram_kernels import gram_on_triton
-from fastnst_kernels.product_kernels import product_on_triton
+from fastnst_kernels import runtime
+from fastnst_kernels.gram import kernels as gram_kernels
+from fastnst_kernels.gram import loss_relu_backward, product
+from fastnst_kernels.gram.kernels import gram_on_triton
+from fastnst_kernels.gram.product import product_on_triton
 
 # More than 2³¹ elements; in the contiguous format the rows of one tile of 128 channels are that far apart, too.
 CHANNELS_LAST, CONTIGUOUS = (2, 64, 4096, 4104), (1, 128, 4200, 4200)
@@ -111,7 +113,7 @@ def test_gram(huge, shape, monkeypatch):
 @interpreted
 @LAYOUTS
 def test_product_with_every_term(huge, shape):
-    huge(product_kernels, "_product_kernel")
+    huge(product, "_product_kernel")
     n, c = shape[:2]
     features, end = tensor(shape, 1)
     incoming, end_of_incoming = tensor(shape, 2)
@@ -130,10 +132,10 @@ def test_product_with_every_term(huge, shape):
 @interpreted
 @LAYOUTS
 def test_tap_without_a_style(huge, shape):
-    huge(taps, "_tap_kernel")
+    huge(loss_relu_backward, "_tap_kernel")
     features, end = tensor(shape, 1)
     incoming, end_of_incoming = tensor(shape, 2)
-    result = taps._tap_on_triton(features, incoming, None, None)
+    result = loss_relu_backward._tap_on_triton(features, incoming, None, None)
     expected = torch.where(end > 0, end_of_incoming, 0.0)
     # One program's block: the last positions' channels, or the last channel's positions.
     if shape == CHANNELS_LAST:

@@ -3,7 +3,6 @@
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LAYOUTS, gradients, randn, same_format
 
 from fastnst_kernels import (
     gram_matrix,
@@ -13,7 +12,8 @@ from fastnst_kernels import (
     tap_backward,
     tap_backward_reference,
 )
-from fastnst_kernels.gram import style_matrix_reference
+from fastnst_kernels.gram.style_loss import style_matrix_reference
+from helpers.kernel_cases import DTYPES, LAYOUTS, gradients, randn, same_format
 
 # Both fixtures, the tier and the poisoned allocations, may well last for all of a test's examples.
 cases = settings(

@@ -5,9 +5,19 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, parameters, randn, same_format, spread_like
 
-from fastnst_kernels import instance_norm, instance_norm_reference, normalization, runtime
+from fastnst_kernels import instance_norm, instance_norm_reference, runtime
+from fastnst_kernels.norm import dispatch
+from helpers.kernel_cases import (
+    DTYPES,
+    LAYOUTS,
+    check_bad_input,
+    gradients,
+    parameters,
+    randn,
+    same_format,
+    spread_like,
+)
 from helpers.tolerances import assert_as_exact_as_torch
 
 # Odd and prime sides; C = 3, 17 and 32; a single sample; more rows than a tile holds.
@@ -73,8 +83,8 @@ def test_residual_and_relu(tier, dtype, with_residual, relu):
 def test_any_split_of_the_rows(tier, layout, programs, monkeypatch):
     """One chunk of many tiles, a few, many chunks of one tile, and partial results merged in several rounds."""
     monkeypatch.setattr(runtime, "TARGET_PROGRAMS", programs)
-    monkeypatch.setattr(normalization, "_TILE_ELEMENTS", 64)
-    monkeypatch.setattr(normalization, "_MERGE_ROWS", 2)
+    monkeypatch.setattr(dispatch, "_TILE_ELEMENTS", 64)
+    monkeypatch.setattr(dispatch, "_MERGE_ROWS", 2)
     x = LAYOUTS[layout](randn((2, 3, 11, 13), torch.float32, tier.device) + 3)
     check(tier, x, *parameters(3, tier.device), relu=True)
 

@@ -16,9 +16,14 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import kernel_calls  # noqa: E402
 import kernel_report  # noqa: E402
 
-from fastnst_kernels import inspection, recording, runtime  # noqa: E402
-from fastnst_kernels.disassembly import Instructions  # noqa: E402
-from fastnst_kernels.inspection import CompiledKernel, compile_launches, record  # noqa: E402
+from fastnst_kernels import inspection, runtime  # noqa: E402
+from fastnst_kernels.inspection import (  # noqa: E402
+    CompiledKernel,
+    compile_launches,
+    record,
+    recording,
+)
+from fastnst_kernels.inspection.disassembly import Instructions  # noqa: E402
 from fastnst_kernels.runtime import jit, tl  # noqa: E402
 
 THIS = sys.modules[__name__]
@@ -310,7 +315,7 @@ def test_the_command_writes_all_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
     assert {kernel["architecture"] for kernel in data["kernels"]} == {"sm_90"}
     assert all(kernel["stack"] == kernel["local"] == 0 < kernel["registers"] for kernel in data["kernels"])
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "## `max_pool_2x2._pool_columns_kernel`" in text
+    assert "## `pool.kernels_2x2._pool_columns_kernel`" in text
     assert "| type, layout | configuration | sm_90 |" in text
     assert "None." in text
     monkeypatch.setattr(kernel_report, "broken_rules", lambda *_: ["sm_90 some_kernel: [slow]"])

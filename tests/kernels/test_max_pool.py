@@ -3,16 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, randn, same_format, spread_like
 
 from fastnst_kernels import (
     max_pool2d_switches,
     max_pool2d_switches_reference,
-    max_pool_kernels,
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
-from fastnst_kernels.max_pool import _plane_index, gather_switches_reference
+from fastnst_kernels.pool import kernels as max_pool_kernels
+from fastnst_kernels.pool.max_pool import _plane_index, gather_switches_reference
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, randn, same_format, spread_like
 from helpers.tolerances import assert_as_exact_as_torch
 
 # (shape, window, stride): even and odd sides, overlap, gaps between windows, one window, the largest window, stride 1.

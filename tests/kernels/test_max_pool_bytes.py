@@ -4,18 +4,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from byte_counter import count_bytes
-from kernel_cases import DTYPES, LAYOUTS, randn
-from last_program import LastProgram
 
 from fastnst_kernels import (
     max_pool2d_switches,
     max_pool2d_switches_reference,
-    max_pool_2x2,
-    max_pool_kernels,
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
+from fastnst_kernels.pool import kernels as max_pool_kernels
+from fastnst_kernels.pool import kernels_2x2
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import DTYPES, LAYOUTS, randn
+from helpers.last_program import LastProgram
 
 
 def in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
@@ -68,7 +68,7 @@ def test_counter_counts():
 def test_more_elements_than_32_bits_count(monkeypatch, layout, side, kernel_size):
     """Pool, gather and unpool at the last corner of 2.16·10⁹ elements, memory that nothing else touches. The last
     program alone runs: an offset that overflowed would find other values there, or nothing at all."""
-    for module in (max_pool_2x2, max_pool_kernels):
+    for module in (kernels_2x2, max_pool_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, LastProgram(getattr(module, name)))
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LAYOUTS, same_format
 
 from fastnst_kernels import (
     max_pool2d_switches,
@@ -16,7 +15,8 @@ from fastnst_kernels import (
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
-from fastnst_kernels.max_pool import gather_switches_reference
+from fastnst_kernels.pool.max_pool import gather_switches_reference
+from helpers.kernel_cases import DTYPES, LAYOUTS, same_format
 
 gather_switches = torch.ops.fastnst.gather_switches
 

@@ -7,15 +7,16 @@ from unittest import mock
 
 import pytest
 import torch
-from byte_counter import count_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import LAYOUTS, parameters, randn
-from norm_cases import OPS, check, residual_for, run
-from resident_programs import programs_at_once
 
-from fastnst_kernels import instance_norm, normalization, runtime
-from fastnst_kernels.placement import Placement
+from fastnst_kernels import instance_norm, runtime
+from fastnst_kernels.norm import dispatch
+from fastnst_kernels.norm.upsample_pad import Placement
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import LAYOUTS, parameters, randn
+from helpers.norm_cases import OPS, check, residual_for, run
+from helpers.resident_programs import programs_at_once
 
 H200 = runtime.Chip(multiprocessors=132, capability=(9, 0), l2_bytes=50 * 2**20)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -50,15 +51,15 @@ class Case:
     def on_chip(self, monkeypatch: pytest.MonkeyPatch) -> None:
         chip = runtime.Chip(self.multiprocessors, (9, 0))
         monkeypatch.setattr(runtime, "chip", lambda _: chip)
-        monkeypatch.setattr(normalization, "_PART_BYTES", self.part_bytes)
-        monkeypatch.setattr(normalization, "_PARTS", (1, 2))
-        monkeypatch.setattr(normalization, "_PLANE_PARTS", (1, 2))
-        monkeypatch.setattr(normalization, "_STATISTICS_SHARE", 1.0)
+        monkeypatch.setattr(dispatch, "_PART_BYTES", self.part_bytes)
+        monkeypatch.setattr(dispatch, "_PARTS", (1, 2))
+        monkeypatch.setattr(dispatch, "_PLANE_PARTS", (1, 2))
+        monkeypatch.setattr(dispatch, "_STATISTICS_SHARE", 1.0)
         if self.shared:
-            monkeypatch.setattr(normalization, "_MERGE_BYTES", 0)
+            monkeypatch.setattr(dispatch, "_MERGE_BYTES", 0)
 
     def check_plan(self, x: torch.Tensor, dy: torch.Tensor | None) -> None:
-        plan = normalization.one_pass(x, dy, per_sample=self.norm == "instance")
+        plan = dispatch.one_pass(x, dy, per_sample=self.norm == "instance")
         assert plan is not None
         _, r, _ = runtime.as_prq(x)
         last = r - (plan.chunks - 1) * plan.parts * plan.sub
@@ -191,9 +192,9 @@ def test_each_byte_moves_once(members, monkeypatch):
     """
     monkeypatch.setattr(runtime, "chip", lambda _: runtime.Chip(2, (9, 0)))
     if members == 1:
-        monkeypatch.setattr(normalization, "_PARTS", (8,))
+        monkeypatch.setattr(dispatch, "_PARTS", (8,))
     x = LAYOUTS["channels_last"](randn((1, 16, 32 if members == 1 else 40, 32), torch.bfloat16))
-    plan = normalization.one_pass(x, per_sample=True)
+    plan = dispatch.one_pass(x, per_sample=True)
     assert plan is not None
     assert (plan.members, plan.sub) == (members, 128)
     traffic, read_back = _moved(x, monkeypatch)
@@ -242,7 +243,7 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype = BF16, layout: str = "chan
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=form)
 
 
-def _check_consistent(plan: normalization.OnePass, x: torch.Tensor, per_sample: bool, chip: runtime.Chip) -> None:
+def _check_consistent(plan: dispatch.OnePass, x: torch.Tensor, per_sample: bool, chip: runtime.Chip) -> None:
     """The plan's chunks are all of x, once each, and all its programs are resident."""
     p, r, q = runtime.as_prq(x)
     samples = 1 if per_sample else x.shape[0]
@@ -269,14 +270,14 @@ def test_the_networks_shapes_go_in_one_pass(n, size, layout, monkeypatch):
     monkeypatch.setattr(runtime, "chip", lambda _: H200)
     x = _meta((n, *size), layout=layout)
     for dy, held in [(None, True), (x, True), (_meta((n, size[0], size[1] + 2, size[2] + 2)), False)]:
-        plan = normalization.one_pass(x, dy, per_sample=True, held=held)
+        plan = dispatch.one_pass(x, dy, per_sample=True, held=held)
         assert plan is not None
         _check_consistent(plan, x, True, H200)
 
 
 def test_what_cannot_go_in_one_pass(monkeypatch):
-    def plan(x: torch.Tensor, dy: torch.Tensor | None = None, **options: Any) -> normalization.OnePass | None:
-        return normalization.one_pass(x, dy, **{"per_sample": True, **options})
+    def plan(x: torch.Tensor, dy: torch.Tensor | None = None, **options: Any) -> dispatch.OnePass | None:
+        return dispatch.one_pass(x, dy, **{"per_sample": True, **options})
 
     x = _meta((4, 32, 64, 64))
     assert plan(x) is None  # the CPU
@@ -313,7 +314,7 @@ def test_any_plan_is_consistent(shape, dtype, layout, per_sample, backward, held
     x = _meta(shape, dtype, layout)
     dy = x if backward else None
     with mock.patch.object(runtime, "chip", return_value=chip):
-        plan = normalization.one_pass(x, dy, per_sample=per_sample, held=held or not backward)
+        plan = dispatch.one_pass(x, dy, per_sample=per_sample, held=held or not backward)
     if plan is not None:
         _check_consistent(plan, x, per_sample, chip)
 
@@ -323,7 +324,7 @@ def test_any_network_shape_has_a_plan_on_any_large_gpu():
     for multiprocessors in (108, 132, 148):
         chip = runtime.Chip(multiprocessors, (9, 0))
         with mock.patch.object(runtime, "chip", return_value=chip):
-            assert normalization.one_pass(_meta((1, 128, 64, 64)), per_sample=False) is not None
+            assert dispatch.one_pass(_meta((1, 128, 64, 64)), per_sample=False) is not None
 
 
 @pytest.mark.parametrize(("capability", "holds"), [((8, 0), True), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
@@ -331,7 +332,7 @@ def test_when_the_backward_holds_its_gradient(capability, holds, monkeypatch):
     """From 10.0 on never: there the kernel that holds it would spill. Nor where dy was placed or more is under way."""
     monkeypatch.setattr(runtime, "chip", lambda _: runtime.Chip(148, capability))
     x = LAYOUTS["channels_last"](randn((2, 32, 8, 8), BF16))
-    assert normalization._held_by_backward(x, x, Placement(), None) == holds
-    assert not normalization._held_by_backward(x, x, Placement(border=(1, 1, 1, 1)), None)
-    assert not normalization._held_by_backward(x, x, Placement(), x)
-    assert not normalization._held_by_backward(x, x.float(), Placement(), None)
+    assert dispatch._held_by_backward(x, x, Placement(), None) == holds
+    assert not dispatch._held_by_backward(x, x, Placement(border=(1, 1, 1, 1)), None)
+    assert not dispatch._held_by_backward(x, x, Placement(), x)
+    assert not dispatch._held_by_backward(x, x.float(), Placement(), None)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LAYOUTS, parameters, randn, same_format
-from norm_cases import OPS, check, residual_for, run
+
+from helpers.kernel_cases import DTYPES, LAYOUTS, parameters, randn, same_format
+from helpers.norm_cases import OPS, check, residual_for, run
 
 # Both fixtures, the tier and the poisoned allocations, may well last for all of a test's examples.
 cases = settings(

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DTYPES, LAYOUTS, check_bad_input, randn
 
 from fastnst_kernels import (
     network_boundary,
@@ -15,6 +14,7 @@ from fastnst_kernels import (
     picture_input,
     picture_input_reference,
 )
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, randn
 from helpers.tolerances import assert_as_exact_as_torch
 
 # Sizes and borders: vectors that fit and that do not, borders wider than the picture, more numbers than one block.

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from byte_counter import count_bytes
-from kernel_cases import DTYPES, LAYOUTS, randn
-from last_program import LastProgram
 
 from fastnst_kernels import (
     network_boundary,
@@ -12,8 +9,11 @@ from fastnst_kernels import (
     network_boundary_backward_reference,
     network_boundary_reference,
     picture_input,
-    pictures_kernels,
 )
+from fastnst_kernels.image import kernels as pictures_kernels
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import DTYPES, LAYOUTS, randn
+from helpers.last_program import LastProgram
 
 
 def in_interpreter(test):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES
 
 from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
+from helpers.kernel_cases import DTYPES
 
 # Both fixtures, the tier and the poisoned allocations, may well last for all of a test's examples.
 cases = settings(

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import LAYOUTS, check_bad_input, randn, same_format
-from norm_cases import check, place_by_torch, run
 
-from fastnst_kernels import batch_norm, instance_norm, normalization, placement
-from fastnst_kernels.placement import Placement, place, place_adjoint, place_reference
+from fastnst_kernels import batch_norm, instance_norm
+from fastnst_kernels.norm import dispatch, upsample_pad
+from fastnst_kernels.norm.upsample_pad import Placement, place, place_adjoint, place_reference
+from helpers.kernel_cases import LAYOUTS, check_bad_input, randn, same_format
+from helpers.norm_cases import check, place_by_torch, run
 
 MODES = ["reflect", "symmetric", "zeros"]
 # [[1, 2, 3], [4, 5, 6]] with a border of one.
@@ -154,7 +155,7 @@ def test_placing_and_its_adjoint(case, layout):
     assert y.shape == place_as.shape(z)
     assert torch.equal(y, place_reference(z, place_as))
     assert torch.equal(y, place_by_torch(z, place_as))
-    assert torch.equal(placement.own_places(y, place_as, size), z)
+    assert torch.equal(upsample_pad.own_places(y, place_as, size), z)
     dy = LAYOUTS[layout](randn(y.shape, torch.float64, seed=1))
     dz = place_adjoint(dy, place_as)
     assert dz.shape == z.shape
@@ -179,9 +180,9 @@ def test_a_residuals_gradient_is_never_the_results():
 def test_kernels_refuse_what_32_bits_cannot_count():
     """y counts, not x alone: 4 times the pixels. Nothing is allocated."""
     x = torch.empty((1, 1, 2**15, 2**14), device="meta")
-    normalization._check_size(x, Placement())
+    dispatch._check_size(x, Placement())
     with pytest.raises(ValueError, match=r"2147483648 elements per sample, but the kernels take less than 2147483648"):
-        normalization._check_size(x, Placement(2))
+        dispatch._check_size(x, Placement(2))
 
 
 @pytest.mark.parametrize("mode", MODES)

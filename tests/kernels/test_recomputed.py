@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DTYPES, LAYOUTS, parameters, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnst_kernels import batch_norm, instance_norm
-from fastnst_kernels.recomputed import _planes, convolution, recomputed_batch_norm, recomputed_instance_norm
+from fastnst_kernels.norm.recompute import _planes, convolution, recomputed_batch_norm, recomputed_instance_norm
+from helpers.kernel_cases import DTYPES, LAYOUTS, parameters, randn
 from helpers.tolerances import assert_as_exact_as_torch
 
 EPILOGUES: list[dict[str, Any]] = [

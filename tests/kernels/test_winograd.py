@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import randn
 from torch import Tensor
 
-from fastnst_kernels import winograd
-from fastnst_kernels.recomputed import convolution, recomputed_instance_norm
+from fastnst_kernels.cpu import winograd
+from fastnst_kernels.norm.recompute import convolution, recomputed_instance_norm
+from helpers.kernel_cases import randn
 from helpers.tolerances import FLOOR
 
 

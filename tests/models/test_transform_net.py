@@ -20,7 +20,7 @@ from fastnst.models import transform_net
 from fastnst.models.padding import reflect_pad
 from fastnst.models.published import load_lengstrom_npz
 from fastnst.models.transform_net import ARCHITECTURES, ConvLayer, TransformNet, UpLayer
-from fastnst_kernels import winograd
+from fastnst_kernels.cpu import winograd
 
 CHANNELS_LAST = torch.channels_last
 

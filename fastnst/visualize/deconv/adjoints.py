@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst_kernels.placement import Placement, place_adjoint
+from fastnst_kernels.norm.upsample_pad import Placement, place_adjoint
 
 
 def conv2d_adjoint(y: Tensor, weight: Tensor, size: tuple[int, int], *, stride: int = 1, padding: int = 0) -> Tensor:

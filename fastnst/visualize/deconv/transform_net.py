@@ -50,7 +50,7 @@ from fastnst.visualize.deconv.transform_recording import (
     mirrored_before,
     run_and_record,
 )
-from fastnst_kernels.placement import Placement, border_around, place_adjoint
+from fastnst_kernels.norm.upsample_pad import Placement, border_around, place_adjoint
 
 # What a nearest-neighbour layer's input amounts to, whichever way the device takes from it.
 _ENLARGED = Placement(2, (1, 1, 1, 1), "reflect")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnst.models.transform_net import ConvLayer, Placing, TransformNet, UpLayer
-from fastnst_kernels.placement import Placement, own_places
+from fastnst_kernels.norm.upsample_pad import Placement, own_places
 
 IMAGE = "image"
 """Whose passage is that of the image itself."""

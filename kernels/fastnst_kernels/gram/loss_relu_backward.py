@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fastnst_kernels import runtime
-from fastnst_kernels.gram import StyleMatrix, gram_product_reference
-from fastnst_kernels.gram_kernels import alignment
-from fastnst_kernels.product_kernels import product_on_triton
+from fastnst_kernels.gram.kernels import alignment
+from fastnst_kernels.gram.product import product_on_triton
+from fastnst_kernels.gram.style_loss import StyleMatrix, gram_product_reference
 from fastnst_kernels.runtime import ceil_div, jit, tl
 
 

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnst_kernels import normalization, normalization_aten, normalization_autograd, placement, runtime
-from fastnst_kernels.placement import Placement
+from fastnst_kernels import runtime
+from fastnst_kernels.norm import aten, dispatch, op, upsample_pad
+from fastnst_kernels.norm.upsample_pad import Placement
 
 
 def batch_norm_reference(
@@ -59,9 +60,9 @@ def batch_norm_reference(
     rstd = (variance + eps).rsqrt()
     z = (values - mean.view(1, -1, 1, 1)) * (rstd * weight).view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
     if residual is not None:
-        z = z + placement.inside(residual, x.shape[2:])
+        z = z + upsample_pad.inside(residual, x.shape[2:])
     y = (z.relu() if relu else z).to(x.dtype)
-    return placement.place_reference(y, Placement(*placement.parse(x, upsample, padding, padding_mode)))
+    return upsample_pad.place_reference(y, Placement(*upsample_pad.parse(x, upsample, padding, padding_mode)))
 
 
 def update_running(
@@ -105,11 +106,9 @@ def _batch_norm(
     if runtime.implementation(x) == "triton":
         residual = None if residual is None else runtime.dense(residual, like=x)
         if constants:
-            y = normalization.apply(x, weight, bias, *constants, residual, place, relu)
+            y = dispatch.apply(x, weight, bias, *constants, residual, place, relu)
             return y, *_nothing(constants[0])
-        y, mean, rstd, var = normalization.forward(
-            x, weight, bias, residual, place, per_sample=False, eps=eps, relu=relu
-        )
+        y, mean, rstd, var = dispatch.forward(x, weight, bias, residual, place, per_sample=False, eps=eps, relu=relu)
         assert var is not None
         return y, mean, rstd, var
     values = x.to(runtime.statistics_dtype(x))
@@ -117,14 +116,14 @@ def _batch_norm(
         mean, rstd = constants
         saved = _nothing(mean)
     else:
-        mean, var = normalization_aten.moments(values)
+        mean, var = aten.moments(values)
         rstd = (var + eps).rsqrt_()
         saved = (mean, rstd, var)
     weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-    residual = None if residual is None else placement.inside(residual, x.shape[2:])
+    residual = None if residual is None else upsample_pad.inside(residual, x.shape[2:])
     y = runtime.allocate_like(values)
-    normalization_aten.apply(values, weight, bias, mean, rstd, residual, relu, out=y)
-    return placement.place(y.to(x.dtype), place), *saved
+    aten.apply(values, weight, bias, mean, rstd, residual, relu, out=y)
+    return upsample_pad.place(y.to(x.dtype), place), *saved
 
 
 @_batch_norm.register_fake
@@ -177,14 +176,14 @@ def _batch_norm_backward(
     place = Placement(upsample, tuple(padding), padding_mode)
     if runtime.implementation(x) == "triton":
         residual = None if residual is None else runtime.dense(residual, like=x)
-        return normalization.backward(
+        return dispatch.backward(
             dy, x, weight, bias, mean, rstd, residual, place, relu, constant=constant, residual_border=residual_border
         )
-    g = placement.place_adjoint(dy, place)
+    g = upsample_pad.place_adjoint(dy, place)
     if relu:
         assert y is not None
-        g = torch.ops.aten.threshold_backward(g, placement.own_places(y, place, x.shape[2:]), 0)
-    d_residual = normalization_aten.residual_gradient(g, dy, residual_border)
+        g = torch.ops.aten.threshold_backward(g, upsample_pad.own_places(y, place, x.shape[2:]), 0)
+    d_residual = aten.residual_gradient(g, dy, residual_border)
     return *_backward_on_aten(g, x, weight, bias, mean, rstd, constant), d_residual
 
 
@@ -205,7 +204,7 @@ def _(
     padding_mode: str,
     residual_border: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return normalization_autograd.fake_gradients(x, weight, bias, residual_border)
+    return op.fake_gradients(x, weight, bias, residual_border)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -215,7 +214,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if constants:
         mean, rstd = constants
     ctx.mark_non_differentiable(*output[1:])
-    ctx.residual_like = None if residual is None else (residual.dtype, placement.border_around(residual, x))
+    ctx.residual_like = None if residual is None else (residual.dtype, upsample_pad.border_around(residual, x))
     on_aten = runtime.implementation(x) == "reference"
     ctx.save_for_backward(
         x, weight, bias, mean, rstd, residual if ctx.relu and not on_aten else None, y if ctx.relu and on_aten else None
@@ -224,11 +223,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     x, weight, bias, mean, rstd, residual, y = ctx.saved_tensors
-    border = normalization_autograd.residual_border(ctx, ctx.needs_input_grad[4])
+    border = op.residual_border(ctx, ctx.needs_input_grad[4])
     dx, d_weight, d_bias, d_residual = torch.ops.fastnst.batch_norm_backward(
         dy, x, weight, bias, mean, rstd, residual, y, ctx.constant, ctx.relu, *ctx.place, border
     )
-    d_residual = normalization_autograd.finish_residual_gradient(ctx, dy, d_residual, border, ctx.needs_input_grad[4])
+    d_residual = op.finish_residual_gradient(ctx, dy, d_residual, border, ctx.needs_input_grad[4])
     return dx, d_weight, d_bias, [None, None] if ctx.constant else [], d_residual, None, None, None, None, None
 
 
@@ -317,4 +316,4 @@ def check_batch_norm(
     runtime.check_residual(residual, x)
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x has shape {tuple(x.shape)}: training needs more than one value per channel")
-    return placement.parse(x, upsample, padding, padding_mode)
+    return upsample_pad.parse(x, upsample, padding, padding_mode)

@@ -18,7 +18,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from byte_counter import Traffic
+
+from helpers.byte_counter import Traffic
 
 _PREFIX = "one_pass_"
 _TIMEOUT_S = 120.0

@@ -27,7 +27,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnst_kernels import pictures_kernels, runtime
+from fastnst_kernels import runtime
+from fastnst_kernels.image import kernels as pictures_kernels
 
 
 def picture_input_reference(

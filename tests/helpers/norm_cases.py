@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import gradients, parameters, randn
 
-from fastnst_kernels import batch_norm, batch_norm_reference, instance_norm, instance_norm_reference, placement
-from fastnst_kernels.placement import Placement
+from fastnst_kernels import batch_norm, batch_norm_reference, instance_norm, instance_norm_reference
+from fastnst_kernels.norm import upsample_pad
+from fastnst_kernels.norm.upsample_pad import Placement
+from helpers.kernel_cases import gradients, parameters, randn
 from helpers.tolerances import assert_as_exact_as_torch
 
 EPS = 1e-5
@@ -31,7 +32,7 @@ def place_by_torch(z: torch.Tensor, place: Placement) -> torch.Tensor:
     if place.upsample == 2:
         z = F.interpolate(z, scale_factor=2, mode="nearest")
     if place.mode == "symmetric" and max(place.border) > 1:
-        return placement.place_reference(z, Placement(1, place.border, "symmetric"))
+        return upsample_pad.place_reference(z, Placement(1, place.border, "symmetric"))
     if not any(place.border):
         return z
     return F.pad(z, place.border, {"reflect": "reflect", "symmetric": "replicate", "zeros": "constant"}[place.mode])
@@ -48,7 +49,7 @@ def by_torch(norm: str, x, weight, bias, residual=None, *, relu=False, upsample=
         border = (residual.shape[2] - x.shape[2]) // 2
         y = y + F.pad(residual, (-border,) * 4)
     y = y.relu() if relu else y
-    return place_by_torch(y, Placement(*placement.parse(x, upsample, padding, padding_mode)))
+    return place_by_torch(y, Placement(*upsample_pad.parse(x, upsample, padding, padding_mode)))
 
 
 def residual_for(x: torch.Tensor, border: int | None) -> torch.Tensor | None:
@@ -67,7 +68,7 @@ def run(fn: Callable[..., torch.Tensor], x, residual, dtype=None, **options):
         return fn(x, weight, bias, residual=residual, **options)
 
     place = [options.get(name, default) for name, default in (("upsample", 1), ("padding", 0))]
-    place = Placement(*placement.parse(x, *place, options.get("padding_mode", "reflect")))
+    place = Placement(*upsample_pad.parse(x, *place, options.get("padding_mode", "reflect")))
     dy = randn(place.shape(x), x.dtype, x.device, seed=99)
     dy = dy.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 else dy
     return gradients(call, inputs, dy, dtype)

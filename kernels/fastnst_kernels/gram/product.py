@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnst_kernels import runtime
-from fastnst_kernels.gram_kernels import (
+from fastnst_kernels.gram.kernels import (
     MERGE_TILE,
     WAVE,
     Tile,

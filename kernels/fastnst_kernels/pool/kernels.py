@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastnst_kernels import max_pool_2x2, runtime
+from fastnst_kernels import runtime
+from fastnst_kernels.pool import kernels_2x2
 from fastnst_kernels.runtime import ceil_div, jit, power_of_two, tl
 
 _TILE = 1024  # elements of a program's output: eight per thread
@@ -116,7 +117,7 @@ def _gather_kernel(
 def pool(x: Tensor, y: Tensor, switches: Tensor, kernel_size: int, stride: int) -> None:
     """Fills `y` and `switches` `[N, C, OH, OW]` from `x [N, C, H, W]`; all are dense and in one memory format."""
     if kernel_size == stride == 2:
-        max_pool_2x2.pool(x, y, switches)
+        kernels_2x2.pool(x, y, switches)
     else:
         _launch(x, y, y, _pool_kernel, (x, y, switches), kernel_size, stride)
 
@@ -124,7 +125,7 @@ def pool(x: Tensor, y: Tensor, switches: Tensor, kernel_size: int, stride: int) 
 def unpool(y: Tensor, switches: Tensor, x: Tensor, kernel_size: int, stride: int) -> None:
     """Fills `x` with Sᵀy; shapes and formats as in `pool`."""
     if kernel_size == stride == 2:
-        max_pool_2x2.unpool(y, switches, x)
+        kernels_2x2.unpool(y, switches, x)
     else:
         _launch(x, y, x, _unpool_kernel, (y, switches, x), kernel_size, stride)
 
@@ -132,7 +133,7 @@ def unpool(y: Tensor, switches: Tensor, x: Tensor, kernel_size: int, stride: int
 def gather(x: Tensor, switches: Tensor, y: Tensor, kernel_size: int, stride: int) -> None:
     """Fills `y` with S x; shapes and formats as in `pool`."""
     if kernel_size == stride == 2:
-        max_pool_2x2.gather(x, switches, y)
+        kernels_2x2.gather(x, switches, y)
     else:
         _launch(x, y, y, _gather_kernel, (x, switches, y), kernel_size, stride)
 
@@ -147,7 +148,7 @@ def _launch(
     block_q = min(power_of_two(q), _CHANNELS)
     block_w = min(power_of_two(width), _TILE // block_q)
     grid = (p * height, ceil_div(width, block_w), ceil_div(q, block_q))
-    max_pool_2x2.check_extent(large, grid)
+    kernels_2x2.check_extent(large, grid)
     kernel[grid](
         *tensors, *large.shape[2:], q, *small.shape[2:],
         KERNEL=kernel_size, STRIDE=stride, BLOCK_W=block_w, BLOCK_Q=block_q, num_warps=4,

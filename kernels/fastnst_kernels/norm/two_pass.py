@@ -19,7 +19,7 @@ common mean costs no digits.
 
 from __future__ import annotations
 
-from fastnst_kernels.placement import load_placed_adjoint, store_placed
+from fastnst_kernels.norm.upsample_pad import load_placed_adjoint, store_placed
 from fastnst_kernels.runtime import jit, tl
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnst_kernels import runtime
-from fastnst_kernels.placement import Placement
+from fastnst_kernels.norm.upsample_pad import Placement
 
 # dx, d_weight, d_bias, d_residual
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnst_kernels.placement import Placement, place
+from fastnst_kernels.norm.upsample_pad import Placement, place
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from fastnst_kernels import disassembly
-from fastnst_kernels.recording import ARCHITECTURES, Architecture, Launch, Operand, compiling_for, record
+from fastnst_kernels.inspection import disassembly
+from fastnst_kernels.inspection.recording import ARCHITECTURES, Architecture, Launch, Operand, compiling_for, record
 from fastnst_kernels.runtime import ceil_div
 
 __all__ = [

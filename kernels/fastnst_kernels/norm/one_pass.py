@@ -21,14 +21,14 @@ Three things keep a chunk in registers without spilling:
 
 from __future__ import annotations
 
-from fastnst_kernels.normalization_kernels import (
+from fastnst_kernels.norm.two_pass import (
     load_gradient,
     merge_moments,
     merge_sums,
     residual_positions,
     rstd_of,
 )
-from fastnst_kernels.placement import store_placed
+from fastnst_kernels.norm.upsample_pad import store_placed
 from fastnst_kernels.runtime import INTERPRETING, jit, tl
 
 _COMPILED = None if tl is None else tl.constexpr(not INTERPRETING)  # without Triton nothing is launched

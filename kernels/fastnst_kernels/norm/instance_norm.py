@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnst_kernels import normalization, normalization_aten, normalization_autograd, placement, runtime
-from fastnst_kernels.placement import Placement
+from fastnst_kernels import runtime
+from fastnst_kernels.norm import aten, dispatch, op, upsample_pad
+from fastnst_kernels.norm.upsample_pad import Placement
 
 
 def instance_norm_reference(
@@ -47,9 +48,9 @@ def instance_norm_reference(
     rstd = (centred.square().mean((2, 3), keepdim=True) + eps).rsqrt()
     z = centred * rstd * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
     if residual is not None:
-        z = z + placement.inside(residual, x.shape[2:])
+        z = z + upsample_pad.inside(residual, x.shape[2:])
     y = (z.relu() if relu else z).to(x.dtype)
-    return placement.place_reference(y, Placement(*placement.parse(x, upsample, padding, padding_mode)))
+    return upsample_pad.place_reference(y, Placement(*upsample_pad.parse(x, upsample, padding, padding_mode)))
 
 
 def _forward_on_aten(
@@ -61,10 +62,10 @@ def _forward_on_aten(
     mean, rstd = runtime.allocate(x.shape[:2], values), runtime.allocate(x.shape[:2], values)
     for i in range(x.shape[0]):
         one = slice(i, i + 1)
-        mean[i], variance = normalization_aten.moments(values[one])
+        mean[i], variance = aten.moments(values[one])
         torch.rsqrt(variance + eps, out=rstd[i])
         addend = None if residual is None else residual[one]
-        normalization_aten.apply(values[one], weight, bias, mean[i], rstd[i], addend, relu, out=y[one])
+        aten.apply(values[one], weight, bias, mean[i], rstd[i], addend, relu, out=y[one])
     return y.to(x.dtype), mean, rstd
 
 
@@ -77,8 +78,8 @@ def _backward_on_aten(
     for i in range(x.shape[0]):
         one = slice(i, i + 1)
         statistics = mean[i], rstd[i]
-        sum_g[i], sum_gx[i] = normalization_aten.sums(grad[one], values[one], *statistics)
-        normalization_aten.input_gradient(grad[one], values[one], weight, *statistics, sum_g[i], sum_gx[i], out=dx[one])
+        sum_g[i], sum_gx[i] = aten.sums(grad[one], values[one], *statistics)
+        aten.input_gradient(grad[one], values[one], weight, *statistics, sum_g[i], sum_gx[i], out=dx[one])
     return dx.to(x.dtype), sum_gx.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype)
 
 
@@ -99,10 +100,10 @@ def _instance_norm(
     place = Placement(upsample, tuple(padding), padding_mode)
     if runtime.implementation(x) == "triton":
         residual = None if residual is None else runtime.dense(residual, like=x)
-        return normalization.forward(x, weight, bias, residual, place, per_sample=True, eps=eps, relu=relu)[:3]
-    residual = None if residual is None else placement.inside(residual, x.shape[2:])
+        return dispatch.forward(x, weight, bias, residual, place, per_sample=True, eps=eps, relu=relu)[:3]
+    residual = None if residual is None else upsample_pad.inside(residual, x.shape[2:])
     y, mean, rstd = _forward_on_aten(x, weight, bias, residual, eps, relu)
-    return placement.place(y, place), mean, rstd
+    return upsample_pad.place(y, place), mean, rstd
 
 
 @_instance_norm.register_fake
@@ -148,14 +149,14 @@ def _instance_norm_backward(
     place = Placement(upsample, tuple(padding), padding_mode)
     if runtime.implementation(x) == "triton":
         residual = None if residual is None else runtime.dense(residual, like=x)
-        return normalization.backward(
+        return dispatch.backward(
             dy, x, weight, bias, mean, rstd, residual, place, relu, constant=False, residual_border=residual_border
         )
-    g = placement.place_adjoint(dy, place)
+    g = upsample_pad.place_adjoint(dy, place)
     if relu:
         assert y is not None
-        g = torch.ops.aten.threshold_backward(g, placement.own_places(y, place, x.shape[2:]), 0)
-    d_residual = normalization_aten.residual_gradient(g, dy, residual_border)
+        g = torch.ops.aten.threshold_backward(g, upsample_pad.own_places(y, place, x.shape[2:]), 0)
+    d_residual = aten.residual_gradient(g, dy, residual_border)
     return *_backward_on_aten(g, x, weight, bias, mean, rstd), d_residual
 
 
@@ -175,13 +176,13 @@ def _(
     padding_mode: str,
     residual_border: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return normalization_autograd.fake_gradients(x, weight, bias, residual_border)
+    return op.fake_gradients(x, weight, bias, residual_border)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, residual, _, ctx.relu, *ctx.place = inputs
     y, mean, rstd = output
-    ctx.residual_like = None if residual is None else (residual.dtype, placement.border_around(residual, x))
+    ctx.residual_like = None if residual is None else (residual.dtype, upsample_pad.border_around(residual, x))
     on_aten = runtime.implementation(x) == "reference"
     ctx.save_for_backward(
         x, weight, bias, mean, rstd, residual if ctx.relu and not on_aten else None, y if ctx.relu and on_aten else None
@@ -190,11 +191,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, rstd, residual, y = ctx.saved_tensors
-    border = normalization_autograd.residual_border(ctx, ctx.needs_input_grad[3])
+    border = op.residual_border(ctx, ctx.needs_input_grad[3])
     dx, d_weight, d_bias, d_residual = torch.ops.fastnst.instance_norm_backward(
         dy, x, weight, bias, mean, rstd, residual, y, ctx.relu, *ctx.place, border
     )
-    d_residual = normalization_autograd.finish_residual_gradient(ctx, dy, d_residual, border, ctx.needs_input_grad[3])
+    d_residual = op.finish_residual_gradient(ctx, dy, d_residual, border, ctx.needs_input_grad[3])
     return dx, d_weight, d_bias, d_residual, None, None, None, None, None
 
 
@@ -259,4 +260,4 @@ def check_instance_norm(
     runtime.check_per_channel("weight", weight, x)
     runtime.check_per_channel("bias", bias, x)
     runtime.check_residual(residual, x)
-    return placement.parse(x, upsample, padding, padding_mode)
+    return upsample_pad.parse(x, upsample, padding, padding_mode)

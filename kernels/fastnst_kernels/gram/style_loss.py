@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fastnst_kernels import runtime
-from fastnst_kernels.gram_kernels import gram_on_triton
-from fastnst_kernels.product_kernels import product_on_triton, symmetrize_on_triton
+from fastnst_kernels.gram.kernels import gram_on_triton
+from fastnst_kernels.gram.product import product_on_triton, symmetrize_on_triton
 
 
 class StyleMatrix(NamedTuple):

@@ -28,10 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnst_kernels import normalization, normalization_aten, normalization_autograd, placement, runtime, winograd
-from fastnst_kernels.batch_norm import batch_norm, check_batch_norm, update_running
-from fastnst_kernels.instance_norm import check_instance_norm, instance_norm
-from fastnst_kernels.placement import Placement
+from fastnst_kernels import runtime
+from fastnst_kernels.cpu import winograd
+from fastnst_kernels.norm import aten, dispatch, op, upsample_pad
+from fastnst_kernels.norm.batch_norm import batch_norm, check_batch_norm, update_running
+from fastnst_kernels.norm.instance_norm import check_instance_norm, instance_norm
+from fastnst_kernels.norm.upsample_pad import Placement
 
 _Place = tuple[int, tuple[int, ...], str]
 
@@ -54,10 +56,10 @@ def _normalize(
     place = Placement(upsample, tuple(padding), padding_mode)
     if runtime.implementation(x) == "triton":
         residual = None if residual is None else runtime.dense(residual, like=x)
-        return normalization.apply(x, weight, bias, mean, rstd, residual, place, relu)
+        return dispatch.apply(x, weight, bias, mean, rstd, residual, place, relu)
     values = x.to(mean.dtype)
     weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-    residual = None if residual is None else placement.inside(residual, x.shape[2:])
+    residual = None if residual is None else upsample_pad.inside(residual, x.shape[2:])
     y = runtime.allocate_like(values)
     # A block for each set of statistics, as in the forward, whose bits are wanted.
     per_sample = mean.dim() == 2
@@ -65,8 +67,8 @@ def _normalize(
         block = slice(i, i + 1) if per_sample else slice(None)
         statistics = (mean[i], rstd[i]) if per_sample else (mean, rstd)
         addend = None if residual is None else residual[block]
-        normalization_aten.apply(values[block], weight, bias, *statistics, addend, relu, out=y[block])
-    return placement.place(y.to(x.dtype), place)
+        aten.apply(values[block], weight, bias, *statistics, addend, relu, out=y[block])
+    return upsample_pad.place(y.to(x.dtype), place)
 
 
 @_normalize.register_fake
@@ -109,7 +111,7 @@ class _Norm(torch.autograd.Function):
             y, mean, rstd, var = torch.ops.fastnst.batch_norm(x, weight, bias, [], residual, eps, relu, *place)
             update_running(*running, mean, var, x, momentum)
         ctx.relu, ctx.place = relu, place
-        ctx.residual_like = None if residual is None else (residual.dtype, placement.border_around(residual, x))
+        ctx.residual_like = None if residual is None else (residual.dtype, upsample_pad.border_around(residual, x))
         ctx.residual_node, ctx.value = residual_node, None
         ctx.save_for_backward(x, weight, bias, mean, rstd, residual if residual_node is None else None)
         return y
@@ -124,7 +126,7 @@ class _Norm(torch.autograd.Function):
         elif ctx.relu and ctx.residual_node is not None:
             residual = _value(ctx.residual_node)
         ctx.value = None
-        border = normalization_autograd.residual_border(ctx, ctx.needs_input_grad[3])
+        border = op.residual_border(ctx, ctx.needs_input_grad[3])
         arguments = (ctx.relu, *ctx.place, border)
         saved = (x, weight, bias, mean, rstd, residual if ctx.relu else None, y)
         if mean.dim() == 2:
@@ -132,9 +134,7 @@ class _Norm(torch.autograd.Function):
         else:
             gradients = torch.ops.fastnst.batch_norm_backward(dy, *saved, False, *arguments)
         dx, d_weight, d_bias, d_residual = gradients
-        d_residual = normalization_autograd.finish_residual_gradient(
-            ctx, dy, d_residual, border, ctx.needs_input_grad[3]
-        )
+        d_residual = op.finish_residual_gradient(ctx, dy, d_residual, border, ctx.needs_input_grad[3])
         return dx, d_weight, d_bias, d_residual, None, None, None, None, None, None
 
 

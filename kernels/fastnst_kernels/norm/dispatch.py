@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from fastnst_kernels import runtime
-from fastnst_kernels.normalization_autograd import Gradients
-from fastnst_kernels.normalization_kernels import (
+from fastnst_kernels.norm.one_pass import (
+    one_pass_backward_kernel,
+    one_pass_forward_kernel,
+    one_pass_placed_backward_kernel,
+)
+from fastnst_kernels.norm.op import Gradients
+from fastnst_kernels.norm.two_pass import (
     apply_kernel,
     gradient_kernel,
     merge_moments_kernel,
@@ -24,12 +29,7 @@ from fastnst_kernels.normalization_kernels import (
     parameter_gradients_kernel,
     partial_moments_kernel,
 )
-from fastnst_kernels.normalization_one_pass import (
-    one_pass_backward_kernel,
-    one_pass_forward_kernel,
-    one_pass_placed_backward_kernel,
-)
-from fastnst_kernels.placement import Placement, place, place_adjoint
+from fastnst_kernels.norm.upsample_pad import Placement, place, place_adjoint
 from fastnst_kernels.runtime import ceil_div, power_of_two
 
 # One pass: two programs of 128 threads are resident per multiprocessor, each with 255 registers a thread, of which up
