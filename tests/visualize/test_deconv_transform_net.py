@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnst.models import transform_net
 from fastnst.models.transform_net import ARCHITECTURES, LAYER_NAMES, NORMS, TransformNet
-from fastnst.visualize.deconv.neurons import Seeds
+from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from fastnst.visualize.deconv.transform_recording import TransformRecording
 from helpers.tiny_transform_nets import convolutions_of, random_images, random_values, small_net, with_activations
@@ -245,14 +245,14 @@ def test_projection_by_hand_from_the_first_layer() -> None:
     deconvnet = TransformDeconvnet(net)
     recording = deconvnet.record(random_images(1, (16, 17)), ["conv1"])
     activations = recording.activations["conv1"]
-    seeds = Seeds.at([0], [2], [(5, 7)])
+    neurons = Neurons.at([0], [2], [(5, 7)])
     around = F.conv2d(random_images(1, (16, 17)), net.conv1.weight, padding=4)[0, 2]
     gain = net.conv1.scale[2] / (around.var(correction=0) + 1e-3).sqrt()
     expected = torch.zeros(1, 3, 16, 17, dtype=torch.float64)
     # The filter, laid around the position, with the activation's value; its fourth row to the left fits in, too.
     expected[0, :, 1:10, 3:12] = net.conv1.weight[2] * gain * activations[0, 2, 5, 7]
     assert float(activations[0, 2, 5, 7]) != 0
-    torch.testing.assert_close(deconvnet.project(recording, "conv1", seeds), expected.detach())
+    torch.testing.assert_close(deconvnet.project(recording, "conv1", neurons), expected.detach())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -262,14 +262,14 @@ def test_seeds_go_down_each_for_itself(architecture: str, layer: str) -> None:
     recording = deconvnet.record(random_images(3, (17, 18)), [layer])
     activations = recording.activations[layer]
     images, maps = [2, 0, 0, 2, 1], [1, 2, 0, 1, 0]
-    strongest = Seeds.strongest(activations, images, maps)
-    for seeds in (Seeds.every_position(images, maps), strongest):
-        projections = deconvnet.project(recording, layer, seeds, batch_size=2)
+    strongest = Neurons.strongest(activations, images, maps)
+    for neurons in (Neurons.every_position(images, maps), strongest):
+        projections = deconvnet.project(recording, layer, neurons, batch_size=2)
         assert projections.shape == (5, 3, 17, 18)
         assert float(projections[0].abs().max()) > 0
         for index, (image, channel) in enumerate(zip(images, maps, strict=True)):
             alone = torch.zeros_like(activations)
-            where = slice(None) if seeds.positions is None else tuple(seeds.positions[index].tolist())
+            where = slice(None) if neurons.positions is None else tuple(neurons.positions[index].tolist())
             alone[image, channel][where] = activations[image, channel][where]
             expected = deconvnet.project_layer(with_activations(recording, layer, alone), layer)[image]
             torch.testing.assert_close(projections[index], expected, rtol=1e-9, atol=1e-12)
@@ -279,7 +279,7 @@ def test_maps_add_up_to_the_layer_where_relus_are_open() -> None:
     deconvnet = TransformDeconvnet(small_net("hwalsuklee"))
     recording = deconvnet.record(random_images(2, (16, 18)), ["res2"])
     maps = list(range(recording.activations["res2"].shape[1]))
-    projections = deconvnet.project(recording, "res2", Seeds.every_position([1] * len(maps), maps), rectify=False)
+    projections = deconvnet.project(recording, "res2", Neurons.every_position([1] * len(maps), maps), rectify=False)
     whole = deconvnet.project_layer(recording, "res2", rectify=False)[1]
     torch.testing.assert_close(projections.sum(0), whole, rtol=1e-9, atol=1e-9 * float(whole.abs().max()))
 
@@ -296,7 +296,7 @@ def test_layers_go_down_image_by_image() -> None:
 def test_no_seeds_give_no_projections() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
     recording = deconvnet.record(random_images(1, (16, 18)), ["conv1"])
-    assert deconvnet.project(recording, "conv1", Seeds.every_position([], [])).shape == (0, 3, 16, 18)
+    assert deconvnet.project(recording, "conv1", Neurons.every_position([], [])).shape == (0, 3, 16, 18)
 
 
 def test_a_silent_layer_projects_to_nothing() -> None:

@@ -12,7 +12,7 @@ from fastnst.errors import UserError
 from fastnst.images import read_image, to_tensor
 from fastnst.models.published import load_lengstrom_npz
 from fastnst.models.transform_net import LAYER_NAMES, NORMS, TransformNet
-from fastnst.visualize.deconv.neurons import Seeds
+from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from helpers.tiny_transform_nets import generator, random_images, small_net
 
@@ -40,7 +40,7 @@ def test_the_network_its_inputs_and_the_random_numbers_stay_as_they_were(norm: s
     recording = deconvnet.record(images, LAYER_NAMES)
     activations = {layer: values.clone() for layer, values in recording.activations.items()}
     for layer in LAYER_NAMES:
-        deconvnet.project(recording, layer, Seeds.strongest(recording.activations[layer], [1], [0]))
+        deconvnet.project(recording, layer, Neurons.strongest(recording.activations[layer], [1], [0]))
         deconvnet.project_layer(recording, layer)
         deconvnet.project_layer(recording, layer, renormalise=True)
     assert torch.equal(torch.get_rng_state(), random)
@@ -95,18 +95,18 @@ def test_unknown_layers_are_refused() -> None:
     with pytest.raises(UserError, match="up1 was not recorded, only conv1, res1"):
         deconvnet.project_layer(recording, "up1")
     with pytest.raises(UserError, match="did you mean 'up1'"):
-        deconvnet.project(recording, "upp1", Seeds.every_position([0], [0]))
+        deconvnet.project(recording, "upp1", Neurons.every_position([0], [0]))
 
 
 def test_seeds_out_of_range_are_refused() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
     recording = deconvnet.record(random_images(2, (16, 20)), ["conv3"])
     with pytest.raises(UserError, match="conv3 has no map 16; its maps are 0 … 15"):
-        deconvnet.project(recording, "conv3", Seeds.every_position([0], [16]))
+        deconvnet.project(recording, "conv3", Neurons.every_position([0], [16]))
     with pytest.raises(UserError, match="no image 2; its images are 0 … 1"):
-        deconvnet.project(recording, "conv3", Seeds.every_position([2], [0]))
+        deconvnet.project(recording, "conv3", Neurons.every_position([2], [0]))
     with pytest.raises(UserError, match=r"no position \(4, 0\); its rows are 0 … 3, its columns 0 … 4"):
-        deconvnet.project(recording, "conv3", Seeds.at([0], [0], [(4, 0)]))
+        deconvnet.project(recording, "conv3", Neurons.at([0], [0], [(4, 0)]))
 
 
 def test_what_is_no_image_is_refused() -> None:

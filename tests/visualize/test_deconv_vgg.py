@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastnst.models.vgg19 import LAYERS, VGG19
 from fastnst.visualize.deconv import transposed, windows
-from fastnst.visualize.deconv.neurons import Seeds
+from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet, Recording
 from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches
@@ -90,7 +90,7 @@ def test_one_convolution() -> None:
     net.conv1_1.bias.fill_(100)
     deconvnet = Deconvnet(net)
     image = _red([[0, 0, 0], [0, 2, 0], [0, 0, 0]])
-    projection = deconvnet(image, "conv1_1", [0], seed=(0, 0))[0, 0]
+    projection = deconvnet(image, "conv1_1", [0], activation=(0, 0))[0, 0]
     # The corner sees the 2 through the filter's last entry: 9·2 + 100. That value comes back, the bias does not.
     expected = torch.zeros_like(projection)
     expected[0, :2, :2] = 118 * torch.tensor([[5.0, 6.0], [8.0, 9.0]])
@@ -98,7 +98,7 @@ def test_one_convolution() -> None:
     assert torch.equal(projection, expected)
     net.conv1_1.bias.zero_()
     # All nine activations 2·(9, 8, … 1) meet the filter's entries 9, 8, … 1 again in the middle.
-    everything = deconvnet(image, "conv1_1", [0], seed="all")[0, 0]
+    everything = deconvnet(image, "conv1_1", [0], activation="all")[0, 0]
     assert everything[0, 1, 1] == 2 * sum(i * i for i in range(1, 10))
 
 
@@ -113,7 +113,7 @@ def test_convolution_pooling_convolution() -> None:
     assert recording.activations["pool1"][0, 0].tolist() == [[18, 8], [12, 16]]
     assert recording.activations["conv2_1"][0, 0, 0, 0] == 18 - 3 * 8 + 0.5 * 12 + 1
     # Its 1 becomes (1, -3; 0.5, 0) at the pool, lands where 9, 4 and 6 had been, loses the -3, and is doubled.
-    corner = Seeds.at([0], [0], [(0, 0)])
+    corner = Neurons.at([0], [0], [(0, 0)])
     for layer in ("conv2_1", "relu2_1"):
         projection = deconvnet.project(recording, layer, corner)
         assert torch.equal(projection, _red([[0] * 4, [0, 2, 0, 0], [0] * 4, [1, 0, 0, 0]]))
@@ -129,14 +129,14 @@ def test_convolution_pooling_convolution() -> None:
 
 @pytest.mark.parametrize("seed", ["all", (1, 1)])
 def test_of_equal_maxima_the_first_is_switched_to(seed: str | tuple[int, int]) -> None:
-    projection = Deconvnet(_plain("pool1"))(torch.ones(1, 3, 4, 4, dtype=torch.float64), "pool1", [0], seed=seed)
+    projection = Deconvnet(_plain("pool1"))(torch.ones(1, 3, 4, 4, dtype=torch.float64), "pool1", [0], activation=seed)
     lit = [[0, 0], [0, 2], [2, 0], [2, 2]] if seed == "all" else [[2, 2]]
     assert projection[0, 0, 0].nonzero().tolist() == lit
 
 
 def test_what_an_odd_size_leaves_out_of_the_pooling_stays_dark() -> None:
     image = _red([[float(5 * row + column) for column in range(5)] for row in range(7)])
-    projection = Deconvnet(_plain("pool1"))(image, "pool1", [0], seed="all")[0, 0, 0]
+    projection = Deconvnet(_plain("pool1"))(image, "pool1", [0], activation="all")[0, 0, 0]
     assert projection.nonzero().tolist() == [[row, column] for row in (1, 3, 5) for column in (1, 3)]
     assert torch.equal(projection, torch.where(projection != 0, image[0, 0], 0))
     assert Deconvnet(_plain("pool1"))(image, "pool1", [0])[0, 0, 0].nonzero().tolist() == [[5, 3]]
@@ -150,7 +150,7 @@ def test_values_add_where_pools_overlap() -> None:
     assert pooled[0, 0].tolist() == [[7, 5], [5, 5]]
     weight = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
     weight[0, 0, 1] = torch.tensor([0, 1, 10])
-    signal = transposed.whole(pooled, 0, 1)
+    signal = transposed.start_layer(pooled, 0, 1)
     signal = transposed.convolution(signal, weight)
     assert signal.values[0, 0].tolist() == [[7, 75], [5, 55]]
     signal = replace(signal, values=max_unpool2d_switches(signal.values, switches, (5, 5), 3, 2), size=(5, 5))
@@ -166,7 +166,7 @@ def test_preprocessing_is_undone_without_its_mean() -> None:
     net.conv1_1.weight.zero_()
     net.conv1_1.weight[0, 0, 1, 1] = 2
     image = _images(1, 3, 4, 4)
-    projection = Deconvnet(net)(image, "conv1_1", [0], seed=(1, 2))[0, 0]
+    projection = Deconvnet(net)(image, "conv1_1", [0], activation=(1, 2))[0, 0]
     # BGR in 0-255: the net's first channel is blue.
     activation = 2 * 255 * (image[0, 2, 1, 2] - 103.939 / 255) + net.conv1_1.bias
     assert projection.nonzero().tolist() == [[2, 1, 2]]
@@ -240,21 +240,21 @@ def test_all_activations_of_a_positive_net_come_back_by_its_gradient() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
         # The whole is the sum of what its maps give.
         maps = range(output.shape[1])
-        parts = deconvnet(images, layer, maps, seed="all").sum(1)
+        parts = deconvnet(images, layer, maps, activation="all").sum(1)
         torch.testing.assert_close(parts, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
 
 
 # Windows against whole maps.
 
 
-def _by_whole_maps(deconvnet: Deconvnet, recording: Recording, layer: str, seeds: Seeds) -> Tensor:
+def _by_whole_maps(deconvnet: Deconvnet, recording: Recording, layer: str, neurons: Neurons) -> Tensor:
     """Everything zero but the seed, all channels, all of the map: the definition."""
     projections = []
     activations = recording.activations[layer]
-    for index in range(len(seeds)):
-        place = [int(seeds.images[index]), int(seeds.maps[index])]
-        if seeds.positions is not None and activations.ndim == 4:
-            place += seeds.positions[index].tolist()
+    for index in range(len(neurons)):
+        place = [int(neurons.images[index]), int(neurons.maps[index])]
+        if neurons.positions is not None and activations.ndim == 4:
+            place += neurons.positions[index].tolist()
         alone = torch.zeros_like(activations)
         alone[tuple(place)] = activations[tuple(place)]
         projections.append(deconvnet.project_layer(_with(recording, layer, alone), layer)[place[0]])
@@ -278,16 +278,16 @@ def test_windows_give_what_whole_maps_give(
     recording = deconvnet.record(images, [layer])
     activations = recording.activations[layer]
     rows, columns = activations.shape[2:]
-    # Half of the seeds at borders and corners: 0 and 1 are what the strategy likes best.
+    # Half of the neurons at borders and corners: 0 and 1 are what the strategy likes best.
     positions = [(round(y * (rows - 1)), round(x * (columns - 1))) for _, y, x in places]
     chosen = [image for image, _, _ in places]
     maps = [int(activations[p, :, r, c].argmax()) for p, (r, c) in zip(chosen, positions, strict=True)]
-    seeds = Seeds.at(chosen, maps, positions)
-    expected = _by_whole_maps(deconvnet, recording, layer, seeds)
+    neurons = Neurons.at(chosen, maps, positions)
+    expected = _by_whole_maps(deconvnet, recording, layer, neurons)
     scale = 1e-12 * float(expected.abs().max())
-    projections = deconvnet.project(recording, layer, seeds, batch_size=batch_size)
+    projections = deconvnet.project(recording, layer, neurons, batch_size=batch_size)
     torch.testing.assert_close(projections, expected, rtol=0, atol=scale)
-    cropped, corners = deconvnet.project_patches(recording, layer, seeds, batch_size=batch_size)
+    cropped, corners = deconvnet.project_patches(recording, layer, neurons, batch_size=batch_size)
     side = receptive_field(layer).size
     torch.testing.assert_close(cropped, windows.cut(expected, corners, side), rtol=0, atol=scale)
     # Nothing is left out: put back, the patches are the projections.
@@ -301,12 +301,12 @@ def test_a_map_by_itself_gives_what_it_gives_among_zeros(narrow: VGG19, layer: s
     deconvnet = Deconvnet(narrow)
     recording = deconvnet.record(_images(2, 3, 47, 66), [layer])
     images, maps = [0, 1, 1], [5, 0, 3]
-    everywhere = Seeds.every_position(images, maps)
-    strongest = Seeds.strongest(recording.activations[layer], images, maps)
-    for seeds in (everywhere, strongest):
-        expected = _by_whole_maps(deconvnet, recording, layer, seeds)
+    everywhere = Neurons.every_position(images, maps)
+    strongest = Neurons.strongest(recording.activations[layer], images, maps)
+    for neurons in (everywhere, strongest):
+        expected = _by_whole_maps(deconvnet, recording, layer, neurons)
         for batch_size in (1, 2, 16):
-            actual = deconvnet.project(recording, layer, seeds, batch_size=batch_size)
+            actual = deconvnet.project(recording, layer, neurons, batch_size=batch_size)
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
         assert expected.flatten(1).any(1).sum() >= 1
 
@@ -328,12 +328,12 @@ def test_captum_agrees(layer: str) -> None:
     recording = deconvnet.record(images, [layer])
     # Of maps that are all zero there is nothing to compare.
     maps = recording.activations[layer].amax((2, 3)).topk(3).indices.flatten()
-    seeds = Seeds.strongest(recording.activations[layer], [0, 0, 0, 1, 1, 1], maps)
-    actual = deconvnet.project(recording, layer, seeds)
-    assert seeds.positions is not None
+    neurons = Neurons.strongest(recording.activations[layer], [0, 0, 0, 1, 1, 1], maps)
+    actual = deconvnet.project(recording, layer, neurons)
+    assert neurons.positions is not None
     peer = Deconvolution(nn.Sequential(*modules))
-    for index, place in enumerate(zip(seeds.maps.tolist(), *seeds.positions.T.tolist(), strict=True)):
-        image = seeds.images[index : index + 1]
+    for index, place in enumerate(zip(neurons.maps.tolist(), *neurons.positions.T.tolist(), strict=True)):
+        image = neurons.images[index : index + 1]
         # captum starts from a gradient of 1 where the deconvnet starts from the activation.
         value = recording.activations[layer][(int(image), *place)]
         assert value > 0

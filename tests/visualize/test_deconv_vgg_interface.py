@@ -15,7 +15,7 @@ from fastnst.images import read_image, to_tensor
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import load_vgg19
 from fastnst.visualize.deconv import transposed
-from fastnst.visualize.deconv.neurons import Seeds
+from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet, Recording
 
@@ -62,7 +62,7 @@ def test_many_maps_cost_one_forward_pass(net: VGG19) -> None:
     calls: list[str] = []
     hooks = [module.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, module in _layers(net)]
     try:
-        projections = Deconvnet(net)(_images(1, 3, 16, 16).double(), "relu2_1", range(40), seed="all")
+        projections = Deconvnet(net)(_images(1, 3, 16, 16).double(), "relu2_1", range(40), activation="all")
     finally:
         for hook in hooks:
             hook.remove()
@@ -82,24 +82,24 @@ def test_a_call_does_image_by_image_and_map_by_map_what_its_parts_do(net: VGG19)
     deconvnet = Deconvnet(net)
     images = _images(2, 3, 18, 23).double()
     recording = deconvnet.record(images, ["relu2_1"])
-    strongest = Seeds.strongest(recording.activations["relu2_1"], [0, 0, 0, 1, 1, 1], [7, 0, 99] * 2)
-    given: dict[Any, Seeds] = {
+    strongest = Neurons.strongest(recording.activations["relu2_1"], [0, 0, 0, 1, 1, 1], [7, 0, 99] * 2)
+    given: dict[Any, Neurons] = {
         "strongest": strongest,
-        "all": Seeds.every_position(strongest.images, strongest.maps),
-        (8, 0): Seeds.at(strongest.images, strongest.maps, [(8, 0)] * 6),
+        "all": Neurons.every_position(strongest.images, strongest.maps),
+        (8, 0): Neurons.at(strongest.images, strongest.maps, [(8, 0)] * 6),
     }
-    for seed, seeds in given.items():
-        projections = deconvnet(images, "relu2_1", [7, 0, 99], seed=seed)
+    for seed, neurons in given.items():
+        projections = deconvnet(images, "relu2_1", [7, 0, 99], activation=seed)
         assert tuple(projections.shape) == (2, 3, 3, 18, 23)
-        expected = deconvnet.project(recording, "relu2_1", seeds).reshape(projections.shape)
+        expected = deconvnet.project(recording, "relu2_1", neurons).reshape(projections.shape)
         assert torch.equal(projections, expected)
         assert projections.any()
     assert torch.equal(deconvnet(images, "relu2_1", [7, 0, 99]), deconvnet(images, "relu2_1", [7, 0, 99]))
 
 
 def test_a_patch_lies_where_it_says(net: VGG19, recording: Recording) -> None:
-    seeds = Seeds.at([0, 1, 1], [3, 4, 5], [(0, 0), (8, 10), (4, 5)])
-    cropped, corners = Deconvnet(net).project_patches(recording, "relu2_1", seeds)
+    neurons = Neurons.at([0, 1, 1], [3, 4, 5], [(0, 0), (8, 10), (4, 5)])
+    cropped, corners = Deconvnet(net).project_patches(recording, "relu2_1", neurons)
     field = receptive_field("relu2_1")
     assert tuple(cropped.shape) == (3, 3, field.size, field.size)
     assert corners.dtype == torch.int64
@@ -131,7 +131,7 @@ def test_a_seed_is_carried_in_a_window_no_larger_than_what_it_sees(net: VGG19, m
 
 
 def test_no_seeds_give_no_projections(net: VGG19, recording: Recording) -> None:
-    deconvnet, none = Deconvnet(net), Seeds.at([], [], [])
+    deconvnet, none = Deconvnet(net), Neurons.at([], [], [])
     assert tuple(deconvnet.project(recording, "relu2_1", none).shape) == (0, 3, 18, 23)
     assert tuple(deconvnet.project_patches(recording, "relu2_1", none)[0].shape) == (0, 3, 10, 10)
 
@@ -165,9 +165,9 @@ def test_net_images_recording_and_random_numbers_stay_as_they_were(net: VGG19) -
     recording = deconvnet.record(images, net.layers)
     kept = {name: tensor.clone() for name, tensor in recording.activations.items()}
     for layer in net.layers:
-        seeds = Seeds.strongest(recording.activations[layer], [0], [1])
-        results = [deconvnet.project(recording, layer, seeds), deconvnet.project_layer(recording, layer)]
-        results += deconvnet.project_patches(recording, layer, seeds)
+        neurons = Neurons.strongest(recording.activations[layer], [0], [1])
+        results = [deconvnet.project(recording, layer, neurons), deconvnet.project_layer(recording, layer)]
+        results += deconvnet.project_patches(recording, layer, neurons)
         assert not any(result.requires_grad for result in results)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in recording.activations.items())
     negative = {"relu2_1": -1 - kept["relu2_1"]}
@@ -186,7 +186,7 @@ def test_net_images_recording_and_random_numbers_stay_as_they_were(net: VGG19) -
 
 # What is refused.
 
-ONE = Seeds.at([0], [0], [(0, 0)])
+ONE = Neurons.at([0], [0], [(0, 0)])
 REFUSED: list[tuple[Callable[[Deconvnet, Recording], object], str]] = [
     (lambda d, r: d.project(r, "conv21", ONE), "no VGG19 layer is named 'conv21'; did you mean 'conv2_1'"),
     (lambda d, r: d.project_layer(r, "relux", batch_size=1), "no VGG19 layer is named 'relux'"),
@@ -195,30 +195,30 @@ REFUSED: list[tuple[Callable[[Deconvnet, Recording], object], str]] = [
     (lambda d, r: d.project(r, "conv2_2", ONE), "conv2_2 is not recorded, only relu1_2, pool1, relu2_1; ask record()"),
     (lambda d, r: d.project_layer(r, "conv1_1"), "conv1_1 is not recorded"),
     (
-        lambda d, r: d.project(r, "relu2_1", Seeds.at([0], [128], [(0, 0)])),
+        lambda d, r: d.project(r, "relu2_1", Neurons.at([0], [128], [(0, 0)])),
         "relu2_1 has no map 128; its maps are 0 … 127",
     ),
-    (lambda d, r: d.project(r, "pool1", Seeds.every_position([0], [-1])), "pool1 has no map -1; its maps are 0 … 63"),
+    (lambda d, r: d.project(r, "pool1", Neurons.every_position([0], [-1])), "pool1 has no map -1; its maps are 0 … 63"),
     (
-        lambda d, r: d.project(r, "relu2_1", Seeds.at([2], [0], [(0, 0)])),
+        lambda d, r: d.project(r, "relu2_1", Neurons.at([2], [0], [(0, 0)])),
         "there is no image 2 in the recording; its images are 0 … 1",
     ),
     (
-        lambda d, r: d.project(r, "relu2_1", Seeds.at([0, 0], [0, 1], [(8, 10), (9, 0)])),
+        lambda d, r: d.project(r, "relu2_1", Neurons.at([0, 0], [0, 1], [(8, 10), (9, 0)])),
         "relu2_1 has no position (9, 0) in this image; its rows are 0 … 8, its columns 0 … 10",
     ),
-    (lambda d, r: d.project_patches(r, "relu2_1", Seeds.at([0], [0], [(0, -1)])), "relu2_1 has no position (0, -1)"),
-    (lambda d, r: d.project_patches(r, "relu2_1", Seeds.every_position([0], [0])), "these seeds have none; use Seeds"),
+    (lambda d, r: d.project_patches(r, "relu2_1", Neurons.at([0], [0], [(0, -1)])), "relu2_1 has no position (0, -1)"),
+    (lambda d, r: d.project_patches(r, "relu2_1", Neurons.every_position([0], [0])), "these neurons have none; use Neurons"),
     (lambda d, _: d.record(torch.rand(1, 3, 1, 9), ["pool1"]), "an image of 9×1 pixels is too small for pool1"),
     (lambda d, _: d.record(torch.rand(1, 3, 9, 9), []), "no VGG19 layer is asked for"),
     (lambda d, _: d.record(torch.rand(1, 3, 9, 9), ["relu2_2"]), "layer relu2_2 lies behind conv2_2"),
     (lambda d, _: d(torch.rand(1, 3, 9, 9), "relu1_1", [64]), "relu1_1 has no map 64; its maps are 0 … 63"),
     (lambda d, _: d(torch.rand(1, 3, 9, 9), "relu11", [0]), "did you mean 'relu1_1'"),
     (
-        lambda d, _: d(torch.rand(1, 3, 9, 9).double(), "relu1_1", [0], seed="strong"),
+        lambda d, _: d(torch.rand(1, 3, 9, 9).double(), "relu1_1", [0], activation="strong"),
         "unknown seed 'strong'; choose strongest, all, or a row and column",
     ),
-    (lambda d, _: d(torch.rand(1, 3, 9, 9).double(), "relu1_1", [0], seed=(0, 9)), "no position (0, 9)"),
+    (lambda d, _: d(torch.rand(1, 3, 9, 9).double(), "relu1_1", [0], activation=(0, 9)), "no position (0, 9)"),
 ]
 
 
@@ -241,12 +241,12 @@ def test_real_weights_on_a_photo(weights: Path, content: Path) -> None:
     recording = deconvnet.record(image, ["relu3_4"])
     activations = recording.activations["relu3_4"]
     maps = activations.amax((0, 2, 3)).topk(8).indices
-    seeds = Seeds.strongest(activations, [0] * 8, maps)
-    projections = deconvnet.project(recording, "relu3_4", seeds)
+    neurons = Neurons.strongest(activations, [0] * 8, maps)
+    projections = deconvnet.project(recording, "relu3_4", neurons)
     for index in range(8):
-        assert seeds.positions is not None
+        assert neurons.positions is not None
         alone = torch.zeros_like(activations)
-        place = (0, int(maps[index]), *seeds.positions[index].tolist())
+        place = (0, int(maps[index]), *neurons.positions[index].tolist())
         alone[place] = activations[place]
         by_all = deconvnet.project_layer(replace(recording, activations={"relu3_4": alone}), "relu3_4")[0]
         scale = float(by_all.abs().max())
@@ -263,8 +263,8 @@ def test_real_weights_on_a_photo(weights: Path, content: Path) -> None:
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     net = VGG19("relu3_2", generator=torch.Generator().manual_seed(0)).double()
     images = _images(2, 3, 61, 70).double()
-    expected = {seed: Deconvnet(net)(images, "relu3_2", [1, 20], seed=seed) for seed in ("strongest", "all")}
+    expected = {seed: Deconvnet(net)(images, "relu3_2", [1, 20], activation=seed) for seed in ("strongest", "all")}
     net.cuda()
     for seed, projections in expected.items():
-        actual = Deconvnet(net)(images.cuda(), "relu3_2", [1, 20], seed=seed).cpu()
+        actual = Deconvnet(net)(images.cuda(), "relu3_2", [1, 20], activation=seed).cpu()
         torch.testing.assert_close(actual, projections, rtol=1e-9, atol=1e-10 * float(projections.abs().max()))

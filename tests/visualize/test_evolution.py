@@ -8,7 +8,7 @@ from fastnst.config import VisualizeConfig
 from fastnst.errors import UserError
 from fastnst.models.transform_net import LAYER_NAMES, TransformNet
 from fastnst.models.vgg19 import VGG19
-from fastnst.visualize.deconv.neurons import Seeds
+from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from fastnst.visualize.deconv.vgg import Deconvnet
 from fastnst.visualize.evolution import ProjectionMonitor
@@ -53,7 +53,7 @@ def test_a_look_projects_every_watched_map_of_every_image(net: TransformNet, vgg
 
     deconvnet = TransformDeconvnet(net)
     recording = deconvnet.record(images[1:], ["conv2"])
-    expected = deconvnet.project(recording, "conv2", Seeds.every_position([0], [5]), renormalise=True)
+    expected = deconvnet.project(recording, "conv2", Neurons.every_position([0], [5]), renormalise=True)
     assert torch.equal(seen["evolution/transform_net/conv2_map5/cup"], about_grey(expected, colour_scale(expected))[0])
 
 

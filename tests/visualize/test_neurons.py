@@ -1,25 +1,25 @@
-"""Seeds: how they are chosen, and what cannot be one."""
+"""Neurons: how they are chosen, and what cannot be one."""
 
 import pytest
 import torch
 
 from fastnst.errors import UserError
-from fastnst.visualize.deconv.neurons import Seeds, check_maps
+from fastnst.visualize.deconv.neurons import Neurons, check_maps
 
 
 def test_every_position_has_none() -> None:
-    seeds = Seeds.every_position([0, 0, 1], [4, 5, 6])
-    assert (seeds.images.tolist(), seeds.maps.tolist(), seeds.positions) == ([0, 0, 1], [4, 5, 6], None)
-    assert seeds.maps.dtype == seeds.images.dtype == torch.int64
-    assert len(seeds) == 3
+    neurons = Neurons.every_position([0, 0, 1], [4, 5, 6])
+    assert (neurons.images.tolist(), neurons.maps.tolist(), neurons.positions) == ([0, 0, 1], [4, 5, 6], None)
+    assert neurons.maps.dtype == neurons.images.dtype == torch.int64
+    assert len(neurons) == 3
 
 
 def test_positions_are_kept() -> None:
-    seeds = Seeds.at([1, 0], torch.tensor([2, 3], dtype=torch.int32), [(4, 5), (6, 7)])
-    assert seeds.maps.tolist() == [2, 3]
-    assert seeds.positions is not None
-    assert seeds.positions.tolist() == [[4, 5], [6, 7]]
-    assert seeds.positions.dtype == torch.int64
+    neurons = Neurons.at([1, 0], torch.tensor([2, 3], dtype=torch.int32), [(4, 5), (6, 7)])
+    assert neurons.maps.tolist() == [2, 3]
+    assert neurons.positions is not None
+    assert neurons.positions.tolist() == [[4, 5], [6, 7]]
+    assert neurons.positions.dtype == torch.int64
 
 
 def test_strongest_finds_each_maps_own_maximum() -> None:
@@ -28,47 +28,47 @@ def test_strongest_finds_each_maps_own_maximum() -> None:
     activations[1, 1, 0, 4] = 8
     activations[1, 2] = -1
     activations[1, 2, 2, 1] = -0.5
-    seeds = Seeds.strongest(activations.contiguous(memory_format=torch.channels_last), [0, 1, 1], [1, 1, 2])
-    assert seeds.positions is not None
-    assert seeds.positions.tolist() == [[3, 2], [0, 4], [2, 1]]
+    neurons = Neurons.strongest(activations.contiguous(memory_format=torch.channels_last), [0, 1, 1], [1, 1, 2])
+    assert neurons.positions is not None
+    assert neurons.positions.tolist() == [[3, 2], [0, 4], [2, 1]]
 
 
 def test_the_first_of_equal_maxima_in_row_major_order_is_the_strongest() -> None:
     activations = torch.zeros(1, 2, 3, 4)
     activations[0, 1, 2, 0] = activations[0, 1, 1, 3] = 5
-    seeds = Seeds.strongest(activations, [0, 0], [0, 1])
-    assert seeds.positions is not None
-    assert seeds.positions.tolist() == [[0, 0], [1, 3]]
+    neurons = Neurons.strongest(activations, [0, 0], [0, 1])
+    assert neurons.positions is not None
+    assert neurons.positions.tolist() == [[0, 0], [1, 3]]
 
 
 def test_a_layer_without_positions_counts_as_maps_of_one() -> None:
-    seeds = Seeds.strongest(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), [0, 1], [1, 0])
-    assert seeds.positions is not None
-    assert seeds.positions.tolist() == [[0, 0], [0, 0]]
+    neurons = Neurons.strongest(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), [0, 1], [1, 0])
+    assert neurons.positions is not None
+    assert neurons.positions.tolist() == [[0, 0], [0, 0]]
 
 
 def test_no_seeds() -> None:
-    for seeds in (Seeds.at([], [], []), Seeds.strongest(torch.rand(1, 2, 3, 4), [], [])):
-        assert len(seeds) == 0
-        assert seeds.positions is not None
-        assert tuple(seeds.positions.shape) == (0, 2)
+    for neurons in (Neurons.at([], [], []), Neurons.strongest(torch.rand(1, 2, 3, 4), [], [])):
+        assert len(neurons) == 0
+        assert neurons.positions is not None
+        assert tuple(neurons.positions.shape) == (0, 2)
 
 
 def test_a_part() -> None:
-    seeds = Seeds.at([0, 1, 2], [3, 4, 5], [(0, 1), (2, 3), (4, 5)])[1:3]
-    assert (seeds.images.tolist(), seeds.maps.tolist()) == ([1, 2], [4, 5])
-    assert seeds.positions is not None
-    assert seeds.positions.tolist() == [[2, 3], [4, 5]]
-    assert Seeds.every_position([0, 1], [2, 3])[:1].positions is None
+    neurons = Neurons.at([0, 1, 2], [3, 4, 5], [(0, 1), (2, 3), (4, 5)])[1:3]
+    assert (neurons.images.tolist(), neurons.maps.tolist()) == ([1, 2], [4, 5])
+    assert neurons.positions is not None
+    assert neurons.positions.tolist() == [[2, 3], [4, 5]]
+    assert Neurons.every_position([0, 1], [2, 3])[:1].positions is None
 
 
 def test_what_does_not_pair_up_is_refused() -> None:
     with pytest.raises(UserError, match=r"images \[2\] and maps \[1\] do not pair up"):
-        Seeds.every_position([0, 1], [2])
+        Neurons.every_position([0, 1], [2])
     with pytest.raises(UserError, match=r"positions are \[1, 2\], expected \[2, 2\]"):
-        Seeds.at([0, 1], [2, 3], [(0, 0)])
+        Neurons.at([0, 1], [2, 3], [(0, 0)])
     with pytest.raises(UserError, match=r"positions are \[2, 3\], expected \[2, 2\]"):
-        Seeds.at([0, 1], [2, 3], [(0, 0, 0), (0, 0, 0)])
+        Neurons.at([0, 1], [2, 3], [(0, 0, 0), (0, 0, 0)])
 
 
 @pytest.mark.parametrize("number", [-1, 256, 1000])

@@ -19,7 +19,7 @@ from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.errors import DataError, UserError
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import load_vgg19
-from fastnst.visualize.attribution.folder_batches import squares
+from fastnst.visualize.attribution.folder_batches import center_crops
 from fastnst.visualize.attribution.top_activations import (
     RunningTop,
     TopActivations,
@@ -196,7 +196,7 @@ def test_equals_a_search_through_all_activations(
     images = prepared(manifest, SIZE)
     if loader == "dali":
         # Its pixels may differ from Pillow's by 1 of 255, and two activations that are nearly equal change places.
-        (passed,) = squares(manifest, SIZE, batch_size=12, loader=loader, device=CPU, workers=1)
+        (passed,) = center_crops(manifest, SIZE, batch_size=12, loader=loader, device=CPU, workers=1)
         by_dali = passed[1][passed[0].argsort()].permute(0, 3, 1, 2).double() / 255
         torch.testing.assert_close(by_dali, images, rtol=0, atol=1.01 / 255)
         images = by_dali
@@ -211,7 +211,7 @@ def test_equals_a_search_through_all_activations(
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12, 50])
 def test_a_pass_holds_every_image_once(manifest: Manifest, batch_size: int) -> None:
-    passed = list(squares(manifest, SIZE, batch_size=batch_size, loader="pillow", device=CPU, workers=1))
+    passed = list(center_crops(manifest, SIZE, batch_size=batch_size, loader="pillow", device=CPU, workers=1))
     assert [len(batch) for _, batch in passed] == [len(indices) for indices, _ in passed]
     indices, batches = (torch.cat(parts) for parts in zip(*passed, strict=True))
     assert sorted(indices.tolist()) == list(range(12))
@@ -242,7 +242,7 @@ def test_each_projection_and_patch_is_that_of_its_image_map_and_position(
             patch = torch.nn.functional.pad(image, frame, value=0.5)[window].float()
             torch.testing.assert_close(patches[row, place], patch, atol=1e-6 if loader == "pillow" else 0.004, rtol=0)
             if loader == "pillow":
-                whole = deconvnet(image, LAYER, [number], seed=(at[0], at[1]))[:, 0]
+                whole = deconvnet(image, LAYER, [number], activation=(at[0], at[1]))[:, 0]
                 projection = torch.nn.functional.pad(whole, frame)[window].float()
                 torch.testing.assert_close(projections[row, place], projection, rtol=1e-5, atol=1e-6)
 

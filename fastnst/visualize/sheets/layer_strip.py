@@ -1,6 +1,6 @@
-"""Strips: one image on its way through a network, each layer projected back to pixels (the paper, Figures 2 and 3).
+"""Strips: an image on its way through a network, each layer projected back to pixels (the paper, Figures 2 and 3).
 
-Layers differ in size by orders of magnitude, so each tile has a scale of its own about zero = grey, stated above it.
+Layers differ in magnitude by orders, so each tile has its own scale about zero = grey, printed above it.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from torch import Tensor
 from fastnst.visualize.sheets.render import about_grey, colour_scale, number, strip
 
 
-def layer_strip(photo: Tensor, projections: Mapping[str, Tensor], painting: Tensor | None = None) -> np.ndarray:
-    """The photo, the projections with their layers' names on top, and the painting.
+def layer_strip(photo: Tensor, projections: Mapping[str, Tensor], output: Tensor | None = None) -> np.ndarray:
+    """Draw the photo, the projections below their layer names, and the stylized image.
 
     Args:
         photo: RGB in [0, 1], `[1, 3, H, W]`.
-        projections: layer → `[1, 3, H, W]`, in the order in which they are shown.
-        painting: as the photo; None where the network makes none.
+        projections: layer → `[1, 3, H, W]`, in display order.
+        output: the stylized image, like `photo`; None where the network makes none.
 
     Returns:
         uint8 `[H', W', 3]`.
@@ -25,6 +25,6 @@ def layer_strip(photo: Tensor, projections: Mapping[str, Tensor], painting: Tens
     scales = {layer: colour_scale(projection) for layer, projection in projections.items()}
     images = [photo, *(about_grey(projection, scales[layer]) for layer, projection in projections.items())]
     captions = ["photo", *(f"{layer} ±{number(scale)}" for layer, scale in scales.items())]
-    if painting is not None:
-        images, captions = [*images, painting], [*captions, "painting"]
+    if output is not None:
+        images, captions = [*images, output], [*captions, "painting"]
     return strip(images, captions, note="Grey is 0; black and white are the values above each layer.")
