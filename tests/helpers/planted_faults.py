@@ -174,8 +174,8 @@ LOGGED = (
     Fault(
         "purge step dropped",
         SUMMARIES,
-        "self._writer = _summary_writer(run, purge_step=purge_step, flush_secs=30)",
-        "self._writer = _summary_writer(run, flush_secs=30)",
+        "self._events = EventFile(run, purge_step=purge_step)",
+        "self._events = EventFile(run)",
         "tests/run_log/test_writer.py::test_a_resumed_log_has_each_step_once",
         "TensorBoard draws the steps between checkpoint and interruption twice",
     ),

@@ -26,5 +26,5 @@ def layer_strip(photo: Tensor, projections: Mapping[str, Tensor], output: Tensor
     images = [photo, *(about_grey(projection, scales[layer]) for layer, projection in projections.items())]
     captions = ["photo", *(f"{layer} ±{number(scale)}" for layer, scale in scales.items())]
     if output is not None:
-        images, captions = [*images, output], [*captions, "painting"]
+        images, captions = [*images, output], [*captions, "output"]
     return strip(images, captions, note="Grey is 0; black and white are the values above each layer.")
