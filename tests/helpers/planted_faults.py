@@ -174,9 +174,9 @@ LOGGED = (
     Fault(
         "purge step dropped",
         SUMMARIES,
-        "self._writer = _summary_writer(run, purge_step=purge_step, flush_secs=30)",
-        "self._writer = _summary_writer(run, flush_secs=30)",
-        "tests/run_log/test_writer.py::test_a_resumed_log_has_each_step_once",
+        "self._events = EventFile(run, purge_step=purge_step)",
+        "self._events = EventFile(run)",
+        "tests/run_log/test_writer.py::test_run_log_resumed_has_each_step_once",
         "TensorBoard draws the steps between checkpoint and interruption twice",
     ),
     Fault(
@@ -184,7 +184,7 @@ LOGGED = (
         SUMMARIES,
         "purge_step = start_step + 1 if start_step else 0",
         "purge_step = start_step",
-        "tests/run_log/test_writer.py::test_a_resumed_log_has_each_step_once",
+        "tests/run_log/test_writer.py::test_run_log_resumed_has_each_step_once",
         "TensorBoard loses the point of the checkpoint's own step",
     ),
     Fault(
@@ -192,7 +192,7 @@ LOGGED = (
         SUMMARIES,
         ' if row["step"] <= step]',
         "]",
-        "tests/run_log/test_writer.py::test_a_resumed_log_has_each_step_once",
+        "tests/run_log/test_writer.py::test_run_log_resumed_has_each_step_once",
         "metrics.jsonl has some steps twice",
     ),
     Fault(
@@ -200,7 +200,7 @@ LOGGED = (
         SUMMARIES,
         'if row["step"] <= step]',
         'if row["step"] < step]',
-        "tests/run_log/test_writer.py::test_a_resumed_log_has_each_step_once",
+        "tests/run_log/test_writer.py::test_run_log_resumed_has_each_step_once",
         "metrics.jsonl lacks a step after each interruption",
     ),
     Fault(
@@ -216,7 +216,7 @@ LOGGED = (
         SUMMARIES,
         "                sync_file(path)\n",
         "                pass\n",
-        "tests/run_log/test_writer.py::test_a_flushed_log_is_on_the_disk",
+        "tests/run_log/test_writer.py::test_run_log_flush_is_durable",
         "after a power cut the checkpoint knows of steps that the log lacks",
     ),
     Fault(
@@ -232,7 +232,7 @@ LOGGED = (
         SUMMARIES,
         "value if math.isfinite(value) else None",
         "value",
-        "tests/run_log/test_writer.py::test_what_json_cannot_hold_is_null",
+        "tests/run_log/test_writer.py::test_metrics_writes_null_for_nan_and_inf",
         "no other program can read metrics.jsonl",
     ),
     Fault(

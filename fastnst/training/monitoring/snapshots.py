@@ -125,7 +125,7 @@ class SampleLogger:
 
     def _project(self, log: RunLog, step: int, evolution: ProjectionMonitor) -> None:
         with self._allowance:
-            for tag, image in evolution.look():
+            for tag, image in evolution.projections():
                 log.image(step, tag, image)
 
 
