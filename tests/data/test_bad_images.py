@@ -108,7 +108,7 @@ def test_a_folder_of_which_so_much_is_odd(
 ) -> None:
     folder, found = zoo
     place_good(folder, generated_photos, len(found) * (100 - percent) // percent)
-    manifest = build_manifest(folder, workers=2, flat=False)
+    manifest = build_manifest(folder, workers=2, allow_uniform=False)
     check_verdicts(manifest, found, tmp_path / "run")
     check_loaders_agree(manifest)
 
@@ -117,7 +117,7 @@ def test_a_folder_of_which_one_percent_is_odd(generated_photos: Path, tmp_path: 
     chosen = specimens()[::9]
     place_zoo(tmp_path, chosen)
     place_good(tmp_path, generated_photos, len(chosen) * 99)
-    manifest = build_manifest(tmp_path, workers=2, flat=False)
+    manifest = build_manifest(tmp_path, workers=2, allow_uniform=False)
     check_verdicts(manifest, chosen, tmp_path / "run")
     check_loaders_agree(manifest)
 
@@ -129,7 +129,7 @@ def test_the_whole_zoo_as_one_percent_of_a_folder(
     """`pytest -m campaign tests/data/test_bad_images.py`: some 15,000 images, a minute or two."""
     folder, found = zoo
     place_good(folder, generated_photos, len(found) * 99)
-    manifest = build_manifest(folder, workers=2, flat=False)
+    manifest = build_manifest(folder, workers=2, allow_uniform=False)
     check_verdicts(manifest, found, tmp_path / "run")
     check_loaders_agree(manifest)
 
@@ -140,7 +140,7 @@ def test_what_random_bytes_do_to_the_check_the_loaders_see_too(tmp_path: Path) -
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         place_zoo(tmp_path / name, doubtful)
-    first, second = (build_manifest(tmp_path / name, cache=False, flat=False) for name in ("a", "b"))
+    first, second = (build_manifest(tmp_path / name, cache=False, allow_uniform=False) for name in ("a", "b"))
     assert [entry.path for entry in first.images] == [entry.path for entry in second.images]
     assert first.rejected == second.rejected
     assert first.images
@@ -157,7 +157,7 @@ from fastnst.data.manifest import build_manifest
 from fastnst.data.sampler import Sampler
 
 if __name__ == "__main__":
-    manifest = build_manifest(Path(sys.argv[1]), workers=2, flat=False, cache=False)
+    manifest = build_manifest(Path(sys.argv[1]), workers=2, allow_uniform=False, cache=False)
     order = Sampler(1, len(manifest.images), 16, -(-len(manifest.images) // 16))
     for loader in ("pillow", "dali"):
         config = DataConfig(loader=loader, image_size=64, workers=2)

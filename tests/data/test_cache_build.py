@@ -18,12 +18,12 @@ from fastnst import storage
 from fastnst.config import DataConfig
 from fastnst.data.cache import build as cache_build
 from fastnst.data.cache import format as cache_format
-from fastnst.data.cache.build import Built, build_cache
+from fastnst.data.cache.build import BuildResult, build_cache
 from fastnst.data.cache.format import (
     Cache,
     CachedManifest,
     as_manifest,
-    in_shards,
+    group_by_shard,
     is_cache,
     layout,
     manifest_bytes,
@@ -34,7 +34,7 @@ from fastnst.data.cache.verify import open_cache
 from fastnst.data.crop import crop_box, read_crop, resize_crop
 from fastnst.data.loaders import open_loader
 from fastnst.data.loaders.cache import Shards, read_pixels
-from fastnst.data.manifest import Entry, Manifest, build_manifest
+from fastnst.data.manifest import ImageEntry, Manifest, build_manifest
 from fastnst.data.replacements import ImageReplacer
 from fastnst.data.sampler import Fit, Sampler
 from fastnst.errors import DataError, UserError
@@ -70,8 +70,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def build(folder: Path | Manifest, out: Path, size: int = 64, fit: Fit = "random_crop", **options: Any) -> Built:
-    manifest = folder if isinstance(folder, Manifest) else build_manifest(folder, flat=False)
+def build(folder: Path | Manifest, out: Path, size: int = 64, fit: Fit = "random_crop", **options: Any) -> BuildResult:
+    manifest = folder if isinstance(folder, Manifest) else build_manifest(folder, allow_uniform=False)
     return build_cache(manifest, out, size=size, fit=fit, **options)
 
 
@@ -173,10 +173,10 @@ def test_a_stored_image_holds_every_crop(
     fit=st.sampled_from(["random_crop", "center_crop", "squash"]),
 )
 def test_images_lie_one_behind_the_other(sides: list[tuple[int, int]], size: int, fit: Fit) -> None:
-    entries = [Entry(f"{i:03d}.jpg", 1, w, h, "JPEG", True, 1) for i, (w, h) in enumerate(sides)]
+    entries = [ImageEntry(f"{i:03d}.jpg", 1, w, h, "JPEG", True, 1) for i, (w, h) in enumerate(sides)]
     entries = [entry for entry in entries if max(entry.width, entry.height) <= 32 * min(entry.width, entry.height)]
     images = layout(entries, fit, size)
-    groups = in_shards(images)
+    groups = group_by_shard(images)
     assert [stored.entry for group in groups for stored in group] == entries
     for number, group in enumerate(groups):
         end = 0
@@ -219,7 +219,7 @@ def test_a_finished_cache_is_verified_and_left_alone(
     decoded.clear()
     again = build(generated_photos, tmp_path)
     assert not decoded
-    assert again == Built(first.cache, len(first.cache.shards))
+    assert again == BuildResult(first.cache, len(first.cache.shards))
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -238,7 +238,7 @@ def test_only_what_is_damaged_is_made_again_and_only_on_request(
     built = build(generated_photos, tmp_path, rebuild=True, notify=told.append)
     damaged = {stored.entry.path for stored in cache.images if stored.shard in (1, 3)}
     assert set(decoded) == damaged
-    assert built == Built(cache, len(cache.shards) - 2)
+    assert built == BuildResult(cache, len(cache.shards) - 2)
     assert contents(tmp_path) == whole
     assert sum("is made again" in text for text in told) == 2
 
@@ -413,14 +413,14 @@ def test_images_to_look_at(generated_photos: Path, tmp_path: Path) -> None:
         assert (height, width) == stored_shape(entry.width, entry.height, "random_crop", 64)
         assert read_pixels(folder, entry).shape[:2] == (entry.height, entry.width)
     with pytest.raises(DataError, match="not in the cache"):
-        read_pixels(cache, Entry("other.jpg", 1, 20, 20, "JPEG", True, 1))
+        read_pixels(cache, ImageEntry("other.jpg", 1, 20, 20, "JPEG", True, 1))
 
 
 def test_a_image_that_only_the_folder_had_is_replaced(generated_photos: Path, tmp_path: Path) -> None:
     """A run goes on from its folder to a cache that was made after an image had gone."""
     folder = build_manifest(generated_photos)
     cache = as_manifest(build(generated_photos, tmp_path).cache)
-    gone = Entry("image_04a.png", 1, 50, 60, "PNG", True, -1)
+    gone = ImageEntry("image_04a.png", 1, 50, 60, "PNG", True, -1)
     images = [*cache.images[:5], gone, *cache.images[5:]]
     manifest = CachedManifest(cache.folder, images, [], "", cache=cache.cache)
     order = Sampler(0, 13, 4, 7)

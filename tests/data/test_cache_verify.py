@@ -237,7 +237,7 @@ def test_a_manifest_of_another_kind_of_file(cache: Cache, monkeypatch: pytest.Mo
     edit(cache, put(2, "format"))
     with pytest.raises(DataError, match=r"has format 2, this fastnst reads 1; use a newer fastnst"):
         use(cache)
-    monkeypatch.setattr(cache_format, "LARGEST_MANIFEST", 100)
+    monkeypatch.setattr(cache_format, "MAX_MANIFEST_BYTES", 100)
     with pytest.raises(DataError, match="above 100"):
         use(cache)
     path.unlink()

@@ -90,7 +90,7 @@ def test_loaders_agree_on_awkward_files_and_generated_ones(
     make_odd_images(tmp_path)
     manifest = build_manifest(tmp_path)
     assert len(manifest.images) > 60
-    assert {entry.plain for entry in manifest.images} == {True, False}
+    assert {entry.dali_safe for entry in manifest.images} == {True, False}
     assert_loaders_agree(manifest, one_epoch(manifest), 64)
 
 
@@ -152,7 +152,7 @@ def test_only_what_decoders_agree_on_is_plain(tmp_path: Path) -> None:
         "alpha.png",
         "lossless.webp",
     ):
-        assert entries[name].plain, name
+        assert entries[name].dali_safe, name
     for name in (
         "rgb.jpg",
         "cmyk.jpg",
@@ -163,12 +163,12 @@ def test_only_what_decoders_agree_on_is_plain(tmp_path: Path) -> None:
         "turned.webp",
         "xmp.jpg",
     ):
-        assert not entries[name].plain, name
+        assert not entries[name].dali_safe, name
     for value in range(1, 9):
         # Byte orders M and I; SHORT (3) is beyond doubt, LONG (4) is not.
         for byte_order in (ord("<"), ord(">")):
-            assert entries[f"tag{byte_order}_{value}_3.jpg"].plain
-            assert not entries[f"tag{byte_order}_{value}_4.jpg"].plain
+            assert entries[f"tag{byte_order}_{value}_3.jpg"].dali_safe
+            assert not entries[f"tag{byte_order}_{value}_4.jpg"].dali_safe
     for name in ("tag62_6_3.jpg", "tag62_6_4.jpg", "turned.png", "turned.webp", "xmp.jpg"):
         assert (entries[name].width, entries[name].height) == (60, 90), name
 
@@ -310,7 +310,7 @@ def test_what_only_dali_refuses_is_decoded_by_pillow(photo_folder: Path, caplog:
     with_junk = jpeg[:end_of_first_segment] + bytes(40) + jpeg[end_of_first_segment:]
     (photo_folder / "image_00.jpg").write_bytes(with_junk)
     manifest = build_manifest(photo_folder)
-    assert [entry.plain for entry in manifest.images].count(False) == 1
+    assert [entry.dali_safe for entry in manifest.images].count(False) == 1
     order = Sampler(0, 12, 4, 9)
     expected = load("dali", manifest, order)
     mistaken = replace(manifest, images=[replace(entry, plain=True) for entry in manifest.images])

@@ -32,13 +32,13 @@ REFUSED_AWKWARD = {
 def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of the files that are decoded, as opposed to remembered."""
     seen: list[str] = []
-    examine = manifest_module.examine
+    check_image = manifest_module.check_image
 
     def watched(path: str, data: bytes, **rules: Any) -> manifest_module.Entry:
         seen.append(path)
-        return examine(path, data, **rules)
+        return check_image(path, data, **rules)
 
-    monkeypatch.setattr(manifest_module, "examine", watched)
+    monkeypatch.setattr(manifest_module, "check_image", watched)
     return seen
 
 
@@ -64,9 +64,9 @@ def test_every_image_is_found_and_described(photo_folder: Path) -> None:
     assert paths(manifest) == sorted(paths(manifest))
     assert len(manifest.images) == 13
     assert not manifest.rejected
-    assert manifest.passed_over == 2
+    assert manifest.ignored == 2
     last = manifest.images[-1]
-    assert (last.path, last.width, last.height, last.format, last.plain) == ("z/deep/last.PNG", 40, 50, "PNG", True)
+    assert (last.path, last.width, last.height, last.format, last.dali_safe) == ("z/deep/last.PNG", 40, 50, "PNG", True)
     assert last.size == (photo_folder / "z/deep/last.PNG").stat().st_size
     assert {entry.format for entry in manifest.images} == {"JPEG", "PNG", "WEBP"}
 
@@ -101,7 +101,7 @@ def test_photos_are_plain(photos: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).symlink_to(file)
     manifest = build_manifest(tmp_path)
     assert len(manifest.images) == 32
-    assert all(entry.plain for entry in manifest.images)
+    assert all(entry.dali_safe for entry in manifest.images)
 
 
 def test_remembered_until_size_or_time_changes(photo_folder: Path, checked_files: list[str]) -> None:
@@ -324,7 +324,7 @@ def test_images_of_one_colour_are_refused_for_training_only(photo_folder: Path) 
     invisible.save(photo_folder / "flat_alpha.png")
     for name, mode in (("flat.jpg", "RGB"), ("flat.png", "L"), ("flat_bits.png", "1"), ("flat_palette.png", "P")):
         Image.new(mode, (40, 50), 0).save(photo_folder / name)
-    found = reasons(build_manifest(photo_folder, flat=False))
+    found = reasons(build_manifest(photo_folder, allow_uniform=False))
     assert set(found) == {"flat.jpg", "flat.png", "flat_bits.png", "flat_palette.png", "flat_alpha.png"}
     assert all("one colour" in reason for reason in found.values())
     assert not build_manifest(photo_folder).rejected

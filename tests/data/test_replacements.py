@@ -14,7 +14,7 @@ from fastnst.config import DataConfig
 from fastnst.data.crop import crop_box, resize_crop
 from fastnst.data.loaders import Loader, open_loader, pillow
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.replacements import ImageReplacer, ReadFailure, most_failures
+from fastnst.data.replacements import ImageReplacer, ReadFailure, max_failures
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.images import read_image
@@ -263,7 +263,7 @@ def test_known_failures_hold_from_their_step_on(photo_folder: Path, originals: d
     ],
 )
 def test_how_many_may_fail(images: int, percent: float, allowed: int) -> None:
-    assert most_failures(images, percent) == allowed
+    assert max_failures(images, percent) == allowed
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -353,13 +353,13 @@ def test_workers_that_are_killed_again_and_again_end_training(
     loader: Any = run.batches
     batches = [next(loader)]
     with run.batches:
-        for _ in range(pillow.MOST_DEATHS):
+        for _ in range(pillow.MAX_WORKER_CRASHES):
             kill_workers(loader)
             batches.append(next(loader))
         kill_workers(loader)
         with pytest.raises(DataError, match=r"ended unexpectedly 4 times.*data\.workers below 1"):
             next(loader)
-    assert len(caplog.messages) == pillow.MOST_DEATHS
+    assert len(caplog.messages) == pillow.MAX_WORKER_CRASHES
     assert not run.failures
     for step, batch in enumerate(batches):
         assert torch.equal(batch, expected_batch(manifest, run.order, step, {}, originals))

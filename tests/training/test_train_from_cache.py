@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def cache(few_photos: Path, tmp_path: Path) -> Path:
     """Of 16 px, as `small_config` trains with."""
     return build_cache(
-        build_manifest(few_photos, flat=False), tmp_path / "cache", size=16, fit="random_crop"
+        build_manifest(few_photos, allow_uniform=False), tmp_path / "cache", size=16, fit="random_crop"
     ).cache.folder
 
 

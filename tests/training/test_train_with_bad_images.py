@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from fastnst.config import Config
 from fastnst.data.loaders import open_loader
-from fastnst.data.manifest import Entry, build_manifest
-from fastnst.data.replacements import ReadFailure, append_row, late_row, read_failures, with_failed
+from fastnst.data.manifest import ImageEntry, build_manifest
+from fastnst.data.replacements import ReadFailure, append_row, failure_row, read_failures, with_failed
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.training import trainer
@@ -264,15 +264,15 @@ def test_only_the_first_of_many_are_told_one_by_one(scene: Scene, monkeypatch: p
     assert len(scene.rows("run")) == 5
 
 
-ENTRY = Entry("a b/caf\udce9 %2F.jpg", 1234, 640, 480, "JPEG", True, 99)
+ENTRY = ImageEntry("a b/caf\udce9 %2F.jpg", 1234, 640, 480, "JPEG", True, 99)
 
 
 def test_a_row_brings_back_the_image_that_was_accepted(tmp_path: Path) -> None:
     file = tmp_path / REJECTED_NAME
     append_row(file, '{"path": "x.gif", "reason": "it is a GIF; convert it"}\n')
-    append_row(file, late_row(ReadFailure(ENTRY, "it went; restore it", 7)))
-    append_row(file, late_row(ReadFailure(ENTRY, "it went again; restore it", 5)))
-    append_row(file, late_row(ReadFailure(ENTRY, "and again; restore it", 9)))
+    append_row(file, failure_row(ReadFailure(ENTRY, "it went; restore it", 7)))
+    append_row(file, failure_row(ReadFailure(ENTRY, "it went again; restore it", 5)))
+    append_row(file, failure_row(ReadFailure(ENTRY, "and again; restore it", 9)))
     (found,) = read_failures(file)
     assert (found.reason, found.step) == ("it went again; restore it", 5)
     assert [getattr(found.entry, key) for key in ("path", "size", "width", "height", "format", "plain")] == [
@@ -310,7 +310,7 @@ def _changed(**values: Any) -> Callable[[dict[str, Any]], object]:
     ],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, damage: Callable[[dict[str, Any]], object]) -> None:
-    row = json.loads(late_row(ReadFailure(ENTRY, "it went; restore it", 7)))
+    row = json.loads(failure_row(ReadFailure(ENTRY, "it went; restore it", 7)))
     damage(row)
     (tmp_path / REJECTED_NAME).write_text('{"path": "a", "reason": "b"}\n' + json.dumps(row) + "\n")
     with pytest.raises(DataError, match=r"line 2 of .*rejected\.jsonl is damaged; remove that line"):
