@@ -25,7 +25,7 @@ def data() -> None:
 @_folder
 @_json
 def check(folder: Path, as_json: bool) -> None:
-    """Check every image of FOLDER as training does, and list the rejected ones. Of a cache, verify every byte."""
+    """Check every image of FOLDER as training does, and list rejected ones. Of a cache, verify all bytes."""
     from fastnst.data.cache.format import is_cache
 
     if is_cache(folder):
@@ -59,7 +59,7 @@ def check(folder: Path, as_json: bool) -> None:
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode; default: one for each core.")
 @_json
 def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Decode and resize the images of FOLDER once; `fastnst train --data CACHE` reads them at memory speed.
+    """Decode and resize the images of FOLDER once, for `fastnst train --data CACHE` to read fast.
 
     After an interruption, the same command continues.
     """
