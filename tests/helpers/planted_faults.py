@@ -106,7 +106,7 @@ RESUMED = (
         ORDER,
         "first = step * self.batch_size + rank * size",
         "first = step * self.batch_size",
-        "tests/data/test_sampler.py::test_ranks_share_the_batch_of_one_process",
+        "tests/data/test_sampler.py::test_sampler_ranks_split_the_batch_of_one_process",
         "several processes train on the same images",
     ),
     Fault(
@@ -547,7 +547,7 @@ IMAGES = (
         MANIFEST,
         "    check_integrity(data, image)\n",
         "",
-        "tests/data/test_manifest.py::test_png_damage_that_pillow_overlooks",
+        "tests/data/test_manifest.py::test_build_manifest_finds_png_damage_that_pillow_ignores",
         "the loaders differ on damaged images",
     ),
     Fault(
@@ -555,7 +555,7 @@ IMAGES = (
         MANIFEST,
         "(earlier.size, earlier.mtime) == (size, mtime)",
         "earlier.size == size",
-        "tests/data/test_manifest.py::test_remembered_until_size_or_time_changes",
+        "tests/data/test_manifest.py::test_build_manifest_rechecks_files_with_another_size_or_mtime",
         "an image that was exchanged is trusted unseen",
     ),
     Fault(
