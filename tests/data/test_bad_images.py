@@ -106,8 +106,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.campaign
 def test_build_manifest_and_loaders_bound_their_memory(bad_images: tuple[Path, list[Specimen]], tmp_path: Path) -> None:
-    """Check and both loaders, all of their processes together."""
+    """All processes of the check and of both loaders; `tests/security` watches the check alone on each change."""
     folder, _ = bad_images
     (tmp_path / "script.py").write_text(SCRIPT)
     process = subprocess.Popen(

@@ -34,7 +34,7 @@ def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     check_image = manifest_module.check_image
 
-    def watched(path: str, data: bytes, **rules: Any) -> manifest_module.Entry:
+    def watched(path: str, data: bytes, **rules: Any) -> manifest_module.ImageEntry:
         seen.append(path)
         return check_image(path, data, **rules)
 

@@ -571,7 +571,7 @@ IMAGES = (
         IMAGES,
         "if Image.MAX_IMAGE_PIXELS is not None and pixels_of_image > Image.MAX_IMAGE_PIXELS:",
         "if False:",
-        "tests/test_images.py::test_what_is_refused_names_file_reason_and_remedy[large.png]",
+        "tests/test_images.py::test_read_image_error_names_file_reason_and_remedy[large.png]",
         "images of up to 179 million pixels are decoded",
     ),
     Fault(
@@ -579,7 +579,7 @@ IMAGES = (
         IMAGES,
         "MAX_FILE_BYTES = 1 << 30\n",
         "MAX_FILE_BYTES = 1 << 30\nImage.MAX_IMAGE_PIXELS = None\n",
-        "tests/test_images.py::test_pillows_limit_on_pixels_stays_on",
+        "tests/test_images.py::test_pillow_pixel_limit_stays_on",
         "50 kB fill the memory",
     ),
     Fault(
