@@ -141,7 +141,7 @@ def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
             manifest: Manifest = open_cache(folder, size=config.data.image_size, fit=config.data.fit, progress=progress)
     else:
         with counted("check images", "images") as progress:
-            manifest = build_manifest(folder, progress=progress, flat=False)
+            manifest = build_manifest(folder, progress=progress, allow_uniform=False)
     if manifest.rejected:
         first = manifest.rejected[0]
         notify(

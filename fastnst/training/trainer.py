@@ -313,7 +313,7 @@ class _Run:
             device=self.device,
             start_step=done,
             rank=self.group.dist_env.rank,
-            replacements=self.failures.replacements,
+            replacer=self.failures.replacements,
         )
 
     def _batches(self, loader: Loader, done: int) -> SyncedBatches:

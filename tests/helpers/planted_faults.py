@@ -106,7 +106,7 @@ RESUMED = (
         ORDER,
         "first = step * self.batch_size + rank * size",
         "first = step * self.batch_size",
-        "tests/data/test_sampler.py::test_ranks_share_the_batch_of_one_process",
+        "tests/data/test_sampler.py::test_sampler_ranks_split_the_batch_of_one_process",
         "several processes train on the same images",
     ),
     Fault(
@@ -457,9 +457,9 @@ IMAGES = (
     Fault(
         "failed image not noted",
         REJECTED,
-        "            append_row(self._path, late_row(failure))\n",
+        "            append_row(self._path, failure_row(failure))\n",
         "            pass\n",
-        "tests/training/test_train_with_bad_images.py::test_a_image_that_goes_away_is_replaced_listed_and_told[pillow]",
+        "tests/training/test_train_with_bad_images.py::test_train_replaces_lists_and_logs_an_image_that_vanishes[pillow]",
         "nobody can find out which images were not used",
     ),
     Fault(
@@ -467,7 +467,7 @@ IMAGES = (
         REPLACEMENTS,
         "        os.fsync(descriptor)\n",
         "        pass\n",
-        "tests/training/test_train_with_bad_images.py::test_a_images_failure_is_on_the_disk_before_the_batch_is_trained_on",
+        "tests/training/test_train_with_bad_images.py::test_train_lists_a_failure_durably_before_its_step",
         "after a power cut a resumed run takes other images than it had taken",
     ),
     Fault(
@@ -475,7 +475,7 @@ IMAGES = (
         LOOP,
         "            earlier=late,\n",
         "            earlier=(),\n",
-        "tests/training/test_train_with_bad_images.py::test_what_failed_in_a_step_that_is_done_stays_out",
+        "tests/training/test_train_with_bad_images.py::test_train_resume_keeps_replacing_an_image_that_failed_in_a_completed_step",
         "a resumed run takes other images than it would have taken",
     ),
     Fault(
@@ -483,7 +483,7 @@ IMAGES = (
         REPLACEMENTS,
         "if failure.step <= done or not _readable(folder, failure.entry)]",
         "if not _readable(folder, failure.entry)]",
-        "tests/training/test_train_with_bad_images.py::test_what_failed_in_a_step_that_is_done_stays_out",
+        "tests/training/test_train_with_bad_images.py::test_train_resume_keeps_replacing_an_image_that_failed_in_a_completed_step",
         "a resumed run takes other images than it would have taken",
     ),
     Fault(
@@ -491,7 +491,7 @@ IMAGES = (
         INPUTS,
         "manifest = with_failed(read_manifest(config, notify), late)",
         "manifest = read_manifest(config, notify)",
-        "tests/training/test_train_with_bad_images.py::test_a_resumed_run_does_without_the_same_images_from_the_same_steps[5-pillow]",
+        "tests/training/test_train_with_bad_images.py::test_train_resume_replaces_the_same_images_from_the_same_steps[5-pillow]",
         "a run in which an image vanished cannot be resumed",
     ),
     Fault(
@@ -499,7 +499,7 @@ IMAGES = (
         REPLACEMENTS,
         "index = (index + 1) % len",
         "index = (index - 1) % len",
-        "tests/data/test_replacements.py::test_known_failures_hold_from_their_step_on",
+        "tests/data/test_replacements.py::test_image_replacer_applies_earlier_failures_from_their_step[pillow]",
         "runs resumed by another version go on with other images",
     ),
     Fault(
@@ -507,7 +507,7 @@ IMAGES = (
         REPLACEMENTS,
         "failure is not None and failure.step <= step + 1",
         "failure is not None and failure.step <= step",
-        "tests/data/test_replacements.py::test_known_failures_hold_from_their_step_on",
+        "tests/data/test_replacements.py::test_image_replacer_applies_earlier_failures_from_their_step[pillow]",
         "an image that cannot be read is read again",
     ),
     Fault(
@@ -515,7 +515,7 @@ IMAGES = (
         REPLACEMENTS,
         "        if failed <= self._allowed:\n",
         "        if True:\n",
-        "tests/data/test_replacements.py::test_above_the_threshold_training_ends_and_names_the_first[pillow]",
+        "tests/data/test_replacements.py::test_image_replacer_raises_above_the_limit[pillow]",
         "a run goes on with the few images of a dying disk that can still be read",
     ),
     Fault(
@@ -523,15 +523,15 @@ IMAGES = (
         DALI,
         "                self._pipeline = self._recover(error)\n",
         "                raise\n",
-        "tests/data/test_replacements.py::test_dali_dies_of_it_and_is_rebuilt_in_place",
+        "tests/data/test_replacements.py::test_dali_loader_recovers_from_images_that_break_it",
         "one bad image ends hours of training",
     ),
     Fault(
         "batches that DALI had read ahead lost with it",
         DALI,
-        "        self._feed.seek(self._step)\n",
-        "        self._feed.seek(self._feed._next_step or self._step)\n",
-        "tests/data/test_replacements.py::test_dali_dies_of_it_and_is_rebuilt_in_place",
+        "        super().seek(self._step)\n",
+        "        super().seek(self._next_to_submit or self._step)\n",
+        "tests/data/test_replacements.py::test_dali_loader_recovers_from_images_that_break_it",
         "after a bad image all others come in other steps",
     ),
     Fault(
@@ -539,16 +539,15 @@ IMAGES = (
         WINDOW,
         "    if mtime != entry.mtime:\n",
         "    if False:\n",
-        "tests/data/test_replacements.py::test_a_damaged_png_is_found_by_both_though_dali_would_take_it"
-        "[flip_a_byte_of_the_checksum]",
+        "tests/data/test_replacements.py::test_loaders_replace_a_damaged_png_that_dali_would_accept[checksum]",
         "DALI trains on damaged pixels without a word",
     ),
     Fault(
         "checksums of PNG not checked",
         MANIFEST,
-        "    check_whole(data, image)\n",
+        "    check_integrity(data, image)\n",
         "",
-        "tests/data/test_manifest.py::test_png_damage_that_pillow_overlooks",
+        "tests/data/test_manifest.py::test_build_manifest_finds_png_damage_that_pillow_ignores",
         "the loaders differ on damaged images",
     ),
     Fault(
@@ -556,13 +555,13 @@ IMAGES = (
         MANIFEST,
         "(earlier.size, earlier.mtime) == (size, mtime)",
         "earlier.size == size",
-        "tests/data/test_manifest.py::test_remembered_until_size_or_time_changes",
+        "tests/data/test_manifest.py::test_build_manifest_rechecks_files_with_another_size_or_mtime",
         "an image that was exchanged is trusted unseen",
     ),
     Fault(
         "images of one colour trained on",
         INPUTS,
-        "progress=progress, flat=False)",
+        "progress=progress, allow_uniform=False)",
         "progress=progress)",
         "tests/training/test_trainer.py::test_a_image_of_one_colour_is_not_trained_on",
         "gradients overflow, and the run ends as if it had diverged",
@@ -572,7 +571,7 @@ IMAGES = (
         IMAGES,
         "if Image.MAX_IMAGE_PIXELS is not None and pixels_of_image > Image.MAX_IMAGE_PIXELS:",
         "if False:",
-        "tests/test_images.py::test_what_is_refused_names_file_reason_and_remedy[large.png]",
+        "tests/test_images.py::test_read_image_error_names_file_reason_and_remedy[large.png]",
         "images of up to 179 million pixels are decoded",
     ),
     Fault(
@@ -580,7 +579,7 @@ IMAGES = (
         IMAGES,
         "MAX_FILE_BYTES = 1 << 30\n",
         "MAX_FILE_BYTES = 1 << 30\nImage.MAX_IMAGE_PIXELS = None\n",
-        "tests/test_images.py::test_pillows_limit_on_pixels_stays_on",
+        "tests/test_images.py::test_pillow_pixel_limit_stays_on",
         "50 kB fill the memory",
     ),
     Fault(
@@ -588,7 +587,7 @@ IMAGES = (
         PILLOW,
         "        signal.signal(signum, signal.SIG_IGN)\n",
         "        pass\n",
-        "tests/data/test_loaders.py::test_ctrl_c_reaches_all_and_stops_none",
+        "tests/data/test_loaders.py::test_pillow_workers_survive_ctrl_c_and_are_replaced_when_killed",
         "the step that is to be saved lacks its images",
     ),
     Fault(
@@ -596,7 +595,7 @@ IMAGES = (
         PILLOW,
         "    threading.Thread(target=_end_with_parent, daemon=True).start()\n",
         "",
-        "tests/data/test_loaders.py::test_workers_end_with_their_parent",
+        "tests/data/test_loaders.py::test_pillow_workers_end_with_their_parent",
         "each kill leaves processes behind, for ever",
     ),
 )

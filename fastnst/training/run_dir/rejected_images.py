@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastnst.data.manifest import Manifest, write_rejections
-from fastnst.data.replacements import ReadFailure, append_row, late_row
+from fastnst.data.replacements import ReadFailure, append_row, failure_row
 from fastnst.images import printable
 from fastnst.storage import storage_error
 from fastnst.training.run_dir.layout import REJECTED_NAME
@@ -29,7 +29,7 @@ class RejectedImages:
         self, run: Path, manifest: Manifest, late: Sequence[ReadFailure], notify: Callable[[str], None]
     ) -> None:
         self._path, self._notify, self._told = run / REJECTED_NAME, notify, 0
-        write_rejections(manifest, self._path, more=map(late_row, late))
+        write_rejections(manifest, self._path, more=map(failure_row, late))
 
     def add(self, failure: ReadFailure) -> None:
         """Note an image that failed, durably: a run that is resumed has to do without it from the same step on.
@@ -38,7 +38,7 @@ class RejectedImages:
             DataError: the storage refuses.
         """
         try:
-            append_row(self._path, late_row(failure))
+            append_row(self._path, failure_row(failure))
         except OSError as error:
             raise storage_error(self._path, error) from error
         self._told += 1
