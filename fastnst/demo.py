@@ -54,7 +54,7 @@ def run_demo(
     """
     from fastnst.inference import stylize_files
     from fastnst.models.weights import WeightsUnavailable, load_vgg19
-    from fastnst.training.run_dir.layout import prepare_run
+    from fastnst.training.run_dir.layout import validate_run_dir
     from fastnst.training.trainer import train
 
     # A run this short has no two percent to spare for projections, and shall show them nevertheless.
@@ -67,7 +67,7 @@ def run_demo(
         "style.image": style.absolute(),
         "data.folder": (images / "photos").absolute(),
     }
-    prepare_run(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
+    validate_run_dir(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
     photos = write_photos(images / "photos")
     write_image(style, paint_strokes(256))
     if vgg == "auto":

@@ -70,7 +70,7 @@ class DivergenceMonitor:
 
     def _diverged(self, what: str) -> NoReturn:
         self._group.exit_unless()
-        checkpoint = latest_checkpoint(self._out, self._notify)
+        checkpoint = latest_checkpoint(self._out)
         kept = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written before"
         precision = " or --precision fp32" if self._config.precision != "fp32" else ""
         raise DivergedError(
@@ -96,7 +96,7 @@ def explained_storage_errors(out: Path, runs: Sequence[Path], notify: Callable[[
     except StorageError as error:
         # Whatever the disk says to this search, the first error is the one to tell.
         try:
-            checkpoints = [latest_checkpoint(run, notify) for run in runs]
+            checkpoints = [latest_checkpoint(run) for run in runs]
         except (OSError, DataError):
             raise error from None
         steps = [checkpoint.step if checkpoint else 0 for checkpoint in checkpoints]

@@ -1,9 +1,11 @@
 """One style of a run: its transform net and loss, and its run directory."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors.torch
 import torch
 
 from fastnst import __version__
@@ -24,18 +26,14 @@ from fastnst.training.run_dir.checkpoint import Checkpoint, remove_old_checkpoin
 from fastnst.training.run_dir.layout import CONFIG_NAME, REJECTED_NAME
 from fastnst.training.run_dir.load_net import steps_of_run
 from fastnst.training.run_dir.rejected_images import RejectedImages
-from fastnst.training.run_dir.resume import (
-    check_fits,
-    checkpoint_to_resume,
-    diff_provenance,
-    provenance,
-    shared_checkpoint,
-    tell_changes,
-)
+from fastnst.training.run_dir.resume import check_fits, checkpoint_to_resume, diff_provenance, provenance
 from fastnst.training.step.train_step import TrainingStep
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.graph_pb2 import GraphDef
+
+
+_ORDER_CHANGES = ("train.seed was", "train.batch_size was", "the images in")
 
 
 class StyleRun:
@@ -90,9 +88,9 @@ class StyleRun:
         if not self.group.is_rank_zero:
             self._take_over(None)
             return
-        checkpoint = checkpoint_to_resume(self.out, self.notify)
+        checkpoint = checkpoint_to_resume(self.out)
         if checkpoint is None:
-            tell_changes(changes, 0, self.notify)
+            self._log_changes(changes, 0)
             self.notify(f"{self.out} holds no checkpoint yet; starting at step 0")
             self._take_over(None)
             return
@@ -100,7 +98,7 @@ class StyleRun:
         changes = diff_provenance(checkpoint, origin, allow=allow)
         check_fits(checkpoint, self.net)
         self._take_over(checkpoint)
-        tell_changes(changes, checkpoint.step, self.notify)
+        self._log_changes(changes, checkpoint.step)
         # The style model is written behind its checkpoint, and a process may have been killed in between. What was
         # allowed to change is recorded, so that it need not be allowed again.
         if changes:
@@ -114,7 +112,7 @@ class StyleRun:
         for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
             remove_leftovers(self.out / name)
         write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
-        return RejectedImages(self.out, self.inputs.manifest, late, notify)
+        return RejectedImages(self.out, self.inputs.manifest, late, quiet=getattr(notify, "__name__", "") == "_nobody")
 
     def begin(self, graph: "GraphDef | None") -> "GraphDef | None":
         """Log what does not change, of a run that begins; `graph` is another style's, which is the same."""
@@ -205,6 +203,15 @@ class StyleRun:
             ) from error
         self.done = checkpoint.step
 
+    def _log_changes(self, changes: list[str], step: int) -> None:
+        for change in changes:
+            self.notify(f"goes on, though {change}")
+        if any(change.startswith(_ORDER_CHANGES) for change in changes):
+            self.notify(
+                f"the order of the images is from now on that of the new values, starting after step {step}: in the "
+                "current pass some images may come twice, and others not at all"
+            )
+
     def _training_scalars(self) -> dict[str, float]:
         scalars = {"train/learning_rate": self.config.train.learning_rate}
         if self.step.scaler.is_enabled():
@@ -217,3 +224,16 @@ class StyleRun:
     def _skipped_note(self) -> str:
         skipped = self.step.skipped.read()[0] if self.step.scaler.is_enabled() else 0
         return f", {skipped} skipped" if skipped else ""
+
+
+def shared_checkpoint(checkpoint: Checkpoint | None, group: ProcessGroup) -> Checkpoint | None:
+    """Rank 0's `checkpoint`, in all processes: others need not see its files."""
+    if group.dist_env.world_size == 1:
+        return checkpoint
+    head = json.dumps([str(checkpoint.path), checkpoint.step, checkpoint.state]) if checkpoint else ""
+    head = group.broadcast(head.encode()).decode()
+    if not head:
+        return None
+    tensors = safetensors.torch.load(group.broadcast(safetensors.torch.save(checkpoint.tensors) if checkpoint else b""))
+    path, step, state = json.loads(head)
+    return Checkpoint(Path(path), step, tensors, state)

@@ -22,7 +22,7 @@ from fastnst.training.distributed.process_group import ProcessGroup, check_equal
 from fastnst.training.distributed.synced_batches import SyncedBatches, SyncedFailures, broadcast_failures
 from fastnst.training.divergence import explained_storage_errors
 from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve, with_styles
-from fastnst.training.memory.available import explained_memory_errors
+from fastnst.training.memory.advice import explained_memory_errors
 from fastnst.training.monitoring.profiler import StepProfile, check_steps, record_span
 from fastnst.training.monitoring.throughput import ThroughputMeter
 from fastnst.training.run_dir.layout import REJECTED_NAME
@@ -154,8 +154,8 @@ def _train(
             if group.is_rank_zero:
                 if folder is not None:
                     locks.enter_context(lock_run(out))
-                    folder.check(resume=resume)
-                    folder.write()
+                    folder.validate(resume=resume)
+                    folder.write_styles()
                 for run in runs:
                     locks.enter_context(lock_run(run))
             changes = prepare()
