@@ -30,10 +30,10 @@ from fastnst.config_text import (
     nearest,
     parse_value,
     read_toml,
-    rename_old_keys,
     shown,
     split_assignment,
     toml_value,
+    update_old_keys,
 )
 from fastnst.errors import UserError
 
@@ -190,8 +190,8 @@ class TrainConfig(Section):
     """fp16: so many steps in a row without finite gradients end the run. Each halves the loss scale, which begins at
     65536: after 50 it is 6e-11, and gradients that overflow even then are above 1e15, or NaN at any scale."""
     deterministic: bool = False
-    """The same bits from each run. PyTorch takes deterministic algorithms only, which a run says the cost of when it
-    begins; an operation that has none is an error. On a CPU this holds for one number of threads (`OMP_NUM_THREADS`).
+    """The same bits from each run. PyTorch takes deterministic algorithms only, which are slower; an operation that has
+    none is an error. On a CPU this holds for one number of threads (`OMP_NUM_THREADS`).
 
     On CUDA it holds for one model of GPU and one version of each of torch, CUDA, cuDNN and Triton. Not covered: DALI
     shares JPEGs there between a hardware engine and kernels, which need not round alike (`data.loader = "pillow"`
@@ -219,8 +219,6 @@ class VisualizeConfig(Section):
 
     every: int = Field(default=500, ge=0)
     """Steps between two sets of projections, beside those before the first step and after the last; 0: none at all."""
-    max_percent: float = Field(default=2.0, gt=0, le=100)
-    """Most of the training time that projections may take; a set that would take more is left out."""
     images: int = Field(default=2, ge=1, le=64)
     """Fixed images, the first of the folder, on which the networks are watched."""
     vgg_maps: tuple[str, ...] = ()
@@ -299,7 +297,7 @@ def load_config(
     sources = ((str(file), in_file), ("the environment", in_environment), ("the command line", on_command_line))
     name: Any = DEFAULT_PRESET
     for source, values in sources:
-        rename_old_keys(values, source)
+        update_old_keys(values, source)
         _check_keys(values, source)
         name = values.get("preset", name)
     if name not in preset_names():
