@@ -55,7 +55,7 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
     """
     from fastnst.inference import stylize_files
     from fastnst.models.weights import WeightsUnavailable, load_vgg19
-    from fastnst.training.run_dir.layout import prepare_run
+    from fastnst.training.run_dir.layout import validate_run_dir
     from fastnst.training.train import train
 
     logged = ["train.sample_every=50", "train.log_every=10", "visualize.every=50"]
@@ -67,7 +67,7 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
         "style.image": style.absolute(),
         "data.folder": (images / "photos").absolute(),
     }
-    prepare_run(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
+    validate_run_dir(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
     photos = write_photos(images / "photos")
     write_image(style, draw_strokes(256))
     if vgg == "auto":

@@ -38,7 +38,8 @@ def print_plan(
     from fastnst.progress import byte_count
     from fastnst.training.distributed.environment import check_divisible, local_config
     from fastnst.training.inputs import check_batch, read_manifest, read_style, resolve, total_steps
-    from fastnst.training.memory.available import describe_shortage, room_of_one_process
+    from fastnst.training.memory.advice import describe_shortage
+    from fastnst.training.memory.available import available_memory_per_process
     from fastnst.training.memory.estimate import estimate
     from fastnst.training.run_dir.style_folder import MultiStyleDir, run_configs, validate_run_dirs
 
@@ -73,7 +74,7 @@ def print_plan(
         f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
         f"activations {byte_count(need.activations)}; workspaces come on top"
     )
-    room = room_of_one_process(device, dist_env)
+    room = available_memory_per_process(device, dist_env)
     shortage = describe_shortage(share, need, room, device_type=device.type, processes=processes, styles=len(configs))
     if shortage:
         click.echo(f"# warning    memory: {shortage}")

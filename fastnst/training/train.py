@@ -25,7 +25,7 @@ from fastnst.training.distributed.process_group import ProcessGroup, check_equal
 from fastnst.training.distributed.synced_batches import broadcast_failures
 from fastnst.training.divergence import explained_storage_errors
 from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve, with_styles
-from fastnst.training.memory.available import explained_memory_errors
+from fastnst.training.memory.advice import explained_memory_errors
 from fastnst.training.monitoring.profiler import check_steps
 from fastnst.training.run_dir.checkpoint import checkpoint_steps
 from fastnst.training.run_dir.layout import REJECTED_NAME
@@ -103,8 +103,8 @@ def train(
             if group.is_rank_zero:
                 if style_dir is not None:
                     locks.enter_context(lock_run(out))
-                    style_dir.check(resume=resume)
-                    style_dir.write()
+                    style_dir.validate(resume=resume)
+                    style_dir.write_styles()
                 for run in runs:
                     locks.enter_context(lock_run(run))
             changes = check_run_dirs()

@@ -105,7 +105,7 @@ def test_any_call_of_a_save_may_fail(tmp_path: Path, code: int, step: int, for_g
             assert REASONS[code] in str(error)
             assert error.exit_code == 3
         notes: list[str] = []
-        checkpoint = latest_checkpoint(run, notes.append)
+        checkpoint = latest_checkpoint(run)
         assert notes == []
         assert checkpoint is not None
         assert checkpoint.step in (1, step)
@@ -124,7 +124,7 @@ def test_a_process_killed_while_it_replaces_a_checkpoint_loses_none(tmp_path: Pa
     folder = tmp_path / "checkpoints"
     (folder / "step_00000001").rename(folder / ".step_00000001.replaced")
     (folder / ".step_00000001.part").mkdir()
-    checkpoint = latest_checkpoint(tmp_path, print)
+    checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.path == folder / "step_00000001"
 
@@ -175,7 +175,7 @@ def check_what_is_there(run: Path) -> None:
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    one, other = latest_checkpoint(run, print), latest_checkpoint(whole, print)
+    one, other = latest_checkpoint(run), latest_checkpoint(whole)
     assert one is not None
     assert other is not None
     assert one.step == other.step == 5

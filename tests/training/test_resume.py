@@ -51,7 +51,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "_save_check
 
 
 def newest(run: Path) -> Checkpoint:
-    checkpoint = latest_checkpoint(run, print)
+    checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
     return checkpoint
 

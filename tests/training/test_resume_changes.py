@@ -30,7 +30,7 @@ def run(photo_folder: Path, tmp_path: Path) -> Path:
 
 
 def newest(run: Path) -> Checkpoint:
-    checkpoint = latest_checkpoint(run, print)
+    checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
     return checkpoint
 

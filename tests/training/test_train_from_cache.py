@@ -108,7 +108,7 @@ def test_a_shard_that_is_cut_short_in_a_run_ends_it_and_it_goes_on(
     assert "shard_0000.u8 was written to: it has 5 bytes, and had" in err
     assert "--rebuild, then go on with --resume" in err
     assert "Traceback" not in err
-    checkpoint = latest_checkpoint(run, lambda _: None)
+    checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
     assert checkpoint.step >= 2
     monkeypatch.setattr(StyleRun, "_save", save)

@@ -166,7 +166,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(
     assert any(f"resuming at step {step}" in message for message in messages)
     assert steps.calls == [1, 2, 3, 4, 5, 6]
 
-    whole, parts = (latest_checkpoint(tmp_path / name, print) for name in ("whole", "parts"))
+    whole, parts = (latest_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     assert whole is not None
     assert parts is not None
     assert whole.tensors.keys() == parts.tensors.keys()
@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     with pytest.raises(DivergedError, match=r"not finite.*step_00000002.*lower learning rate") as raised:
         run(wild, out, resume=True, allow_changes=True)
     assert raised.value.exit_code == 4
-    checkpoint = latest_checkpoint(out, print)
+    checkpoint = latest_checkpoint(out)
     assert checkpoint is not None
     assert checkpoint.step == 2
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.tensors.values())
@@ -285,7 +285,7 @@ def test_a_signal_during_the_last_part_of_a_step_ends_the_next_one(
     with pytest.raises(StoppedBySignal, match="stopped at step 4 of 6, which is saved") as stopped:
         run(configure(), tmp_path / "run", stop=stop)
     assert stopped.value.exit_code == 143
-    checkpoint = latest_checkpoint(tmp_path / "run", print)
+    checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
     assert checkpoint.step == 4
 
