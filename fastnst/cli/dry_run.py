@@ -37,7 +37,7 @@ def print_plan(
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
     from fastnst.training.distributed.environment import check_divisible, local_config
-    from fastnst.training.inputs import check_batch, read_manifest, read_style, resolve, total_steps
+    from fastnst.training.inputs import check_batch, log_rejected, read_manifest, read_style, resolve, total_steps
     from fastnst.training.memory.advice import describe_shortage
     from fastnst.training.memory.available import available_memory_per_process
     from fastnst.training.memory.estimate import estimate
@@ -51,6 +51,7 @@ def print_plan(
     changes = validate_run_dirs(configs, folder, resume=resume, allow_changes=allow_changes)
     images = [(own.style.image, read_style(own)[0]) for own in configs.values()]
     manifest = read_manifest(config.data)
+    log_rejected(manifest)
     check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
     share, processes = local_config(config, dist_env), dist_env.world_size

@@ -95,7 +95,9 @@ def read_inputs(config: Config, device: torch.device, late: Sequence[ReadFailure
             seed=config.train.seed,
             progress=progress,
         )
-    manifest = with_failed(read_manifest(config.data), late)
+    manifest = read_manifest(config.data)
+    log_rejected(manifest)
+    manifest = with_failed(manifest, late)
     check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
     return Inputs(config, device, style, style_sha256, manifest, vgg, steps, tuple(late))
@@ -133,7 +135,7 @@ def check_folder(folder: Path | None) -> Path:
 
 
 def read_manifest(config: DataConfig) -> Manifest:
-    """Return the checked images of the data folder, or of a cache; log how many were refused."""
+    """Return the checked images of the data folder, or of a cache."""
     folder = check_folder(config.folder)
     if is_cache(folder):
         with counted("verify cache", "MB", scale=1e6) as progress:
@@ -141,6 +143,11 @@ def read_manifest(config: DataConfig) -> Manifest:
     else:
         with counted("check images", "images") as progress:
             manifest = build_manifest(folder, progress=progress, flat=False)
+    return manifest
+
+
+def log_rejected(manifest: Manifest) -> None:
+    """Warn of images that the check refused."""
     if manifest.rejected:
         first = manifest.rejected[0]
         log.warning(
@@ -151,7 +158,6 @@ def read_manifest(config: DataConfig) -> Manifest:
             first.reason,
             REJECTED_NAME,
         )
-    return manifest
 
 
 def check_batch(config: Config, num_images: int) -> None:
