@@ -30,10 +30,10 @@ from fastnst.config_text import (
     nearest,
     parse_value,
     read_toml,
-    rename_old_keys,
     shown,
     split_assignment,
     toml_value,
+    update_old_keys,
 )
 from fastnst.errors import UserError
 
@@ -189,8 +189,9 @@ class TrainConfig(Section):
     """fp16: this many consecutive steps with overflowing gradients end the run. Each halves the loss scale from 65536:
     after 50 it is 6e-11, and gradients that still overflow are above 1e15, or NaN at any scale."""
     deterministic: bool = False
-    """Bitwise equal runs: only deterministic algorithms, and an error for an operation without one. On a CPU for one
-    number of threads (`OMP_NUM_THREADS`); on CUDA for one GPU model and one version of torch, CUDA, cuDNN and Triton.
+    """Bitwise equal runs: deterministic algorithms only, which are slower; an operation without one is an error. On a
+    CPU for one number of threads (`OMP_NUM_THREADS`); on CUDA for one GPU model and one version of torch, CUDA, cuDNN
+    and Triton.
 
     Not covered: DALI on CUDA, which decodes JPEGs with a hardware engine and with kernels, which may round differently
     (`data.loader = "pillow"` decodes on the CPU), and torch.compile's choices by timing. Without this key cuDNN's
@@ -217,8 +218,6 @@ class VisualizeConfig(Section):
 
     every: int = Field(default=500, ge=0)
     """Steps between two sets of projections, beside those before the first step and after the last; 0: none at all."""
-    max_percent: float = Field(default=2.0, gt=0, le=100)
-    """Most of the training time that projections may take; a set that would take more is left out."""
     images: int = Field(default=2, ge=1, le=64)
     """Fixed images, the first of the folder, on which the networks are watched."""
     vgg_maps: tuple[str, ...] = ()
@@ -299,7 +298,7 @@ def load_config(
     sources = ((str(file), in_file), ("the environment", in_environment), ("the command line", on_command_line))
     name: Any = DEFAULT_PRESET
     for source, values in sources:
-        rename_old_keys(values, source)
+        update_old_keys(values, source)
         _check_keys(values, source)
         name = values.get("preset", name)
     if name not in preset_names():

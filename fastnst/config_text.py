@@ -15,7 +15,9 @@ from fastnst.storage import read_regular_file
 log = logging.getLogger(__name__)
 
 RENAMED_KEYS = {"style.picture": "style.image", "visualize.pictures": "visualize.images"}
-"""Old name → new name; old names are read, with a warning."""
+"""Old name → name; both are read, the old one with a warning."""
+RETIRED_KEYS = {"visualize.max_percent": "projections are logged every visualize.every steps, however long they take"}
+"""Key that no longer does anything → what holds now; it is read with a warning."""
 ENVIRONMENT_PREFIX = "FASTNST_"
 MAX_FILE_BYTES = 1 << 20
 _MAX_DOTS = 500
@@ -53,16 +55,21 @@ def environment_texts(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def current_keys(values: Mapping[str, str]) -> dict[str, str]:
-    """Return dotted key → value with old keys renamed."""
-    return {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
+    """Return dotted key → value with today's keys, of values that an older version may have saved."""
+    return {RENAMED_KEYS.get(key, key): value for key, value in values.items() if key not in RETIRED_KEYS}
 
 
-def rename_old_keys(values: dict[str, Any], source: str) -> None:
-    """Rename the old keys of a source in place, with a warning.
+def update_old_keys(values: dict[str, Any], source: str) -> None:
+    """Rename the old keys of a source and remove the retired ones, with one warning for each.
 
     Raises:
         UserError: a key is set under both names.
     """
+    for old, instead in RETIRED_KEYS.items():
+        section, _, key = old.partition(".")
+        if isinstance(values.get(section), dict) and key in values[section]:
+            del values[section][key]
+            _warn_once(f"{source}: {old} no longer does anything: {instead}")
     for old, new in RENAMED_KEYS.items():
         (section, old_key), new_key = old.split("."), new.partition(".")[2]
         keys = values.get(section)
@@ -71,13 +78,13 @@ def rename_old_keys(values: dict[str, Any], source: str) -> None:
         if new_key in keys:
             raise UserError(f"{source}: {old} is the old name of {new}, and both are set; remove {old}")
         keys[new_key] = keys.pop(old_key)
-        _warn_of_old_name(source, old, new)
+        _warn_once(f"{source}: {old} is now named {new}; the old name still works")
 
 
 @functools.cache
-def _warn_of_old_name(source: str, old: str, new: str) -> None:
-    """Log once per source: resuming reads a run's `config.toml` several times."""
-    log.warning("%s: %s is now named %s; the old name still works", source, old, new)
+def _warn_once(message: str) -> None:
+    """Log a warning; a run reads some of its sources several times."""
+    log.warning("%s", message)
 
 
 def split_assignment(assignment: str) -> tuple[str, str]:

@@ -26,14 +26,14 @@ def data() -> None:
 @_json
 def check(folder: Path, as_json: bool) -> None:
     """Check every image of FOLDER as training does; say which are refused, and why. Of a cache, verify every byte."""
-    from fastnst.config import Config, DataConfig
+    from fastnst.config import DataConfig
     from fastnst.data.cache.format import is_cache
     from fastnst.training.inputs import read_manifest
 
     if is_cache(folder):
         _check_cache(folder, as_json)
         return
-    manifest = read_manifest(Config(data=DataConfig(folder=folder)), lambda _: None)
+    manifest = read_manifest(DataConfig(folder=folder))
     formats = Counter(entry.format for entry in manifest.images)
     if as_json:
         result = {"folder": str(folder), "accepted": len(manifest.images), "formats": formats}

@@ -19,8 +19,8 @@ from fastnst.training.memory import available as memory
 from fastnst.training.memory.available import RESERVE_BYTES, available_memory, largest_that_fits, needed_memory
 from fastnst.training.memory.estimate import Estimate, estimate
 from fastnst.training.monitoring.snapshots import SampleLogger
-from fastnst.training.step.train_step import TrainingStep
-from fastnst.training.trainer import train
+from fastnst.training.step.train_step import NetTrainer
+from fastnst.training.train import train
 
 GPU_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU_ERROR = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
@@ -102,9 +102,9 @@ def failure(
 
     monkeypatch.setattr(memory, "available_memory", lambda _: room)
     monkeypatch.setattr(memory, "estimate", estimate)
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    monkeypatch.setattr(NetTrainer, "train_step", fail)
     with pytest.raises(DeviceError) as raised:
-        train(config, out, notify=lambda _: None)
+        train(config, out)
     assert raised.value.exit_code == 5
     assert raised.value.__cause__ is error
     return str(raised.value)
@@ -166,9 +166,9 @@ def test_other_errors_pass(configure: Configure, tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    monkeypatch.setattr(NetTrainer, "train_step", fail)
     with pytest.raises(RuntimeError, match="a mistake"):
-        train(configure(), tmp_path / "run", notify=lambda _: None)
+        train(configure(), tmp_path / "run")
 
 
 def test_a_dry_run_warns_of_too_little_memory(
@@ -238,7 +238,7 @@ def test_this_machine_offers_some_memory() -> None:
 UNDER_A_LIMIT = """
 import resource, sys
 from fastnst.cli.main import main
-import fastnst.training.trainer
+import fastnst.training.train
 from fastnst.training.memory.available import _text
 from pathlib import Path
 used = int(_text(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()

@@ -14,10 +14,10 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 from fastnst.errors import DataError, StoppedBySignal, UserError
 from fastnst.models.style_model import read_style_metadata
 from fastnst.run_log.writer import RunLog
-from fastnst.training import trainer
+from fastnst.training import train as training
 from fastnst.training.run_dir.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from fastnst.training.signals import StopRequest
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 from fastnst.training.style_run import StyleRun
 from helpers.tiny_runs import SmallNet, logged, make_small, small_config, train_small
 
@@ -121,13 +121,13 @@ def test_random_numbers_go_on_where_they_were(
 ) -> None:
     """No step draws any today; one that did would draw what it would have drawn."""
     drawn: dict[int, float] = {}
-    original = TrainingStep.__call__
+    original = NetTrainer.train_step
 
-    def draw(self: TrainingStep, step: int, batch: torch.Tensor) -> object:
+    def draw(self: NetTrainer, step: int, batch: torch.Tensor) -> object:
         drawn[step] = float(torch.rand(()))
         return original(self, step, batch)
 
-    monkeypatch.setattr(TrainingStep, "__call__", draw)
+    monkeypatch.setattr(NetTrainer, "train_step", draw)
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
     expected = dict(drawn)
@@ -146,13 +146,13 @@ def test_the_order_goes_on_at_the_next_place(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[torch.Tensor] = []
-    original = TrainingStep.__call__
+    original = NetTrainer.train_step
 
-    def keep(self: TrainingStep, step: int, batch: torch.Tensor) -> object:
+    def keep(self: NetTrainer, step: int, batch: torch.Tensor) -> object:
         read.append(batch.clone())
         return original(self, step, batch)
 
-    monkeypatch.setattr(TrainingStep, "__call__", keep)
+    monkeypatch.setattr(NetTrainer, "train_step", keep)
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
     whole, read[:] = list(read), []
@@ -184,9 +184,9 @@ def test_the_scaler_goes_on_with_its_scale(
 def test_adam_goes_on_with_its_moments(generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(generated_photos)
     seen: list[dict[str, torch.Tensor]] = []
-    original = TrainingStep.__call__
+    original = NetTrainer.train_step
 
-    def look(self: TrainingStep, step: int, batch: torch.Tensor) -> object:
+    def look(self: NetTrainer, step: int, batch: torch.Tensor) -> object:
         seen.append({name: tensor.clone() for name, tensor in self.state_tensors().items()})
         return original(self, step, batch)
 
@@ -194,7 +194,7 @@ def test_adam_goes_on_with_its_moments(generated_photos: Path, tmp_path: Path, m
     with pytest.raises(Killed):
         train_small(config, tmp_path)
     saved = newest(tmp_path).tensors
-    monkeypatch.setattr(TrainingStep, "__call__", look)
+    monkeypatch.setattr(NetTrainer, "train_step", look)
     train_small(config, tmp_path, resume=True)
     assert {"optimizer.step.conv1.weight", "optimizer.exp_avg.conv1.bias", "optimizer.exp_avg_sq.conv1.weight"} < set(
         seen[0]
@@ -354,14 +354,14 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_begun_again(
 ) -> None:
     """It comes between the first look at the directory and the lock, while images are checked."""
     config = small_config(generated_photos)
-    original = trainer.read_inputs
+    original = training.read_inputs
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(trainer, "read_inputs", original)
+        monkeypatch.setattr(training, "read_inputs", original)
         train_small(config, tmp_path)
         return original(*arguments)
 
-    monkeypatch.setattr(trainer, "read_inputs", meanwhile)
+    monkeypatch.setattr(training, "read_inputs", meanwhile)
     with pytest.raises(UserError, match="holds another run; go on with it by --resume"):
         train_small(config, tmp_path)
     assert newest(tmp_path).step == len(logged(tmp_path)) == 5

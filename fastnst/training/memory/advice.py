@@ -13,7 +13,7 @@ from fastnst.progress import byte_count
 from fastnst.training.distributed.environment import DistEnv, local_config
 from fastnst.training.memory.available import available_memory_per_process
 from fastnst.training.memory.estimate import Estimate, estimate
-from fastnst.training.step.graphed_step import capture_unsupported_reason
+from fastnst.training.step.graphed_step import capture_unsupported_reason, wants_capture
 
 RESERVE_BYTES = 2**30
 """Not part of the estimate: decoding and its processes, workspaces of convolutions, the allocator's rounding."""
@@ -103,7 +103,8 @@ def explained_memory_errors(
         # On a CPU 16-bit types take more memory, not less.
         in_fp32 = config.train.precision == "fp32" and device.type == "cuda"
         other = ", or use --precision bf16" if in_fp32 else ""
-        if capture_unsupported_reason(config.train, device, processes=dist_env.world_size) is None:
+        unsupported = capture_unsupported_reason(config.train, processes=dist_env.world_size)
+        if wants_capture(config.train, device) and unsupported is None:
             other += ", or --set train.capture=off, which frees a step's memory between steps"
         raise DeviceError(
             f"out of memory with train.batch_size = {config.train.batch_size} at data.image_size = "
