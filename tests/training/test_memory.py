@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-from fastnst.cli import main as cli
 from fastnst.config import Config, load_config
 from fastnst.errors import DeviceError
 from fastnst.training.memory import advice, available
 from fastnst.training.memory.advice import RESERVE_BYTES, largest_that_fits, required_memory
 from fastnst.training.memory.available import available_memory
 from fastnst.training.memory.estimate import Estimate, estimate
-from fastnst.training.monitoring.snapshots import SampleLogger
 from fastnst.training.step.train_step import NetTrainer
 from fastnst.training.train import train
+from helpers.tiny_runs import make_small, small_arguments, small_config
 
 GPU_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU_ERROR = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
@@ -47,13 +45,23 @@ def test_largest_that_fits_names_a_batch_size(precision: str) -> None:
         assert largest_that_fits(config, room, device_type="cpu") == (fitting, 96)
 
 
-def test_largest_that_fits_names_an_image_size_for_a_single_image() -> None:
-    config = config_of()
-    fits, does_not = need(1, 48), need(1, 64)
-    for room in (fits + 1000, does_not - 1000):
+def round_numbers(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
+    """Replace the estimate: 1 GiB, and 100 MiB with reserve for each image of 100 px."""
+    assert (device_type, styles) == ("cpu", 1)
+    images = config.train.batch_size * config.data.image_size**2 / 100**2
+    return Estimate(weights=2**30, activations=int(80 * 2**20 * images), disk=1000)
+
+
+def test_largest_that_fits_names_an_image_size_for_a_single_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "estimate", round_numbers)
+    config = config_of("data.image_size=100")
+    fits, does_not = (
+        required_memory(round_numbers(config_of(f"data.image_size={side}", "train.batch_size=1"), device_type="cpu"))
+        for side in (48, 64)
+    )
+    for room in (fits, does_not - 1):
         assert largest_that_fits(config, room, device_type="cpu") == (1, 48)
-    barely_the_weights = estimate(config, device_type="cpu").weights + RESERVE_BYTES + 1000
-    assert largest_that_fits(config, barely_the_weights, device_type="cpu") is None
+    assert largest_that_fits(config, 2**30 + RESERVE_BYTES + 1000, device_type="cpu") is None
 
 
 def test_largest_that_fits_names_no_image_too_small_for_the_networks() -> None:
@@ -67,25 +75,9 @@ def test_largest_that_fits_names_no_image_too_small_for_the_networks() -> None:
 
 
 @pytest.fixture
-def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
-    monkeypatch.setattr(SampleLogger, "begin", lambda *_: None)
-
-    def configure(*assignments: str) -> Config:
-        small = ("data.image_size=100", "train.batch_size=8", "data.workers=1", "data.loader=pillow", "train.steps=2")
-        quiet = ("train.samples=0", "visualize.every=0", "style.size=32", "train.device=cpu", "train.precision=fp32")
-        options = {"data.folder": photo_folder, "style.image": photo_folder / "image_00.jpg", "loss.vgg": "random"}
-        return load_config(
-            preset="vgg-conv3", assignments=[*small, *quiet, *assignments], options=options, environment={}
-        )
-
-    return configure
-
-
-def round_numbers(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
-    """Instead of an estimate, which takes a second: 1 GiB, and 100 MiB for each image of 100 px."""
-    assert (device_type, styles) == ("cpu", 1)
-    images = config.train.batch_size * config.data.image_size**2 / 100**2
-    return Estimate(weights=2**30, activations=int(80 * 2**20 * images), disk=1000)
+def configure(generated_photos: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    make_small(monkeypatch)
+    return functools.partial(small_config, generated_photos, "data.image_size=100", "train.batch_size=8")
 
 
 def failure(
@@ -96,7 +88,7 @@ def failure(
     room: int,
     estimate: Callable[..., Estimate] = round_numbers,
 ) -> str:
-    """What a user is told where a step fails with `error` and `room` bytes were there."""
+    """Return the message of a run whose first step raises `error`, with `room` bytes available at its start."""
 
     def fail(*_: object) -> None:
         raise error
@@ -163,7 +155,9 @@ def test_train_out_of_memory_for_the_estimate_too_gives_plain_advice(
     assert message == "out of memory with train.batch_size = 8 at data.image_size = 100; lower one of them"
 
 
-def test_explained_memory_errors_passes_other_errors(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explained_memory_errors_passes_other_errors(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a mistake")
 
@@ -173,20 +167,23 @@ def test_explained_memory_errors_passes_other_errors(configure: Configure, tmp_p
 
 
 def test_dry_run_warns_of_too_little_memory(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generated_photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fastnst: Callable[..., tuple[int, str, str]],
 ) -> None:
-    arguments = ["train", "--style", photo_folder / "image_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
-    arguments += ["--vgg", "random", "--device", "cpu", "--set", "data.image_size=96", "--set", "train.batch_size=8"]
-    arguments += ["--out", tmp_path / "run", "--dry-run"]
+    monkeypatch.setattr(advice, "estimate", round_numbers)
+    monkeypatch.setattr("fastnst.training.memory.estimate.estimate", round_numbers)
+    arguments = small_arguments(generated_photos, tmp_path / "run", "data.image_size=100", "train.batch_size=8")
     for room, warning in (
-        (need(8, 96), None),
-        (need(2, 96) + 1000, "1.1 GiB are there: set train.batch_size = 2, the largest that should fit"),
-        (need(1, 48), "not even train.batch_size = 1 should fit; with it set data.image_size = 48"),
+        (2**32, None),
+        (int(2.25 * 2**30), "2.2 GiB are there: set train.batch_size = 2, the largest that should fit"),
+        (2**31 + 50 * 2**20, "not even train.batch_size = 1 should fit; with it set data.image_size = 64"),
     ):
         monkeypatch.setattr(available, "available_memory", lambda _, room=room: room)
-        done = CliRunner().invoke(cli.cli, [str(argument) for argument in arguments], catch_exceptions=False)
-        assert done.exit_code == 0
-        warnings = [line for line in done.stdout.splitlines() if line.startswith("# warning")]
+        code, out, _ = fastnst(*arguments, "--dry-run")
+        assert code == 0
+        warnings = [line for line in out.splitlines() if line.startswith("# warning")]
         assert len(warnings) == (warning is not None)
         if warning is not None:
             assert warning in warnings[0]
