@@ -36,7 +36,7 @@ from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training import determinism
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 
 STYLE_SIDE = 256
 TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
@@ -117,14 +117,14 @@ class _Bench:
         self._warm_up = 2 * config.data.prefetch + (8 if device.type == "cuda" else 1)
         layers = [*config.loss.content_layers, *config.loss.style_layers]
         vgg = VGG19(deepest_layer(layers), generator=torch.Generator().manual_seed(0)).to(device)
-        self._together: list[TrainingStep] = []
-        self._alone: list[TrainingStep] = []
+        self._together: list[NetTrainer] = []
+        self._alone: list[NetTrainer] = []
         for index in range(options.styles):
             for steps, shares in ((self._together, True), (self._alone, False)):
                 beside = steps[0] if shares and steps else None
                 steps.append(self._make(vgg, index, beside))
 
-    def _make(self, vgg: VGG19, index: int, beside: TrainingStep | None) -> TrainingStep:
+    def _make(self, vgg: VGG19, index: int, beside: NetTrainer | None) -> NetTrainer:
         config = self._config
         generator = torch.Generator().manual_seed(config.train.seed)
         net = TransformNet(config.model.architecture, config.model.norm, generator=generator)
@@ -132,7 +132,7 @@ class _Bench:
         loss = PerceptualLoss(vgg, config.loss).to(self._device)
         style = torch.rand(1, 3, STYLE_SIDE, STYLE_SIDE, generator=torch.Generator().manual_seed(index))
         loss.set_style(style.to(self._device))
-        return TrainingStep(net.train(), loss, config.train, self._device, beside=beside)
+        return NetTrainer(net.train(), loss, config.train, self._device, shared_vgg=beside)
 
     def measure(self) -> dict[str, list[float]]:
         """Seconds of a step of all styles, of each turn."""
@@ -145,7 +145,7 @@ class _Bench:
                 print(f"turn {turn + 1}, {kind}: {seconds[kind][-1]:.3f} s", file=sys.stderr, flush=True)
         return seconds
 
-    def _segment(self, turn: int, group: list[TrainingStep]) -> float:
+    def _segment(self, turn: int, group: list[NetTrainer]) -> float:
         """Seconds that the timed steps of a group take, on one loader that has to go on behind them."""
         config = self._config
         order = Sampler(
@@ -163,9 +163,9 @@ class _Bench:
                     begin = self._now()
                 if number == self._warm_up + self._steps:
                     return self._now() - begin
-                content: Any = group[0].content_of(batch) if len(group) > 1 else None
+                content: Any = group[0].content_features(batch) if len(group) > 1 else None
                 for step in group:
-                    step(number + 1, batch, content)
+                    step.train_step(number + 1, batch, content)
         raise AssertionError("the loader ended before the timed steps did")
 
     def distance(self) -> float:

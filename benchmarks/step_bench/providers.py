@@ -6,7 +6,6 @@ call takes one uint8 batch `[N, S, S, 3]` on the device and makes one step.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training.step.graphed_step import GraphedStep
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 from step_bench.plain import PlainLoss, PlainTransformNet, PlainVGG19, common_name
 
 STYLE_SIDE = 256
@@ -74,7 +73,7 @@ def make_task(config: Config, device: torch.device) -> Task:
 
 
 class Fastnst:
-    """The product's own `TrainingStep`, captured or launched as `fastnst train` would from this configuration.
+    """The product's own `NetTrainer`, captured or launched as `fastnst train` would from this configuration.
 
     `notes` says whether the newest step was captured.
     """
@@ -91,8 +90,8 @@ class Fastnst:
         vgg.load_state_dict(task.vgg)
         self._loss = PerceptualLoss(vgg, config.loss).to(device=device)
         self._loss.set_style(task.style.to(device))
-        self._step = TrainingStep(self.net, self._loss, config.train, device)
-        self._steps = GraphedStep(config.train, device, notify=_say)
+        self._step = NetTrainer(self.net, self._loss, config.train, device)
+        self._steps = GraphedStep(config.train, device)
         self._made = 0
 
     def __call__(self, batch: Tensor) -> Tensor:
@@ -175,10 +174,6 @@ class Plain:
         mixed = self._dtype not in (torch.float32, torch.float64)
         with torch.autocast(self._device.type, dtype=self._dtype if mixed else None, enabled=mixed):
             return self._loss(self.net(pixels), pixels)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _amp(task: Task) -> str:

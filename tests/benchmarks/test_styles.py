@@ -7,7 +7,7 @@ import pytest
 import styles
 import torch
 
-from fastnst.training.step.train_step import ContentFeatures, TrainingStep
+from fastnst.training.step.train_step import ContentFeatures, NetTrainer
 
 TINY = ["--device", "cpu", "--preset", "johnson", "--image-size", "16", "--steps", "2", "--turns", "1"]
 TINY += ["--set", 'loss.content_layers=["relu1_2"]', "--set", 'loss.style_layers=["relu1_2","relu2_2"]']
@@ -31,10 +31,10 @@ def test_both_kinds_train_the_same(few_photos: Path, tmp_path: Path, capsys: pyt
 def test_kinds_that_train_otherwise_are_refused(
     few_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content_of = TrainingStep.content_of
+    content_features = NetTrainer.content_features
 
-    def wrong(self: TrainingStep, batch: torch.Tensor) -> ContentFeatures | None:
-        content = content_of(self, batch)
+    def wrong(self: NetTrainer, batch: torch.Tensor) -> ContentFeatures | None:
+        content = content_features(self, batch)
         assert content is not None
         return ContentFeatures(content.images, {name: 1.01 * target for name, target in content.targets.items()})
 
@@ -48,11 +48,11 @@ def test_kinds_that_train_otherwise_are_refused(
 def _with_wrong_sharing(wrong: object) -> object:
     original = styles._Bench._segment
 
-    def segment(self: styles._Bench, turn: int, group: list[TrainingStep]) -> float:
+    def segment(self: styles._Bench, turn: int, group: list[NetTrainer]) -> float:
         if len(group) == 1:
             return original(self, turn, group)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(TrainingStep, "content_of", wrong)
+            patch.setattr(NetTrainer, "content_features", wrong)
             return original(self, turn, group)
 
     return segment

@@ -8,6 +8,7 @@ the memory in use grew at most. Each gets 30 seconds.
 import contextlib
 import io
 import json
+import logging
 import re
 import resource
 import shutil
@@ -73,9 +74,14 @@ def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
 
 def newest(run: Path) -> None:
     """What passes over the newest checkpoint, as its refusal."""
-    messages: list[str] = []
-    if latest_checkpoint(run, messages.append) is None:
-        raise UserError("; ".join(messages))
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    logging.getLogger("fastnst").addHandler(handler)
+    try:
+        if latest_checkpoint(run) is None:
+            raise UserError(told.getvalue())
+    finally:
+        logging.getLogger("fastnst").removeHandler(handler)
 
 
 def command(*arguments: object) -> None:

@@ -21,7 +21,7 @@ from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training.memory.estimate import estimate
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 from fastnst_kernels import max_pool2d_switches
 from fastnst_kernels.cpu import winograd
 from helpers.tiny_runs import logged, make_small, small_config, train_small
@@ -345,7 +345,7 @@ def test_a_training_step_is_the_same_with_either(precision: str) -> None:
         settings = [f"train.engine={engine}", f"train.precision={precision}"]
         config = load_config(preset="vgg-conv3", assignments=settings, environment={})
         net = TransformNet("johnson", generator=seeded()).train()
-        terms[engine] = numbers(TrainingStep(net, loss, config.train, torch.device("cpu"))(1, batch))
+        terms[engine] = numbers(NetTrainer(net, loss, config.train, torch.device("cpu")).train_step(1, batch))
         gradients[engine] = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     assert terms["fused"] == pytest.approx(terms["autograd"], rel=1e-5 if precision == "fp32" else 1e-2)
     difference = (gradients["fused"] - gradients["autograd"]).norm() / gradients["autograd"].norm()
@@ -357,7 +357,7 @@ def test_the_fused_engine_runs_unless_another_is_asked_for(monkeypatch: pytest.M
     for settings, is_fused in (([], True), (["train.engine=autograd"], False), (["train.compile=true"], False)):
         config = load_config(assignments=["train.precision=fp32", *settings], environment={}).train
         monkeypatch.setattr(torch, "compile", lambda function: function)
-        step = TrainingStep(net, loss, config, torch.device("cpu"))
+        step = NetTrainer(net, loss, config, torch.device("cpu"))
         assert isinstance(step._engine, LossEngine) == is_fused
 
 

@@ -11,7 +11,7 @@ from fastnst.losses.fused import LossEngine
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss, total_variation
 from fastnst.models.transform_net import ARCHITECTURES, TransformNet
 from fastnst.models.vgg19 import FLAVOURS, VGG19
-from fastnst.training.step.train_step import TrainingStep, as_images, to_unit
+from fastnst.training.step.train_step import NetTrainer, as_images, to_unit
 from helpers.tolerances import FLOOR
 
 SIZES = [(16, 16), (17, 22), (19, 21)]  # odd sides move the image within what TF "SAME" rounds up
@@ -149,7 +149,7 @@ def test_a_step_takes_bytes_and_makes_no_floating_images(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         "fastnst.training.step.train_step.to_unit", lambda _: pytest.fail("the images were made floating")
     )
-    terms = TrainingStep(net, loss, config.train, torch.device("cpu"))(1, batch_of(16, 16))
+    terms = NetTrainer(net, loss, config.train, torch.device("cpu")).train_step(1, batch_of(16, 16))
     assert math.isfinite(float(terms.total))
     assert seen == [(torch.uint8, False), (torch.bfloat16, True)]
 

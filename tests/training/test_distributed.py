@@ -24,7 +24,7 @@ from fastnst.config import load_config
 from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.training.distributed.environment import DistEnv, check_divisible, local_config
 from fastnst.training.distributed.process_group import check_equal, choose_device
-from fastnst.training.memory.available import describe_shortage, needed_memory
+from fastnst.training.memory.advice import describe_shortage, required_memory
 from fastnst.training.memory.estimate import estimate
 from fastnst.training.run_dir.checkpoint import checkpoint_steps
 from helpers.fork_server import Ended, ForkServer, arguments, next_command
@@ -323,7 +323,7 @@ def test_memory_that_would_fit_counts_all_processes() -> None:
     config = load_config(assignments=["train.batch_size=16", "train.precision=fp32"], environment={})
     share = local_config(config, DistEnv(0, 4, 0, 4))
     need = estimate(share, device_type="cpu")
-    text = describe_shortage(share, need, int(0.8 * needed_memory(need)), device_type="cpu", processes=4)
+    text = describe_shortage(share, need, int(0.8 * required_memory(need)), device_type="cpu", processes=4)
     assert text is not None
     assert "in each of 4 processes" in text
     assert int(re.findall(r"train.batch_size = (\d+)", text)[0]) in (4, 8, 12)

@@ -142,7 +142,7 @@ def assert_all_that_is_published_is_finite(out: Path) -> None:
 
 
 def newest_step(out: Path) -> int:
-    checkpoint = latest_checkpoint(out, print)
+    checkpoint = latest_checkpoint(out)
     assert checkpoint is not None
     return checkpoint.step
 

@@ -241,7 +241,7 @@ def test_projections_between_replays_change_nothing(
     train(config, tmp_path / "captured", notify=told.append)
     assert [graph.replays for graph in streams.graphs] == [2]
     assert any(text.startswith(f"projections: {WARM_UP + 3} sets in ") for text in told)
-    one, other = (latest_checkpoint(tmp_path / name, print) for name in ("launched", "captured"))
+    one, other = (latest_checkpoint(tmp_path / name) for name in ("launched", "captured"))
     torch.testing.assert_close(one.tensors, other.tensors, rtol=0, atol=0)
 
 

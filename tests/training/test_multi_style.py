@@ -63,7 +63,7 @@ def train_each(config: Config, styles: dict[str, Path], out: Path) -> None:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """All that is kept, and all that was logged, bit for bit."""
-    first, second = latest_checkpoint(one, print), latest_checkpoint(other, print)
+    first, second = latest_checkpoint(one), latest_checkpoint(other)
     assert first is not None
     assert second is not None
     assert (first.step, first.state) == (second.step, second.state)
@@ -353,7 +353,7 @@ def test_a_style_that_diverges_ends_all_and_says_how_the_others_go_on(
     with pytest.raises(DivergedError, match=r"training diverged: .*image_01/checkpoints/step_00000002.*NAME"):
         train_together(small_config(generated_photos), styles, tmp_path)
     for name in styles:
-        checkpoint = latest_checkpoint(tmp_path / name, print)
+        checkpoint = latest_checkpoint(tmp_path / name)
         assert checkpoint is not None
         assert checkpoint.step == 2
         assert all(torch.isfinite(t).all() for t in checkpoint.tensors.values())

@@ -18,7 +18,7 @@ from fastnst.errors import DataError
 from fastnst.training import trainer
 from fastnst.training.run_dir import rejected_images
 from fastnst.training.run_dir.layout import REJECTED_NAME
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 from helpers.batches import load_pillow_in_this_process
 from helpers.tiny_runs import logged, make_small, small_config, train_small
 
@@ -43,9 +43,9 @@ class Scene:
         self.crash_after: int | None = None
         self.sampler = Sampler(0, IMAGES, BATCH, STEPS)
         self.paths = [entry.path for entry in build_manifest(folder).images]
-        step = TrainingStep.__call__
+        step = NetTrainer.train_step
 
-        def crashing(this: TrainingStep, number: int, batch: torch.Tensor) -> Any:
+        def crashing(this: NetTrainer, number: int, batch: torch.Tensor) -> Any:
             if self.crash_after is not None and number > self.crash_after:
                 raise Crash
             return step(this, number, batch)
@@ -56,7 +56,7 @@ class Scene:
 
         make_small(monkeypatch)
         load_pillow_in_this_process(monkeypatch)
-        monkeypatch.setattr(TrainingStep, "__call__", crashing)
+        monkeypatch.setattr(NetTrainer, "train_step", crashing)
         monkeypatch.setattr(trainer, "open_loader", opening)
 
     def config(self, loader: str, *more: str) -> Config:
