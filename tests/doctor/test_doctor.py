@@ -131,10 +131,12 @@ def test_run_probes_leaves_no_hanging_process(
     file = tmp_path / "processes"
     monkeypatch.setenv("DOCTOR_TEST_FILE", str(file))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    code = "from fastnst.doctor.workers import Probe, run_probes\ncollect([[Probe('x', 'helpers.doctor_probes:hangs', 600)]])"
+    code = "from fastnst.doctor.workers import Probe, run_probes; "
+    code += "run_probes([[Probe('x', 'helpers.doctor_probes:hangs', 600)]])"
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (file.exists() and " " in file.read_text()):
+        assert parent.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     parent.send_signal(signum)
