@@ -188,7 +188,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow tests, before `-m` selects, and sort them to the front: the interpreter's, then the order of `_SLOW`."""
+    """Mark slow tests before `-m` selects, and sort: the interpreter first, then the order of `_SLOW`."""
 
     def rank(item: pytest.Item) -> int:
         file = item.nodeid.partition(".py")[0].removeprefix("tests/")
