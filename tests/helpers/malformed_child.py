@@ -1,8 +1,8 @@
-"""A process that is given hostile files, one after the other, through every public way in.
+"""A process that loads malformed files, one after another, through every public entry point.
 
 It reads a JSON object from stdin, `{"files": [[way, path], …], "canary": path, "folder": path, "model": path,
-"photo": path}`, and prints one JSON object per file and way in: how it ended, the message, seconds, and by how many MiB
-the memory in use grew at most. Each gets 30 seconds.
+"photo": path}`, and prints one JSON object per file and entry point: how the call ended, its message, seconds, and the
+peak growth of memory in MiB. Each call has 30 seconds.
 """
 
 import contextlib
@@ -35,20 +35,20 @@ Way = tuple[str, Callable[[], object]]
 
 
 class TookTooLong(BaseException):
-    """No `except Exception` swallows it."""
+    """Not an Exception, so that no `except Exception` swallows it."""
 
 
 def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
-    """Name and call of each public way in for one file."""
+    """Yield name and call of each public entry point for one file."""
     folder, photo, model = Path(given["folder"]), given["photo"], given["model"]
     out = folder / "out"
     if way == "vgg":
         yield "load_vgg19", lambda: load_vgg19(str(path), last_layer="relu1_1", notify=lambda _: None)
-        look = ("--layer", "relu1_1", "--maps", 0, "--size", 32, "--device", "cpu", "--out", out)
-        yield "visualize", lambda: command("visualize", "deconvnet", photo, "--vgg", path, *look)
+        options = ("--layer", "relu1_1", "--maps", 0, "--size", 32, "--device", "cpu", "--out", out)
+        yield "visualize", lambda: command("visualize", "deconvnet", photo, "--vgg", path, *options)
     elif way == "style":
         yield "load_style_model", lambda: load_style_model(path)
-        yield "stylize", lambda: command("stylize", path, photo, "--out", out / "painted.png", "--device", "cpu")
+        yield "stylize", lambda: command("stylize", path, photo, "--out", out / "stylized.png", "--device", "cpu")
     elif way == "npz":
         yield "load_lengstrom_npz", lambda: load_lengstrom_npz(path)
     elif way == "config":
@@ -61,10 +61,10 @@ def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
     elif way == "checkpoint":
         yield "latest_checkpoint", lambda: newest(path)
         yield "visualize", lambda: command("visualize", "transform", path, photo, "--checkpoint", 1, "--out", out)
-    elif way == "image":
+    elif way in ("image", "large"):
         yield "read_image", lambda: read_image(path)
-        if path.stat().st_size < 1 << 20:
-            yield "stylize", lambda: command("stylize", model, path, "--out", out / "painted.png", "--device", "cpu")
+        if way == "image" and path.stat().st_size < 1 << 20:
+            yield "stylize", lambda: command("stylize", model, path, "--out", out / "stylized.png", "--device", "cpu")
             only = folder / "only"
             shutil.rmtree(only, ignore_errors=True)
             only.mkdir()
@@ -73,7 +73,7 @@ def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
 
 
 def newest(run: Path) -> None:
-    """What passes over the newest checkpoint, as its refusal."""
+    """Raise the messages about skipped checkpoints as an error."""
     told = io.StringIO()
     handler = logging.StreamHandler(told)
     logging.getLogger("fastnst").addHandler(handler)
@@ -85,29 +85,29 @@ def newest(run: Path) -> None:
 
 
 def command(*arguments: object) -> None:
-    """What a user is told, as a refusal; whatever else comes up is the product's fault."""
+    """Run a command; raise its message as UserError on exit codes 2 and 3, RuntimeError on other failures."""
     sys.argv = ["fastnst", *map(str, arguments)]
-    told = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             cli.main()
     except SystemExit as ended:
         if ended.code in (2, 3):
-            raise UserError(told.getvalue()) from None
+            raise UserError(stderr.getvalue()) from None
         if ended.code:
-            raise RuntimeError(f"exit code {ended.code}: {told.getvalue()}") from None
+            raise RuntimeError(f"exit code {ended.code}: {stderr.getvalue()}") from None
 
 
 def memory(key: str) -> int:
-    """MiB."""
+    """Return an entry of /proc/self/status in MiB."""
     found = re.search(key + r":\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) // 1024
 
 
 def outcome(call: Callable[[], object]) -> dict[str, Any]:
-    """How one call ended, and what it took."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again from here
+    """Make one call; return how it ended, and its time and memory."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, begin = memory("VmRSS"), time.monotonic()
     signal.alarm(SECONDS)
     try:
@@ -126,16 +126,16 @@ def outcome(call: Callable[[], object]) -> dict[str, Any]:
 
 
 def too_long(*_: object) -> None:
-    """Ends a call."""
+    """Interrupt a call (SIGALRM)."""
     raise TookTooLong
 
 
 def main() -> None:
-    """See the module."""
+    """Read the request from stdin and print the results."""
     warnings.simplefilter("error")  # as under pytest
     given = json.load(sys.stdin)
     signal.signal(signal.SIGALRM, too_long)
-    # So that a bomb that goes off ends this process and not the machine.
+    # A bomb must end this process, not the machine.
     limit = (memory("VmSize") + 8192) << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps({"ended": "warmed up", **outcome(lambda: command("stylize", "/nowhere", "x", "--out", "y"))}))

@@ -1,6 +1,6 @@
-"""Files that somebody made to run code, to fill the memory or to take for ever, and where each of them is given in.
+"""Files made to run code, fill the memory or never end, with the entry point for each.
 
-Payloads would make a file, the canary. Every bomb is small on the disk, or sparse.
+A payload that runs creates a file, the canary. Every bomb is small or sparse on disk.
 """
 
 import codecs
@@ -27,25 +27,25 @@ from fastnst.models.style_model import FORMAT_VERSION, KIND, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.run_dir.checkpoint import FOLDER, save_checkpoint
 from fastnst.training.run_dir.layout import CONFIG_NAME
-from helpers.malformed_safetensors import hostile_safetensors, safetensors_bytes
+from helpers.malformed_safetensors import malformed_safetensors, safetensors_bytes
 from helpers.malformed_zips import Record, raw_zip, zeros
 
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Hostile:
+class Malformed:
     """One file or folder."""
 
     way: str
-    """Where it is given in: `vgg`, `style`, `npz`, `config`, `checkpoint` or `image`."""
+    """Entry points: `vgg`, `style`, `npz`, `config`, `checkpoint`, `image` or `large`."""
     path: Path
     harmless: bool = False
-    """Whether it may be read: what it attempts comes to nothing."""
+    """Whether it may load, because it does no harm."""
 
 
 class Call:
-    """Pickles as a call of `function`."""
+    """Pickles to a call of `function`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -54,8 +54,8 @@ class Call:
         return self.call
 
 
-def hostile_weights(folder: Path, canary: Path) -> list[Hostile]:
-    """VGG19 files, or what goes for one."""
+def malformed_weights(folder: Path, canary: Path) -> list[Malformed]:
+    """Make VGG19 files and other files in their place."""
     folder.mkdir()
     touch = f"touch {canary}"
     contents: dict[str, bytes] = {
@@ -81,20 +81,20 @@ def hostile_weights(folder: Path, canary: Path) -> list[Hostile]:
     contents["hash_bomb_in_old_format.pth"] = _old_format(_hash_bomb(60))
     contents["deep_lists.pth"] = zipped(b"\x80\x02" + b"(l" * 100_000 + b".")
     contents["methods_hidden.pth"] = zipped(_hidden_methods())
-    contents["key_that_steers_a_terminal.pth"] = _saved({"\x1b[2J" + "x" * 500_000: torch.zeros(1)})
+    contents["key_that_has_escape_codes.pth"] = _saved({"\x1b[2J" + "x" * 500_000: torch.zeros(1)})
     contents["tensor_larger_than_its_storage.pth"] = zipped(_tensor(numel=4, shape=(1 << 31,)), data=bytes(16))
     contents["storage_of_a_terabyte.pth"] = zipped(_tensor(numel=1 << 38, shape=(4,)), data=bytes(16))
     contents["old_storage_of_a_terabyte.pth"] = _old_format(_tensor(numel=1 << 38, shape=(4,)))
     contents |= _odd_zips()
-    contents |= {f"{name}.safetensors": data for name, data in hostile_safetensors(kind=None).items()}
+    contents |= {f"{name}.safetensors": data for name, data in malformed_safetensors(kind=None).items()}
     contents["escape_codes.safetensors"] = safetensors_bytes({"\x1b]0;owned\x07": ("F32", [1], [0, 4])}, data=bytes(4))
     files = [_write(folder / name, data) for name, data in contents.items()]
     files += [*_odd_files(folder, "vgg.pth"), *_odd_files(folder, "vgg.safetensors")]
-    return [Hostile("vgg", path) for path in files]
+    return [Malformed("vgg", path) for path in files]
 
 
-def hostile_style_models(folder: Path) -> list[Hostile]:
-    """Style models; the first of them is sound but for its metadata."""
+def malformed_style_models(folder: Path) -> list[Malformed]:
+    """Make style models."""
     folder.mkdir()
     net = TransformNet("johnson", generator=torch.Generator())
     whole = folder / "whole.safetensors"
@@ -103,12 +103,12 @@ def hostile_style_models(folder: Path) -> list[Hostile]:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     whole.unlink()
-    files = [_write(folder / f"{n}.safetensors", d) for n, d in hostile_safetensors(kind=KIND).items()]
+    files = [_write(folder / f"{n}.safetensors", d) for n, d in malformed_safetensors(kind=KIND).items()]
     changes = {
         "version_of_5000_digits": {"format_version": "1" * 5000},
         "version_in_other_digits": {"format_version": "²"},
         "architecture_of_500_kb": {"architecture": "a" * 500_000},
-        "architecture_that_steers_a_terminal": {"architecture": "\x1b[2J\x1b]0;owned\x07"},
+        "architecture_that_has_escape_codes": {"architecture": "\x1b[2J\x1b]0;owned\x07"},
         "architecture_path": {"architecture": "../../../../etc/passwd"},
         "newer_writer_of_500_kb": {"format_version": str(FORMAT_VERSION + 1), "fastnst_version": "9" * 500_000},
     }
@@ -120,11 +120,11 @@ def hostile_style_models(folder: Path) -> list[Hostile]:
     run.mkdir()
     (run / "model.safetensors").symlink_to("/etc/passwd")
     files += [run, *_odd_files(folder, "style.safetensors")]
-    return [Hostile("style", path) for path in files]
+    return [Malformed("style", path) for path in files]
 
 
-def hostile_npz(folder: Path, canary: Path) -> list[Hostile]:
-    """Files for `load_lengstrom_npz`."""
+def malformed_npz(folder: Path, canary: Path) -> list[Malformed]:
+    """Make files for `load_lengstrom_npz`."""
     folder.mkdir()
     objects = np.array([Call(os.system, f"touch {canary}")], dtype=object)
     np.savez(folder / "objects.npz", Variable=objects, allow_pickle=True)
@@ -144,11 +144,11 @@ def hostile_npz(folder: Path, canary: Path) -> list[Hostile]:
     }
     files = [_write(folder / name, data) for name, data in contents.items()]
     files += [folder / "objects.npz", folder / "objects.npy", *_odd_files(folder, "lengstrom.npz")]
-    return [Hostile("npz", path) for path in files]
+    return [Malformed("npz", path) for path in files]
 
 
-def hostile_configurations(folder: Path) -> list[Hostile]:
-    """TOML files that no run was begun with."""
+def malformed_configurations(folder: Path) -> list[Malformed]:
+    """Make TOML files."""
     folder.mkdir()
     contents = {
         "brackets": b"a = " + b"[" * 50_000,
@@ -165,7 +165,7 @@ def hostile_configurations(folder: Path) -> list[Hostile]:
         "huge_preset": b'preset = "' + b"k" * 900_000 + b'"',
         "string_of_4_mb": b'preset = "' + b"k" * (4 << 20) + b'"',
         "null_character": b'style.image = "a\\u0000b"',
-        "steers_a_terminal": b'"\\u001b[2J\\u001b]0;owned\\u0007" = 1',
+        "has_escape_codes": b'"\\u001b[2J\\u001b]0;owned\\u0007" = 1',
         "preset_path": b'preset = "../../../../etc/passwd"',
         "not_utf8": b'preset = "\xff\xfe"',
         "surrogate": b'preset = "\\ud800"',
@@ -173,10 +173,10 @@ def hostile_configurations(folder: Path) -> list[Hostile]:
         "binary": bytes(range(256)) * 16,
     }
     files = [_write(folder / f"{name}.toml", data) for name, data in contents.items()]
-    return [Hostile("config", path) for path in (*files, *_odd_files(folder, "config.toml"))]
+    return [Malformed("config", path) for path in (*files, *_odd_files(folder, "config.toml"))]
 
 
-def hostile_checkpoints(folder: Path) -> list[Hostile]:
+def malformed_checkpoints(folder: Path) -> list[Malformed]:
     """Run directories with one checkpoint each; where the manifest still has hashes, they are right."""
     folder.mkdir()
     runs = []
@@ -187,9 +187,9 @@ def hostile_checkpoints(folder: Path) -> list[Hostile]:
         assert path == run / FOLDER / "step_00000001"
         (run / CONFIG_NAME).write_text(configuration, "utf-8")
         change(path)
-        # Sound files of the wrong tensors: whoever restores from them looks for the right ones.
+        # Valid files with the wrong tensors: loading a run from them fails later.
         wrong = name in ("tensors_type_of_integers", "tensors_same_name_twice", "tensors_nothing_in_it")
-        runs.append(Hostile("checkpoint", run, harmless=wrong))
+        runs.append(Malformed("checkpoint", run, harmless=wrong))
     return runs
 
 
@@ -202,7 +202,7 @@ def _checkpoint_changes() -> Iterator[tuple[str, Callable[[Path], object]]]:
         return change
 
     def replaced(name: str, data: bytes, size: int | None = None) -> Callable[[Path], object]:
-        """With a manifest that agrees."""
+        """Replace a file and its entry in the manifest."""
 
         def change(path: Path) -> None:
             (path / name).write_bytes(data)
@@ -243,12 +243,12 @@ def _checkpoint_changes() -> Iterator[tuple[str, Callable[[Path], object]]]:
         yield f"{name}_is_dev_zero", link(name, "/dev/zero")
         yield f"{name}_is_passwd", link(name, "/etc/passwd")
         yield f"{name}_is_a_pipe", pipe(name)
-    for name, data in hostile_safetensors(kind=None).items():
+    for name, data in malformed_safetensors(kind=None).items():
         yield f"tensors_{name}", replaced("state.safetensors", data)
 
 
 def _odd_files(folder: Path, name: str) -> list[Path]:
-    """A pipe, which nobody writes into; a device without an end; a link to itself; a sparse file; none of the kind."""
+    """Make a pipe without a writer, an endless device, a link to itself, a sparse file and a link to a text file."""
     pipe, device, loop = folder / f"pipe_{name}", folder / f"device_{name}", folder / f"loop_{name}"
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")

@@ -1,16 +1,17 @@
-"""safetensors files that are not what they say."""
+"""safetensors files with wrong headers."""
 
+import functools
 import json
 import struct
 from collections.abc import Mapping
 from typing import Any
 
 Entry = tuple[str, list[int], list[int]]
-"""Type, shape, and where in the data it begins and ends."""
+"""dtype, shape, [begin, end] in the data."""
 
 
 def safetensors_bytes(entries: Mapping[str, Entry], *, data: bytes, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """A file whose header says what it is told to."""
+    """Return a file with the given header entries, right or wrong."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     for name, (kind, shape, offsets) in entries.items():
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": offsets}
@@ -18,16 +19,13 @@ def safetensors_bytes(entries: Mapping[str, Entry], *, data: bytes, metadata: Ma
 
 
 def with_header(header: bytes, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """The header's length, true or not, the header, and the data."""
+    """Return length (default: the true one), header and data."""
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def hostile_safetensors(*, kind: str | None) -> dict[str, bytes]:
-    """Contents by name.
-
-    Args:
-        kind: what the metadata calls the file, so that it is not refused for that.
-    """
+@functools.cache
+def malformed_safetensors(*, kind: str | None) -> dict[str, bytes]:
+    """Return contents by name; `kind` is the metadata's kind of file, so that it is not refused for that."""
     metadata = None if kind is None else {"kind": kind, "format_version": "1", "architecture": "johnson"}
     start = b"{" if metadata is None else b'{"__metadata__":' + json.dumps(metadata).encode() + b","
     name, other = "features.0.weight", "features.0.bias"

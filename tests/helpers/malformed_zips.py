@@ -1,5 +1,6 @@
-"""Zip archives whose records need not be what the archive says of them."""
+"""Zip archives with records that contradict the directory."""
 
+import functools
 import struct
 import zlib
 from dataclasses import dataclass
@@ -7,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass
 class Record:
-    """One record of a zip archive, and what the archive says of it."""
+    """One record of a zip archive, and its entry in the directory."""
 
     name: str
     data: bytes
     packed: int | None = None
-    """Its length unpacked, if it is compressed."""
+    """Uncompressed length, if it is compressed."""
     flags: int = 0
     method: int | None = None
     checksum: int | None = None
@@ -20,7 +21,7 @@ class Record:
 
 
 def raw_zip(records: list[Record], *, comment: bytes = b"", before: bytes = b"") -> bytes:
-    """An archive, whatever its records say."""
+    """Return an archive of the records, consistent or not."""
     body, directory = bytearray(before), bytearray()
     for record in records:
         method = record.method if record.method is not None else 0 if record.packed is None else 8
@@ -36,8 +37,9 @@ def raw_zip(records: list[Record], *, comment: bytes = b"", before: bytes = b"")
     return bytes(body + directory) + b"PK\5\6" + end + comment
 
 
+@functools.cache
 def zeros(size: int) -> bytes:
-    """A raw deflate stream of `size` zero bytes, a multiple of 16 MiB, without the work of compressing them."""
+    """Return a raw deflate stream of `size` zeros, a multiple of 16 MiB, without compressing them all."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = packer.compress(bytes(1 << 24)) + packer.flush(zlib.Z_FULL_FLUSH)
     return block * (size >> 24) + packer.flush()

@@ -240,7 +240,7 @@ LOGGED = (
         SUMMARIES,
         "flags | os.O_NOFOLLOW | os.O_CLOEXEC",
         "flags | os.O_CLOEXEC",
-        "tests/security/test_runs.py::test_a_link_to_nothing_makes_nothing_there[metrics.jsonl]",
+        "tests/security/test_runs.py::test_train_creates_nothing_through_a_dangling_link[metrics.jsonl]",
         "a run directory from elsewhere makes files wherever it likes",
     ),
 )
@@ -608,7 +608,7 @@ SECURE = (
         WEIGHTS,
         'map_location="cpu", weights_only=True',
         'map_location="cpu", weights_only=False',
-        "tests/security/test_network.py::test_a_payload_does_not_run_where_nobody_looked_at_it_before",
+        "tests/security/test_network.py::test_load_vgg19_runs_no_payload_even_without_vetting",
         "a weights file runs code",
     ),
     Fault(
@@ -616,7 +616,7 @@ SECURE = (
         WEIGHTS,
         "        if digest == source.sha256:\n",
         "        if digest:\n",
-        "tests/security/test_network.py::test_cached_weights_are_checked_in_full_at_every_load",
+        "tests/security/test_network.py::test_load_vgg19_checks_cached_weights_at_every_load",
         "damaged or exchanged weights are used as torchvision's",
     ),
     Fault(
@@ -696,7 +696,7 @@ SECURE = (
         CLI,
         '@click.option("--host", default="localhost"',
         '@click.option("--host", default="0.0.0.0"',
-        "tests/security/test_network.py::test_tensorboard_listens_where_it_is_asked_to[localhost]",
+        "tests/security/test_network.py::test_tensorboard_listens_on_the_asked_host[localhost]",
         "everybody on the network can look at the run",
     ),
 )

@@ -1,9 +1,8 @@
-"""Facts gathered in processes of their own: one that raises, crashes or hangs costs its own answer and no other.
+"""Run probes in worker processes: a probe that raises, crashes or hangs loses its own result only.
 
-A driver that hangs does so in the kernel, where no thread of this process could be stopped; a library that crashes
-takes its process along. So the probes run in child processes, one after another in each of a few *lanes*, and answer
-by one line of JSON each. A child that is silent for longer than its probe may be, or that dies, is given up for that
-probe; a new one goes on with the rest of its lane.
+A driver can hang inside the kernel, where no thread could be stopped, and a crashing library takes its process along.
+Each worker process runs its probes in order and prints one line of JSON per probe. If a worker dies or exceeds a
+probe's time limit, it is killed, that probe fails, and a new process runs the worker's remaining probes.
 """
 
 import contextlib
@@ -25,20 +24,20 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Probe:
-    """Something to find out: `function` is `module:name`, takes nothing and returns what JSON can hold."""
+    """One measurement: `function` is `module:name`, takes no arguments and returns a JSON value."""
 
     name: str
     function: str
     limit: float
-    """Seconds until it counts as hanging; those to start its process and import its modules are part of them."""
+    """Time limit in seconds, including process start and imports."""
 
 
 class ProbeError(Exception):
-    """What a probe was to find out is not known; the message says why."""
+    """A probe failed; the message says why."""
 
 
-class Facts:
-    """What the probes found, by their names."""
+class Results:
+    """Results of the probes, by name."""
 
     def __init__(self, answers: Mapping[str, Any], failures: Mapping[str, str]) -> None:
         self._answers, self._failures = answers, failures
@@ -50,33 +49,33 @@ class Facts:
         return self._answers[probe]
 
     def get(self, probe: str) -> Any:
-        """An empty dictionary if the probe failed: for what is good to know and decides nothing."""
+        """Return the result, or {} if the probe failed: for optional details."""
         return self._answers.get(probe, {})
 
 
-def collect(lanes: Sequence[Sequence[Probe]]) -> Facts:
-    """Run the probes: the lanes side by side, each front to back. Returns when all have answered or been given up."""
+def run_probes(workers: Sequence[Sequence[Probe]]) -> Results:
+    """Run the workers in parallel, the probes of each in order, until each has answered or failed."""
     answers: dict[str, Any] = {}
     failures: dict[str, str] = {}
-    children = [_Child(lane) for lane in lanes]
+    processes = [_Worker(probes) for probes in workers]
     try:
-        while busy := [child for child in children if child.waiting]:
-            for child in busy:
-                child.start()
-            patience = min(child.deadline for child in busy) - time.monotonic()
-            ready, _, _ = select.select([child.pipe for child in busy], [], [], max(0.0, patience))
-            for child in busy:
-                if child.pipe in ready:
-                    child.receive(answers, failures)
-                elif time.monotonic() >= child.deadline:
-                    child.give_up(failures, f"no answer within {child.waiting[0].limit:g} s")
+        while busy := [worker for worker in processes if worker.waiting]:
+            for worker in busy:
+                worker.start()
+            timeout = min(worker.deadline for worker in busy) - time.monotonic()
+            ready, _, _ = select.select([worker.pipe for worker in busy], [], [], max(0.0, timeout))
+            for worker in busy:
+                if worker.pipe in ready:
+                    worker.receive(answers, failures)
+                elif time.monotonic() >= worker.deadline:
+                    worker.fail(failures, f"no answer within {worker.waiting[0].limit:g} s")
     finally:
-        for child in children:
-            child.stop()
-    return Facts(answers, failures)
+        for worker in processes:
+            worker.stop()
+    return Results(answers, failures)
 
 
-class _Child:
+class _Worker:
     def __init__(self, probes: Sequence[Probe]) -> None:
         self.waiting = list(probes)
         self.deadline = 0.0
@@ -85,10 +84,10 @@ class _Child:
         self._received = b""
 
     def start(self) -> None:
-        """Have a process at work on what is waiting."""
+        """Start a process for the waiting probes, unless one is running."""
         if self._process is not None:
             return
-        # It finds modules where this process does, and nowhere else: not by chance in the working directory.
+        # The child finds modules where this process does, and none in the working directory by accident.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         functions = [probe.function for probe in self.waiting]
         self._process = subprocess.Popen(
@@ -105,9 +104,9 @@ class _Child:
         self._set_deadline()
 
     def receive(self, answers: dict[str, Any], failures: dict[str, str]) -> None:
-        """Take what has come: answers, or the end of the process."""
+        """Read answers from the pipe, or the end of the process."""
         if not (block := os.read(self.pipe, 1 << 16)):
-            self.give_up(failures, self._last_words())
+            self.fail(failures, self._exit_reason())
             return
         *lines, self._received = (self._received + block).split(b"\n")
         for line in lines:
@@ -116,19 +115,19 @@ class _Child:
             if "error" in answer:
                 failures[probe.name] = answer["error"]
             else:
-                answers[probe.name] = answer["facts"]
+                answers[probe.name] = answer["result"]
         if self.waiting:
             self._set_deadline()
         else:
             self.stop()
 
-    def give_up(self, failures: dict[str, str], reason: str) -> None:
-        """End the process; its present probe has failed because of `reason`."""
+    def fail(self, failures: dict[str, str], reason: str) -> None:
+        """Record `reason` as the current probe's failure and end the process."""
         failures[self.waiting.pop(0).name] = reason
         self.stop()
 
     def stop(self) -> None:
-        """End the process, and whatever it has started."""
+        """Kill the process and its children."""
         if (process := self._process) is None:
             return
         self._process = None
@@ -136,19 +135,19 @@ class _Child:
             os.killpg(process.pid, signal.SIGKILL)
         assert process.stdout is not None
         process.stdout.close()
-        # One that hangs in a driver does not even die; nothing is gained by waiting for it.
+        # A process that hangs in a driver does not die: do not wait for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=2.0)
 
     def _set_deadline(self) -> None:
         self.deadline = time.monotonic() + self.waiting[0].limit
 
-    def _last_words(self) -> str:
+    def _exit_reason(self) -> str:
         assert self._process is not None
         try:
             code = self._process.wait(timeout=2.0)
         except subprocess.TimeoutExpired:
-            return "its process fell silent"
+            return "its process closed its pipe"
         if code < 0:
             with contextlib.suppress(ValueError):
                 return f"its process crashed ({signal.Signals(-code).name})"
@@ -156,27 +155,25 @@ class _Child:
 
 
 def main() -> None:
-    """In a child: carry out the functions that the arguments name, and print an answer for each."""
-    # One that hangs must not stay behind when its parent is killed and cannot give it up.
+    """Run the functions named in argv (child process) and print a line of JSON for each."""
+    # A hanging child must not survive its parent, not even a parent killed by SIGKILL.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Libraries may print what they like; answers go where only this function writes.
+    # Libraries may print to stdout: point it at stderr and keep the pipe for answers.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         for function in sys.argv[1:]:
             module, _, name = function.partition(":")
             try:
-                answer = {"facts": getattr(importlib.import_module(module), name)()}
-                line = json.dumps(answer)
-            # Whatever goes wrong in there is what was to be found out.
+                line = json.dumps({"result": getattr(importlib.import_module(module), name)()})
             except (Exception, SystemExit) as error:
-                line = json.dumps({"error": in_words(error)})
+                line = json.dumps({"error": format_error(error)})
             print(line, file=answers, flush=True)
 
 
-def in_words(error: BaseException) -> str:
-    """One line about `error`, cut where it grows long."""
+def format_error(error: BaseException) -> str:
+    """Return `Type: first line` of an error, the line cut at 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0] if lines else ""
-    said = said if len(said) <= 200 else said[:199] + "…"
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    text = lines[0] if lines else ""
+    text = text if len(text) <= 200 else text[:199] + "…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
