@@ -72,7 +72,7 @@ def run_demo(
     write_image(style, paint_strokes(256))
     if vgg == "auto":
         try:
-            load_vgg19("auto", last_layer="relu3_4", notify=notify)
+            load_vgg19("auto", last_layer="relu3_4")
         except WeightsUnavailable as error:
             notify(f"{error}\nThe demo goes on with random VGG19 weights: textures and colours still carry over.")
             vgg = "random"
@@ -81,7 +81,7 @@ def run_demo(
     config = load_config(preset="vgg-conv3", assignments=assignments, options=options | {"loss.vgg": vgg})
     model = train(config, out, notify=notify, stop=stop)
     shown = next(path for path in photos if path.stem == SHOWN)
-    return DemoResult(stylize_files(out, [shown], images / f"{SHOWN}-stylised.png", notify=notify)[0], model)
+    return DemoResult(stylize_files(out, [shown], images / f"{SHOWN}-stylised.png")[0], model)
 
 
 def write_photos(folder: Path) -> list[Path]:

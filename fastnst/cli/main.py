@@ -185,7 +185,7 @@ def stylize(model: Path, images: tuple[Path, ...], out: Path, device: str, preci
     # Results are printed when all is done, but also when some image failed: the bar owns the terminal until then.
     written: list[Path] = []
     try:
-        stylize_files(model, images, out, device=device, precision=precision, notify=_notify, written=written.append)
+        stylize_files(model, images, out, device=device, precision=precision, written=written.append)
     finally:
         for path in written:
             click.echo(path)

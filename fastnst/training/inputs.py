@@ -87,15 +87,12 @@ def read_inputs(
     style, style_sha256 = read_style(config)
     check_folder(config.data.folder)
     watched_layers = [name.partition(":")[0] for name in config.visualize.vgg_maps]
-    with counted("download VGG19", "MB", scale=1e6) as progress:
-        vgg = load_vgg19(
-            config.loss.vgg,
-            last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers, *watched_layers]),
-            flavour=config.loss.vgg_flavour,
-            seed=config.train.seed,
-            notify=notify,
-            progress=progress,
-        )
+    vgg = load_vgg19(
+        config.loss.vgg,
+        last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers, *watched_layers]),
+        flavour=config.loss.vgg_flavour,
+        seed=config.train.seed,
+    )
     manifest = with_failed(read_manifest(config, notify), late)
     check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastnst.config import TrainConfig
 from fastnst.device import DTYPES, resolve_precision
-from fastnst.losses.fused import LossEngine
+from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.monitoring.profiler import record_span
@@ -75,15 +75,15 @@ class TrainingStep:
         self._loss = loss
         self._parameters = dict(net.named_parameters())
         self._state: dict[str, Tensor] = {**self._parameters, **dict(net.named_buffers())}
-        self._engine: LossEngine | None = None
+        self._engine: FusedPerceptualLoss | None = None
         self._forward: Callable[[Tensor], LossTerms] = self._loss_of
         if config.compile:
             self._forward = torch.compile(self._loss_of)
         elif config.engine == "fused":
-            self._engine = LossEngine(
+            self._engine = FusedPerceptualLoss(
                 loss,
                 None if self._dtype == torch.float32 else self._dtype,
-                beside=beside._engine if beside is not None else None,
+                shared_vgg=beside._engine if beside is not None else None,
             )
 
     def __call__(self, step: int | Tensor, batch: Tensor, content: ContentFeatures | None = None) -> LossTerms:
@@ -175,7 +175,7 @@ class TrainingStep:
             with record_span("loss network"):
                 return self._loss(stylized, content)
 
-    def _fused_pass(self, engine: LossEngine, batch: Tensor, content: ContentFeatures | None) -> LossTerms:
+    def _fused_pass(self, engine: FusedPerceptualLoss, batch: Tensor, content: ContentFeatures | None) -> LossTerms:
         """Forward and backward of one batch."""
         # First, while the transform net holds nothing: a pass without gradient needs its two largest layers at once.
         content = content or self.content_of(batch)
@@ -194,7 +194,7 @@ class TrainingStep:
     def _transformed(self, content: Tensor, *, raw: bool) -> Tensor:
         """The one place that calls the transform net."""
         with record_span("transform net"):
-            made: Tensor = self._called(content, raw=raw)
+            made: Tensor = self._called(content, pre_activation=raw)
         return made
 
     def _updates(self) -> Tensor:
