@@ -1,12 +1,12 @@
-"""What a training step costs at least, layer by layer, on any GPU: FLOPs, bytes, and a bound in ms and images/s.
+"""Lower bound of a training step on any GPU, layer by layer: FLOPs, bytes, ms and images/s.
 
     python benchmarks/roofline.py --tflops 790 --tb-per-s 4.3
     python benchmarks/roofline.py --preset johnson --batch-size 32 --precision bf16 --markdown plan.md --json plan.json
 
-A GPU is two numbers: the rate of its matrix products, and of a plain copy (bytes read and written together). A layer
+A GPU is described by two rates: of its matrix products, and of a plain copy (bytes read and written together). A layer
 takes at least its FLOPs over the one or its bytes over the other, whichever is longer, and the step the sum of its
-layers: nothing overlaps. `bound` counts the minimum bytes, `plan` those that we move; what either is, says
-`benchmarks/step_bench/step_model.py`. The default is an H200: 790 TFLOP/s in bf16, 4.3 TB/s.
+layers, without overlap. `bound` counts the minimum bytes, `plan` those that we move; both are defined in
+`benchmarks/step_bench/cost_model.py`. The default is an H200: 790 TFLOP/s in bf16, 4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from step_bench.launches import ARCHITECTURE, can_record
-from step_bench.ledger import PARTS, Operation
-from step_bench.step_model import totals, training_step
+from step_bench.cost_model import totals, training_step
+from step_bench.kernel_traffic import ARCHITECTURE, can_record
+from step_bench.operations import PARTS, Operation
 
 from fastnst.config import Config, load_config
 from fastnst.errors import UserError
@@ -31,7 +31,7 @@ H200_TFLOPS, H200_TB_PER_S = 790.0, 4.3
 
 @dataclass(frozen=True)
 class Machine:
-    """The two rates of a GPU, or of anything else that computes."""
+    """The two rates of a GPU or CPU."""
 
     tflops: float = H200_TFLOPS
     tb_per_s: float = H200_TB_PER_S
@@ -75,17 +75,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def configured(preset: str | None, image_size: int, batch_size: int, assignments: Sequence[str] = ()) -> Config:
-    """The configuration of a preset at these sizes; what the environment says of others' runs does not count.
+    """Load a preset's configuration at these sizes, without FASTNST_ variables of the environment.
 
     Raises:
-        UserError: something in it is wrong.
+        UserError: a value is wrong.
     """
     sizes = {"data.image_size": image_size, "train.batch_size": batch_size}
     return load_config(preset=preset, assignments=assignments, options=sizes, environment={})
 
 
 def summary(config: Config, machine: Machine, operations: Sequence[Operation]) -> dict[str, Any]:
-    """The step as a whole."""
+    """Sums over the step."""
     batch, sums = config.train.batch_size, totals(operations)
     bound, plan = machine.seconds(operations), machine.seconds(operations, planned=True)
     return {
@@ -109,7 +109,7 @@ def as_json(config: Config, precision: str, machine: Machine, operations: Sequen
 
 
 def markdown(config: Config, precision: str, machine: Machine, operations: Sequence[Operation]) -> str:
-    """The sums, the parts of the step, and its layers."""
+    """Format the sums, the parts of the step, and its layers."""
     settings, whole = _settings(config, precision, machine), summary(config, machine, operations)
     lines = [
         f"# A training step on {machine.tflops:g} TFLOP/s and {machine.tb_per_s:g} TB/s",

@@ -1,4 +1,4 @@
-"""fastnst end to end: images read, decoded and resized by the loader while the step before runs."""
+"""Measure fastnst with its loader, which reads, decodes and resizes images while the previous step runs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastnst.data.sampler import Sampler
 from step_bench import measure
 from step_bench.providers import Fastnst, Task
 
-FED = "fastnst_fed"
+WITH_LOADER = "fastnst_fed"
 
 
-def measure_fed(task: Task, folder: Path, steps: int) -> tuple[Fastnst, dict[str, Any]]:
-    """Times `steps` steps behind a warm-up that outlasts what the loader keeps ready.
+def measure_with_loader(task: Task, folder: Path, steps: int) -> tuple[Fastnst, dict[str, Any]]:
+    """Time `steps` steps after a warm-up longer than the loader's prefetch.
 
-    Images per second are those of the whole time, waiting included; percentiles are of single steps.
+    Images per second are over the whole time, waiting included; percentiles are of single steps.
 
     Raises:
         UserError: the folder holds no images, or the loader is not installed.
@@ -56,16 +56,16 @@ def measure_fed(task: Task, folder: Path, steps: int) -> tuple[Fastnst, dict[str
         _wait(device)
         elapsed = time.perf_counter() - begin
     seconds = [_between(a, b) for a, b in pairwise(marks)]
-    facts = measure.statistics(seconds, config.train.batch_size)
-    facts |= {
+    measured = measure.statistics(seconds, config.train.batch_size)
+    measured |= {
         "images_per_second": steps * config.train.batch_size / elapsed,
         "ms_per_step": 1000 * elapsed / steps,
-        "peak_memory_bytes": None,  # that of the loader and that of the step are not told apart
+        "peak_memory_bytes": None,  # cannot separate the loader's and the step's
         "loader": config.data.loader,
         "images": len(manifest.images),
         "waiting_share": waited / elapsed,
     }
-    return provider, facts
+    return provider, measured
 
 
 def _mark(device: torch.device) -> Any:
