@@ -198,7 +198,7 @@ def _load(vgg: str, layers: Sequence[str], device: torch.device, notify: Notify)
     return load_vgg19(vgg, last_layer=deepest_layer(layers)).to(device)
 
 
-def _load_for(target: Target, vgg: str, device: torch.device, notify: Notify) -> VGG19:  # noqa: ARG001
+def _load_for(target: Target, vgg: str, device: torch.device, notify: Notify) -> VGG19:
     if target.layer != CLASS_LAYER:
         return _load(vgg, [target.layer], device, notify)
     other = "or a target layer:map, such as relu3_4:17"
