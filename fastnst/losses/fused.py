@@ -109,15 +109,11 @@ class FusedPerceptualLoss:
         Args:
             pre_activation: `[N, 3, H', W']`, the last layer's output.
             output_mapping: maps it to the stylized images.
-            targets: as in a call.
+            targets: as in a call, like the errors.
             grad_output: as in a call.
 
         Returns:
             The terms, and grad_output · ∂total/∂pre_activation, of its shape and type.
-
-        Raises:
-            ValueError: as in a call.
-            UserError: as in a call.
         """
         loss, window = self._loss, output_mapping.window
         loss.vgg.check(pre_activation[:, :, : window[2], : window[3]], loss.layers)

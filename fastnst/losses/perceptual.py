@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastnst.config import LossConfig
 from fastnst.errors import UserError
+from fastnst.models.transform_net import at_least_fp32
 from fastnst.models.vgg19 import VGG19
 from fastnst_kernels import gram_matrix, style_loss
 
@@ -108,7 +109,7 @@ class PerceptualLoss(nn.Module):
         if not self.style:
             return
         with torch.autocast(style.device.type, enabled=False):
-            for layer, activation in self.vgg(_at_least_fp32(style), tuple(self.style)).items():
+            for layer, activation in self.vgg(at_least_fp32(style), tuple(self.style)).items():
                 self.style[layer].gram = gram_matrix(activation)[0]
 
     def forward(self, stylized: Tensor, content: Tensor) -> LossTerms:
@@ -153,7 +154,7 @@ class PerceptualLoss(nn.Module):
         """
         # On a CPU autocast would take squared errors, too, in its low precision.
         with torch.autocast(stylized.device.type, enabled=False):
-            zero = torch.zeros((), dtype=_at_least_fp32(stylized).dtype, device=stylized.device)
+            zero = torch.zeros((), dtype=at_least_fp32(stylized).dtype, device=stylized.device)
             content, content_layers = self.content(zero, features, targets)
             style, style_layers = self.style(zero, features)
             tv = self.tv(stylized) if self.tv.factor else zero
@@ -179,7 +180,7 @@ class ContentTerm(nn.Module):
         self.factor = factor
 
     def forward(self, activation: Tensor, target: Tensor) -> Tensor:
-        return self.factor * F.mse_loss(_at_least_fp32(activation), _at_least_fp32(target))
+        return self.factor * F.mse_loss(at_least_fp32(activation), at_least_fp32(target))
 
 
 class StyleTerm(nn.Module):
@@ -250,12 +251,8 @@ def total_variation(images: Tensor, reduction: str = "mean") -> Tensor:
         reduction: `mean`: the mean over each direction's differences, vertical plus horizontal; `sum`: their sum per
             image, averaged over the batch.
     """
-    images = _at_least_fp32(images)
+    images = at_least_fp32(images)
     vertical = F.mse_loss(images[:, :, 1:], images[:, :, :-1], reduction=reduction)
     horizontal = F.mse_loss(images[..., 1:], images[..., :-1], reduction=reduction)
     total = vertical + horizontal
     return total / images.shape[0] if reduction == "sum" else total
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

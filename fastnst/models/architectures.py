@@ -14,69 +14,47 @@ from typing import Literal
 Padding = Literal["same", "valid", "reflect"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArchitectureSpec:
-    """How a transform net differs from the others; `transform_net` says what all share."""
+    """How a transform net differs from the others; `transform_net` describes their common shape."""
 
-    padding: Padding
-    """Of every convolution outside the residual blocks: zeros as TF "SAME" has them, or reflected."""
+    padding: Padding = "same"
+    """Of every convolution outside the residual blocks: TF "SAME" zeros, or reflection."""
     block_padding: Padding
     """Of the convolutions in the residual blocks."""
-    border: int
+    border: int = 0
     """Pixels reflected at each side of the image before the first layer."""
-    upsampling: Literal["transposed", "nearest"]
+    upsampling: Literal["transposed", "nearest"] = "transposed"
     """Transposed convolution, or nearest-neighbour ×2 and a convolution."""
-    eps: float
+    eps: float = 1e-3
     """ε of the norms."""
-    norm_on_output: bool
-    """Whether a norm follows the last convolution, in place of its bias."""
-    input_scale: float
-    """What an image in [0, 1] is multiplied by."""
-    tanh: bool
+    norm_on_output: bool = True
+    """Whether a norm, not a bias, follows the last convolution."""
+    input_scale: float = 1.0
+    """Factor of an image in [0, 1]."""
+    tanh: bool = True
     factor: float
     offset: float
-    """Output mapping, to [0, 1]: factor · tanh?(last layer) + offset."""
-    init: Literal["truncated_normal", "uniform"]
+    """Output mapping to [0, 1]: factor · tanh?(last layer) + offset."""
+    init: Literal["truncated_normal", "uniform"] = "truncated_normal"
     init_scale: Callable[[int], float]
     """fan-in → standard deviation of a normal truncated at two of them, or bound of a uniform distribution."""
     base_width: int = 32
-    """Channels of the first layer; the two strided layers double them."""
+    """Channels of the first layer; each strided layer doubles them."""
 
 
 ARCHITECTURES: dict[str, ArchitectureSpec] = {
     "hwalsuklee": ArchitectureSpec(
-        padding="same",
         block_padding="valid",
         border=40,
-        upsampling="transposed",
-        eps=1e-3,
-        norm_on_output=True,
-        input_scale=1.0,
-        tanh=True,
         factor=0.5,
         offset=0.5,
-        init="truncated_normal",
-        # Variance 2 / fan-in. The 1.3 makes up for what truncation takes away.
-        init_scale=lambda fan_in: math.sqrt(1.3 * 2.0 / fan_in),
+        init_scale=lambda fan_in: math.sqrt(1.3 * 2.0 / fan_in),  # variance 2 / fan-in; 1.3 corrects the truncation
     ),
-    "lengstrom": ArchitectureSpec(
-        padding="same",
-        block_padding="same",
-        border=0,
-        upsampling="transposed",
-        eps=1e-3,
-        norm_on_output=True,
-        input_scale=1.0,
-        tanh=True,
-        factor=150.0 / 255.0,
-        offset=0.5,
-        init="truncated_normal",
-        init_scale=lambda _: 0.1,
-    ),
+    "lengstrom": ArchitectureSpec(block_padding="same", factor=150.0 / 255.0, offset=0.5, init_scale=lambda _: 0.1),
     "johnson": ArchitectureSpec(
         padding="reflect",
         block_padding="reflect",
-        border=0,
         upsampling="nearest",
         eps=1e-5,
         norm_on_output=False,

@@ -107,7 +107,7 @@ def check_torch_file(path: Path) -> None:
                 _check_pickle(beginning)
 
 
-def printable_excerpt(text: str, length: int = 80) -> str:
+def excerpt(text: str, length: int = 80) -> str:
     """Text from a file for a message: shortened, and without control characters."""
     short = text if len(text) <= length else text[: length - 1] + "…"
     return short if short.isprintable() else repr(short)

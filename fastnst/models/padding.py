@@ -17,20 +17,16 @@ def reflect_pad(x: Tensor, pad: int) -> Tensor:
 
     Beyond H - 1 or W - 1 the reflection repeats, as in `numpy.pad(mode="reflect")`.
     """
-    height, width = x.shape[-2:]
-    if pad == 0:
-        return x.contiguous(memory_format=torch.channels_last)
-    if pad < min(height, width):
-        return _mirror(x, pad, pad)
-    # The repeated reflection of n pixels has a mirror point every n - 1, hence steps of n - 1.
-    return _reflect_direction(_reflect_direction(x, pad, vertical=True), pad, vertical=False)
-
-
-def _reflect_direction(x: Tensor, pad: int, *, vertical: bool) -> Tensor:
-    while pad > 0:
-        step = min(pad, x.shape[-2 if vertical else -1] - 1)
-        x = _mirror(x, step if vertical else 0, 0 if vertical else step)
-        pad -= step
+    x = x.contiguous(memory_format=torch.channels_last)
+    if pad < min(x.shape[2:]):
+        return _mirror(x, pad, pad) if pad else x
+    for axis in (2, 3):
+        left = pad
+        while left > 0:
+            # The repeated reflection of n pixels has a mirror point every n - 1, hence steps of n - 1.
+            step = min(left, x.shape[axis] - 1)
+            x = _mirror(x, step, 0) if axis == 2 else _mirror(x, 0, step)
+            left -= step
     return x
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastnst import __version__
 from fastnst.device import resolve_device
 from fastnst.errors import DataError
-from fastnst.models.file_checks import UnsafeFileError, check_safetensors_file, printable_excerpt
+from fastnst.models.file_checks import UnsafeFileError, check_safetensors_file, excerpt
 from fastnst.models.transform_net import TransformNet
 from fastnst.storage import write_atomic
 
@@ -66,7 +66,7 @@ def load_style_model(path: Path | str, *, device: str | torch.device = "cpu") ->
         with torch.random.fork_rng(devices=[]):
             net = TransformNet.from_metadata(metadata)
     except DataError as error:
-        raise DataError(f"{file}: {printable_excerpt(str(error), 400)}") from error
+        raise DataError(f"{file}: {excerpt(str(error), 400)}") from error
     _check(file, net, tensors)
     net.load_state_dict(tensors)
     return net.to(where).eval().requires_grad_(False)
@@ -119,7 +119,7 @@ def _check_kind(file: Path, metadata: Mapping[str, str], names: Iterable[str], a
     if not re.fullmatch(r"[0-9]{1,18}", version):
         raise DataError(f"{file} is damaged: its format version is {version[:80]!r}; {advice}")
     if int(version) > FORMAT_VERSION:
-        writer = printable_excerpt(metadata.get("fastnst_version", "of a later version"))
+        writer = excerpt(metadata.get("fastnst_version", "of a later version"))
         raise DataError(
             f"{file} was written by fastnst {writer} in format {version}, and fastnst {__version__} reads up to "
             f"format {FORMAT_VERSION}; install a newer fastnst"
@@ -150,4 +150,4 @@ def _some(names: Iterable[str]) -> str:
     listed = list(names)
     if not listed:
         return "nothing"
-    return ", ".join(map(printable_excerpt, listed[:3])) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+    return ", ".join(map(excerpt, listed[:3])) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -144,7 +144,7 @@ class TransformNet(nn.Module):
         if pre_activation:
             return x
         (top, left, height, width), tanh, factor, offset = self.output_mapping(x.shape[2:], size)
-        x = _at_least_fp32(x[:, :, top : top + height, left : left + width])
+        x = at_least_fp32(x[:, :, top : top + height, left : left + width])
         x = x.contiguous(memory_format=torch.channels_last)
         x = factor * (x.tanh() if tanh else x)
         return x + offset if offset else x
@@ -340,5 +340,6 @@ def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, or in its wider type."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

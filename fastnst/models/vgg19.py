@@ -17,14 +17,8 @@ BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 FLAVOURS = ("torchvision", "caffe")
 
 # Preprocessing of RGB in [0, 1]: (x - mean) · gain.
-_MEAN = {
-    "torchvision": (0.485, 0.456, 0.406),
-    "caffe": (123.68 / 255.0, 116.779 / 255.0, 103.939 / 255.0),
-}
-_GAIN = {
-    "torchvision": (1 / 0.229, 1 / 0.224, 1 / 0.225),
-    "caffe": (255.0, 255.0, 255.0),
-}
+_MEAN = {"torchvision": (0.485, 0.456, 0.406), "caffe": (123.68 / 255.0, 116.779 / 255.0, 103.939 / 255.0)}
+_GAIN = {"torchvision": (1 / 0.229, 1 / 0.224, 1 / 0.225), "caffe": (255.0, 255.0, 255.0)}
 
 
 def _layers() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -74,11 +68,7 @@ class VGG19(nn.Module):
     gain: Tensor
 
     def __init__(
-        self,
-        last_layer: str = "pool5",
-        flavour: str = "torchvision",
-        *,
-        generator: torch.Generator | None = None,
+        self, last_layer: str = "pool5", flavour: str = "torchvision", *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         check_layer(last_layer)
@@ -153,11 +143,7 @@ class VGG19(nn.Module):
 
 
 def deepest_layer(layers: Iterable[str]) -> str:
-    """Return the deepest of `layers`, at least one.
-
-    Raises:
-        UserError: a layer is unknown.
-    """
+    """Return the deepest of `layers`, at least one; UserError for an unknown one."""
     names = list(layers)
     for name in names:
         check_layer(name)

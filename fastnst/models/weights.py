@@ -19,7 +19,7 @@ from fastnst.models.file_checks import (
     check_regular_file,
     check_safetensors_file,
     check_torch_file,
-    printable_excerpt,
+    excerpt,
 )
 from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
 from fastnst.progress import counted
@@ -48,16 +48,9 @@ _FIRST_KERNELS = {
 # fp16 rounds a weight by 0.0005 of its size, bf16 by 0.004; another training differs by far more.
 _KERNEL_TOLERANCE = 0.002
 
-_KEYS = dict(
-    zip(
-        WEIGHT_SHAPES,
-        (
-            *(f"features.{n}" for n in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)),
-            *(f"classifier.{n}" for n in (0, 3, 6)),
-        ),
-        strict=True,
-    )
-)
+# torchvision numbers the layers before the classifier in order of execution.
+_KEYS = {layer: f"features.{LAYERS.index(layer)}" for layer in WEIGHT_SHAPES}
+_KEYS |= {"fc6": "classifier.0", "fc7": "classifier.3", "fc8": "classifier.6"}
 
 
 class WeightsUnavailable(DataError):
@@ -65,11 +58,7 @@ class WeightsUnavailable(DataError):
 
 
 def torchvision_key(layer: str) -> str:
-    """The prefix of a layer's keys in torchvision's files: `conv1_1` → `features.0`.
-
-    Raises:
-        KeyError: the layer has no weights.
-    """
+    """Prefix of a layer's keys in torchvision's files: `conv1_1` → `features.0`; KeyError without weights."""
     return _KEYS[layer]
 
 
@@ -197,7 +186,9 @@ def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapp
             if not trusted:
                 check_torch_file(path)
             # Memory mapping reads only the layers in use, but works with the newer, zipped format only.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zipped(path))
+            with path.open("rb") as file:
+                zipped = file.read(4) == b"PK\3\4"
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UnsafeFileError as error:
         raise DataError(f"{path} is damaged or no weights file: {error}; {_ADVICE}") from error
     except Exception as error:
@@ -211,11 +202,6 @@ def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapp
         if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
             return dict(items), metadata
     raise DataError(f"{path} holds no dictionary of tensors; {_ADVICE}")
-
-
-def _is_zipped(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\3\4"
 
 
 def _check_file(path: Path) -> None:
@@ -234,12 +220,10 @@ def _check_file(path: Path) -> None:
 
 def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
     """Raise DataError unless all `tensors` are VGG19's and reach `last_layer`."""
-    expected = {}
-    for layer, shape in WEIGHT_SHAPES.items():
-        expected[f"{_KEYS[layer]}.weight"] = shape
-        expected[f"{_KEYS[layer]}.bias"] = shape[:1]
+    expected = {f"{_KEYS[layer]}.weight": shape for layer, shape in WEIGHT_SHAPES.items()}
+    expected |= {f"{_KEYS[layer]}.bias": shape[:1] for layer, shape in WEIGHT_SHAPES.items()}
     if not any(name in expected for name in tensors):
-        found = ", ".join(map(printable_excerpt, list(tensors)[:3])) or "nothing"
+        found = ", ".join(map(excerpt, list(tensors)[:3])) or "nothing"
         raise DataError(
             f"{path} holds no VGG19 with torchvision's key names (features.0.weight, …) but {found}; give another file"
         )
@@ -247,7 +231,7 @@ def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
         if name not in expected or tuple(tensor.shape) != expected[name]:
             wanted = f"VGG19 has {list(expected[name])} there" if name in expected else "VGG19 has no such tensor"
             raise DataError(
-                f"{path} holds another network than VGG19: {printable_excerpt(name)} is {list(tensor.shape)}, "
+                f"{path} holds another network than VGG19: {excerpt(name)} is {list(tensor.shape)}, "
                 f"and {wanted}; give VGG19's weights"
             )
     layers = list(WEIGHT_SHAPES)
