@@ -49,7 +49,7 @@ from step_bench.with_loader import WITH_LOADER, measure_with_loader
 from torch import Tensor
 
 from fastnst.config import Config
-from fastnst.device import resolve_device, resolve_precision
+from fastnst.device import resolve_device
 from fastnst.errors import UserError
 from fastnst.models.architectures import ARCHITECTURES
 from fastnst.training import determinism
@@ -120,7 +120,8 @@ class _Run:
         return 1 if self.refused else 0
 
     def _config(self, batch_size: int) -> Config:
-        config = configured(self.options.preset, self.options.image_size, batch_size, self.options.assignments)
+        options = self.options
+        config = configured(options.preset, options.image_size, batch_size, options.assignments, self.device)
         if config.model.norm != "instance":
             raise UserError(f"model.norm is {config.model.norm!r}; the baselines have instance norm only")
         architecture, size = config.model.architecture, config.data.image_size
@@ -129,9 +130,7 @@ class _Run:
             raise UserError(f"data.image_size is {size}; the plain {architecture} net takes multiples of 4, choose one")
         if spec.border and size <= spec.border:
             raise UserError(f"data.image_size is {size}; {architecture} reflects {spec.border} pixels, give more")
-        precision = resolve_precision(config.train.precision, self.device)
-        train = config.train.model_copy(update={"precision": precision, "device": self.device.type})
-        return config.model_copy(update={"train": train})
+        return config
 
     def _measure(self, config: Config, names: Sequence[str]) -> None:
         task = make_task(config, self.device)

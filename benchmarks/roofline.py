@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from step_bench.cost_model import totals, training_step
 from step_bench.kernel_traffic import ARCHITECTURE, can_record
 from step_bench.operations import PARTS, Operation
 
 from fastnst.config import Config, load_config
+from fastnst.device import resolve_precision
 from fastnst.errors import UserError
 
 H200_TFLOPS, H200_TB_PER_S = 790.0, 4.3
@@ -44,17 +46,16 @@ class Machine:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflops", type=_positive, default=H200_TFLOPS, help="10¹² FLOPs per second; default: 790")
-    parser.add_argument("--tb-per-s", type=_positive, default=H200_TB_PER_S, help="10¹² bytes per second; default: 4.3")
-    parser.add_argument("--preset", help="default: hwalsuklee")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the images; default: 256")
-    parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
-    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write the tables here instead of to the terminal"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every pass and the sums here")
+    add = parser.add_argument
+    add("--tflops", type=_positive, default=H200_TFLOPS, help="10¹² FLOPs per second; default: 790")
+    add("--tb-per-s", type=_positive, default=H200_TB_PER_S, help="10¹² bytes per second; default: 4.3")
+    add("--preset", help="default: hwalsuklee")
+    add("--image-size", type=int, default=256, help="side of the images; default: 256")
+    add("--batch-size", type=int, default=32, help="default: 32")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
+    add("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables here instead of to the terminal")
+    add("--json", type=Path, metavar="FILE", help="write every pass and the sums here")
     options = parser.parse_args(arguments)
     try:
         config = configured(options.preset, options.image_size, options.batch_size, options.assignments)
@@ -74,14 +75,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def configured(preset: str | None, image_size: int, batch_size: int, assignments: Sequence[str] = ()) -> Config:
-    """Load a preset's configuration at these sizes, without FASTNST_ variables of the environment.
+def configured(
+    preset: str | None,
+    image_size: int,
+    batch_size: int,
+    assignments: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> Config:
+    """Load a preset's configuration at these sizes, without FASTNST_ variables; `device` resolves its precision.
 
     Raises:
         UserError: a value is wrong.
     """
     sizes = {"data.image_size": image_size, "train.batch_size": batch_size}
-    return load_config(preset=preset, assignments=assignments, options=sizes, environment={})
+    config = load_config(preset=preset, assignments=assignments, options=sizes, environment={})
+    if device is None:
+        return config
+    resolved = {"precision": resolve_precision(config.train.precision, device), "device": device.type}
+    return config.model_copy(update={"train": config.train.model_copy(update=resolved)})
 
 
 def summary(config: Config, machine: Machine, operations: Sequence[Operation]) -> dict[str, Any]:

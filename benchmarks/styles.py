@@ -17,19 +17,18 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_bench.environment import environment
 from roofline import configured
+from step_bench.measure import synchronized_time
+from step_bench.with_loader import loader_of, warm_up_steps
 
 from fastnst.config import Config
-from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.sampler import Sampler
-from fastnst.device import resolve_device, resolve_precision
+from fastnst.device import resolve_device
 from fastnst.errors import UserError
 from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
@@ -72,10 +71,8 @@ def _run(options: argparse.Namespace) -> int:
     if min(options.styles, options.steps, options.turns) < 1:
         raise UserError("--styles, --steps and --turns are at least 1")
     device = resolve_device(options.device)
-    config = configured(options.preset, options.image_size, options.batch_size, options.assignments)
-    precision = resolve_precision(config.train.precision, device)
-    train = config.train.model_copy(update={"precision": precision, "device": device.type})
-    config = config.model_copy(update={"train": train})
+    config = configured(options.preset, options.image_size, options.batch_size, options.assignments, device)
+    precision = config.train.precision
     manifest = build_manifest(options.folder)
     with determinism.algorithms(config.train):
         bench = _Bench(config, manifest, options, device)
@@ -113,7 +110,7 @@ class _Bench:
     def __init__(self, config: Config, manifest: Manifest, options: argparse.Namespace, device: torch.device) -> None:
         self._config, self._manifest, self._device = config, manifest, device
         self._steps, self._turns = options.steps, options.turns
-        self._warm_up = 2 * config.data.prefetch + (8 if device.type == "cuda" else 1)
+        self._warm_up = warm_up_steps(config, device)
         layers = [*config.loss.content_layers, *config.loss.style_layers]
         vgg = VGG19(deepest_layer(layers), generator=torch.Generator().manual_seed(0)).to(device)
         self._together: list[TrainingStep] = []
@@ -147,21 +144,14 @@ class _Bench:
     def _segment(self, turn: int, group: list[TrainingStep]) -> float:
         """Seconds of the timed steps of a group on one loader."""
         config = self._config
-        order = Sampler(
-            config.train.seed + turn,
-            len(self._manifest.images),
-            config.train.batch_size,
-            self._warm_up + self._steps + self._warm_up,
-            fit=config.data.fit,
-            flip=config.data.flip,
-        )
+        seed, steps = config.train.seed + turn, self._warm_up + self._steps + self._warm_up
         begin = 0.0
-        with open_loader(self._manifest, order, config.data, device=self._device) as loader:
+        with loader_of(config, self._manifest, seed, steps, self._device) as loader:
             for number, batch in enumerate(loader):
                 if number == self._warm_up:
-                    begin = self._now()
+                    begin = synchronized_time(self._device)
                 if number == self._warm_up + self._steps:
-                    return self._now() - begin
+                    return synchronized_time(self._device) - begin
                 content: Any = group[0].content_of(batch) if len(group) > 1 else None
                 for step in group:
                     step(number + 1, batch, content)
@@ -176,11 +166,6 @@ class _Bench:
                 difference = float((weight - others[name]).detach().norm())
                 distances.append(difference / max(float(others[name].detach().norm()), 1e-30))
         return max(distances)
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 if __name__ == "__main__":

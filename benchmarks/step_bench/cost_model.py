@@ -343,13 +343,7 @@ class _Step:
         size = 4 * count
         state = {"weights fp32": size, "first moments": size, "second moments": size}
         self.ops.add(UPDATE, "weights", "Adam", reads={"gradients": size, **state}, writes=state)
-        self.ops.add(
-            UPDATE,
-            "weights",
-            "are they finite",
-            reads={"gradients": size, "weights fp32": size},
-            writes={},
-        )
+        self.ops.add(UPDATE, "weights", "are they finite", reads={"gradients": size, "weights fp32": size}, writes={})
 
 
 def totals(operations: Sequence[Operation]) -> dict[str, int]:

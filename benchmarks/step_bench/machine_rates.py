@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from roofline import Machine
+
+from step_bench.measure import synchronized_time
 
 _REPEATS = 5
 
@@ -30,15 +31,8 @@ def _best(act: Callable[[], object], device: torch.device) -> float:
     calls = 20 if device.type == "cuda" else 3
     seconds = []
     for _ in range(_REPEATS):
-        _wait(device)
-        begin = time.perf_counter()
+        begin = synchronized_time(device)
         for _ in range(calls):
             act()
-        _wait(device)
-        seconds.append((time.perf_counter() - begin) / calls)
+        seconds.append((synchronized_time(device) - begin) / calls)
     return min(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -33,6 +33,13 @@ from step_bench.providers import Provider
 CUDA_TURN = 10
 
 
+def synchronized_time(device: torch.device) -> float:
+    """Seconds of the clock, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def time_steps(
     providers: dict[str, Callable[[Tensor], object]], batches: Sequence[Tensor], steps: int, device: torch.device
 ) -> dict[str, list[float]]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from fastnst.data.loaders import open_loader
-from fastnst.data.manifest import build_manifest
+from fastnst.config import Config
+from fastnst.data.loaders import Loader, open_loader
+from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.data.sampler import Sampler
 from step_bench import measure
+from step_bench.measure import synchronized_time
 from step_bench.providers import Fastnst, Task
 
 WITH_LOADER = "fastnst_fed"
@@ -28,24 +30,15 @@ def measure_with_loader(task: Task, folder: Path, steps: int) -> tuple[Fastnst, 
     """
     config, device = task.config, task.device
     manifest = build_manifest(folder)
-    warm_up = 2 * config.data.prefetch + (8 if device.type == "cuda" else 1)
-    order = Sampler(
-        config.train.seed,
-        len(manifest.images),
-        config.train.batch_size,
-        warm_up + steps,
-        fit=config.data.fit,
-        flip=config.data.flip,
-    )
+    warm_up = warm_up_steps(config, device)
     provider = Fastnst(task)
     marks: list[Any] = []
     waited = 0.0
-    with open_loader(manifest, order, config.data, device=device) as loader:
+    with loader_of(config, manifest, config.train.seed, warm_up + steps, device) as loader:
         batches = iter(loader)
         for _ in range(warm_up):
             provider(provider.fetch(batches))
-        _wait(device)
-        begin = time.perf_counter()
+        begin = synchronized_time(device)
         marks.append(_mark(device))
         for _ in range(steps):
             asked = time.perf_counter()
@@ -53,8 +46,7 @@ def measure_with_loader(task: Task, folder: Path, steps: int) -> tuple[Fastnst, 
             waited += time.perf_counter() - asked
             provider(batch)
             marks.append(_mark(device))
-        _wait(device)
-        elapsed = time.perf_counter() - begin
+        elapsed = synchronized_time(device) - begin
     seconds = [_between(a, b) for a, b in pairwise(marks)]
     measured = measure.statistics(seconds, config.train.batch_size)
     measured |= {
@@ -80,6 +72,13 @@ def _between(begin: Any, end: Any) -> float:
     return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def warm_up_steps(config: Config, device: torch.device) -> int:
+    """More steps than the loader prefetches."""
+    return 2 * config.data.prefetch + (8 if device.type == "cuda" else 1)
+
+
+def loader_of(config: Config, manifest: Manifest, seed: int, steps: int, device: torch.device) -> Loader:
+    """Open the loader for so many steps."""
+    images, data = len(manifest.images), config.data
+    order = Sampler(seed, images, config.train.batch_size, steps, fit=data.fit, flip=data.flip)
+    return open_loader(manifest, order, data, device=device)

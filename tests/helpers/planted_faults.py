@@ -734,7 +734,7 @@ NUMBERS = (
         STYLE_MODEL,
         '    if bad := _not_finite(tensors):\n        raise DataError(f"cannot save',
         '    if (bad := _not_finite(tensors)) and False:\n        raise DataError(f"cannot save',
-        "tests/models/test_style_model.py::test_weights_that_are_not_finite_are_not_saved",
+        "tests/models/test_style_model.py::test_save_style_model_refuses_nonfinite_weights",
         "a model that paints black takes the place of a good one",
     ),
     Fault(

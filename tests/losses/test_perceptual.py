@@ -170,11 +170,7 @@ def _lengstrom_formula(vgg: VGG19, config: LossConfig, y: Tensor, x: Tensor, s: 
 @pytest.mark.parametrize("preset", ["hwalsuklee", "lengstrom"])
 def test_perceptual_loss_of_the_tensorflow_presets(preset: str) -> None:
     config = load_config(preset=preset, environment={}).loss
-    stylized, content, style = (
-        _images(2, 3, 32, 36),
-        _images(2, 3, 32, 36, seed=2),
-        _images(1, 3, 40, 33, seed=5),
-    )
+    stylized, content, style = (_images(2, 3, 32, 36), _images(2, 3, 32, 36, seed=2), _images(1, 3, 40, 33, seed=5))
     loss = PerceptualLoss(_vgg("relu5_1"), config)
     loss.set_style(style)
     terms = loss(stylized, content)
@@ -186,11 +182,7 @@ def test_perceptual_loss_of_the_tensorflow_presets(preset: str) -> None:
 def test_perceptual_loss_of_the_johnson_preset() -> None:
     """Mean squared errors of features and of Grams, in torchvision's scale."""
     config = load_config(preset="johnson", environment={}).loss
-    stylized, content, style = (
-        _images(2, 3, 24, 28),
-        _images(2, 3, 24, 28, seed=2),
-        _images(1, 3, 30, 26, seed=5),
-    )
+    stylized, content, style = (_images(2, 3, 24, 28), _images(2, 3, 24, 28, seed=2), _images(1, 3, 30, 26, seed=5))
     vgg = _vgg("relu4_3", "torchvision")
     loss = PerceptualLoss(vgg, config)
     loss.set_style(style)
