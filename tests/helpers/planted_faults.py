@@ -35,7 +35,7 @@ MEMORY, SUMMARIES = "fastnst/training/memory/available.py", "fastnst/run_log/wri
 CLI, WINOGRAD = "fastnst/cli/main.py", "kernels/fastnst_kernels/cpu/winograd.py"
 STORAGE, IMAGES, ERRORS = (f"fastnst/{name}.py" for name in ("storage", "images", "errors"))
 WEIGHTS, VETTING, DOWNLOAD, STYLE_MODEL = (
-    f"fastnst/models/{name}.py" for name in ("weights", "vetting", "download", "style_model")
+    f"fastnst/models/{name}.py" for name in ("weights", "file_checks", "download", "style_model")
 )
 ORDER, REPLACEMENTS, MANIFEST, WINDOW, DALI, PILLOW, PLAIN = (
     f"fastnst/data/{name}.py"
@@ -624,7 +624,7 @@ SECURE = (
         DOWNLOAD,
         "if (found := sha256_of(part)) == source.sha256:",
         "if found := sha256_of(part):",
-        "tests/models/test_weights.py::test_wrong_bytes",
+        "tests/models/test_weights.py::test_download_refuses_wrong_bytes",
         "whoever sits on the line chooses the weights",
     ),
     Fault(
@@ -632,7 +632,7 @@ SECURE = (
         WEIGHTS,
         "if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):",
         "if not tensor.is_floating_point():",
-        "tests/models/test_weights.py::test_files_that_hold_something_else",
+        "tests/models/test_weights.py::test_load_vgg19_refuses_other_content",
         "each run with them diverges in its first step",
     ),
     Fault(
@@ -640,7 +640,7 @@ SECURE = (
         VETTING,
         'if name == "GLOBAL" and not _NAMES.fullmatch(str(argument)):',
         "if False:",
-        "tests/models/test_vetting.py::test_a_pickle_names_nothing_but_what_tensors_are_made_of",
+        "tests/models/test_file_checks.py::test_check_torch_file_refuses_other_names_in_pickles",
         "one of two locks against code in weights files is open",
     ),
     Fault(
@@ -648,7 +648,7 @@ SECURE = (
         VETTING,
         'if name in ("STACK_GLOBAL", "INST", "OBJ") or name.startswith("EXT"):',
         "if False:",
-        "tests/models/test_vetting.py::test_a_pickle_names_nothing_but_what_tensors_are_made_of",
+        "tests/models/test_file_checks.py::test_check_torch_file_refuses_other_names_in_pickles",
         "one of two locks against code in weights files is open",
     ),
     Fault(
@@ -656,7 +656,7 @@ SECURE = (
         VETTING,
         "if shared > _MAX_SHARED_TUPLES:",
         "if False:",
-        "tests/models/test_vetting.py::test_a_pickle_whose_hash_would_take_for_ever",
+        "tests/models/test_file_checks.py::test_check_torch_file_refuses_nested_tuples",
         "a file of 200 bytes takes all time",
     ),
     Fault(
@@ -664,7 +664,7 @@ SECURE = (
         VETTING,
         "    if found != checksum:\n",
         "    if False:\n",
-        "tests/models/test_vetting.py::test_a_flipped_bit_of_a_weight",
+        "tests/models/test_file_checks.py::test_check_torch_file_refuses_flipped_bit",
         "a flipped bit becomes a weight",
     ),
     Fault(
@@ -672,15 +672,15 @@ SECURE = (
         VETTING,
         "if method or packed != length:",
         "if False:",
-        "tests/models/test_vetting.py::test_a_record_that_grows",
+        "tests/models/test_file_checks.py::test_check_torch_file_refuses_compressed_record",
         "a small file fills the memory",
     ),
     Fault(
         "header of any length parsed",
         VETTING,
-        '    if length > _MAX_HEADER_BYTES:\n        raise VettingError(f"its header',
-        '    if False:\n        raise VettingError(f"its header',
-        "tests/models/test_vetting.py::test_a_header_longer_than_that_of_any_model",
+        '    if length > _MAX_HEADER_BYTES:\n        raise UnsafeFileError(f"its header',
+        '    if False:\n        raise UnsafeFileError(f"its header',
+        "tests/models/test_file_checks.py::test_check_safetensors_file_refuses_long_header",
         "a style model of 100 MB takes gigabytes",
     ),
     Fault(
@@ -688,7 +688,7 @@ SECURE = (
         VETTING,
         "if offset < end_of_last or start + length > directory_start:",
         "if False:",
-        "tests/models/test_vetting.py::test_records_that_overlap",
+        "tests/models/test_file_checks.py::test_check_torch_file_refuses_overlapping_records",
         "two readers see two files in one",
     ),
     Fault(
@@ -733,7 +733,7 @@ NUMBERS = (
         STYLE_MODEL,
         '    if bad := _not_finite(tensors):\n        raise DataError(f"cannot save',
         '    if (bad := _not_finite(tensors)) and False:\n        raise DataError(f"cannot save',
-        "tests/models/test_style_model.py::test_weights_that_are_not_finite_are_not_saved",
+        "tests/models/test_style_model.py::test_save_style_model_refuses_nonfinite_weights",
         "a model that paints black takes the place of a good one",
     ),
     Fault(

@@ -49,9 +49,8 @@ def _gram(activation: Tensor) -> Tensor:
     return torch.einsum("nchw,ndhw->ncd", activation, activation) / (channels * height * width)
 
 
-@pytest.mark.parametrize("style_reduction", ["sum", "mean"])
-@pytest.mark.parametrize("tv_reduction", ["sum", "mean"])
-def test_it_is_equations_2_to_4(style_reduction: str, tv_reduction: str) -> None:
+@pytest.mark.parametrize(("style_reduction", "tv_reduction"), [("sum", "mean"), ("mean", "sum")])
+def test_perceptual_loss_is_equations_2_to_4(style_reduction: str, tv_reduction: str) -> None:
     config = SHALLOW.model_copy(update={"style_reduction": style_reduction, "tv_reduction": tv_reduction})
     vgg = _vgg()
     loss = PerceptualLoss(vgg, config)
@@ -93,7 +92,7 @@ def test_it_is_equations_2_to_4(style_reduction: str, tv_reduction: str) -> None
         assert term.dtype == torch.float32
 
 
-def test_the_style_image_itself_has_no_style_loss() -> None:
+def test_style_image_has_no_style_loss() -> None:
     loss = _loss()
     style = _images(1, 3, 21, 30, seed=5)
     terms = loss(style, style)
@@ -110,7 +109,7 @@ def test_total_variation_by_hand() -> None:
     assert float(total_variation(torch.cat([image, 0 * image]), "sum")) == pytest.approx(15 / 2)
 
 
-def test_the_gradient_is_that_of_the_loss() -> None:
+def test_perceptual_loss_gradient() -> None:
     """gradcheck in fp64 through φ, Grams and all; relu1_2 has kinks, which random inputs do not meet."""
     config = SHALLOW.model_copy(
         update={"content_layers": ("relu1_2",), "style_layers": ("relu1_1", "conv1_2"), "content_weight": 1e-3}
@@ -123,8 +122,8 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     assert torch.autograd.gradcheck(lambda y: loss(y, content).total / scale, stylized, eps=1e-7, atol=1e-5, rtol=1e-4)
 
 
-def test_each_network_pass_goes_only_as_deep_as_its_layers() -> None:
-    """One pass of the stylised batch to relu3_1; one without gradient of the content to relu2_2."""
+def test_forward_runs_vgg_only_as_deep_as_needed() -> None:
+    """One pass of the stylized batch to relu3_1; one without gradient of the content to relu2_2."""
     loss = _loss()
     passes: list[tuple[str, bool]] = []
     for name, module in loss.vgg.named_children():
@@ -132,19 +131,14 @@ def test_each_network_pass_goes_only_as_deep_as_its_layers() -> None:
             lambda _module, _inputs, output, name=name: passes.append((name, output.requires_grad))
         )
     stylized = _images(1, 3, 16, 16).requires_grad_()
-    loss(stylized, _images(1, 3, 16, 16, seed=2))
-    names = ["conv1_1", "conv1_2", "conv2_1", "conv2_2"]
-    convolutions = [(name, graph) for name, graph in passes if name.startswith("conv")]
-    assert convolutions == [(name, True) for name in [*names, "conv3_1"]] + [(name, False) for name in names]
-
-
-def test_only_the_image_receives_a_gradient() -> None:
-    loss = _loss()
-    stylized, content = _images(1, 3, 16, 16).requires_grad_(), _images(1, 3, 16, 16, seed=2).requires_grad_()
+    content = _images(1, 3, 16, 16, seed=2).requires_grad_()
     loss(stylized, content).total.backward()
     assert content.grad is None
     assert stylized.grad is not None
     assert all(parameter.grad is None for parameter in loss.parameters())
+    names = ["conv1_1", "conv1_2", "conv2_1", "conv2_2"]
+    convolutions = [(name, graph) for name, graph in passes if name.startswith("conv")]
+    assert convolutions == [(name, True) for name in [*names, "conv3_1"]] + [(name, False) for name in names]
 
 
 def _lengstrom_formula(vgg: VGG19, config: LossConfig, y: Tensor, x: Tensor, s: Tensor) -> list[float]:
@@ -174,13 +168,9 @@ def _lengstrom_formula(vgg: VGG19, config: LossConfig, y: Tensor, x: Tensor, s: 
 
 
 @pytest.mark.parametrize("preset", ["hwalsuklee", "lengstrom"])
-def test_presets_of_the_tensorflow_codes(preset: str) -> None:
+def test_perceptual_loss_of_the_tensorflow_presets(preset: str) -> None:
     config = load_config(preset=preset, environment={}).loss
-    stylized, content, style = (
-        _images(2, 3, 32, 36),
-        _images(2, 3, 32, 36, seed=2),
-        _images(1, 3, 40, 33, seed=5),
-    )
+    stylized, content, style = (_images(2, 3, 32, 36), _images(2, 3, 32, 36, seed=2), _images(1, 3, 40, 33, seed=5))
     loss = PerceptualLoss(_vgg("relu5_1"), config)
     loss.set_style(style)
     terms = loss(stylized, content)
@@ -189,14 +179,10 @@ def test_presets_of_the_tensorflow_codes(preset: str) -> None:
         assert float(actual) == pytest.approx(expected, rel=1e-3)
 
 
-def test_preset_of_pytorchs_examples() -> None:
+def test_perceptual_loss_of_the_johnson_preset() -> None:
     """Mean squared errors of features and of Grams, in torchvision's scale."""
     config = load_config(preset="johnson", environment={}).loss
-    stylized, content, style = (
-        _images(2, 3, 24, 28),
-        _images(2, 3, 24, 28, seed=2),
-        _images(1, 3, 30, 26, seed=5),
-    )
+    stylized, content, style = (_images(2, 3, 24, 28), _images(2, 3, 24, 28, seed=2), _images(1, 3, 30, 26, seed=5))
     vgg = _vgg("relu4_3", "torchvision")
     loss = PerceptualLoss(vgg, config)
     loss.set_style(style)
@@ -209,7 +195,7 @@ def test_preset_of_pytorchs_examples() -> None:
     assert float(terms.tv) == 0.0
 
 
-def test_weights_tuned_in_one_scale_apply_to_the_other_flavour() -> None:
+def test_feature_scale_makes_weights_apply_to_either_flavour() -> None:
     """One φ without biases, fed once as Caffe's net and once as torchvision's, with equal deviations of all channels.
 
     Then the two inputs differ by the factor s alone, up to the mean, and so must nothing of the loss.
@@ -239,7 +225,7 @@ def test_weights_tuned_in_one_scale_apply_to_the_other_flavour() -> None:
     assert tv_ratio == pytest.approx(255**2, rel=1e-5)
 
 
-def test_autocast_keeps_sums_in_fp32_and_grams_of_the_style_exact() -> None:
+def test_autocast_keeps_sums_and_style_grams_in_fp32() -> None:
     stylized, content = _images(2, 3, 32, 32), _images(2, 3, 32, 32, seed=2)
     exact = _loss()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -253,7 +239,7 @@ def test_autocast_keeps_sums_in_fp32_and_grams_of_the_style_exact() -> None:
     assert float(terms.total) == pytest.approx(float(reference.total), rel=0.05)
 
 
-def test_layers_of_one_kind_only() -> None:
+def test_perceptual_loss_of_content_or_style_alone() -> None:
     stylized, content = _images(1, 3, 16, 16), _images(1, 3, 16, 16, seed=2)
     style_only = _loss(SHALLOW.model_copy(update={"content_layers": ()}))(stylized, content)
     assert float(style_only.content) == 0.0
@@ -263,7 +249,7 @@ def test_layers_of_one_kind_only() -> None:
     assert float(content_only.total) == float(content_only.content) > 0
 
 
-def test_misuse() -> None:
+def test_perceptual_loss_refuses_wrong_arguments() -> None:
     with pytest.raises(UserError, match="needs layer relu3_1, but the loaded VGG19 ends at relu2_2"):
         PerceptualLoss(_vgg("relu2_2"), SHALLOW)
     loss = PerceptualLoss(_vgg(), SHALLOW)
@@ -278,14 +264,14 @@ def test_misuse() -> None:
         loss(_images(1, 3, 16, 16), _images(1, 3, 16, 20))
 
 
-def test_the_style_buffers_move_but_are_not_saved() -> None:
+def test_style_buffers_move_and_are_not_saved() -> None:
     loss = _loss()
     assert "style.relu1_1.gram" in dict(loss.named_buffers())
     assert not any("gram" in name for name in loss.state_dict())
     assert loss.to(torch.float64).get_buffer("style.relu1_1.gram").dtype == torch.float64
 
 
-def test_it_compiles_without_graph_breaks() -> None:
+def test_perceptual_loss_compiles_without_graph_breaks() -> None:
     loss = _loss()
     stylized, content = _images(1, 3, 16, 16).requires_grad_(), _images(1, 3, 16, 16, seed=2)
     compiled = torch.compile(lambda y, x: loss(y, x).total, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -297,7 +283,7 @@ def test_it_compiles_without_graph_breaks() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_a_image_optimised_against_real_weights_takes_on_the_style(weights: Path, styles: Path, content: Path) -> None:
+def test_image_optimized_with_real_weights_takes_on_the_style(weights: Path, styles: Path, content: Path) -> None:
     """Ten Adam steps on the pixels, against the real conv1_1 … conv3_4: the style loss falls to a fraction."""
 
     def read(path: Path) -> Tensor:
@@ -306,7 +292,7 @@ def test_a_image_optimised_against_real_weights_takes_on_the_style(weights: Path
 
     config = load_config(preset="vgg-conv3", environment={}).loss
     path = weights / "vgg19_caffe_conv1_1-conv3_4.pth"
-    loss = PerceptualLoss(load_vgg19(str(path), last_layer="relu3_4", notify=lambda _message: None), config)
+    loss = PerceptualLoss(load_vgg19(str(path), last_layer="relu3_4"), config)
     loss.set_style(read(styles / "wave_crop.jpg"))
     photo = read(content / "content_chicago.jpg")
     image = photo.clone().requires_grad_()

@@ -57,7 +57,7 @@ def test_five_fresh_processes_come_to_the_same_bits_after_300_steps(
 
 def small_loss() -> PerceptualLoss:
     config = load_config(preset="vgg-conv3", environment={})
-    loss = PerceptualLoss(load_vgg19("random", last_layer="relu3_4", notify=lambda _: None), config.loss)
+    loss = PerceptualLoss(load_vgg19("random", last_layer="relu3_4"), config.loss)
     loss.set_style(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
     return loss
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastnst.config import TrainConfig
 from fastnst.device import DTYPES, resolve_precision
-from fastnst.losses.fused import LossEngine
+from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.monitoring.profiler import record_span
@@ -98,15 +98,15 @@ class NetTrainer:
         self._loss = loss
         self._parameters = dict(net.named_parameters())
         self._state: dict[str, Tensor] = {**self._parameters, **dict(net.named_buffers())}
-        self._engine: LossEngine | None = None
+        self._engine: FusedPerceptualLoss | None = None
         self._forward: Callable[[Tensor], LossTerms] = self._autograd_loss
         if config.compile:
             self._forward = torch.compile(self._autograd_loss)
         elif config.engine == "fused":
-            self._engine = LossEngine(
+            self._engine = FusedPerceptualLoss(
                 loss,
                 None if self._dtype == torch.float32 else self._dtype,
-                beside=shared_vgg._engine if shared_vgg is not None else None,
+                shared_vgg=shared_vgg._engine if shared_vgg is not None else None,
             )
 
     def train_step(self, step: int | Tensor, batch: Tensor, content: ContentFeatures | None = None) -> LossTerms:
@@ -198,7 +198,7 @@ class NetTrainer:
             with record_span("loss network"):
                 return self._loss(stylized, content)
 
-    def _fused_pass(self, engine: LossEngine, batch: Tensor, content: ContentFeatures | None) -> LossTerms:
+    def _fused_pass(self, engine: FusedPerceptualLoss, batch: Tensor, content: ContentFeatures | None) -> LossTerms:
         """Forward and backward of one batch, with the engine's own gradient of the loss."""
         # First, while the transform net holds nothing: a pass without gradient needs its two largest layers at once.
         content = content or self.content_features(batch)
@@ -216,7 +216,7 @@ class NetTrainer:
 
     def _transform(self, content: Tensor, *, raw: bool) -> Tensor:
         with record_span("transform net"):
-            made: Tensor = self._forward_net(content, raw=raw)
+            made: Tensor = self._forward_net(content, pre_activation=raw)
         return made
 
     def _num_updates(self) -> Tensor:
