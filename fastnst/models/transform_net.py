@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from fastnst.errors import DataError, UserError
 from fastnst.models.padding import reflect_pad
-from fastnst_kernels import batch_norm, instance_norm, picture_input
-from fastnst_kernels.norm.recompute import convolution, recomputed_batch_norm, recomputed_instance_norm
+from fastnst_kernels import batch_norm, instance_norm, uint8_to_input
+from fastnst_kernels.conv.convolution import convolution
+from fastnst_kernels.norm.recompute import recomputed_batch_norm, recomputed_instance_norm
 
 ARCHITECTURES = ("hwalsuklee", "lengstrom", "johnson")
 NORMS = ("instance", "batch")
@@ -168,7 +169,7 @@ class TransformNet(nn.Module):
         if x.dtype == torch.uint8:
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.conv1.weight.dtype
-            return picture_input(x, 1.0 if johnson else 1.0 / 255.0, padding=border, dtype=dtype)
+            return uint8_to_input(x, 1.0 if johnson else 1.0 / 255.0, padding=border, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         return reflect_pad(x * 255.0 if johnson else x, border)
 

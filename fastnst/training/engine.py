@@ -26,7 +26,7 @@ from fastnst.models.transform_net import Painted
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES, deepest_layer
 from fastnst.training.fused_ops import convolve, convolve_backward, convolve_relu, pool, unpool
 from fastnst.training.taps import Taps
-from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
+from fastnst_kernels import output_to_vgg_input, output_to_vgg_input_backward, uint8_to_input
 
 
 class LossEngine:
@@ -124,7 +124,7 @@ class LossEngine:
         kept = self.forward(u)
         del u
         gradient = self._backward(kept, taps)
-        raw_gradient = network_boundary_backward(
+        raw_gradient = output_to_vgg_input_backward(
             *(raw, gradient, self._gain),
             window=painted.window,
             tanh=painted.tanh,
@@ -139,8 +139,8 @@ class LossEngine:
         return taps.terms(tv, watch), raw_gradient
 
     def entered(self, raw: Tensor, painted: Painted) -> tuple[Tensor, Tensor]:
-        """φ's input `[N, 3, H, W]` for the pictures in `raw`, and the sums that `network_boundary` gives."""
-        return network_boundary(raw, self._mean, self._gain, **painted._asdict(), dtype=self._dtype)
+        """φ's input `[N, 3, H, W]` for the pictures in `raw`, and the sums that `output_to_vgg_input` gives."""
+        return output_to_vgg_input(raw, self._mean, self._gain, **painted._asdict(), dtype=self._dtype)
 
     @torch.no_grad()
     def forward(self, u: Tensor) -> list["Kept"]:
@@ -150,7 +150,7 @@ class LossEngine:
     def _input_of(self, pictures: Tensor) -> Tensor:
         """φ's input for `pictures` `[N, 3, H, W]`, floating or uint8, in `dtype`."""
         if pictures.dtype == torch.uint8:
-            return picture_input(pictures, 1 / 255, self._gain, self._shift, dtype=self._dtype)
+            return uint8_to_input(pictures, 1 / 255, self._gain, self._shift, dtype=self._dtype)
         u = pictures.contiguous(memory_format=torch.channels_last) - self._mean.view(3, 1, 1)
         return u.mul_(self._gain.view(3, 1, 1)).to(self._dtype)
 

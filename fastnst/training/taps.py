@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastnst.losses import ContentTerm, LossTerms, PerceptualLoss, StyleTerm
 from fastnst.training.fused_ops import relu_backward_
-from fastnst_kernels import StyleMatrix, style_loss_and_matrix, tap_backward
+from fastnst_kernels import StyleMatrix, loss_relu_backward, style_loss_and_matrix
 from fastnst_kernels.runtime import statistics_dtype
 
 
@@ -39,7 +39,7 @@ class Taps:
             return relu_backward_(incoming, features)
         target, content_factor = content or (None, None)
         matrix, style_factor = style or (None, None)
-        return tap_backward(
+        return loss_relu_backward(
             features,
             incoming=incoming,
             style_matrix=matrix,
@@ -72,7 +72,7 @@ class Taps:
         return LossTerms(self._loss.total(content, style, tv) + watch, content, style, tv, layers)
 
     def _content_share(self, layer: str | None, features: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The target and the factor of `tap_backward`; takes the term down."""
+        """The target and the factor of `loss_relu_backward`; takes the term down."""
         if layer is None or layer not in self._loss.content:
             return None
         term, target = self._loss.content[layer], self._targets[layer]
@@ -96,6 +96,6 @@ class Taps:
         return matrix, self._factor(2 * term.factor / divisor / features.shape[0], features)
 
     def _factor(self, value: float, features: Tensor) -> Tensor:
-        """`[N]`: the term is the mean over the batch of value / 2 · N times what `tap_backward` differentiates."""
+        """`[N]`: the term is the mean over the batch of value / 2 · N times `loss_relu_backward`'s loss."""
         factor = features.new_full((features.shape[0],), value, dtype=statistics_dtype(features))
         return factor if self._d_total is None else factor * self._d_total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnst.models.transform_net import ConvLayer, Placing, TransformNet, UpLayer
-from fastnst_kernels.norm.upsample_pad import Placement, own_places
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, unpadded
 
 PICTURE = "picture"
 """Whose passage is that of the picture itself."""
@@ -28,7 +28,7 @@ class Passage(NamedTuple):
     """
 
     size: tuple[int, int]
-    placing: Placement
+    placing: UpsamplePad
     rstd: Tensor | None = None
 
     @property
@@ -69,10 +69,10 @@ def run_and_record(net: TransformNet, pictures: Tensor, layers: Sequence[str]) -
     passages: dict[str, Passage] = {}
 
     def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: Placing, y: Tensor) -> None:
-        placement = Placement(*placing)
+        placement = UpsamplePad(*placing)
         passages[layer] = Passage((x.shape[2], x.shape[3]), placement, _rstd(module, x))
         if layer in layers:
-            activations[layer] = own_places(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
+            activations[layer] = unpadded(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
 
     with torch.autocast(device.type, enabled=False), _in_evaluation_mode(net), _listening(net, note):
         net(pictures.to(device, dtype))
@@ -82,7 +82,7 @@ def run_and_record(net: TransformNet, pictures: Tensor, layers: Sequence[str]) -
         activations["out"] = activations["out"][:, :, rows, columns].contiguous(memory_format=torch.channels_last)
     border = 2 * mirrored_before(net)
     # The first layer has no norm before it: `TransformNet.forward` itself writes its border.
-    passages[PICTURE] = Passage((size[0] + border, size[1] + border), Placement(*net.conv1.wants(pictures)))
+    passages[PICTURE] = Passage((size[0] + border, size[1] + border), UpsamplePad(*net.conv1.wants(pictures)))
     return TransformRecording(activations, size, passages)
 
 
