@@ -129,8 +129,8 @@ else
     fi
     benchmarks instance_norm 50 instance_norm
     benchmarks gram 35 "style_loss or gram_matrix"
-    benchmarks pool 35 "max_pool2d or max_unpool2d or picture_input or network_boundary"
-    benchmarks tap 35 tap_backward
+    benchmarks pool 35 "max_pool2d or max_unpool2d or uint8_to_input or output_to_vgg_input"
+    benchmarks loss_relu 35 loss_relu_backward
     benchmarks batch_norm 45 batch_norm
 fi
 

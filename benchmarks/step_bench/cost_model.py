@@ -103,7 +103,7 @@ class _Step:
             "from bytes",
             reads={"batch": self.batch * 3 * self.side**2},
             writes={f"{who} to {first}": self._bytes(3, side)},
-            moved=launched_bytes("picture_input", self._shape(3, self.side), self.dtype, padding=border),
+            moved=launched_bytes("uint8_to_input", self._shape(3, self.side), self.dtype, padding=border),
         )
 
     def _transform_forward(self) -> None:
@@ -138,7 +138,7 @@ class _Step:
             "scale, normalise",
             reads={source: self._bytes(3, self.side)},
             writes={"ŷ to conv1_1": self._bytes(3, self.side)},
-            moved=launched_bytes("network_boundary", self._shape(3, self.side), self.dtype),
+            moved=launched_bytes("output_to_vgg_input", self._shape(3, self.side), self.dtype),
         )
 
     def _weight(self, conv: Conv) -> dict[str, int]:
@@ -242,7 +242,7 @@ class _Step:
                     reads[f"x {layer.name}"] = size
                 shape = self._shape(layer.outputs, layer.side)
                 moved = launched_bytes(
-                    "tap_backward", shape, self.dtype, incoming=incoming is not None, style=style, content=content
+                    "loss_relu_backward", shape, self.dtype, incoming=incoming is not None, style=style, content=content
                 )
                 flops = 2 * self.batch * layer.outputs**2 * layer.side**2 if style else 0
                 self.ops.add(VGG_BACK, layer.relu, "tap", flops=flops, reads=reads, writes={masked: size}, moved=moved)
@@ -272,7 +272,7 @@ class _Step:
             "scale, normalise",
             reads={self.into_vgg: images, self.pre_activation: images},
             writes={"d out placed": images},
-            moved=launched_bytes("network_boundary_backward", self._shape(3, self.side), self.dtype),
+            moved=launched_bytes("output_to_vgg_input_backward", self._shape(3, self.side), self.dtype),
         )
         # Name and bytes of the gradient around a block, until it is added.
         around: tuple[str, int] | None = None

@@ -26,7 +26,7 @@ from fastnst.losses.fused_terms import FusedLossTerms
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import OutputMapping
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES, deepest_layer
-from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
+from fastnst_kernels import output_to_vgg_input, output_to_vgg_input_backward, uint8_to_input
 
 
 class FusedPerceptualLoss:
@@ -123,7 +123,7 @@ class FusedPerceptualLoss:
         variation = loss.tv.weights(u.shape) if loss.tv.factor else (0.0, 0.0)
         saved = self.forward(u)
         del u
-        gradient = network_boundary_backward(
+        gradient = output_to_vgg_input_backward(
             *(pre_activation, self._backward(saved, fused_terms), self._gain),
             window=window,
             tanh=output_mapping.tanh,
@@ -138,9 +138,9 @@ class FusedPerceptualLoss:
         return fused_terms.terms(tv, nonfinite), gradient
 
     def preprocess(self, pre_activation: Tensor, output_mapping: OutputMapping) -> tuple[Tensor, Tensor]:
-        """φ's input `[N, 3, H, W]` for the stylized images, and the sums of `network_boundary`."""
+        """φ's input `[N, 3, H, W]` for the stylized images, and the sums of `output_to_vgg_input`."""
         mapping = output_mapping._asdict()
-        return network_boundary(pre_activation, self._mean, self._gain, **mapping, dtype=self._dtype)
+        return output_to_vgg_input(pre_activation, self._mean, self._gain, **mapping, dtype=self._dtype)
 
     @torch.no_grad()
     def forward(self, u: Tensor) -> list["SavedActivations"]:
@@ -150,7 +150,7 @@ class FusedPerceptualLoss:
     def _input_of(self, images: Tensor) -> Tensor:
         """φ's input for `images` `[N, 3, H, W]`, floating or uint8, in `dtype`."""
         if images.dtype == torch.uint8:
-            return picture_input(images, 1 / 255, self._gain, self._shift, dtype=self._dtype)
+            return uint8_to_input(images, 1 / 255, self._gain, self._shift, dtype=self._dtype)
         u = images.contiguous(memory_format=torch.channels_last) - self._mean.view(3, 1, 1)
         return u.mul_(self._gain.view(3, 1, 1)).to(self._dtype)
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fastnst.errors import DataError, UserError
 from fastnst.models.architectures import ARCHITECTURES
 from fastnst.models.padding import reflect_pad
-from fastnst_kernels import batch_norm, instance_norm, picture_input
-from fastnst_kernels.norm.recompute import convolution, recomputed_batch_norm, recomputed_instance_norm
+from fastnst_kernels import batch_norm, instance_norm, uint8_to_input
+from fastnst_kernels.conv.convolution import convolution
+from fastnst_kernels.norm.recompute import recomputed_batch_norm, recomputed_instance_norm
 
 NORMS = ("instance", "batch")
 LAYER_NAMES = ("conv1", "conv2", "conv3", "res1", "res2", "res3", "res4", "res5", "up1", "up2", "out")
@@ -156,7 +157,7 @@ class TransformNet(nn.Module):
         if x.dtype == torch.uint8:
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.conv1.weight.dtype
-            return picture_input(x, scale / 255.0, padding=border, dtype=dtype)
+            return uint8_to_input(x, scale / 255.0, padding=border, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         return reflect_pad(x if scale == 1.0 else x * scale, border)
 

@@ -1,4 +1,4 @@
-"""The report on kernel benchmarks: verdicts on the targets, table, merged files, unusable ones."""
+"""The report of kernel benchmarks: verdicts on the targets, table, merged files, unusable ones."""
 
 import json
 import os
@@ -35,10 +35,10 @@ def _rows(op: str, direction: str, fastnst: list[tuple[float, float]], **others:
 
 def _verdict(text: str, rows: list[dict[str, Any]]) -> results.Verdict:
     (target,) = [target for target in results.TARGETS if target.text == text]
-    return results.judge(target, results.Results(rows, []))
+    return results.check(target, results.Results(rows, []))
 
 
-def test_verdicts() -> None:
+def test_check_verdicts() -> None:
     name = "max_pool2d_switches forward"
     five = [(10.0, 3700.0)] * 5
     assert _verdict(name, _rows("max_pool2d_switches", "forward", five)).word == "met"
@@ -52,7 +52,7 @@ def test_verdicts() -> None:
         assert _verdict(name, others).word == "not measured"
 
 
-def test_verdicts_on_speed_against_others() -> None:
+def test_check_verdicts_against_other_providers() -> None:
     name = "style_loss forward + backward against torch.compile"
     rows = _rows("style_loss", "forward+backward", [(10.0, 1.0)] * 4 + [(11.0, 1.0)], compile=16.0, eager=9.0)
     assert _verdict(name, rows).word == "not met"
@@ -63,13 +63,13 @@ def test_verdicts_on_speed_against_others() -> None:
     assert _verdict(name, without).word == "not measured"
 
 
-def test_epilogues_count_towards_their_norm() -> None:
+def test_check_counts_epilogues_for_their_norm() -> None:
     rows = _rows("instance_norm", "forward", [(1.0, 4000.0)]) + _rows("instance_norm+relu", "forward", [(1.0, 3000.0)])
     verdict = _verdict("instance_norm forward", rows)
     assert (verdict.met, verdict.measured, verdict.where) == (1, 2, "instance_norm+relu [16, 64, 1, 1]")
 
 
-def test_table_and_remarks() -> None:
+def test_markdown_has_table_and_remarks() -> None:
     rows = _rows("gram_matrix", "forward", [(12.5, 80.0)], eager=25.0)
     rows[0] |= {"launch_overhead_included": True}
     rows[1] |= {"drift": 1.1}
@@ -87,7 +87,7 @@ def _file(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_files_are_merged_and_the_last_measurement_counts(tmp_path: Path) -> None:
+def test_merge_keeps_the_last_measurement(tmp_path: Path) -> None:
     first = _file(tmp_path / "a.json", _rows("gram_matrix", "forward", [(12.5, 80.0)]))
     again = _rows("gram_matrix", "forward", [(10.0, 100.0)]) + _rows("style_loss", "forward", [(7.0, 9.0)])
     second = _file(tmp_path / "b.json", again)
@@ -108,7 +108,7 @@ def test_files_are_merged_and_the_last_measurement_counts(tmp_path: Path) -> Non
         ('{"benchmarks": [{"extra_info": {}}]}', "holds no kernel benchmarks"),
     ],
 )
-def test_the_report_says_what_is_wrong_with_a_file(tmp_path: Path, text: str | None, message: str) -> None:
+def test_read_refuses_unusable_files(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "results.json"
     if text is not None:
         file.write_text(text)
@@ -116,7 +116,7 @@ def test_the_report_says_what_is_wrong_with_a_file(tmp_path: Path, text: str | N
         results.read([file])
 
 
-def test_different_devices_are_not_mixed(tmp_path: Path) -> None:
+def test_report_refuses_several_devices(tmp_path: Path) -> None:
     rows = _rows("gram_matrix", "forward", [(12.5, 80.0)])
     files = [_file(tmp_path / "a.json", rows), _file(tmp_path / "b.json", [rows[0] | {"device": "another"}])]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Counts the bytes that kernels touch: Triton's interpreter runs them, and every load and store passes by here.
+"""Count the bytes that kernels load and store in Triton's interpreter.
 
 A lane that the mask switches off moves nothing, and none of the interpreter's accesses meets a cache, so the counts are
 what a kernel asks for; the unique counts are what must come from memory at least once.

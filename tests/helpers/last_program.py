@@ -1,4 +1,4 @@
-"""For tensors larger than anybody waits for: one program of a launch, in the interpreter, where memory ends."""
+"""For tensors of more than 2³¹ elements: run only the last program of a launch, in the interpreter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,27 +6,29 @@ from unittest import mock
 
 
 class LastProgram:
-    """Stands where a kernel stood and runs the last program of its grid only."""
+    """Replaces a kernel and runs only the last program of its grid; keeps the last `arguments`."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
+        self.arguments: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         from triton.runtime.interpreter import interpreter_builder as builder
 
         grid = (*grid, 1, 1)[:3]
-        set_size, set_place = builder.set_grid_dim, builder.set_grid_idx
+        set_size, set_index = builder.set_grid_dim, builder.set_grid_idx
 
         def size(*_: int) -> None:
             set_size(*grid)
 
-        def place(*_: int) -> None:
-            set_place(*[blocks - 1 for blocks in grid])
+        def index(*_: int) -> None:
+            set_index(*[blocks - 1 for blocks in grid])
 
         def launch(*args: Any, **options: Any) -> None:
+            self.arguments = dict(zip(self._kernel.arg_names, args, strict=False))
             with (
                 mock.patch.object(builder, "set_grid_dim", size),
-                mock.patch.object(builder, "set_grid_idx", place),
+                mock.patch.object(builder, "set_grid_idx", index),
             ):
                 self._kernel[(1, 1, 1)](*args, **options)
 

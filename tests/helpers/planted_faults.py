@@ -984,7 +984,7 @@ FEWER_PRODUCTS = (
         WINOGRAD,
         "g = g.flip(1) if backward else g",
         "g = g.flip(0).flip(0) if backward else g",
-        "tests/kernels/test_winograd.py::test_one_pixel_gives_the_kernel_turned_round",
+        "tests/kernels/test_winograd.py::test_convolve_one_pixel_gives_the_flipped_kernel",
         "the gradient that reaches the transform net is not that of the loss",
     ),
     Fault(
@@ -992,7 +992,7 @@ FEWER_PRODUCTS = (
         WINOGRAD,
         "_Band(slice(sample, sample + 1), first, min(",
         "_Band(slice(sample, sample + 1), 0, min(",
-        "tests/kernels/test_winograd.py::test_it_is_pytorchs_convolution",
+        "tests/kernels/test_winograd.py::test_winograd_agrees_with_torch",
         "of large images the upper part is computed over and over, and the rest is what lay in memory",
     ),
     Fault(
@@ -1000,7 +1000,7 @@ FEWER_PRODUCTS = (
         WINOGRAD,
         "top = _TILE * band.first - padding",
         "top = _TILE * band.first - 1",
-        "tests/kernels/test_winograd.py::test_it_is_pytorchs_convolution",
+        "tests/kernels/test_winograd.py::test_winograd_agrees_with_torch",
         "unpadded convolutions see the image a pixel further down",
     ),
     Fault(
@@ -1008,15 +1008,15 @@ FEWER_PRODUCTS = (
         WINOGRAD,
         "du.baddbmm_(",
         "du.zero_().baddbmm_(",
-        "tests/kernels/test_winograd.py::test_it_is_pytorchs_convolution",
+        "tests/kernels/test_winograd.py::test_winograd_agrees_with_torch",
         "the transform net learns from the last rows of the last image alone",
     ),
     Fault(
         "a ReLU that takes NaN for 0",
         WINOGRAD,
-        "place.relu_()",
-        "place.nan_to_num_(0).relu_()",
-        "tests/kernels/test_winograd.py::test_what_is_not_finite_stays_so_and_in_its_tiles",
+        "target.relu_()",
+        "target.nan_to_num_(0).relu_()",
+        "tests/kernels/test_winograd.py::test_convolve_keeps_nan_and_inf_in_their_tiles",
         "training goes on with what is no number any more",
     ),
     Fault(
@@ -1024,7 +1024,7 @@ FEWER_PRODUCTS = (
         WINOGRAD,
         "x.dtype not in (torch.float32, torch.float64)",
         "x.dtype == torch.float16",
-        "tests/kernels/test_winograd.py::test_it_takes_full_precision_on_a_cpu_alone",
+        "tests/kernels/test_winograd.py::test_is_faster_in_fp32_and_fp64_on_a_cpu_only",
         "in bf16 the error of a convolution is many times what it has to be",
     ),
 )

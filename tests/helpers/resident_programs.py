@@ -1,8 +1,8 @@
-"""Runs kernels whose programs wait for one another: in Triton's interpreter, one process per program, shared memory.
+"""Run kernels with a barrier in Triton's interpreter: one process per program, shared memory.
 
 The interpreter runs a grid's programs one after another, so the first to wait at a barrier would wait for ever. Here
-each gets a process of its own, forked at the launch, and all tensors of the launch lie in memory that the processes
-share. The interpreter's atomics act on that memory, so the waiting is real, and so is a deadlock: a timeout ends it.
+each is a process of its own, forked at the launch, and the tensors of the launch are in shared memory. The
+interpreter's atomics act on that memory, so waiting is real, and so is a deadlock: a timeout ends it.
 """
 
 import os

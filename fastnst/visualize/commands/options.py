@@ -203,7 +203,7 @@ def load_vgg(spec: str, layers: Sequence[str], device: torch.device) -> VGG19:
     Raises:
         DataError: no such weights, or they end before the layers.
     """
-    return load_vgg19(spec, last_layer=deepest_layer(layers), notify=log.info).to(device)
+    return load_vgg19(spec, last_layer=deepest_layer(layers)).to(device)
 
 
 def load_vgg_for_target(spec: str, target: Target, device: torch.device) -> VGG19:

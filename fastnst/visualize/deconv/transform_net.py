@@ -49,10 +49,10 @@ from fastnst.visualize.deconv.transform_recording import (
     mirrored_before,
     run_and_record,
 )
-from fastnst_kernels.norm.upsample_pad import Placement, border_around, place_adjoint
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, margin, upsample_pad_adjoint
 
 # What a nearest-neighbour layer's input amounts to, whichever way the device takes from it.
-_ENLARGED = Placement(2, (1, 1, 1, 1), "reflect")
+_ENLARGED = UpsamplePad(2, (1, 1, 1, 1), "reflect")
 
 
 class TransformDeconvnet:
@@ -187,7 +187,7 @@ class TransformDeconvnet:
                 signal = signal * (module.scale * rstd[images])[:, :, None, None]
             if isinstance(module, UpLayer) and module.nearest:
                 before = before._replace(placing=_ENLARGED)
-            return place_adjoint(_convolution_adjoint(module, signal, before.placed_size), before.placing)
+            return upsample_pad_adjoint(_convolution_adjoint(module, signal, before.placed_size), before.placing)
 
         if layer == "out":
             size = passages[layer].size
@@ -199,7 +199,7 @@ class TransformDeconvnet:
             if isinstance(module, ResidualBlock):
                 branch = through(name, module.conv2, signal, passages[f"{name}.conv1"])
                 branch = through(f"{name}.conv1", module.conv1, branch, before)
-                signal = branch + F.pad(signal, (border_around(branch, signal),) * 4)
+                signal = branch + F.pad(signal, (margin(branch, signal),) * 4)
             else:
                 assert isinstance(module, ConvLayer | UpLayer)
                 signal = through(name, module, signal, before)

@@ -1,22 +1,25 @@
-"""3×3 convolutions at stride 1 on a CPU in a quarter of the multiplications: Winograd's F(4×4, 3×3).
+"""3×3 convolutions at stride 1 on a CPU with a quarter of the multiplications: Winograd's F(4×4, 3×3).
+
+It is part of this library because `conv.convolution` and the loss network's layers call it when they train on a CPU,
+which spends most of its time in such convolutions.
 
 Source: Lavin, Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4, in PyTorch's matrix products.
 A tile y of 4×4 results comes from a tile d of 6×6 pixels, and neighbouring tiles of pixels overlap by 2:
 
     u = G g Gᵀ       v = Bᵀ d B       m = Σ_c u ⊙ v       y = Aᵀ m A
 
-so that each of the 36 places is one matrix product over channels, `[tiles, C] × [C, K]`: 36 multiplications a tile and
-pair of channels instead of 144. The gradient of x is a convolution of the gradient of y with g turned by 180° and its
-channels swapped, which turns G's columns round; that of g is y's transpose:
+so that each of the 36 positions is one matrix product over channels, `[tiles, C] × [C, K]`: 36 multiplications per tile
+and pair of channels instead of 144. The gradient of x is a convolution of the gradient of y with g turned by 180° and
+its channels swapped, which reverses G's columns; that of g is y's transpose:
 
     ∂L/∂m = A (∂L/∂y) Aᵀ       ∂L/∂u = Σ_tiles v ⊙ ∂L/∂m       ∂L/∂g = Gᵀ (∂L/∂u) G
 
-The matrices follow from six points at which polynomials are multiplied (Toom, Cook): 0, 1, −1, ½, −2 and ∞. Numbers
-larger than the result stand in between, and take some of its last bits: fp32 and fp64, no fewer bits. A NaN or an
-infinity spreads over the tiles that see it.
+The matrices follow from six points at which polynomials are multiplied (Toom, Cook): 0, 1, −1, ½, −2 and ∞.
+Intermediate values are larger than the result and cost some of its last bits, so it takes fp32 and fp64 only. A NaN or
+an infinity spreads over the tiles that contain it.
 
-Nothing of it outlives a call. v and m are made for as many tiles as fit the cache together, u for all channels where
-several such bands share it, else for as many channels of the result as fit the cache.
+No state outlives a call. v and m are computed for as many tiles as fit the cache together (a band), u for all channels
+if several bands share it, else for as many channels of the result as fit the cache.
 """
 
 from __future__ import annotations
@@ -31,17 +34,17 @@ from torch import Tensor
 
 _POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
 _TILE, _WINDOW = 4, 6
-# Of v and m, and of u, made at a time. Found by trial on one machine of two cores; no figure is kept of it.
+# Bytes of v and m, and of u, computed at a time. Found by trial on one machine with two cores.
 _BAND_BYTES = 12 * 2**20
 _FILTER_BYTES = 8 * 2**20
 
 
-def pays(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> bool:
-    """Whether `convolve` can do this and is worth its transforms, as far as one rule can tell.
+def is_faster(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> bool:
+    """Whether `convolve` supports this convolution and is likely to be faster than PyTorch's.
 
-    It is not with few channels, whose transforms cost more than the products they save, with few tiles, since u is made
-    anew for them, or where much of the tiles lies beyond the edge. Fake tensors and other subclasses take PyTorch's
-    op, which counters of FLOPs and memory know.
+    Not with few channels, whose transforms cost more than they save, few tiles, since u is computed for each call, or
+    tiles that lie to a large part beyond the edge. Fake tensors and other subclasses take PyTorch's op, which counters
+    of FLOPs and memory know.
 
     Args:
         x: `[N, C, H, W]`.
@@ -62,7 +65,7 @@ def pays(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> bool:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: int = 1, relu: bool = False) -> Tensor:
-    """`conv2d` at stride 1, and `relu` if asked for, without a gradient.
+    """`conv2d` at stride 1, with an optional ReLU, without a gradient.
 
     Args:
         x: `[N, C, H, W]` on the CPU, fp32 or fp64.
@@ -112,7 +115,7 @@ def weight_gradient(x: Tensor, gradient: Tensor, *, padding: int = 1) -> Tensor:
 
 
 class _Matrices(NamedTuple):
-    """Of Lavin and Gray's equations."""
+    """The matrices of Lavin and Gray's equations."""
 
     a: Tensor
     """A, `[6, 4]`."""
@@ -123,7 +126,7 @@ class _Matrices(NamedTuple):
 
 
 class _Band(NamedTuple):
-    """Rows of tiles, of some samples."""
+    """Some rows of tiles of some samples."""
 
     samples: slice
     first: int
@@ -133,7 +136,7 @@ class _Band(NamedTuple):
 
 @cache
 def _matrices(dtype: torch.dtype) -> _Matrices:
-    """Toom and Cook's: values at the points, and Lagrange's interpolation from them, transposed."""
+    """Toom and Cook's matrices: values at the points, and Lagrange interpolation from them, transposed."""
     exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     points = torch.tensor(_POINTS, **exact)
     a, b, g = (torch.zeros(_WINDOW, columns, **exact) for columns in (_TILE, _WINDOW, 3))
@@ -147,7 +150,7 @@ def _matrices(dtype: torch.dtype) -> _Matrices:
 
 
 def _coefficients(roots: Tensor) -> Tensor:
-    """Of the monic polynomial with these roots, lowest power first."""
+    """Coefficients of the monic polynomial with these roots, lowest power first."""
     result = torch.ones_like(roots[:1])
     for root in roots:
         result = F.pad(result, (1, 0)) - root * F.pad(result, (0, 1))
@@ -177,12 +180,12 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, *, r
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """`[N, H, W, C]`, in this order in memory."""
+    """`[N, H, W, C]`, contiguous."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _bands(size: torch.Size, channels: int, element_size: int) -> Iterator[_Band]:
-    """What is done at a time of a result `[N, H, W, K]`, v and m having so many `channels` together."""
+    """The bands of a result `[N, H, W, K]`, if v and m have `channels` together."""
     samples, rows, columns = size[0], -(-size[1] // _TILE), -(-size[2] // _TILE)
     at_once = max(1, _BAND_BYTES // (_WINDOW**2 * columns * channels * element_size))
     if at_once >= rows:
@@ -196,7 +199,7 @@ def _bands(size: torch.Size, channels: int, element_size: int) -> Iterator[_Band
 
 
 def _both_ways(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """matrix · tile · matrixᵀ, of matrix `[p, q]` and tiles `[q, q, …]` → `[p, p, R]`."""
+    """matrix · tile · matrixᵀ, for matrix `[p, q]` and tiles `[q, q, …]` → `[p, p, R]`."""
     p, q = matrix.shape
     downwards = torch.mm(matrix, tiles.reshape(q, -1))
     return torch.matmul(matrix, downwards.view(p, q, -1))
@@ -211,7 +214,7 @@ def _filters(g: Tensor, weight: Tensor, channels: slice, *, backward: bool) -> T
 
 
 def _windows(pixels: Tensor, band: _Band, padding: int) -> Tensor:
-    """A band's tiles of pixels `[6, 6, samples, rows, columns, C]`, zeros around, as a view of a copy."""
+    """A band's tiles of pixels `[6, 6, samples, rows, columns, C]`, zero-padded, as a view of a copy."""
     _, height, width, channels = pixels.shape
     top = _TILE * band.first - padding
     bottom = top + _TILE * band.rows + 2
@@ -237,19 +240,19 @@ def _tiles(pixels: Tensor, band: _Band) -> Tensor:
 
 
 def _write(y: Tensor, band: _Band, result: Tensor, bias: Tensor | None, *, relu: bool) -> None:
-    """Tiles `y [4, 4, …]` to where they belong in `result [N, H, W, K]`."""
+    """Write tiles `y [4, 4, …]` into `result [N, H, W, K]`."""
     samples = band.samples.stop - band.samples.start
     y = y.view(_TILE, _TILE, samples, band.rows, band.columns, -1).permute(2, 3, 0, 4, 1, 5)
-    place = result[band.samples, _TILE * band.first : _TILE * (band.first + band.rows)]
-    height, width = place.shape[1:3]
+    target = result[band.samples, _TILE * band.first : _TILE * (band.first + band.rows)]
+    height, width = target.shape[1:3]
     if (height, width) == (_TILE * band.rows, _TILE * band.columns):
-        place = place.unflatten(2, (band.columns, _TILE)).unflatten(1, (band.rows, _TILE))
+        target = target.unflatten(2, (band.columns, _TILE)).unflatten(1, (band.rows, _TILE))
     else:
         y = y.reshape(samples, _TILE * band.rows, _TILE * band.columns, -1)
         y = y[:, :height, :width]
     if bias is None:
-        place.copy_(y)
+        target.copy_(y)
     else:
-        torch.add(y, bias, out=place)
+        torch.add(y, bias, out=target)
     if relu:
-        place.relu_()
+        target.relu_()

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""The kernels of the Gram matrix: FᵀF split over the positions, and the merge that ends a Gram or a style loss.
+"""The kernels of Gram matrices and style losses: FᵀF split over the positions, and the merge.
 
 Legend: N samples, C channels, K = H·W positions; F [K, C] the features of one sample, row-major in channels_last, its
 transpose [C, K] in the contiguous format. G, T, D, A and S are [C, C] and cut into tiles; a pair (i ≤ j) is a tile of
@@ -23,7 +23,8 @@ from fastnst_kernels import runtime
 from fastnst_kernels.runtime import ceil_div, jit, power_of_two, tl
 
 MERGE_TILE = 32
-# Splits are chosen for one program on each of so many multiprocessors, a constant: rounding must not depend on the GPU.
+# Splits are chosen for one program on each of this many multiprocessors. A constant, since rounding must not depend on
+# the GPU.
 WAVE = 128
 
 
@@ -37,8 +38,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# For FᵀF. 64 rows are the least that Hopper's matrix unit takes, 128 × 128 with 8 warps the most that leaves room for
-# two programs per multiprocessor. The first four keep 64 KiB of features on their way, within 99 KiB of shared memory.
+# For FᵀF. 64 rows are the minimum of Hopper's matrix unit, 128 × 128 with 8 warps the most that leaves room for two
+# programs per multiprocessor. The first four keep 64 KiB of features in flight, within 99 KiB of shared memory.
 # "shared": one tile holds all channels and feeds both operands. "small": too little work for many tiles of 128.
 # "narrow": rows without a common alignment of 16 bytes, which are read element by element, through registers.
 GRAM_TILES = {
@@ -53,9 +54,9 @@ GRAM_TILES = {
 
 
 def gram_tile(features: Tensor) -> Tile:
-    """The configuration for `features [N, C, H, W]`; apart from the depth it depends on shape, dtype and format alone.
+    """The configuration for `features [N, C, H, W]`, by shape, dtype and format, its depth also by the GPU.
 
-    Before Hopper a tile that feeds both operands cannot be fetched ahead of its use, so there it is loaded twice.
+    Before Hopper a tile that feeds both operands cannot be prefetched, so there it is loaded twice.
     """
     n, c, h, w = features.shape
     if features.dtype == torch.float32:
@@ -71,13 +72,13 @@ def gram_tile(features: Tensor) -> Tile:
 
 
 def shares_tiles(features: Tensor) -> bool:
-    """Whether a tile that meets itself is loaded once for both operands."""
+    """Whether a diagonal tile is loaded once for both operands."""
     chip = runtime.chip(features)
     return chip is None or chip.capability >= (9, 0)
 
 
 def precision_of(features: Tensor) -> str:
-    """How fp32 operands are multiplied: `ieee`, or `tf32` where PyTorch's own products of matrices would be."""
+    """The precision of fp32 products: `ieee`, or `tf32` if PyTorch's own matrix products use it."""
     uses_tf32 = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if uses_tf32 else "ieee"
 
@@ -105,10 +106,10 @@ def pairs(channels: int, tile: int) -> int:
 
 @cache
 def positions_per_split(n_programs: int, positions: int, side: int) -> int:
-    """How many positions one program sums, a multiple of 128, where `n_programs` would sum all of them.
+    """How many positions one program sums, a multiple of 128, if `n_programs` would sum all of them.
 
-    The least of a cost in units of the time that a multiprocessor takes for one position: rounds of programs, each with
-    about 512 units to start and to end, plus what partial sums cost to write, to read and to add in order.
+    Minimizes a cost in units of a multiprocessor's time for one position: rounds of programs, each with about 512 units
+    to start and end, plus the cost to write, read and add partial sums in order.
     """
 
     def cost(splits: int) -> float:
@@ -125,7 +126,7 @@ def positions_per_split(n_programs: int, positions: int, side: int) -> int:
 def _upper_pair(index):
     """The tile (i ≤ j) with j·(j + 1)/2 + i = index."""
     i_j = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The root is only near the truth.
+    # The root is rounded.
     i_j = tl.where((i_j + 1) * (i_j + 2) // 2 <= index, i_j + 1, i_j)
     i_j = tl.where(i_j * (i_j + 1) // 2 > index, i_j - 1, i_j)
     return index - i_j * (i_j + 1) // 2, i_j
@@ -133,10 +134,10 @@ def _upper_pair(index):
 
 @jit
 def _power_of_two_above(bound):
-    """`(2ᵉ, 2⁻ᵉ)` with bound·2⁻ᵉ in [2¹⁴, 2¹⁵), far from fp16's ends; e is clamped to fp32's normal numbers.
+    """`(2ᵉ, 2⁻ᵉ)` with bound·2⁻ᵉ in [2¹⁴, 2¹⁵), far from fp16's ends; 2ᵉ and 2⁻ᵉ are normal numbers.
 
-    Whatever holds an Inf or a NaN is not scaled. `bound` may exceed what it bounds: fp16 has 2³⁹ steps of magnitude
-    from there to its smallest number, more than fp32 keeps apart in a difference.
+    A bound of Inf or NaN is not scaled. `bound` need not be tight: fp16 covers a factor of 2³⁹ from there to its
+    smallest number, more than fp32 resolves in a difference.
     """
     exponent = (bound.to(tl.int32, bitcast=True) >> 23) & 255
     exponent = tl.where(exponent == 255, 141, tl.maximum(exponent, 15))
@@ -152,7 +153,7 @@ def _sum_of_products(
     SAME: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK_C, BLOCK_C]` fp32: leftᵀ·right over the positions first…last − 1; a tile with itself is loaded once."""
+    """leftᵀ·right over the positions first…last − 1, fp32; with SAME both are loaded once."""
     o_k = tl.arange(0, BLOCK_K)
     o_c = tl.arange(0, BLOCK_C)
     if CHANNELS_LAST:
@@ -181,7 +182,7 @@ def _sum_of_products(
 def _write_pair(
     b_gram, result, target, loss, i_i, i_j, C, inverse, STYLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Both tiles of a pair of G; with STYLE of S = (D + Dᵀ)·inverse, D = G − T, and the pair's share of ‖D‖²."""
+    """Write a pair of tiles of G; with STYLE of S = (D + Dᵀ)·inverse, D = G − T, and its share of ‖D‖²."""
     o_r = tl.arange(0, BLOCK)
     m_i = i_i * BLOCK + o_r < C
     m_j = i_j * BLOCK + o_r < C
@@ -203,7 +204,7 @@ def _write_pair(
 
 @jit
 def _mirror(b_gram, is_diagonal, BLOCK: tl.constexpr):
-    """On the diagonal the lower half is the upper one's mirror image to the bit, in whatever order it was summed."""
+    """Make the lower half of a diagonal tile the exact mirror image of the upper one."""
     o_r = tl.arange(0, BLOCK)
     return tl.where(is_diagonal & (o_r[:, None] > o_r[None, :]), tl.trans(b_gram), b_gram)
 
@@ -215,12 +216,12 @@ def _gram_kernel(
     CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """FᵀF over the positions of chunk s: with WHOLE (one chunk) finished as the merge would, else as partial sums.
+    """FᵀF over the positions of chunk s: with WHOLE (one chunk) finished, else as partial sums.
 
-    Grid: splits × N × pairs of tiles. Partial sums are `[splits, N, pairs, BLOCK_C, BLOCK_C]` fp32, without what lies
-    below the diagonal. With BOUNDS, `bounds [splits, N, pairs]` gets the largest magnitude of each.
-    Reads E once where C ≤ BLOCK_C, else once per row of pairs, all but once from L2; writes splits·N·C²·4 bytes over
-    2 or a little more. 2·K·C² FLOPs per sample in one tile, (1 + 1/tiles)·K·C² in several. Limit: C < 2²⁴.
+    Grid: splits × N × pairs of tiles. Partial sums are `[splits, N, pairs, BLOCK_C, BLOCK_C]` fp32, without those below
+    the diagonal. With BOUNDS, `bounds [splits, N, pairs]` gets the largest magnitude of each.
+    Reads E once if C ≤ BLOCK_C, else once per row of pairs, all but once from L2; writes splits·N·C²·4 bytes over 2 or
+    a little more. 2·K·C² FLOPs per sample in one tile, (1 + 1/tiles)·K·C² in several. Limit: C < 2²⁴.
     """
     C = C // ALIGN_C * ALIGN_C  # exact; lets the compiler see the alignment of rows
     K = K // ALIGN_K * ALIGN_K
@@ -270,7 +271,7 @@ def _merge_gram_kernel(
     splits, scale,
     STYLE: tl.constexpr, BOUNDS: tl.constexpr, ALIGN_C: tl.constexpr, BLOCK_C: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """G = scale·Σ_s partial[s]; with STYLE instead S = (D + Dᵀ)/matrix_scale, D = G − T, and shares of ‖D‖² in `loss`.
+    """G = scale·Σ_s partial[s]; with STYLE S = (D + Dᵀ)/matrix_scale, D = G − T, and shares of ‖D‖².
 
     Grid: N × pairs of MERGE × MERGE tiles (`n_tiles` of them). The splits are added in order: the same bits every time.
     With BOUNDS (`BOUNDS` ≥ splits·n_pairs is a power of two) matrix_scale[n] brings S within fp16, else it is 1.
@@ -321,7 +322,7 @@ def gram_on_triton(features: Tensor, target: Tensor | None) -> tuple[Tensor, Ten
     splits = ceil_div(k, chunk)
     style = target is not None
     bounds = style and features.dtype == torch.float16
-    # One program finishes its own pair where there is nothing to merge; a tile of 128, or one multiplied without the
+    # One program finishes its own pair if there is nothing to merge; a tile of 128, or one multiplied without the
     # matrix unit, would not fit into registers.
     multiplies_plainly = tile == GRAM_TILES["ieee"]
     whole = splits == 1 and tile.rows == 64 and not multiplies_plainly and not bounds

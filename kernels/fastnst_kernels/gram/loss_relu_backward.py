@@ -1,20 +1,22 @@
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""The gradient at a tapped layer: what comes from above, the style's and the content's share, through the ReLU.
+"""The gradient at a layer with losses: incoming, style and content terms, through the ReLU.
 
 Legend: N samples, C channels, K = H·W positions; F = max(z, 0) the layer's output [N, C, H, W], read as [K, C] per
-sample where it meets a matrix; I the gradient that the layers above send back; D the difference of a style loss
-‖D‖²_F, D = FᵀF/(C·K) − T; X the content's features. With s and c numbers per sample:
+sample in products; I the gradient of the layers above; D the difference of a style loss ‖D‖²_F, D = FᵀF/(C·K) − T; X
+the content features. With s and c numbers per sample:
 
     dz = [F > 0] · (I + s·F (D + Dᵀ) / (C·K) + c·(F − X))
 
-Each term is a gradient with respect to F: l·‖D‖² has s = 2·l (see `gram.py`), l·‖F − X‖² has c = 2·l; their sum goes
-through the ReLU once. The mask is PyTorch's: dz = 0 where F ≤ 0, whatever the terms hold there, a NaN too; where F is
+Each term is a gradient with respect to F: l·‖D‖² has s = 2·l (see `style_loss.py`), l·‖F − X‖² has c = 2·l; their sum
+passes the ReLU once. The mask is PyTorch's: dz = 0 where F ≤ 0, whatever the terms are there, even NaN; where F is
 positive or NaN it is the sum with all its NaN and Inf. Nothing is multiplied by the mask, which would turn Inf into
 NaN.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from fastnst_kernels.gram.style_loss import StyleMatrix, gram_product_reference
 from fastnst_kernels.runtime import ceil_div, jit, tl
 
 
-def tap_backward_reference(
+def loss_relu_backward_reference(
     features: Tensor,
     *,
     incoming: Tensor | None = None,
@@ -35,7 +37,7 @@ def tap_backward_reference(
     content_target: Tensor | None = None,
     content_factor: Tensor | None = None,
 ) -> Tensor:
-    """The formula in PyTorch, in fp32 (fp64 for fp64); same arguments as `tap_backward`."""
+    """The formula in PyTorch, in fp32 (fp64 for fp64); same arguments as `loss_relu_backward`."""
     total = _sum_of_terms(features, incoming, style_matrix, style_factor, content_target, content_factor)
     return torch.ops.aten.threshold_backward(total, features.to(total.dtype), 0).to(features.dtype)
 
@@ -48,7 +50,7 @@ def _sum_of_terms(
     content_target: Tensor | None,
     content_factor: Tensor | None,
 ) -> Tensor:
-    """The formula without its mask, in memory of its own: made once, then added to in place."""
+    """The formula without its mask, in new memory that is added to in place."""
     wide = runtime.statistics_dtype(features)
     if style_matrix is not None:
         total = gram_product_reference(features, style_matrix, style_factor)
@@ -61,14 +63,14 @@ def _sum_of_terms(
 
 
 @jit
-def _tap_kernel(
+def _loss_relu_kernel(
     features, incoming, content_target, content_factor, result, size, n_blocks,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """result = [F > 0]·(incoming + content_factor[n]·(F − content_target)), without what is None.
+    """result = [F > 0]·(incoming + content_factor[n]·(F − content_target)), without terms that are None.
 
     Grid: N × blocks of a sample's `size` = C·K elements. Moves E in for F and for each term and E out, which is the
-    minimum, in accesses of 16 bytes where ALIGN = 8; a thread has two of each operand on their way.
+    minimum, in accesses of 16 bytes if ALIGN = 8; a thread has two of each operand in flight.
     """
     size = tl.cast(size, tl.int64) // ALIGN * ALIGN  # exact; lets the compiler see the alignment of samples
     pid = tl.program_id(0)
@@ -88,22 +90,22 @@ def _tap_kernel(
 
 
 @runtime.launches_on_its_device
-def _tap_on_triton(
+def _loss_relu_on_triton(
     features: Tensor, incoming: Tensor | None, content_target: Tensor | None, content_factor: Tensor | None
 ) -> Tensor:
     n, size = features.shape[0], features[0].numel()
     block = 2048 if features.element_size() == 2 else 1024
     n_blocks = ceil_div(size, block)
     result = runtime.allocate_like(features)
-    _tap_kernel[(n * n_blocks,)](
+    _loss_relu_kernel[(n * n_blocks,)](
         features, incoming, content_target, content_factor, result, size, n_blocks,
         ALIGN=alignment(size), BLOCK=block, num_warps=4,
     )  # fmt: skip
     return result
 
 
-@torch.library.custom_op("fastnst::tap_backward", mutates_args=())
-def _tap_backward(
+@torch.library.custom_op("fastnst::loss_relu_backward", mutates_args=())
+def _loss_relu_backward(
     features: Tensor,
     incoming: Tensor | None,
     style_values: Tensor | None,
@@ -125,7 +127,7 @@ def _tap_backward(
         torch.ops.aten.threshold_backward.grad_input(total, features.to(total.dtype), 0, grad_input=total)
         return runtime.laid_out_like(total.to(features.dtype), features)
     if style_values is None or style_scale is None or style_factor is None:
-        return _tap_on_triton(features, incoming, content_target, content_factor)
+        return _loss_relu_on_triton(features, incoming, content_target, content_factor)
     return product_on_triton(
         features,
         style_values.contiguous(),
@@ -139,21 +141,13 @@ def _tap_backward(
     )
 
 
-@_tap_backward.register_fake
-def _(
-    features: Tensor,
-    incoming: Tensor | None,
-    style_values: Tensor | None,
-    style_scale: Tensor | None,
-    style_factor: Tensor | None,
-    content_target: Tensor | None,
-    content_factor: Tensor | None,
-) -> Tensor:
+@_loss_relu_backward.register_fake
+def _(features: Tensor, *_: Any) -> Tensor:
     return runtime.allocate_like(features)
 
 
 @torch.no_grad()
-def tap_backward(
+def loss_relu_backward(
     features: Tensor,
     *,
     incoming: Tensor | None = None,
@@ -162,11 +156,11 @@ def tap_backward(
     content_target: Tensor | None = None,
     content_factor: Tensor | None = None,
 ) -> Tensor:
-    """`[F > 0] · (incoming + style_factor·F (D + Dᵀ)/(C·H·W) + content_factor·(F − content_target))` in one pass.
+    """`[F > 0]·(incoming + style_factor·F (D + Dᵀ)/(C·H·W) + content_factor·(F − content_target))`.
 
-    It is the gradient with respect to a ReLU's input where its output F is tapped by losses; for callers that chain
-    gradients themselves, so it has none of its own. Terms that are not given are left out; at least one is needed.
-    Where F ≤ 0 the result is 0 whatever the terms hold; where F is NaN or positive, NaN and Inf in them stay visible.
+    The gradient with respect to a ReLU's input if losses are measured on its output F; for callers that chain gradients
+    themselves, so it has none of its own. Terms that are not given are left out; at least one is needed. Where F ≤ 0
+    the result is 0 whatever the terms are; where F is NaN or positive, NaN and Inf in them stay visible.
 
     Args:
         features: F, the ReLU's output, `[N, C, H, W]`, float32, float16, bfloat16 (float64 on the reference path); any
@@ -174,14 +168,14 @@ def tap_backward(
         incoming: the gradient with respect to F from the layers above, of F's shape and dtype.
         style_matrix: D + Dᵀ, as `style_loss_and_matrix` returns it.
         style_factor: `[N]` float32 (float64 for float64): for l[n]·style_loss it is 2·l[n].
-        content_target: the features to come near to, of F's shape and dtype.
+        content_target: the content features X, of F's shape and dtype.
         content_factor: `[N]` float32 (float64 for float64): for l[n]·‖F − content_target‖² it is 2·l[n].
 
     Returns:
         `[N, C, H, W]` in F's dtype and memory format, summed in float32 (float64 for float64).
 
     Raises:
-        ValueError: no term is given, half of a pair is missing, or shapes, dtypes or devices do not go together.
+        ValueError: no term is given, half of a pair is missing, or shapes, dtypes or devices do not match.
     """
     runtime.check_images("features", features)
     n, c = features.shape[:2]
@@ -206,7 +200,7 @@ def tap_backward(
     ):
         if tensor is not None:
             _check(name, tensor, shape, dtype, features)
-    result: Tensor = torch.ops.fastnst.tap_backward(
+    result: Tensor = torch.ops.fastnst.loss_relu_backward(
         features, incoming, values, scale, style_factor, content_target, content_factor
     )
     return result

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""The kernels that multiply features with a symmetric matrix: the backward of a Gram, of a style loss, and of a tap.
+"""The product of features with a symmetric matrix: the backward of Gram matrices and style losses.
 
 Legend: N samples, C channels, K = H·W positions; F [K, C] the features of one sample, row-major in channels_last, its
 transpose [C, K] in the contiguous format; A, S [C, C], S symmetric. E = N·C·K elements.
@@ -26,7 +26,7 @@ from fastnst_kernels.gram.kernels import (
 )
 from fastnst_kernels.runtime import ceil_div, jit, tl
 
-# Positions × channels of the result, summed over `depth` channels at a time; see `gram_kernels.GRAM_TILES`.
+# Positions × channels of the result, summed over `depth` channels at a time; see `kernels.GRAM_TILES`.
 PRODUCT_TILES = {
     "C ≤ 64": Tile(128, 64, 64, 4, 1),
     "C ≤ 128": Tile(128, 128, 128, 8, 1),
@@ -56,7 +56,7 @@ def product_tile(features: Tensor) -> Tile:
 def _symmetrize_kernel(
     matrix, bound, result, scale, C, n_tiles, ALIGN_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """result = (A + Aᵀ)/scale[n] for A = `matrix [N, C, C]` fp32, in result's dtype; scale[n] from bound[n] ≥ max|A|.
+    """result = (A + Aᵀ)/scale[n] for A = `matrix [N, C, C]` fp32; scale[n] from bound[n] ≥ max|A|.
 
     Grid: N × pairs of tiles (`n_tiles`). Without `bound` nothing is scaled. Moves N·C² elements of each in and out.
     """
@@ -93,18 +93,18 @@ def _product_kernel(
 ):  # fmt: skip
     """result = [F > 0]·(incoming + constant·scale[n]·factor[n]·P + content_factor[n]·(F − content_target))
 
-    with P = left `[rows, C]` · right `[C, columns]`: F S in channels_last, S Fᵀ in the contiguous format, where S is
-    symmetric. What is None is left out; the mask is there with MASK alone.
+    with P = left `[rows, C]` · right `[C, columns]`: F S in channels_last, S Fᵀ in the contiguous format, S symmetric.
+    Terms that are None are left out; the mask needs MASK.
 
-    Grid: N × tiles of the result. Moves E in and E out, E more for each further term, and N·C² elements of S; what
-    several programs read, and F where the mask or the content term reads it again, comes from L2 or L1 all but once.
-    2·K·C² FLOPs per sample. Limit: C < 2²⁴.
+    Grid: N × tiles of the result. Moves E in and E out, E more for each further term, and N·C² elements of S; further
+    reads of the same element, by other programs or by the mask and the content term, come from L2 or L1. 2·K·C² FLOPs
+    per sample. Limit: C < 2²⁴.
     """
     C = C // ALIGN_C * ALIGN_C
     columns = columns // ALIGN_COLUMNS * ALIGN_COLUMNS
     pid = tl.program_id(0)
     i_n = (pid // (n_rows * n_columns)).to(tl.int64)
-    # Tiles of the same positions run side by side, so that their features meet in L2.
+    # Tiles of the same positions run at the same time, so that L2 serves their features.
     if CHANNELS_LAST:
         i_q = pid % n_columns
         i_r = pid // n_columns % n_rows
@@ -156,13 +156,13 @@ def _product_kernel(
             b_target = tl.load(content_target + o_part, mask=m_part, other=0.0).to(tl.float32)
             b_part += (b_features.to(tl.float32) - b_target) * tl.load(content_factor + i_n)
         if MASK:
-            b_part = tl.where(b_features <= 0.0, 0.0, b_part)  # a NaN passes the gradient on, as in PyTorch
+            b_part = tl.where(b_features <= 0.0, 0.0, b_part)  # a NaN passes the gradient, as in PyTorch
         tl.store(result + o_part, b_part, mask=m_part)
 
 
 @runtime.launches_on_its_device
 def symmetrize_on_triton(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`(S, scale)`: A + Aᵀ = scale[n]·S for A = `matrix [N, C, C]` fp32, S in `dtype`; scale for fp16 alone."""
+    """`(S, scale)`: A + Aᵀ = scale[n]·S for A = `matrix [N, C, C]` fp32, S in `dtype`; scale only for fp16."""
     n, c, _ = matrix.shape
     bound = torch.linalg.vector_norm(matrix, float("inf"), dim=(1, 2)) if dtype == torch.float16 else None
     result = runtime.allocate((n, c, c), matrix, dtype)
@@ -187,7 +187,7 @@ def product_on_triton(
     content_target: Tensor | None = None,
     content_factor: Tensor | None = None,
 ) -> Tensor:
-    """What `_product_kernel` says, for dense tensors: S = `matrix [N, C, C]` in the features' dtype; factors `[N]`."""
+    """`_product_kernel` for dense tensors: S = `matrix [N, C, C]` in the features' dtype; factors `[N]`."""
     n, c, h, w = features.shape
     k = h * w
     tile = product_tile(features)

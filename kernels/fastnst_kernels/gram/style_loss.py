@@ -10,9 +10,9 @@ Backward: dG enters through both factors of FᵀF, so
 
     dF = F (dG + dGᵀ) / (C·K)      and for the loss, with its gradient l: dG = 2·l·D, dT = −2·l·D
 
-Both multiply F with a symmetric matrix: S = dG + dGᵀ, or D + Dᵀ, which the forward writes beside the loss, ready as an
-operand in the features' dtype. fp16 could not hold every D, so S comes with a power of two per sample:
-D + Dᵀ = scale[n]·S[n]. For the other dtypes the scale is 1.
+Both multiply F with a symmetric matrix: S = dG + dGᵀ, or D + Dᵀ, which the forward writes beside the loss as an operand
+in the features' dtype. fp16 cannot hold every D, so S comes with a power of two per sample: D + Dᵀ = scale[n]·S[n]. For
+the other dtypes the scale is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastnst_kernels.gram.product import product_on_triton, symmetrize_on_triton
 
 
 class StyleMatrix(NamedTuple):
-    """D + Dᵀ = scale[n]·values[n], what the backward of a style loss multiplies the features with.
+    """D + Dᵀ = scale[n]·values[n], the operand of a style loss's backward.
 
     Attributes:
         values: `[N, C, C]` in the features' dtype, symmetric.
@@ -55,7 +55,7 @@ def style_matrix_reference(difference: Tensor, dtype: torch.dtype) -> StyleMatri
     matrix = difference + difference.mT
     exponent = torch.zeros(matrix.shape[0], dtype=torch.int32, device=matrix.device)
     if dtype == torch.float16:
-        # The largest element comes to lie in [2¹⁴, 2¹⁵), far from both of fp16's ends; 2ᵉ and 2⁻ᵉ stay normal numbers.
+        # Scale the largest element into [2¹⁴, 2¹⁵), far from both of fp16's ends; 2ᵉ and 2⁻ᵉ stay normal numbers.
         largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(1, 2))
         exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent.sub_(15).clamp_(min=-126), exponent)
     scale = torch.ldexp(matrix.new_ones(matrix.shape[0]), exponent)
@@ -71,7 +71,7 @@ def gram_product_reference(features: Tensor, matrix: StyleMatrix, factor: Tensor
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """The batched product in the operands' own type: autocast would take it in 16 bits, which fp16's range ends."""
+    """The batched product in the operands' own type: autocast would use 16 bits, and fp16 would overflow."""
     with torch.autocast(a.device.type, enabled=False):
         return torch.bmm(a, b)
 
@@ -123,7 +123,7 @@ def _gram_backward(features: Tensor, d_gram: Tensor) -> Tensor:
     """`F (dG + dGᵀ) / (C·H·W)` for `d_gram [N, C, C]`, in the features' dtype and memory format."""
     features, d_gram = runtime.dense(features), d_gram.contiguous()
     if runtime.implementation(features) == "reference":
-        # In fp32 throughout: there is no operand to prepare.
+        # In fp32 throughout, so the operand is not rounded.
         matrix = style_matrix_reference(d_gram, d_gram.dtype)
         return runtime.allocate_like(features).copy_(gram_product_reference(features, matrix))
     values, scale = symmetrize_on_triton(d_gram, features.dtype)
@@ -171,7 +171,7 @@ def _style_autograd(
     if ctx.needs_input_grad[0]:
         d_features = torch.ops.fastnst.style_backward(features, values, scale, d_loss)
     if ctx.needs_input_grad[1]:
-        # Seldom asked for, and D is not kept for it: S alone would not tell D from Dᵀ.
+        # Rarely needed, so D is not saved for it, and S alone does not tell D from Dᵀ.
         difference = torch.ops.fastnst.gram_matrix(features) - target
         d_target = -2 * d_loss.view(-1, 1, 1) * difference
         d_target = d_target.sum(0) if target.dim() == 2 else d_target
@@ -211,7 +211,7 @@ def style_loss(features: Tensor, target_gram: Tensor) -> Tensor:
         `[N]` float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not go together.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _check_target(features, target_gram)
     loss: Tensor = torch.ops.fastnst.style_loss(features, target_gram)[0]
@@ -220,7 +220,7 @@ def style_loss(features: Tensor, target_gram: Tensor) -> Tensor:
 
 @torch.no_grad()
 def style_loss_and_matrix(features: Tensor, target_gram: Tensor) -> tuple[Tensor, StyleMatrix]:
-    """`style_loss`, and what its backward needs, for a caller that does without autograd: see `tap_backward`.
+    """`style_loss` and the operand of its backward, for callers without autograd.
 
     Args:
         features: as in `style_loss`.
@@ -230,7 +230,7 @@ def style_loss_and_matrix(features: Tensor, target_gram: Tensor) -> tuple[Tensor
         The loss `[N]` and the `StyleMatrix` of D = gram_matrix(features) − target_gram, both without a gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not go together.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _check_target(features, target_gram)
     loss, values, scale = torch.ops.fastnst.style_loss(features, target_gram)

@@ -1,15 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""The kernels of pictures at the ends of networks.
+"""The kernels of images at the ends of networks, and the checks that their ops share.
 
-Legend: as in `pictures`. Three channels make no vector, so a row of a picture counts as 3·W numbers in a line: number e
-is channel e mod 3, and the neighbour along the width is e ± 3. A program has a tile of rows × numbers. Accesses have 16
-bytes where rows begin at multiples of that, but for neighbours along the width, which lie 3 numbers aside: those are
-read number by number, from the L1 cache, where the tile just arrived.
+Legend: as in `uint8_to_input.py` and `output_to_vgg_input.py`. Three channels do not fill a vector, so a row of an
+image counts as a line of 3·W numbers: number e is channel e mod 3, and its neighbours along the width are e ± 3. A
+program has a tile of rows × numbers. Accesses have 16 bytes if rows begin at multiples of 16 bytes, except for
+neighbours along the width, 3 numbers away: these are read number by number from the L1 cache, which holds the tile.
 
 Bytes, E numbers of e bytes: see each kernel. The rows above and below a tile are read again, from L2.
 
-tanh x is taken as 2σ(2x) − 1, off by 10⁻⁷ at most, which in a picture of size 1 is a rounding of fp32.
+tanh x is computed as 2σ(2x) − 1, with an error of 10⁻⁷ at most, for values of size 1 a rounding of fp32.
 
 Limits: ⌈rows / 8⌉·N below 2³¹, 3·W·9 below 2³¹.
 """
@@ -32,19 +32,19 @@ _INPUT_BLOCK = 1024  # of a row that is padded: 3·(256 + 2·40) = 1008
 
 @jit
 def _mirror(o, side):
-    """The pixel of `side` ≥ 2 at place `o`, which may be negative or beyond it."""
+    """The pixel of `side` ≥ 2 pixels at position `o`, which may be negative or beyond the side."""
     o = tl.abs(o) % (2 * side - 2)
     return tl.minimum(o, 2 * side - 2 - o)
 
 
 @jit
-def _picture_input_kernel(
-    pictures, scale, shift, y, factor, H, W, x_vectors, y_vectors,
+def _uint8_to_input_kernel(
+    images, scale, shift, y, factor, H, W, x_vectors, y_vectors,
     PADDING: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = factor·scale[c]·x + shift[c], mirrored. Grid: rows of y × blocks of a row.
 
-    Moves E bytes in and y out; the border's pixels are read again.
+    Moves E bytes in and y out; the pixels that the padding mirrors are read again.
     """
     X = x_vectors * VECTOR
     Y = y_vectors * VECTOR
@@ -57,15 +57,15 @@ def _picture_input_kernel(
     o_c = o_e % 3
     if PADDING > 0:
         i_h = _mirror(i_h - PADDING, H)
-        p_x = pictures + (i_n.to(tl.int64) * H + i_h) * X
-        # The inside lies side by side and comes in pieces of a vector; only the border goes number by number.
+        p_x = images + (i_n.to(tl.int64) * H + i_h) * X
+        # The inside is contiguous and read in vectors; only the padding is read number by number.
         m_inside = (o_e >= 3 * PADDING) & (o_e < 3 * PADDING + X)
         b_x = tl.load(p_x + (o_e - 3 * PADDING), mask=m_inside, other=0).to(tl.float32)
         o_x = 3 * _mirror(o_e // 3 - PADDING, W) + o_c
-        m_border = m_e & (m_inside == 0)
-        b_x += tl.load(p_x + o_x, mask=m_border, other=0).to(tl.float32)
+        m_padding = m_e & (m_inside == 0)
+        b_x += tl.load(p_x + o_x, mask=m_padding, other=0).to(tl.float32)
     else:
-        p_x = pictures + i_row.to(tl.int64) * X
+        p_x = images + i_row.to(tl.int64) * X
         b_x = tl.load(p_x + o_e, mask=m_e, other=0).to(tl.float32)
     b_y = b_x * factor
     if scale is not None:
@@ -84,13 +84,13 @@ def _activation(b_z, TANH: tl.constexpr):
 
 
 @jit
-def _boundary_kernel(
+def _output_to_vgg_input_kernel(
     z, mean, gain, u, partial, factor, offset, n_strips, z_rows, H, top, left_vectors, z_vectors, u_vectors,
     TANH: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """u, and per program the sums over its tile. Grid: N · strips of ROWS rows of u × blocks of a row.
 
-    Moves E·e in, E·e out and 12 bytes per program: a difference belongs to the upper, the left one of its two numbers.
+    Moves E·e in, E·e out and 12 bytes per program: a difference belongs to the upper or left one of its two numbers.
     """
     Z = z_vectors * VECTOR
     U = u_vectors * VECTOR
@@ -120,7 +120,7 @@ def _boundary_kernel(
 
 
 @jit
-def _boundary_backward_kernel(
+def _output_to_vgg_input_backward_kernel(
     z, du, gain, dz, d_variation, watch, factor, vertical, horizontal, n_strips, z_rows, H, top, left_vectors,
     z_vectors, u_vectors,
     TANH: tl.constexpr, VARIATION: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -167,24 +167,24 @@ def _boundary_backward_kernel(
 
 
 @runtime.launches_on_its_device
-def picture_input(
-    pictures: Tensor, factor: float, scale: Tensor | None, shift: Tensor | None, y: Tensor, padding: int
+def uint8_to_input(
+    images: Tensor, factor: float, scale: Tensor | None, shift: Tensor | None, y: Tensor, padding: int
 ) -> None:
-    """Fills `y` `[N, 3, H + 2·padding, W + 2·padding]` from bytes `[N, 3, H, W]`; both are channels_last."""
-    n, _, height, width = pictures.shape
+    """Fill `y` `[N, 3, H + 2·padding, W + 2·padding]` from uint8 `[N, 3, H, W]`; both are channels_last."""
+    n, _, height, width = images.shape
     x_row, y_row = 3 * width, 3 * y.shape[3]
     vector = gcd(16 // y.element_size(), x_row, y_row)
     block = min(power_of_two(y_row), _INPUT_BLOCK)
     grid = (n * y.shape[2], ceil_div(y_row, block))
-    _check_extent("pictures", y, grid)
-    _picture_input_kernel[grid](
-        pictures, scale, shift, y, factor, height, width, x_row // vector, y_row // vector,
+    _check_extent("images", y, grid)
+    _uint8_to_input_kernel[grid](
+        images, scale, shift, y, factor, height, width, x_row // vector, y_row // vector,
         PADDING=padding, VECTOR=vector, BLOCK=block, num_warps=max(1, block // (32 * 8)),
     )  # fmt: skip
 
 
 @runtime.launches_on_its_device
-def boundary(
+def output_to_vgg_input(
     z: Tensor,
     mean: Tensor,
     gain: Tensor,
@@ -194,14 +194,14 @@ def boundary(
     factor: float,
     offset: float,
 ) -> Tensor:
-    """Fills `u` and returns sums of tiles `[N, tiles, 3]`, to be added up; `z` and `u` are channels_last."""
+    """Fill `u` and return the sums per tile, `[N, tiles, 3]`; `z` and `u` are channels_last."""
     n, (top, left, height, width) = z.shape[0], window
     strips = ceil_div(height, _ROWS)
     grid = (n * strips, ceil_div(3 * width, _BLOCK))
     _check_extent("z", z, grid)
     partial = runtime.allocate((n, strips * grid[1], 3), z, torch.float32)
     vector = _vector(z, u, left)
-    _boundary_kernel[grid](
+    _output_to_vgg_input_kernel[grid](
         z, mean, gain, u, partial, factor, offset, strips, z.shape[2], height, top, 3 * left // vector,
         3 * z.shape[3] // vector, 3 * width // vector,
         TANH=tanh, VECTOR=vector, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=_WARPS,
@@ -210,7 +210,7 @@ def boundary(
 
 
 @runtime.launches_on_its_device
-def boundary_backward(
+def output_to_vgg_input_backward(
     z: Tensor,
     du: Tensor,
     gain: Tensor,
@@ -222,14 +222,14 @@ def boundary_backward(
     d_variation: Tensor | None,
     watch: Tensor | None,
 ) -> None:
-    """Fills `dz`, of z's shape; `z`, `du` and `dz` are channels_last."""
+    """Fill `dz`, of z's shape; `z`, `du` and `dz` are channels_last."""
     n, (top, left, height, width) = z.shape[0], window
     strips = ceil_div(z.shape[2], _ROWS)
     grid = (n * strips, ceil_div(3 * z.shape[3], _BLOCK))
     _check_extent("z", z, grid)
     vector = _vector(z, du, left)
     vertical, horizontal = (2.0 * weight * factor for weight in variation)
-    _boundary_backward_kernel[grid](
+    _output_to_vgg_input_backward_kernel[grid](
         z, du, gain, dz, d_variation, watch, factor, vertical, horizontal, strips, z.shape[2], height, top,
         3 * left // vector, 3 * z.shape[3] // vector, 3 * width // vector,
         TANH=tanh, VARIATION=any(variation), VECTOR=vector, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=_WARPS,
@@ -237,12 +237,27 @@ def boundary_backward(
 
 
 def _vector(z: Tensor, u: Tensor, left: int) -> int:
-    """How many numbers of z and of u lie side by side from a place that both of their rows begin at a multiple of."""
+    """The largest vector, in numbers, that the rows of z and of u and the window in z are aligned to."""
     return gcd(16 // min(z.element_size(), u.element_size()), 3 * z.shape[3], 3 * u.shape[3], 3 * left)
 
 
+def allocate(n: int, height: int, width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[N, 3, height, width]`, channels_last."""
+    return runtime.allocate((n, height, width, 3), like, dtype).permute(0, 3, 1, 2)
+
+
+def check_three_channels(name: str, x: Tensor) -> None:
+    if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [N, 3, H, W] with at least one pixel")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in runtime.REFERENCE_DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected float32, float16, bfloat16 or float64")
+
+
 def _check_extent(name: str, x: Tensor, grid: tuple[int, int]) -> None:
-    """The kernels count programs, and numbers within a tile, in 32 bits.
+    """Raise if 32 bits cannot count the programs or the numbers within a tile.
 
     Raises:
         ValueError: `x` `[N, 3, H, W]` has too many of either.

@@ -1,4 +1,4 @@
-"""Developer tools: record launches, compile and disassemble kernels without a GPU; the minimum cost of each op."""
+"""Developer tools: record, compile and disassemble kernels without a GPU; minimum cost of each op."""
 
 from fastnst_kernels.inspection.compiled import CompiledKernel, compile_launches, touched_arguments
 from fastnst_kernels.inspection.recording import ARCHITECTURES, Architecture, Launch, Operand, record

@@ -1,12 +1,12 @@
-"""What Triton kernels compile to, found out on a machine without a GPU.
+"""Compile recorded launches of Triton kernels without a GPU, and measure the machine code.
 
     with record([my_module], "sm_90") as launches:
         my_op(torch.empty(16, 64, 128, 128, dtype=torch.bfloat16))  # on the CPU; nothing is computed
     for kernel in compile_launches(launches):
         print(kernel.kernel, kernel.registers, kernel.programs_per_multiprocessor, kernel.faults())
 
-Triton's own `preload` compiles, in as many processes as wanted, into the cache that launches on a GPU use, too. So what
-is inspected is what a launch would run, for any kernel that is launched as `module.some_kernel[grid](…)`.
+Triton's own `preload` compiles, in several processes, into the cache that launches on a GPU use, too. So this is the
+code that a launch would run, for any kernel that is launched as `module.some_kernel[grid](…)`.
 """
 
 from __future__ import annotations
@@ -21,30 +21,17 @@ from importlib import import_module
 from typing import Any
 
 from fastnst_kernels.inspection import disassembly
-from fastnst_kernels.inspection.recording import ARCHITECTURES, Architecture, Launch, Operand, compiling_for, record
+from fastnst_kernels.inspection.recording import ARCHITECTURES, Architecture, Launch, compiling_for
 from fastnst_kernels.runtime import ceil_div
-
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "CompiledKernel",
-    "Launch",
-    "Operand",
-    "compile_launches",
-    "record",
-    "touched_arguments",
-]
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel's machine code in figures, and the launches that run it.
+    """Figures of a kernel's machine code, and the launches that run it.
 
-    Registers, stack and local memory are of a thread, shared and tensor memory of a program; memory is in bytes, tensor
-    memory in columns. `loads` and `stores` map the bits that a thread moves at once to the number of global accesses of
-    that width, `matrix` the mnemonics of matrix instructions to their number (see `disassembly.Instructions`);
-    `multiplies_matrices` tells whether the source has a `tl.dot`; `reads` and `writes` name the tensors that are loaded
-    from and stored to.
+    Registers, stack and local memory are per thread, shared and tensor memory per program; memory is in bytes, tensor
+    memory in columns. For `loads`, `stores` and `matrix` see `disassembly.Instructions`; `multiplies_matrices` tells
+    whether the source has a `tl.dot`; `reads` and `writes` name the tensors that are loaded from and stored to.
     """
 
     launches: tuple[Launch, ...]
@@ -90,7 +77,7 @@ class CompiledKernel:
 
     @property
     def untouched(self) -> frozenset[str]:
-        """Tensors of more than 1% of a launch's bytes that are passed for nothing; `Launch.bytes` counts them."""
+        """Tensors of more than 1% of a launch's bytes that the kernel does not use."""
         return frozenset(
             operand.name
             for launch in self.launches
@@ -112,7 +99,7 @@ class CompiledKernel:
         return min(limits)
 
     def faults(self) -> list[str]:
-        """What is wrong whatever the kernel is for: spills, too much of a limited resource, a barrier without room."""
+        """Faults of any kernel: spills, exceeded limits, a barrier between non-resident programs."""
         chip = self.architecture
         found = []
         if self.stack or self.local:
@@ -128,23 +115,8 @@ class CompiledKernel:
         return found
 
 
-@dataclass(frozen=True)
-class _Code:
-    """What a process hands back of a kernel that it compiled."""
-
-    code: bytes
-    resources: disassembly.Resources
-    shared_memory: int
-    tensor_memory: int
-    num_warps: int
-    num_stages: int
-    multiplies_matrices: bool
-    reads: frozenset[str]
-    writes: frozenset[str]
-
-
 def compile_launches(launches: Sequence[Launch], jobs: int = 1) -> list[CompiledKernel]:
-    """Compiles each distinct kernel among `launches`, in `jobs` processes; quick for what Triton's cache holds.
+    """Compile each distinct kernel among `launches`, in `jobs` processes, unless Triton's cache holds it.
 
     Raises:
         RuntimeError: a kernel does not compile; the message names it and its configuration.
@@ -162,74 +134,63 @@ def compile_launches(launches: Sequence[Launch], jobs: int = 1) -> list[Compiled
     counts: dict[str, disassembly.Instructions] = {}
     for chip in ARCHITECTURES.values():
         own = [i for i, launch in enumerate(firsts) if launch.architecture == chip.name]
-        counted = disassembly.count_instructions([compiled[i].code for i in own], chip.target)
+        counted = disassembly.count_instructions([compiled[i][0] for i in own], chip.target)
         counts |= {firsts[i].identity: count for i, count in zip(own, counted, strict=True)}
     return [
-        _figures(tuple(group), code, counts[identity])
-        for (identity, group), code in zip(groups.items(), compiled, strict=True)
+        CompiledKernel(launches=tuple(group), **figures, **_counted(counts[identity]))
+        for (identity, group), (_, figures) in zip(groups.items(), compiled, strict=True)
     ]
 
 
-def _compile(launch: Launch) -> _Code:
+def _compile(launch: Launch) -> tuple[bytes, dict[str, Any]]:
+    """The machine code, and the fields of `CompiledKernel` that do not need a disassembler."""
     kernel = getattr(import_module(launch.module), launch.kernel)
     with compiling_for(ARCHITECTURES[launch.architecture]):
         try:
             compiled = kernel.preload(launch.specialization)
-        except Exception as error:  # Triton's, LLVM's or the assembler's, which have no ancestor of their own
+        except Exception as error:  # Triton's, LLVM's or the assembler's, which have no common base class
             case = f"{launch.module}.{launch.kernel} {dict(launch.configuration)} for {launch.architecture}"
             raise RuntimeError(f"{case} does not compile: {error}") from error
     cubin, metadata, source = compiled.asm["cubin"], compiled.metadata, compiled.asm["ttir"]
     signature = json.loads(launch.specialization)["signature"]
     reads, writes = touched_arguments(source, [name for name, kind in signature.items() if kind != "constexpr"])
-    return _Code(
-        code=disassembly.machine_code(cubin),
-        resources=disassembly.resources(cubin),
-        shared_memory=metadata.shared,
-        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
-        num_warps=metadata.num_warps,
-        num_stages=metadata.num_stages,
-        multiplies_matrices="tt.dot" in source,
-        reads=reads,
-        writes=writes,
-    )
+    code, resources = disassembly.machine_code(cubin), disassembly.resources(cubin)
+    return code, {
+        "registers": resources.registers,
+        "stack": resources.stack,
+        "local": resources.local,
+        "shared_memory": metadata.shared,
+        "tensor_memory": getattr(metadata, "tmem_size", None) or 0,
+        "num_warps": metadata.num_warps,
+        "num_stages": metadata.num_stages,
+        "code_size": len(code),
+        "multiplies_matrices": "tt.dot" in source,
+        "reads": reads,
+        "writes": writes,
+    }
 
 
-def _figures(launches: tuple[Launch, ...], code: _Code, counts: disassembly.Instructions) -> CompiledKernel:
-    return CompiledKernel(
-        launches=launches,
-        registers=code.resources.registers,
-        stack=code.resources.stack,
-        local=code.resources.local,
-        shared_memory=code.shared_memory,
-        tensor_memory=code.tensor_memory,
-        num_warps=code.num_warps,
-        num_stages=code.num_stages,
-        instructions=counts.total,
-        code_size=len(code.code),
-        loads=dict(sorted(counts.loads.items())),
-        stores=dict(sorted(counts.stores.items())),
-        matrix=dict(sorted(counts.matrix.items())),
-        multiplies_matrices=code.multiplies_matrices,
-        reads=code.reads,
-        writes=code.writes,
-    )
+def _counted(counts: disassembly.Instructions) -> dict[str, Any]:
+    """The other fields of `CompiledKernel`."""
+    widths = {name: dict(sorted(getattr(counts, name).items())) for name in ("loads", "stores", "matrix")}
+    return {"instructions": counts.total, **widths}
 
 
 def touched_arguments(source: str, names: Sequence[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Which pointer arguments a kernel loads from, and which it stores to.
+    """The pointer arguments that a kernel loads from, and those that it stores to.
 
     Args:
         source: its Triton IR, after inlining.
         names: its run-time arguments in order.
     """
     head, _, body = source[source.index("tt.func public") :].partition("\n")
-    # What each value of the IR points into: arguments themselves, then whatever is computed from pointers.
+    # The arguments that each value of the IR points into.
     origins = {value: {name} for value, name in zip(re.findall(r"(%[\w.]+): ", head), names, strict=True)}
     reads: set[str] = set()
     writes: set[str] = set()
     for line in body.splitlines():
         result, operation = line.split(" = ", 1) if line.lstrip().startswith("%") else ("", line)
-        for inner, outer in re.findall(r"(%[\w.]+) = (%[\w.]+)", operation):  # what a loop carries
+        for inner, outer in re.findall(r"(%[\w.]+) = (%[\w.]+)", operation):  # loop-carried values
             origins[inner] = set(origins.get(outer, ()))
         operands = [origins.get(value, set()) for value in re.findall(r"%[\w.]+", operation)]
         word = operation.split(maxsplit=1)[0] if operation.strip() else ""

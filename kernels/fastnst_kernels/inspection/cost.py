@@ -1,12 +1,12 @@
-"""What each op costs at least: the bytes that must move and the floating-point operations that must be done.
+"""The minimum cost of each op: bytes that must move and floating-point operations that must be done.
 
-Both are counted from shapes and dtypes alone, so that a measured time can be held against a limit that no design can
-pass, on any GPU: bytes over the bandwidth of a plain copy, operations over the rate of the arithmetic units.
+Both follow from shapes and dtypes alone and give a lower bound for a measured time on any GPU: bytes over the bandwidth
+of a plain copy, operations over the rate of the arithmetic units.
 
 Bytes: each input of the op is read once and each output written once, per-channel vectors and statistics included;
-nothing is re-read, and what stays on chip between two steps costs nothing. A backward is an op of its own: its inputs
-are the upstream gradient and what the formula needs from the forward, its outputs the gradients. Statistics are
-float32 (float64 for float64), Gram matrices, too; parameters are `parameter_dtype`.
+nothing is read again, and values that stay on chip between two steps cost nothing. A backward is an op of its own: its
+inputs are the upstream gradient and the tensors of the forward that its formula needs, its outputs the gradients.
+Statistics and Gram matrices are float32 (float64 for float64); parameters are `parameter_dtype`.
 
 Operations: an addition, a subtraction, a multiplication, a comparison, a division and a square root count one each, a
 fused multiply-add therefore two. Matrix products are counted in full, 2·M·N·K, although a Gram matrix is symmetric:
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Cost:
     minimum_bytes: int
 
     def __add__(self, other: Cost) -> Cost:
-        """One op after the other, with nothing kept on chip between them."""
+        """One op after the other; nothing stays on chip between them."""
         return Cost(self.flops + other.flops, self.minimum_bytes + other.minimum_bytes)
 
 
@@ -42,149 +43,109 @@ def _statistics_size(dtype: torch.dtype) -> int:
     return max(4, dtype.itemsize)
 
 
-def enlarged_elements(shape: Sequence[int], upsample: int = 1, padding: int = 0) -> int:
+def padded_elements(shape: Sequence[int], upsample: int = 1, padding: int = 0) -> int:
     """Elements of `[N, C, upsample·H + 2·padding, upsample·W + 2·padding]` for `shape` `[N, C, H, W]`."""
     n, c, h, w = shape
     return n * c * (upsample * h + 2 * padding) * (upsample * w + 2 * padding)
 
 
-def instance_norm(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    residual: bool = False,
-    relu: bool = False,
-    upsample: int = 1,
-    padding: int = 0,
-    parameter_dtype: torch.dtype = torch.float32,
-) -> Cost:
-    """`relu?((x − μ)·r·w + b + residual)`, μ and r per sample and channel, then repeated and padded.
+def instance_norm(shape: Sequence[int], dtype: torch.dtype, **options: Any) -> Cost:
+    """`relu?((x − μ)·r·w + b + residual)`, μ and r per sample and channel, then upsampled and padded.
 
     Bytes: x and the residual in, y out at its own size; w and b in, μ and r out for the backward.
     Operations per element: mean 1, variance 3, one multiply-add with folded scale and shift, residual 1, ReLU 1; per
-    group of one μ and r: 8 to get and fold them. Upsampling and padding copy.
+    group of one μ and r: 8 to compute and fold them. Upsampling and padding copy.
 
     Args:
         shape: `[N, C, H, W]` of x.
         dtype: of x, the residual and y.
-        residual: whether one is added.
-        relu: whether negative values become 0.
-        upsample: how often each pixel is repeated in both directions.
-        padding: width of the border.
-        parameter_dtype: of weight and bias.
+        options: `residual` and `relu` (booleans), `upsample`, `padding` at each side, and `parameter_dtype` of weight
+            and bias.
 
     Returns:
         the cost of one forward pass.
     """
-    return _norm(shape, dtype, shape[0] * shape[1], True, 0, residual, relu, upsample, padding, parameter_dtype)
+    return _norm(shape, dtype, groups=shape[0] * shape[1], **options)
 
 
-def batch_norm(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    training: bool,
-    residual: bool = False,
-    relu: bool = False,
-    upsample: int = 1,
-    padding: int = 0,
-    parameter_dtype: torch.dtype = torch.float32,
-) -> Cost:
+def batch_norm(shape: Sequence[int], dtype: torch.dtype, *, training: bool, **options: Any) -> Cost:
     """As `instance_norm`, with μ and r per channel.
 
-    Training also reads and writes both running statistics (float32). Inference reads them and has neither mean and
-    variance (4 operations per element) nor their divisions to compute, nor statistics to keep.
+    Training also reads and writes both running statistics (float32). Inference reads them; it computes neither mean and
+    variance (4 operations per element) nor their divisions, and saves no statistics.
     """
     vectors = 4 if training else 2
-    return _norm(shape, dtype, shape[1], training, vectors, residual, relu, upsample, padding, parameter_dtype)
+    return _norm(shape, dtype, groups=shape[1], training=training, running_vectors=vectors, **options)
 
 
 def _norm(
     shape: Sequence[int],
     dtype: torch.dtype,
+    *,
     groups: int,
-    batch_statistics: bool,
-    running_vectors: int,
-    residual: bool,
-    relu: bool,
-    upsample: int,
-    padding: int,
-    parameter_dtype: torch.dtype,
+    training: bool = True,
+    running_vectors: int = 0,
+    residual: bool = False,
+    relu: bool = False,
+    upsample: int = 1,
+    padding: int = 0,
+    parameter_dtype: torch.dtype = torch.float32,
 ) -> Cost:
     elements, statistics = _elements(shape), _statistics_size(dtype)
-    moved = (elements * (1 + residual) + enlarged_elements(shape, upsample, padding)) * dtype.itemsize
+    moved = (elements * (1 + residual) + padded_elements(shape, upsample, padding)) * dtype.itemsize
     moved += 2 * shape[1] * parameter_dtype.itemsize + running_vectors * shape[1] * statistics
-    moved += 2 * groups * statistics if batch_statistics else 0
+    moved += 2 * groups * statistics if training else 0
     # r = 1/√(σ² + ε) is 3, scale w·r and shift b − μ·w·r are 3, the two divisions by M 2
-    per_group = 8 if batch_statistics else 6
-    per_element = (4 if batch_statistics else 0) + 2 + residual + relu
+    per_group = 8 if training else 6
+    per_element = (4 if training else 0) + 2 + residual + relu
     return Cost(elements * per_element + groups * per_group, moved)
 
 
-def instance_norm_backward(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    residual: bool = False,
-    relu: bool = False,
-    upsample: int = 1,
-    padding: int = 0,
-    parameter_dtype: torch.dtype = torch.float32,
-) -> Cost:
-    """`dx = w·r·(g − Σg/M − x̂·Σ(g·x̂)/M)`, `d_weight`, `d_bias` and, where there was one, `d_residual = g`.
+def instance_norm_backward(shape: Sequence[int], dtype: torch.dtype, **options: Any) -> Cost:
+    """`dx = w·r·(g − Σg/M − x̂·Σ(g·x̂)/M)`, `d_weight`, `d_bias` and, if there was one, `d_residual = g`.
 
     Bytes: dy (of y's size) and x in, dx out; w, μ, r in, `d_weight` and `d_bias` out. The ReLU's mask follows from x,
-    w, b, μ, r, unless a residual was added: then one more tensor of x's size tells the sign. `d_residual` is written
-    where it differs from dy: behind a ReLU, a padding or an upsampling.
-    Operations per element: x̂ 2, Σg 1, Σg·x̂ 2, dx 4; the mask 1, and 2 for recomputing what it tests. Undoing the
-    upsampling adds upsample² − 1 values per element, undoing the padding one per element of the border.
+    w, b, μ, r, unless a residual was added: then one more tensor of x's size gives the sign. `d_residual` is written
+    if it differs from dy: behind a ReLU, padding or upsampling.
+    Operations per element: x̂ 2, Σg 1, Σg·x̂ 2, dx 4; the mask 1, and 2 to recompute what it tests. The adjoint of
+    upsampling adds upsample² − 1 values per element, that of padding one per element of the padding.
 
     Args and Returns: as for `instance_norm`.
     """
-    groups = shape[0] * shape[1]
-    return _norm_backward(shape, dtype, groups, True, residual, relu, upsample, padding, parameter_dtype)
+    return _norm_backward(shape, dtype, groups=shape[0] * shape[1], **options)
 
 
-def batch_norm_backward(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    training: bool,
-    residual: bool = False,
-    relu: bool = False,
-    upsample: int = 1,
-    padding: int = 0,
-    parameter_dtype: torch.dtype = torch.float32,
-) -> Cost:
-    """As `instance_norm_backward`. With running statistics dx = w·r·g, one operation; `d_weight` still needs x."""
-    return _norm_backward(shape, dtype, shape[1], training, residual, relu, upsample, padding, parameter_dtype)
+def batch_norm_backward(shape: Sequence[int], dtype: torch.dtype, *, training: bool, **options: Any) -> Cost:
+    """As `instance_norm_backward`. In inference dx = w·r·g, one operation; `d_weight` still needs x."""
+    return _norm_backward(shape, dtype, groups=shape[1], training=training, **options)
 
 
 def _norm_backward(
     shape: Sequence[int],
     dtype: torch.dtype,
+    *,
     groups: int,
-    batch_statistics: bool,
-    residual: bool,
-    relu: bool,
-    upsample: int,
-    padding: int,
-    parameter_dtype: torch.dtype,
+    training: bool = True,
+    residual: bool = False,
+    relu: bool = False,
+    upsample: int = 1,
+    padding: int = 0,
+    parameter_dtype: torch.dtype = torch.float32,
 ) -> Cost:
     n, c, h, w = shape
-    elements, enlarged = _elements(shape), enlarged_elements(shape, upsample, padding)
+    elements, padded = _elements(shape), padded_elements(shape, upsample, padding)
     sign_from_elsewhere = residual and relu
     own_residual_gradient = residual and (relu or upsample > 1 or padding > 0)
-    moved = (enlarged + elements * (2 + sign_from_elsewhere + own_residual_gradient)) * dtype.itemsize
+    moved = (padded + elements * (2 + sign_from_elsewhere + own_residual_gradient)) * dtype.itemsize
     moved += 2 * groups * _statistics_size(dtype)
     needs_bias = relu and not residual
     moved += (3 + needs_bias) * c * parameter_dtype.itemsize  # weight and perhaps bias in, both gradients out
     mask = 0 if not relu else 1 if residual else 3
-    per_element = 2 + 1 + 2 + (4 if batch_statistics else 1) + mask
-    border = enlarged - n * c * h * w * upsample**2
+    per_element = 2 + 1 + 2 + (4 if training else 1) + mask
+    border = padded - n * c * h * w * upsample**2
     adjoint = elements * (upsample**2 - 1) + border
     # per group: w·r, and the division by M of each sum that enters dx
-    return Cost(elements * per_element + adjoint + groups * (3 if batch_statistics else 1), moved)
+    return Cost(elements * per_element + adjoint + groups * (3 if training else 1), moved)
 
 
 def gram_matrix(shape: Sequence[int], dtype: torch.dtype) -> Cost:
@@ -195,7 +156,7 @@ def gram_matrix(shape: Sequence[int], dtype: torch.dtype) -> Cost:
 
 
 def gram_matrix_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
-    """`dF = F(dG + dGᵀ) / (C·H·W)`: F and dG in, dF out; a sum and a scaling of C × C, and a product with K = C."""
+    """`dF = F(dG + dGᵀ) / (C·H·W)`: F and dG in, dF out; a sum, a scaling and a product with K = C."""
     n, c, h, w = shape
     grams = n * c * c
     moved = 2 * _elements(shape) * dtype.itemsize + grams * _statistics_size(dtype)
@@ -203,10 +164,10 @@ def gram_matrix_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
 
 
 def style_loss(shape: Sequence[int], dtype: torch.dtype, *, shared_target: bool = True) -> Cost:
-    """`‖D‖²_F`, D = G − T, per sample: F and T in, the loss and what the backward needs, D + Dᵀ and its scale, out.
+    """`‖D‖²_F`, D = G − T, per sample: F and T in; the loss and D + Dᵀ with its scale out.
 
-    D + Dᵀ is kept in the features' dtype, in which it meets them again. Operations on C × C beside the product:
-    scaling, difference, square, sum, and the sum of D and Dᵀ.
+    D + Dᵀ is written in the features' dtype, an operand of the backward's product. Operations on C × C beside the
+    product: scaling, difference, square, sum, and the sum of D and Dᵀ.
 
     Args:
         shape: `[N, C, H, W]` of the features.
@@ -223,7 +184,7 @@ def style_loss(shape: Sequence[int], dtype: torch.dtype, *, shared_target: bool 
 
 
 def style_loss_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
-    """`dF = 2·dl·F(D + Dᵀ) / (C·H·W)`: F, D + Dᵀ, its scale and one dl per sample in, dF out; T is a constant.
+    """`dF = 2·dl·F(D + Dᵀ) / (C·H·W)`: F, D + Dᵀ, its scale and dl in, dF out; T is a constant.
 
     A product with K = C, and one multiplication per element of C × C or of dF, whichever are fewer.
     """
@@ -233,10 +194,10 @@ def style_loss_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
     return Cost(2 * grams * h * w + min(grams, _elements(shape)), moved)
 
 
-def tap_backward(
+def loss_relu_backward(
     shape: Sequence[int], dtype: torch.dtype, *, incoming: bool = True, style: bool = False, content: bool = False
 ) -> Cost:
-    """`[F > 0]·(I + s·F(D + Dᵀ)/(C·H·W) + c·(F − X))`: F in and the result out, and what the terms need in.
+    """`[F > 0]·(I + s·F(D + Dᵀ)/(C·H·W) + c·(F − X))`: F and the operands of the terms in, the result out.
 
     Bytes: I and X are of F's size; the style adds D + Dᵀ in F's dtype, its scale and s, the content c.
     Operations per element: the mask 1, the content 3 with its sum, I and the style one addition each, beside the
@@ -268,7 +229,7 @@ def _windows(shape: Sequence[int], kernel_size: int, stride: int) -> int:
 
 
 def _covered(shape: Sequence[int], kernel_size: int, stride: int) -> int:
-    """Elements that lie in at least one window: an odd last row does not, nor does what a wide stride skips."""
+    """Elements in at least one window: not an odd last row, nor those that a wide stride skips."""
     n, c, *sides = shape
     covered = n * c
     for side in sides:
@@ -278,7 +239,7 @@ def _covered(shape: Sequence[int], kernel_size: int, stride: int) -> int:
 
 
 def max_pool2d_switches(shape: Sequence[int], dtype: torch.dtype, kernel_size: int = 2, stride: int = 2) -> Cost:
-    """The covered part of x `shape` in, y and one byte per window out; kernel_size² − 1 comparisons per window."""
+    """The covered part of x in, y and a byte per window out; kernel_size² − 1 comparisons per window."""
     windows = _windows(shape, kernel_size, stride)
     moved = (_covered(shape, kernel_size, stride) + windows) * dtype.itemsize + windows
     return Cost(windows * (kernel_size**2 - 1), moved)
@@ -287,7 +248,7 @@ def max_pool2d_switches(shape: Sequence[int], dtype: torch.dtype, kernel_size: i
 def max_unpool2d_switches(shape: Sequence[int], dtype: torch.dtype, kernel_size: int = 2, stride: int = 2) -> Cost:
     """y and one byte per window in, the whole of `shape` `[N, C, H, W]` out. Also the pool's backward.
 
-    One addition per window where windows overlap; else values are only placed.
+    One addition per window if windows overlap; else values are only copied.
     """
     windows = _windows(shape, kernel_size, stride)
     moved = (_elements(shape) + windows) * dtype.itemsize + windows
@@ -297,21 +258,21 @@ def max_unpool2d_switches(shape: Sequence[int], dtype: torch.dtype, kernel_size:
 def max_unpool2d_switches_backward(
     shape: Sequence[int], dtype: torch.dtype, kernel_size: int = 2, stride: int = 2
 ) -> Cost:
-    """The gradient `shape` where windows cover it and the switches in, one value per window out; no arithmetic.
+    """The covered part of the gradient and the switches in, one value per window out; no arithmetic.
 
-    Only one element per window is wanted. But memory moves in pieces of 32 bytes, and with 16-bit channels side by
-    side a piece in which no switch points is rare (0.75¹⁶ = 1%), so the covered part counts as read.
+    Only one element per window is needed. But memory moves in sectors of 32 bytes, and with adjacent 16-bit channels a
+    sector that no switch points at is rare (0.75¹⁶ = 1%), so the covered part counts as read.
     """
     windows = _windows(shape, kernel_size, stride)
     return Cost(0, (_covered(shape, kernel_size, stride) + windows) * dtype.itemsize + windows)
 
 
-def picture_input(shape: Sequence[int], dtype: torch.dtype, padding: int = 0) -> Cost:
-    """Bytes of `shape` `[N, 3, H, W]` in, the bordered picture in `dtype` out; a multiplication and an addition each.
+def uint8_to_input(shape: Sequence[int], dtype: torch.dtype, padding: int = 0) -> Cost:
+    """`[N, 3, H, W]` bytes in, the padded image in `dtype` out; a multiplication and an addition each.
 
-    Scale and shift count as given; the border copies.
+    Scale and shift count as given; padding copies.
     """
-    moved = _elements(shape) + enlarged_elements(shape, 1, padding) * dtype.itemsize + 2 * 3 * _statistics_size(dtype)
+    moved = _elements(shape) + padded_elements(shape, 1, padding) * dtype.itemsize + 2 * 3 * _statistics_size(dtype)
     return Cost(2 * _elements(shape), moved)
 
 
@@ -320,8 +281,8 @@ def _neighbours(shape: Sequence[int]) -> int:
     return n * c * ((h - 1) * w + h * (w - 1))
 
 
-def network_boundary(shape: Sequence[int], dtype: torch.dtype) -> Cost:
-    """z in, u out, both `shape` `[N, 3, H, W]` in `dtype`; mean and gain in, three sums per picture out.
+def output_to_vgg_input(shape: Sequence[int], dtype: torch.dtype) -> Cost:
+    """z in, u out, both `shape` `[N, 3, H, W]` in `dtype`; mean and gain in, three sums per image out.
 
     Operations: per element tanh 1, factor and offset 2, mean and gain 2; per pair of neighbours difference, square and
     sum.
@@ -330,11 +291,11 @@ def network_boundary(shape: Sequence[int], dtype: torch.dtype) -> Cost:
     return Cost(5 * _elements(shape) + 3 * _neighbours(shape), 2 * _elements(shape) * dtype.itemsize + vectors)
 
 
-def network_boundary_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
+def output_to_vgg_input_backward(shape: Sequence[int], dtype: torch.dtype) -> Cost:
     """z and ∂L/∂u in, ∂L/∂z out, all of `shape` `[N, 3, H, W]` in `dtype`; gain in.
 
     Operations: per element tanh 1, its slope 2, gain, factor and slope 3; per pair of neighbours difference 1, its
-    weight 1, and what it adds to both 2.
+    weight 1, and the addition to both 2.
     """
     moved = 3 * _elements(shape) * dtype.itemsize + 3 * _statistics_size(dtype)
     return Cost(6 * _elements(shape) + 4 * _neighbours(shape), moved)

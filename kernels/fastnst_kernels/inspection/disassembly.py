@@ -1,7 +1,7 @@
-"""Machine code of compiled kernels as counted instructions: how wide memory is accessed, what multiplies matrices.
+"""Count the instructions of compiled kernels: widths of memory accesses, matrix instructions.
 
-Reads cubins with the two tools that come with Triton, `cuobjdump` and `nvdisasm`; needs no GPU. Starting the
-disassembler takes longer than reading a kernel, so the code of many kernels goes through it in one piece.
+Reads cubins with two tools that come with Triton, `cuobjdump` and `nvdisasm`; needs no GPU. Starting the disassembler
+takes longer than reading a kernel, so it reads the code of many kernels at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastnst_kernels.runtime import triton
 # A line of nvdisasm: the address, a predicate perhaps, then the instruction with its modifiers.
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-_LOADS = {"LDG", "LDGSTS"}  # LDGSTS goes from global to shared memory directly: what pipelined loops use
+_LOADS = {"LDG", "LDGSTS"}  # LDGSTS copies from global to shared memory: used by pipelined loops
 _STORES = {"STG"}
 # The copy engine's instructions; one of them moves a whole tile, so it counts as wider than any register access.
 _BULK_LOADS = {"UBLKCP", "UTMALDG"}
@@ -33,7 +33,7 @@ _MATRIX = re.compile(r"(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|UTC\w*MMA)$")
 
 @dataclass(frozen=True)
 class Resources:
-    """What the assembler reserved for each thread of a kernel: registers, and bytes of stack and local memory."""
+    """Registers and bytes of stack and local memory per thread of a kernel."""
 
     registers: int
     stack: int
@@ -45,7 +45,7 @@ class Instructions:
     """Static counts of a kernel's instructions.
 
     `loads` and `stores` map the bits that a thread moves at once to the number of instructions on global memory (`BULK`
-    for the copy engine's); `matrix` maps the mnemonic of each matrix instruction to their number.
+    for the copy engine's); `matrix` maps the mnemonics of matrix instructions to their number.
     """
 
     total: int = 0
@@ -54,7 +54,7 @@ class Instructions:
     matrix: Counter[str] = field(default_factory=Counter)
 
     def add(self, instruction: str) -> None:
-        """Counts one instruction, written as the disassembler does: `LDG.E.128`."""
+        """Count one instruction, as the disassembler prints it: `LDG.E.128`."""
         name, *modifiers = instruction.split(".")
         self.total += name != "NOP"  # the padding at the end
         width = next((_WIDTHS[modifier] for modifier in modifiers if modifier in _WIDTHS), 32)
@@ -71,7 +71,7 @@ class Instructions:
 
 
 def resources(cubin: bytes) -> Resources:
-    """What `cubin`, which holds one kernel, takes of a multiprocessor."""
+    """The resources of `cubin`, which holds one kernel."""
     with tempfile.TemporaryDirectory(prefix="fastnst-") as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)

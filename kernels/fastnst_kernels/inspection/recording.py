@@ -1,7 +1,7 @@
-"""Launches of Triton kernels, noted on a machine without a GPU instead of run.
+"""Record launches of Triton kernels on a machine without a GPU, instead of running them.
 
-Triton's own launcher specialises each on its arguments: their types, which are divisible by 16, which are 1. What was
-noted can be compiled by `inspection`.
+Triton's own launcher specialises each on its arguments: their types, which are divisible by 16, which are 1. `compiled`
+compiles recorded launches.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ _KIB = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a GPU offers, as CUDA's programming guide has it (table of technical specifications per capability).
+    """The resources of a GPU, from CUDA's programming guide (technical specifications per capability).
 
-    `shared_memory` is the most bytes that one program can have, `shared_memory_total` what all programs on a
-    multiprocessor share.
+    `shared_memory` is the most bytes for one program, `shared_memory_total` for all programs on a multiprocessor.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Architecture:
     gpu: str
     target: str
 
-    # Per multiprocessor, alike in all of them.
+    # Per multiprocessor, the same for all.
     registers: int = 65536
     warps: int = 64
     programs: int = 32
@@ -60,7 +59,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor argument. `bytes` are 0 where an earlier argument of the launch is the same memory."""
+    """A tensor argument. `bytes` are 0 if an earlier argument of the launch is the same memory."""
 
     name: str
     dtype: torch.dtype
@@ -71,7 +70,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. `configuration`: compile-time parameters and options; `specialization`: what Triton makes of them."""
+    """One launch. `configuration`: compile-time parameters and options; `specialization`: Triton's key."""
 
     architecture: str
     module: str
@@ -93,18 +92,18 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """Of all operands: what the launch moves if it reads or writes each element of each once."""
+        """Bytes that the launch moves if it reads or writes each element of each operand once."""
         return sum(operand.bytes for operand in self.operands)
 
 
 @contextmanager
 def record(modules: Iterable[ModuleType], architecture: str) -> Iterator[list[Launch]]:
-    """Notes the launches of the modules' kernels for a GPU of `architecture`, instead of running them.
+    """Record the launches of the modules' kernels for a GPU of `architecture`, instead of running them.
 
-    Within, this library's ops take their Triton path on CPU tensors; what they compute is uninitialised, or zero.
+    Within, this library's ops take their Triton path on CPU tensors; their results are uninitialised, or zero.
 
     Args:
-        modules: where kernels are looked up when they are launched: each module's attributes ending in `_kernel`.
+        modules: the modules that launch kernels: each module's attributes ending in `_kernel` are replaced.
         architecture: a key of `ARCHITECTURES`.
 
     Yields:
@@ -125,13 +124,13 @@ def record(modules: Iterable[ModuleType], architecture: str) -> Iterator[list[La
 
     def harmless_allocation(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
-        # Integers, such as the switches of pooling, might be asked whether they are in range.
+        # Integers, such as the switches of pooling, may be checked for their range.
         return tensor if tensor.is_floating_point() else tensor.zero_()
 
-    facts = runtime.Chip(chip.multiprocessors, divmod(chip.capability, 10))
+    properties = runtime.Chip(chip.multiprocessors, divmod(chip.capability, 10))
     changes: list[tuple[Any, str, Any]] = [
         (runtime, "implementation", lambda _: "triton"),
-        (runtime, "chip", lambda _: facts),
+        (runtime, "chip", lambda _: properties),
         (runtime, "allocate", harmless_allocation),
     ]
     for module in modules:
@@ -149,7 +148,7 @@ def kernels_of(module: ModuleType) -> list[str]:
 
 @contextmanager
 def compiling_for(chip: Architecture) -> Iterator[None]:
-    """Within, Triton takes the GPU in use to be a `chip`."""
+    """Within, Triton compiles for `chip`."""
     drivers = triton.runtime.driver
     # Its public `active` would look for a GPU if no driver was in use before.
     previous = drivers._active
@@ -161,10 +160,10 @@ def compiling_for(chip: Architecture) -> Iterator[None]:
 
 
 class _Recorder:
-    """Stands where a kernel stood."""
+    """Replaces a kernel; records its launches."""
 
-    def __init__(self, kernel: Any, place: tuple[str, str], architecture: str, launches: list[Launch]) -> None:
-        self._kernel, self._place, self._architecture, self._launches = kernel, place, architecture, launches
+    def __init__(self, kernel: Any, names: tuple[str, str], architecture: str, launches: list[Launch]) -> None:
+        self._kernel, self._names, self._architecture, self._launches = kernel, names, architecture, launches
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
@@ -181,8 +180,8 @@ class _Recorder:
             self._launches.append(
                 Launch(
                     architecture=self._architecture,
-                    module=self._place[0],
-                    kernel=self._place[1],
+                    module=self._names[0],
+                    kernel=self._names[1],
                     configuration={name: value for name, value in options.items() if not isinstance(value, Tensor)},
                     grid=tuple(grid(arguments) if callable(grid) else grid),
                     operands=tuple(_operands(arguments)),
@@ -209,14 +208,14 @@ def _operands(arguments: Mapping[str, Any]) -> Iterator[Operand]:
 
 
 class _AbsentGpu:
-    """As much of a Triton driver as specialising and compiling for a GPU take."""
+    """The part of a Triton driver that specialising and compiling need."""
 
     def __init__(self, chip: Architecture) -> None:
         self._chip = chip
 
     def get_current_device(self) -> _AbsentGpu:
-        # Kernels keep what they compiled by device. As another device each time, this one shares nothing with GPUs in
-        # the machine, and no launch is taken for one that has been compiled and need not be announced.
+        # Kernels cache their binaries by device. A new device each time shares nothing with the machine's GPUs, and
+        # every launch calls the hook, even if its kernel was compiled before.
         return self
 
     def get_current_stream(self, _: object) -> int:
@@ -228,7 +227,7 @@ class _AbsentGpu:
 
 @contextmanager
 def _changed(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within, each owner's attribute has the value given; after, the one it had."""
+    """Within, each owner's attribute has the given value; afterwards the one that it had."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     for owner, name, value in changes:
         setattr(owner, name, value)

@@ -1,7 +1,7 @@
-"""How the norms run on a GPU: one pass where a group fits on chip, else two launches; and what either is given.
+"""The norms on a GPU: in one pass if a group fits on chip, else in two.
 
-The kernels stand in `normalization_one_pass.py` and `normalization_kernels.py`, the formulas in `instance_norm.py` and
-`batch_norm.py`. `one_pass` is the dispatch.
+The kernels are in `one_pass.py` and `two_pass.py`, the formulas in `instance_norm.py` and `batch_norm.py`.
+`plan_one_pass` chooses.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from fastnst_kernels import runtime
 from fastnst_kernels.norm.one_pass import (
     one_pass_backward_kernel,
     one_pass_forward_kernel,
-    one_pass_placed_backward_kernel,
+    one_pass_gather_backward_kernel,
 )
-from fastnst_kernels.norm.op import Gradients
 from fastnst_kernels.norm.two_pass import (
     apply_kernel,
     gradient_kernel,
@@ -29,23 +28,26 @@ from fastnst_kernels.norm.two_pass import (
     parameter_gradients_kernel,
     partial_moments_kernel,
 )
-from fastnst_kernels.norm.upsample_pad import Placement, place, place_adjoint
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, center_crop, margin, upsample_pad, upsample_pad_adjoint
 from fastnst_kernels.runtime import ceil_div, power_of_two
 
-# One pass: two programs of 128 threads are resident per multiprocessor, each with 255 registers a thread, of which up
-# to 64 hold its chunk, in parts of 4 KiB; or, in the backward that holds nothing, it walks tiles of that size.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+"""dx, d_weight, d_bias, d_residual"""
+
+# One pass: two programs of 128 threads are resident per multiprocessor, each with 255 registers a thread. Up to 64 of
+# these hold its chunk, in parts of 4 KiB; the backward that holds nothing reads tiles of that size.
 _RESIDENT = 2
 _PART_BYTES = 4096
 _PARTS = (1, 2, 4, 6, 8)
 _PLANE_PARTS = (1, 2, 4)  # contiguous format
 _ONE_PASS_OPTIONS = {"num_warps": 4, "maxnreg": 255, "launch_cooperative_grid": True}
-# What the partial results may add to the bytes of the forward, written once and read once by all.
+# The most that partial results, written once and read once by all, may add to the bytes of the forward.
 _STATISTICS_SHARE = 0.05
-# The share of L2 that the groups under way may take, where they are read twice.
+# The share of L2 that the groups in flight may take if they are read twice.
 _L2_SHARE = 0.5
 # Beyond this many bytes, a program reads its share of the partial results instead of all of them.
 _MERGE_BYTES = 32768
-# Two launches.
+# Two passes.
 _TILE_ELEMENTS = 4096
 _GRADIENT_TILE_ELEMENTS = 2048
 _MERGE_ELEMENTS = 512
@@ -54,7 +56,7 @@ _MERGE_ROWS = 64
 
 @dataclass(frozen=True)
 class OnePass:
-    """A one-pass launch: `members` programs share a group, `teams` groups are under way at once."""
+    """A one-pass launch: `members` programs share a group, `teams` groups are in flight at once."""
 
     parts: int
     sub: int
@@ -80,13 +82,12 @@ class OnePass:
         }
 
 
-def one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held: bool = True) -> OnePass | None:
-    """How one pass would go over dense `x` (and `dy`), or None where it cannot and two launches do it.
+def plan_one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held: bool = True) -> OnePass | None:
+    """The plan for one pass over dense `x` (and `dy`), or None if two passes are needed.
 
-    It cannot without a GPU that may launch cooperatively (`FASTNST_COOPERATIVE=0` forbids it), where 16-byte accesses
-    would straddle rows or memory is not aligned for them, and where a group is larger than what all multiprocessors
-    hold (`held`) or than L2's share. Chunks are as small as they may be, for the weight of their partial results, while
-    all groups are under way at once, else as large as they can be.
+    One pass needs a GPU that may launch cooperatively (`FASTNST_COOPERATIVE=0` forbids it), rows and memory aligned for
+    16-byte accesses, and groups no larger than what all multiprocessors hold (`held`) or than L2's share. Chunks are as
+    small as their partial results allow if all groups are in flight at once, else as large as possible.
     """
     chip = runtime.chip(x)
     if chip is None or os.environ.get("FASTNST_COOPERATIVE", "1") == "0":
@@ -103,7 +104,7 @@ def one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held: boo
     resident = _RESIDENT * chip.multiprocessors
     teams = units
     if dy is not None:
-        read_twice = (2 * x.numel() + (0 if held else dy.numel())) * x.element_size()  # with dx, which L2 takes in, too
+        read_twice = (2 * x.numel() + (0 if held else dy.numel())) * x.element_size()  # with dx, which L2 caches, too
         teams = min(units, int(chip.l2_bytes * _L2_SHARE * units // read_twice))
         if teams == 0:
             return None
@@ -133,7 +134,7 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
-    placement: Placement,
+    pad: UpsamplePad,
     *,
     per_sample: bool,
     eps: float,
@@ -141,18 +142,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`(y, mean, rstd, var)`; the statistics are fp32 `[N, C]` (`per_sample`, without var) or `[C]`.
 
-    x is dense, `residual` dense in x's format, by the same border larger than x at each side.
+    x is dense, `residual` dense in x's format, larger than x by the same margin at each side.
     """
-    _check_size(x, placement)
+    _check_size(x, pad)
     shape = x.shape[:2] if per_sample else x.shape[1:2]
     mean, rstd = (runtime.allocate(shape, x, torch.float32) for _ in range(2))
     var = None if per_sample else runtime.allocate(shape, x, torch.float32)
-    plan = one_pass(x, per_sample=per_sample)
+    plan = plan_one_pass(x, per_sample=per_sample)
     if plan is None:
         partial = _moments(x, mean, rstd, var, eps)
-        return _apply(x, weight, bias, mean, rstd, residual, placement, relu, partial, eps), mean, rstd, var
-    within, residual, border = _within(x, residual, placement)
-    y = runtime.allocate_like(x, within.shape(x))
+        return apply(x, weight, bias, mean, rstd, residual, pad, relu, partial, eps), mean, rstd, var
+    in_kernel, residual, border = _supported(x, residual, pad)
+    y = runtime.allocate_like(x, in_kernel.shape(x))
     _, _, q = runtime.as_prq(x)
     partial = runtime.allocate((plan.units, 2, plan.members, q), x, torch.float32)
     arrived = torch.zeros(2 * plan.units, dtype=torch.int32, device=x.device)
@@ -161,9 +162,9 @@ def forward(
         x.shape[2], x.shape[3], x.shape[1], plan.plane_words, plan.chunks, plan.members, plan.plane_step,
         plan.units, plan.teams, float(x.numel() // mean.numel()), eps, 0,
         Q=q, RESIDUAL=residual is not None, BORDER=border, RELU=relu,
-        **within.constants(), **plan.constants(), **_ONE_PASS_OPTIONS,
+        **in_kernel.constants(), **plan.constants(), **_ONE_PASS_OPTIONS,
     )  # fmt: skip
-    return (y if within is placement else place(y, placement)), mean, rstd, var
+    return (y if in_kernel is pad else upsample_pad(y, pad)), mean, rstd, var
 
 
 @runtime.launches_on_its_device
@@ -174,12 +175,27 @@ def apply(
     mean: Tensor,
     rstd: Tensor,
     residual: Tensor | None,
-    placement: Placement,
+    pad: UpsamplePad,
     relu: bool,
+    partial: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
-    """`place(relu?((x − mean)·rstd·weight + bias + residual))` in x's dtype and format, with given statistics."""
-    _check_size(x, placement)
-    return _apply(x, weight, bias, mean, rstd, residual, placement, relu, None, 0.0)
+    """`upsample_pad(relu?((x − mean)·rstd·weight + bias + residual))` in x's dtype and format.
+
+    The last launch of the two-pass forward; with its `partial` moments it also computes and stores mean and rstd.
+    """
+    _check_size(x, pad)
+    in_kernel, residual, border = _supported(x, residual, pad)
+    p, r, q = runtime.as_prq(x)
+    block_r, block_q, n_q, chunk, splits = _split(p, r, q, _TILE_ELEMENTS)
+    y = runtime.allocate_like(x, in_kernel.shape(x))
+    apply_kernel[(splits * p * n_q,)](
+        x, weight.contiguous(), bias.contiguous(), mean, rstd, partial, residual, y, p, r, q, x.shape[1], mean.numel(),
+        x.shape[2], x.shape[3], chunk, n_q, splits * p * q, splits, float(r), eps,
+        MERGE=partial is not None, RESIDUAL=residual is not None, BORDER=border, RELU=relu, **in_kernel.constants(),
+        BLOCK_R=block_r, BLOCK_Q=block_q, BLOCK_S=min(_MERGE_ROWS, power_of_two(splits)), num_warps=4,
+    )  # fmt: skip
+    return y if in_kernel is pad else upsample_pad(y, pad)
 
 
 @runtime.launches_on_its_device
@@ -191,36 +207,35 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     residual: Tensor | None,
-    placement: Placement,
+    pad: UpsamplePad,
     relu: bool,
     *,
-    constant: bool,
-    residual_border: int,
+    fixed: bool,
+    residual_padding: int,
 ) -> Gradients:
-    """`(dx, d_weight, d_bias, d_residual)`, the last in x's dtype, empty where `residual_border` is -1.
+    """`(dx, d_weight, d_bias, d_residual)`, the last in x's dtype, empty if `residual_padding` is -1.
 
-    `dy` is dense in x's format; `constant` says that mean and rstd do not depend on x.
+    `dy` is dense in x's format; `fixed` says that mean and rstd do not depend on x.
     """
     weight, bias = weight.contiguous(), bias.contiguous()
-    _check_size(x, placement)
-    within, residual, border = _within(x, residual, placement)
-    if within is not placement:
-        dy = place_adjoint(dy, placement)
-    # Recomputing the mask and writing the residual's gradient go over the same border, or one of them has none.
-    border = max(border, residual_border if 2 * residual_border <= min(x.shape[2:]) else 0)
+    _check_size(x, pad)
+    in_kernel, residual, border = _supported(x, residual, pad)
+    if in_kernel is not pad:
+        dy = upsample_pad_adjoint(dy, pad)
+    # Recomputing the mask and writing the residual's gradient use the same margin, or one of them has none.
+    border = max(border, residual_padding if 2 * residual_padding <= min(x.shape[2:]) else 0)
     d_residual = None
-    if residual_border >= 0:
-        around = Placement(1, (border,) * 4, "zeros")
-        d_residual = runtime.allocate_like(x, around.shape(x))
+    if residual_padding >= 0:
+        d_residual = runtime.allocate_like(x, UpsamplePad.zeros(border).shape(x))
     sums = runtime.allocate((2, *mean.shape), x, torch.float32)
     dx = runtime.allocate_like(x)
     flags: dict[str, Any] = {
-        "RESIDUAL": residual is not None, "BORDER": border, "RELU": relu, **within.constants()
+        "RESIDUAL": residual is not None, "BORDER": border, "RELU": relu, **in_kernel.constants()
     }  # fmt: skip
-    whole = _held_by_backward(x, dy, within, residual if d_residual is None else d_residual)
-    plan = None if constant else one_pass(x, dy, per_sample=mean.dim() == 2, held=whole)
+    whole = _held_by_backward(x, dy, in_kernel, residual if d_residual is None else d_residual)
+    plan = None if fixed else plan_one_pass(x, dy, per_sample=mean.dim() == 2, held=whole)
     if plan is None:
-        _gradient(x, dy, weight, bias, mean, rstd, residual, sums, dx, d_residual, constant, flags)
+        _gradient(x, dy, weight, bias, mean, rstd, residual, sums, dx, d_residual, fixed, flags)
     else:
         _, _, q = runtime.as_prq(x)
         partial = runtime.allocate((plan.units, 2, plan.members, q), x, torch.float32)
@@ -236,7 +251,7 @@ def backward(
             constants = plan.constants()
             block_r = constants.pop("SUB")
             chunk = constants.pop("PARTS") * block_r
-            one_pass_placed_backward_kernel[(plan.teams * plan.members,)](
+            one_pass_gather_backward_kernel[(plan.teams * plan.members,)](
                 x, dy, weight, bias, mean, rstd, residual, dx, d_residual, sums, partial, arrived,
                 x.shape[2], x.shape[3], x.shape[1], chunk, plan.chunks, plan.members, plan.plane_step,
                 plan.units, plan.teams, inverse_count, Q=q, BLOCK_R=block_r, **flags, **constants, **_ONE_PASS_OPTIONS,
@@ -249,22 +264,21 @@ def backward(
     )
     if d_residual is None:
         return dx, d_weight, d_bias, x.new_empty(0)
-    missing = residual_border - border
-    return dx, d_weight, d_bias, place(d_residual, Placement(1, (missing,) * 4, "zeros"))
+    return dx, d_weight, d_bias, upsample_pad(d_residual, UpsamplePad.zeros(residual_padding - border))
 
 
-def _held_by_backward(x: Tensor, dy: Tensor, placement: Placement, third: Tensor | None) -> bool:
-    """Whether registers hold g across the barrier: where it is dy itself, masked, and there is no third tensor.
+def _held_by_backward(x: Tensor, dy: Tensor, pad: UpsamplePad, third: Tensor | None) -> bool:
+    """Whether registers hold g across the barrier: if it is dy itself, masked, without a third tensor.
 
-    Not from compute capability 10.0 on, for which the kernel that holds it needs more registers than there are.
+    Not from compute capability 10.0 on, where that kernel would need more registers than there are.
     """
     chip = runtime.chip(x)
     small = chip is not None and chip.capability < (10, 0)
-    return small and placement.trivial and third is None and dy.dtype == x.dtype
+    return small and pad.is_identity and third is None and dy.dtype == x.dtype
 
 
 def _moments(x: Tensor, mean: Tensor, rstd: Tensor, var: Tensor | None, eps: float) -> Tensor | None:
-    """First launch of the forward; its partial results, or None where a second one has merged them already."""
+    """First launch of the forward; its partial results, or None if a second one has merged them already."""
     p, r, q = runtime.as_prq(x)
     block_r, block_q, n_q, chunk, splits = _split(p, r, q, _TILE_ELEMENTS)
     partial = runtime.allocate((2, splits, p, q), x, torch.float32)
@@ -284,32 +298,6 @@ def _moments(x: Tensor, mean: Tensor, rstd: Tensor, var: Tensor | None, eps: flo
     return None
 
 
-def _apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    residual: Tensor | None,
-    placement: Placement,
-    relu: bool,
-    partial: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Second launch of the forward; with `partial` it computes and stores mean and rstd, too."""
-    within, residual, border = _within(x, residual, placement)
-    p, r, q = runtime.as_prq(x)
-    block_r, block_q, n_q, chunk, splits = _split(p, r, q, _TILE_ELEMENTS)
-    y = runtime.allocate_like(x, within.shape(x))
-    apply_kernel[(splits * p * n_q,)](
-        x, weight.contiguous(), bias.contiguous(), mean, rstd, partial, residual, y, p, r, q, x.shape[1], mean.numel(),
-        x.shape[2], x.shape[3], chunk, n_q, splits * p * q, splits, float(r), eps,
-        MERGE=partial is not None, RESIDUAL=residual is not None, BORDER=border, RELU=relu, **within.constants(),
-        BLOCK_R=block_r, BLOCK_Q=block_q, BLOCK_S=min(_MERGE_ROWS, power_of_two(splits)), num_warps=4,
-    )  # fmt: skip
-    return y if within is placement else place(y, placement)
-
-
 def _gradient(
     x: Tensor,
     dy: Tensor,
@@ -321,10 +309,10 @@ def _gradient(
     sums: Tensor,
     dx: Tensor,
     d_residual: Tensor | None,
-    constant: bool,
+    fixed: bool,
     flags: dict[str, Any],
 ) -> None:
-    """The backward's launches: one with constant statistics, two per sample, three for batch norm in training."""
+    """The two-pass backward: two launches for instance norm, three for batch norm, two with `fixed`."""
     p, r, q = runtime.as_prq(x)
     block_r, block_q, n_q, chunk, splits = _split(p, r, q, _GRADIENT_TILE_ELEMENTS)
     total, groups = splits * p * q, mean.numel()
@@ -341,50 +329,49 @@ def _gradient(
             **flags,
         )  # fmt: skip
 
-    launch("constant" if constant else "sums", d_residual)
+    launch("constant" if fixed else "sums", d_residual)
     if not per_sample:
         block_g = min(16, power_of_two(groups))
         merge_sums_kernel[(2 * ceil_div(groups, block_g),)](
             partial, sums, total // groups, groups, BLOCK_S=_MERGE_ROWS, BLOCK_G=block_g, num_warps=4
         )
-    if not constant:
+    if not fixed:
         launch("merge" if per_sample else "map", None)
 
 
-def _within(x: Tensor, residual: Tensor | None, placement: Placement) -> tuple[Placement, Tensor | None, int]:
-    """What the kernels can do of `placement`: all or nothing; and the residual with the border that they can skip."""
+def _supported(x: Tensor, residual: Tensor | None, pad: UpsamplePad) -> tuple[UpsamplePad, Tensor | None, int]:
+    """What the kernels do of `pad`, all or nothing; and the residual with the margin that they crop."""
     height, width = x.shape[2:]
-    within = placement if placement.fits_kernels(height, width) else Placement()
+    in_kernel = pad if pad.supports_kernels(height, width) else UpsamplePad()
     if residual is None:
-        return within, None, 0
-    border = (residual.shape[2] - height) // 2
+        return in_kernel, None, 0
+    border = margin(residual, x)
     if 2 * border <= min(height, width):
-        return within, residual, border
-    inside = residual[:, :, border : border + height, border : border + width]
-    return within, runtime.dense(inside, like=x), 0
+        return in_kernel, residual, border
+    return in_kernel, runtime.dense(center_crop(residual, x.shape[2:]), like=x), 0
 
 
-def _check_size(x: Tensor, placement: Placement) -> None:
+def _check_size(x: Tensor, pad: UpsamplePad) -> None:
     """The kernels count within a sample in 32 bits."""
-    height, width = placement.size(x.shape[2], x.shape[3])
+    height, width = pad.size(x.shape[2], x.shape[3])
     largest = max(height * width, x.shape[2] * x.shape[3]) * x.shape[1]
     if largest >= 2**31:
         raise ValueError(
             f"x has shape {tuple(x.shape)}: {largest} elements per sample, but the kernels take less than {2**31}; "
-            "use FASTNST_KERNELS=reference or a smaller picture"
+            "use FASTNST_KERNELS=reference or a smaller image"
         )
 
 
 def _tile(r: int, q: int, elements: int) -> tuple[int, int]:
-    """Rows and columns of a tile: 64 columns make rows of at least 128 bytes, which a warp reads in whole sectors."""
+    """Rows and columns of a tile: 64 columns make rows of at least 128 bytes, which are whole sectors."""
     block_q = min(64, power_of_two(q))
     return min(elements // block_q, power_of_two(r)), block_q
 
 
 def _split(p: int, r: int, q: int, elements: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_R, BLOCK_Q, blocks of Q, rows per chunk and number of chunks, for all launches over the whole of x."""
+    """BLOCK_R, BLOCK_Q, blocks of Q, rows per chunk and number of chunks, for launches over all of x."""
     block_r, block_q = _tile(r, q, elements)
     n_q = ceil_div(q, block_q)
-    wanted = max(1, runtime.TARGET_PROGRAMS // (p * n_q))
-    chunk = ceil_div(ceil_div(r, wanted), block_r) * block_r
+    splits = max(1, runtime.TARGET_PROGRAMS // (p * n_q))
+    chunk = ceil_div(ceil_div(r, splits), block_r) * block_r
     return block_r, block_q, n_q, chunk, ceil_div(r, chunk)

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
 # ruff: noqa: RUF005 (kernels know no other way to lengthen a tuple)
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""The norms in one launch that reads each input once: a group stays on chip across a barrier between its programs.
+"""The norms in one launch that reads each input once: a group stays on chip across a barrier.
 
 Legend: see `normalization_kernels`. A unit is what shares statistics: for instance norm one `[R, Q]` plane of x, for
 batch norm all samples of it. Its rows are cut into chunks of PARTS·SUB; each of its `members` programs holds one chunk
@@ -28,7 +28,7 @@ from fastnst_kernels.norm.two_pass import (
     residual_positions,
     rstd_of,
 )
-from fastnst_kernels.norm.upsample_pad import store_placed
+from fastnst_kernels.norm.upsample_pad import store_upsample_pad
 from fastnst_kernels.runtime import INTERPRETING, jit, tl
 
 _COMPILED = None if tl is None else tl.constexpr(not INTERPRETING)  # without Triton nothing is launched
@@ -36,7 +36,7 @@ _COMPILED = None if tl is None else tl.constexpr(not INTERPRETING)  # without Tr
 
 @jit
 def arrive_and_wait(counter, members):
-    """Waits until all members have arrived, each with its stores visible to all; a zero that depends on the wait."""
+    """Wait until all members have arrived with their stores visible; return a zero that depends on it."""
     tl.debug_barrier()  # the stores of all threads, before the one that speaks for them
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
     seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
@@ -100,13 +100,13 @@ def _words(b, dtype: tl.constexpr, WORD_R: tl.constexpr, WORD_Q: tl.constexpr):
 def one_pass_forward_kernel(
     x, weight, bias, residual, y, mean, rstd, var, partial, arrived,
     H, W, C, plane_words, n_chunks, members, plane_step, units, n_groups, count, eps, zero,
-    SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, PLACED: tl.constexpr,
+    SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, UPSAMPLE_PAD: tl.constexpr,
     UP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
     SKIP: tl.constexpr, ZEROS: tl.constexpr,
     Q: tl.constexpr, PARTS: tl.constexpr, SUB: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
     MERGE_Q: tl.constexpr,
 ):  # fmt: skip
-    """y = place(relu?((x − μ)·rstd·w + b + residual)), and μ, rstd (and σ² where `var` is given) of each group.
+    """y = upsample_pad(relu?((x − μ)·rstd·w + b + residual)); μ, rstd (and σ² into `var`) of each group.
 
     Grid: n_groups × members, all resident. Moves units·members·PARTS·SUB·Q elements in (twice that with a residual),
     y's out, 2·units·members·Q·4 bytes of partial results out, which every member of a unit reads back from L2; with
@@ -199,9 +199,9 @@ def one_pass_forward_kernel(
             if RELU:
                 b_y = tl.where(b_y < 0.0, 0.0, b_y)
             b_out = b_y.to(dtype)
-            if PLACED:
+            if UPSAMPLE_PAD:
                 start = tl.minimum(first + k * SUB, R - 1)
-                store_placed(
+                store_upsample_pad(
                     p_y, b_out, o_r, m_r, o_q, m_q, start, tl.minimum(start + SUB, R), H, W, Q,
                     UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS,
                 )  # fmt: skip
@@ -214,7 +214,7 @@ def _merged_sums(
     p_partial, sums, i_u, i_m, members, units, p_counters, o_q, m_q,
     Q: tl.constexpr, SHARED: tl.constexpr, MERGE_Q: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Σg and Σ g·x̂ of the unit's columns `o_q`, merged by all members or, with SHARED, by each its share; stored."""
+    """Merge and store Σg and Σ g·x̂ of the unit's columns `o_q`; with SHARED each member merges a share."""
     p_all = sums + i_u * Q + o_q
     later = arrive_and_wait(p_counters, members)
     if SHARED:
@@ -245,7 +245,7 @@ def one_pass_backward_kernel(
     Q: tl.constexpr, PARTS: tl.constexpr, SUB: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
     MERGE_Q: tl.constexpr,
 ):  # fmt: skip
-    """dx = w·rstd·(g − Σg/M − x̂·Σ(g·x̂)/M), sums = (Σg, Σ g·x̂) of each group; g is dy masked by the recomputed z.
+    """dx = w·rstd·(g − Σg/M − x̂·Σ(g·x̂)/M), sums = (Σg, Σ g·x̂); g is dy masked by the recomputed z.
 
     A program holds its chunk of g. x, which the same program has read a moment ago, it reads again from L2, which is
     told to keep x and to let dy and dx go. Grid: n_groups × members, all resident. Moves x and dy in, dx out, x a
@@ -314,15 +314,15 @@ def one_pass_backward_kernel(
 
 
 @jit
-def one_pass_placed_backward_kernel(
+def one_pass_gather_backward_kernel(
     x, dy, weight, bias, mean, rstd, residual, dx, d_residual, sums, partial, arrived,
     H, W, C, chunk, n_chunks, members, plane_step, units, n_groups, inverse_count,
-    SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, PLACED: tl.constexpr,
+    SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, UPSAMPLE_PAD: tl.constexpr,
     UP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
     SKIP: tl.constexpr, ZEROS: tl.constexpr,
     Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, MERGE_Q: tl.constexpr,
 ):  # fmt: skip
-    """The same where dy was placed or the residual's gradient is written, too: g is the adjoint of placing dy, masked.
+    """The same for g = upsample_padᵀ(dy), masked, and with the residual's gradient.
 
     Gathering g takes the registers that would hold it, so after the barrier a program reads its chunk of x and dy
     again, from the end, from L2, of which the groups under way are a fraction. Grid: n_groups × members, all resident.
@@ -356,12 +356,12 @@ def one_pass_placed_backward_kernel(
             r = first + i * BLOCK_R
             b_normalized, b_g, o_r, m_r, m_x, o_x = load_gradient(
                 p_x, p_dy, p_residual, b_mean, b_rstd, b_weight, b_bias, r, last, o_q, m_q, H, W, Q,
-                RESIDUAL, BORDER, RELU, PLACED, UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS, BLOCK_R,
+                RESIDUAL, BORDER, RELU, UPSAMPLE_PAD, UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS, BLOCK_R,
             )  # fmt: skip
             b_sum_g += tl.sum(tl.where(m_x, b_g, 0.0), 0)
             b_sum_gx += tl.sum(tl.where(m_x, b_g * b_normalized, 0.0), 0)
             if d_residual is not None:
-                store_placed(
+                store_upsample_pad(
                     d_residual + o_plane, b_g.to(d_residual.dtype.element_ty), o_r, m_r, o_q, m_q, r,
                     tl.minimum(r + BLOCK_R, last), H, W, Q, 1, BORDER, BORDER, BORDER, BORDER, 0, True,
                 )  # fmt: skip
@@ -377,7 +377,7 @@ def one_pass_placed_backward_kernel(
             b_normalized, b_g, o_r, m_r, m_x, o_x = load_gradient(
                 p_x, p_dy, p_residual, b_mean, b_rstd, b_weight, b_bias, first + (n_tiles - 1 - i) * BLOCK_R, last,
                 o_q, m_q, H, W, Q,
-                RESIDUAL, BORDER, RELU, PLACED, UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS, BLOCK_R,
+                RESIDUAL, BORDER, RELU, UPSAMPLE_PAD, UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS, BLOCK_R,
             )  # fmt: skip
             b_rest = b_g - b_all_g[None, :] - b_normalized * b_all_gx[None, :]
             tl.store(p_dx + o_x, (b_weight * b_rstd)[None, :] * b_rest, mask=m_x)

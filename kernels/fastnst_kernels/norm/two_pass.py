@@ -19,7 +19,7 @@ common mean costs no digits.
 
 from __future__ import annotations
 
-from fastnst_kernels.norm.upsample_pad import load_placed_adjoint, store_placed
+from fastnst_kernels.norm.upsample_pad import load_upsample_pad_adjoint, store_upsample_pad
 from fastnst_kernels.runtime import jit, tl
 
 
@@ -110,7 +110,7 @@ def merge_moments_kernel(
     partial, mean, rstd, var, rows, G, R, chunk, repeat, total, count, eps,
     BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """μ, 1/√(σ² + ε) and σ² of a block of groups. Grid: blocks of G. Moves 2·rows·G·4 bytes in, the means twice."""
+    """μ, 1/√(σ² + ε), σ² of a block of groups. Grid: blocks of G. Moves 2·rows·G·4 bytes, means twice."""
     o_g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     m_g = o_g < G
     b_mean, b_var = merge_moments(partial, partial + total, G, rows, R, chunk, repeat, count, o_g, m_g, BLOCK_S)
@@ -132,14 +132,14 @@ def residual_positions(o_r, W, BORDER: tl.constexpr):
 @jit
 def apply_kernel(
     x, weight, bias, mean, rstd, partial, residual, y, P, R, Q, C, G, H, W, chunk, n_q, total, splits, count, eps,
-    MERGE: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, PLACED: tl.constexpr,
+    MERGE: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, UPSAMPLE_PAD: tl.constexpr,
     UP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
     SKIP: tl.constexpr, ZEROS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """y = place(relu?((x − μ)·rstd·w + b + residual)) over the rows of a chunk. Grid: splits × P × blocks of Q.
+    """y = upsample_pad(relu?((x − μ)·rstd·w + b + residual)) over the rows of a chunk.
 
-    With MERGE the partial moments are this group's own and become μ and rstd here; the first chunk stores them. Moves
+    Grid: splits × P × blocks of Q. With MERGE the partial moments are this group's own and become μ and rstd here; the first chunk stores them. Moves
     P·R·Q elements in (twice that with a residual), y's out. A NaN stays a NaN through the ReLU, as in PyTorch. Limit:
     a sample of y has less than 2³¹ elements.
     """
@@ -182,8 +182,8 @@ def apply_kernel(
         if RELU:
             b_y = tl.where(b_y < 0.0, 0.0, b_y)
         b_y = b_y.to(y.dtype.element_ty)
-        if PLACED:
-            store_placed(
+        if UPSAMPLE_PAD:
+            store_upsample_pad(
                 p_y, b_y, o_r, m_r, o_q, m_q, r, tl.minimum(r + BLOCK_R, last), H, W, Q,
                 UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS,
             )  # fmt: skip
@@ -194,18 +194,18 @@ def apply_kernel(
 @jit
 def load_gradient(
     p_x, p_dy, p_residual, b_mean, b_rstd, b_weight, b_bias, r, last, o_q, m_q, H, W, Q,
-    RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, PLACED: tl.constexpr,
+    RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, UPSAMPLE_PAD: tl.constexpr,
     UP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
     SKIP: tl.constexpr, ZEROS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """x̂ and g of the rows from r to before `last`: g is the adjoint of placing dy, masked by the recomputed z."""
+    """x̂ and g of the rows from r to before `last`; g is upsample_padᵀ(dy), masked by the recomputed z."""
     o_r = r + tl.arange(0, BLOCK_R)
     m_r = o_r < last
     m_x = m_r[:, None] & m_q[None, :]
     o_x = o_r[:, None] * Q + o_q[None, :]
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-    if PLACED:
-        b_g = load_placed_adjoint(
+    if UPSAMPLE_PAD:
+        b_g = load_upsample_pad_adjoint(
             p_dy, o_r, m_r, o_q, m_q, r, tl.minimum(r + BLOCK_R, last), H, W, Q,
             UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS,
         )  # fmt: skip
@@ -225,7 +225,7 @@ def load_gradient(
 def gradient_kernel(
     x, dy, weight, bias, mean, rstd, residual, partial, sums, dx, d_residual,
     P, R, Q, C, G, H, W, chunk, n_q, total, splits, inverse_count,
-    STEP: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, PLACED: tl.constexpr,
+    STEP: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, UPSAMPLE_PAD: tl.constexpr,
     UP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
     SKIP: tl.constexpr, ZEROS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -279,7 +279,7 @@ def gradient_kernel(
             r = first + ((last - first - 1) // BLOCK_R - i) * BLOCK_R
         b_normalized, b_g, o_r, m_r, m_x, o_x = load_gradient(
             p_x, p_dy, p_residual, b_mean, b_rstd, b_weight, b_bias, r, last, o_q, m_q, H, W, Q,
-            RESIDUAL, BORDER, RELU, PLACED, UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS, BLOCK_R,
+            RESIDUAL, BORDER, RELU, UPSAMPLE_PAD, UP, LEFT, RIGHT, TOP, BOTTOM, SKIP, ZEROS, BLOCK_R,
         )  # fmt: skip
         if (STEP == "merge") | (STEP == "map"):
             b_rest = b_g - b_sum_g[None, :] * inverse_count - b_normalized * (b_sum_gx * inverse_count)[None, :]
@@ -291,7 +291,7 @@ def gradient_kernel(
                 tl.store(p_dx + o_x, (b_weight * b_rstd)[None, :] * b_g, mask=m_x)
             if d_residual is not None:
                 # A border of zeros: what the residual has around x did not take part.
-                store_placed(
+                store_upsample_pad(
                     d_residual + o_plane, b_g.to(d_residual.dtype.element_ty), o_r, m_r, o_q, m_q, r,
                     tl.minimum(r + BLOCK_R, last), H, W, Q, 1, BORDER, BORDER, BORDER, BORDER, 0, True,
                 )  # fmt: skip
@@ -314,7 +314,7 @@ def merge_sums_kernel(partial, sums, rows, G, BLOCK_S: tl.constexpr, BLOCK_G: tl
 
 @jit
 def parameter_gradients_kernel(sums, d_weight, d_bias, N, C, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr):
-    """d_bias = Σ_n sums[0, n], d_weight = Σ_n sums[1, n] in their own dtypes. Grid: blocks of C. Moves 2·N·C·4 B."""
+    """d_bias = Σ_n sums[0, n], d_weight = Σ_n sums[1, n]. Grid: blocks of C. Moves 2·N·C·4 bytes."""
     o_c = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     m_c = o_c < C
     tl.store(d_bias + o_c, merge_sums(sums, C, N, o_c, m_c, BLOCK_S), mask=m_c)

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""The kernels of windows of any size and step, and the choice between them and those for 2×2 windows.
+"""Pooling kernels for windows of any size and stride, and the dispatch to those for 2×2 windows.
 
 Legend: as in `max_pool`; tensors are `[P, H, W, Q]` in memory, channels_last with P = N and Q = C, contiguous with
-P = N·C and Q = 1. Each program has a tile of one row of its output, columns × channels, so that nobody divides to find
-its place. Windows that overlap are read from the L1 cache again; beyond that each element moves once.
+P = N·C and Q = 1. Each program has a tile of one row of its output, columns × channels, so that no position needs a
+division. Overlapping windows are read again from the L1 cache; beyond that each element moves once.
 
 Limits: a row of x, W·C elements (contiguous: W), below 2³¹, as offsets within a row have 32 bits; the rest has 64.
 """
@@ -25,7 +25,7 @@ _CHANNELS = 128  # of a tile at most, so that neighbouring windows, which overla
 
 @jit
 def _tile(W, Q, BLOCK_W: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """The program's columns and channels, and which of them exist."""
+    """The program's columns and channels, and the mask of those that exist."""
     o_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
     o_q = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
     return o_w, o_q, (o_w < W) & (o_q < Q)
@@ -68,9 +68,8 @@ def _unpool_kernel(
 ):  # fmt: skip
     """x = Sᵀy. Grid: P·H × blocks of W × blocks of Q.
 
-    Each position asks the windows that cover it, nearest first, whether they point at it: no atomics, the same bits
-    every time, and a switch out of range points at nobody. Moves OH·OW in with as many bytes of switches, H·W out per
-    plane.
+    Each position checks the switches of the windows that cover it, nearest first: no atomics, the same bits every
+    time, and a switch out of range is ignored. Moves OH·OW in with as many bytes of switches, H·W out per plane.
     """
     i_row = tl.program_id(0)
     i_p = (i_row // H).to(tl.int64)
@@ -115,7 +114,7 @@ def _gather_kernel(
 
 
 def pool(x: Tensor, y: Tensor, switches: Tensor, kernel_size: int, stride: int) -> None:
-    """Fills `y` and `switches` `[N, C, OH, OW]` from `x [N, C, H, W]`; all are dense and in one memory format."""
+    """Fill `y` and `switches` `[N, C, OH, OW]` from `x [N, C, H, W]`; all dense in one format."""
     if kernel_size == stride == 2:
         kernels_2x2.pool(x, y, switches)
     else:
@@ -123,7 +122,7 @@ def pool(x: Tensor, y: Tensor, switches: Tensor, kernel_size: int, stride: int) 
 
 
 def unpool(y: Tensor, switches: Tensor, x: Tensor, kernel_size: int, stride: int) -> None:
-    """Fills `x` with Sᵀy; shapes and formats as in `pool`."""
+    """Fill `x` with Sᵀy; shapes and formats as in `pool`."""
     if kernel_size == stride == 2:
         kernels_2x2.unpool(y, switches, x)
     else:
@@ -131,7 +130,7 @@ def unpool(y: Tensor, switches: Tensor, x: Tensor, kernel_size: int, stride: int
 
 
 def gather(x: Tensor, switches: Tensor, y: Tensor, kernel_size: int, stride: int) -> None:
-    """Fills `y` with S x; shapes and formats as in `pool`."""
+    """Fill `y` with S x; shapes and formats as in `pool`."""
     if kernel_size == stride == 2:
         kernels_2x2.gather(x, switches, y)
     else:

@@ -1,22 +1,22 @@
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""The kernels for 2×2 windows that step by 2: each reads a window once and writes it once.
+"""Pooling kernels for 2×2 windows of stride 2: each reads a window once and writes it once.
 
-Legend: as in `max_pool`; a pair is what one row of windows covers, two rows of x, or the single row that is left over
-when H is odd. There are ⌈H/2⌉ pairs per plane, which the programs count through all planes, and pair i of plane p
-begins at row 2i − p·[H odd] of x and is row i − p·[H odd] of y: nobody divides unless H is odd.
+Legend: as in `max_pool`; a pair is the two rows of x under one row of windows, or the single last row if H is odd.
+There are ⌈H/2⌉ pairs per plane, numbered through all planes; pair i of plane p begins at row 2i − p·[H odd] of x and
+is row i − p·[H odd] of y, so no division is needed unless H is odd.
 
 A program has a tile of windows, and a thread one vector of 16 bytes of each of the four corners:
 
     channels_last   one pair, BLOCK_W columns of windows × BLOCK_C channels: a corner is a tile with 2C between columns
-    contiguous      BLOCK_R pairs × BLOCK_W columns: a row has left and right corners in turn, parted in registers
+    contiguous      BLOCK_R pairs × BLOCK_W columns: a row alternates left and right corners, split in registers
 
 Every element is read or written once. With e bytes per element and E elements of x, pool and gather read E·e and write
 E·e/4, unpool the other way round, and each passes E/4 bytes of switches: the minimum.
 
 Limits: W·C (contiguous: W) below 2³¹. Full 16-byte accesses need C (contiguous: W) divisible by 16 bytes' worth of
-elements and aligned tensors; other sizes are right, with narrower accesses. Channels are taken in powers of two, and
-channels_last rows shorter than a tile leave it with fewer threads.
+elements and aligned tensors; other sizes are correct, with narrower accesses. Channels are processed in powers of two;
+channels_last rows shorter than a tile use fewer threads.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from torch import Tensor
 from fastnst_kernels import runtime
 from fastnst_kernels.runtime import ceil_div, jit, power_of_two, tl
 
-# Threads of a program when its tile is full. Four loads of 16 bytes each, with registers left for 2,048 threads on a
-# multiprocessor, put 128 KiB in flight there, several times what hides the latency of memory.
+# Threads of a program with a full tile. Four loads of 16 bytes per thread and 2,048 threads per multiprocessor put
+# 128 KiB in flight there, several times as much as hides the latency of memory.
 _THREADS = 128
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
 @jit
 def _first_maximum(b_a, i_a, b_b, i_b):
-    """The larger of two and its index: the first of equals, the last NaN. Of −0 and +0, which are equal, either."""
+    """The larger of two and its index: the first of equals (−0 and +0 are equal), the last NaN."""
     wins = (b_b > b_a) | (b_b != b_b)
     return tl.maximum(b_a, b_b, propagate_nan=tl.PropagateNan.ALL), tl.where(wins, i_b, i_a)
 
@@ -59,7 +59,7 @@ def _pointed_at(b_switch, b_a, b_b, b_c, b_d):
 
 @jit
 def _columns_tile(H, W, C, ODD: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where the tile begins in x and y, its offsets in both, and its masks: left and right corners, bottom row."""
+    """The tile's start in x and y, its offsets in both, and its masks: left and right corners, bottom row."""
     i_pair = tl.program_id(0).to(tl.int64)
     i_x, i_y = 2 * i_pair, i_pair
     bottom = True
@@ -98,12 +98,12 @@ def _unpool_columns_kernel(
     y, switches, x, H, W, vectors,
     VECTOR: tl.constexpr, ODD: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x `[P, H, W, C]` = Sᵀy, zeros included. Grid: pairs × blocks of columns × of channels. Moves: see above."""
+    """x `[P, H, W, C]` = Sᵀy with zeros. Grid: pairs × blocks of columns × of channels. Moves: see above."""
     C = vectors * VECTOR
     i_x, i_y, o_x, o_y, m_left, m_right, bottom = _columns_tile(H, W, C, ODD, BLOCK_W, BLOCK_C)
     m_y = m_right & bottom
     b_switch = tl.load(switches + i_y + o_y, mask=m_y, other=0)
-    b_y = tl.load(y + i_y + o_y, mask=m_y, other=0.0)  # 0 beyond the last window, which makes the left-over row 0
+    b_y = tl.load(y + i_y + o_y, mask=m_y, other=0.0)  # 0 beyond the last window: the last odd row becomes 0
     p_a, p_c = x + i_x, x + i_x + W * C
     tl.store(p_a + o_x, tl.where(b_switch == 0, b_y, 0.0), mask=m_left)
     tl.store(p_a + C + o_x, tl.where(b_switch == 1, b_y, 0.0), mask=m_right)
@@ -150,13 +150,13 @@ def _rows_tile(PAIRS, H, W, ODD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: t
 
 
 @jit
-def _part(b_row, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Left and right corners of a row that holds them in turn."""
+def _split_row(b_row, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Left and right corners of a row that alternates them."""
     return tl.split(tl.reshape(b_row, (BLOCK_R, BLOCK_W, 2)))
 
 
 @jit
-def _weave(b_left, b_right, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+def _join_row(b_left, b_right, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
     return tl.reshape(tl.join(b_left, b_right), (BLOCK_R, 2 * BLOCK_W))
 
 
@@ -170,8 +170,8 @@ def _pool_rows_kernel(
     i_x, i_y, o_x, o_y, _, m_r, m_row, m_w = _rows_tile(PAIRS, H, W, ODD, BLOCK_R, BLOCK_W)
     b_top = tl.load(x + i_x + o_x, mask=m_r & m_row, other=0.0)
     b_bottom = tl.load(x + i_x + W + o_x, mask=m_r & m_row, other=0.0)
-    b_a, b_b = _part(b_top, BLOCK_R, BLOCK_W)
-    b_c, b_d = _part(b_bottom, BLOCK_R, BLOCK_W)
+    b_a, b_b = _split_row(b_top, BLOCK_R, BLOCK_W)
+    b_c, b_d = _split_row(b_bottom, BLOCK_R, BLOCK_W)
     b_max, b_switch = _first_of_four(b_a, b_b, b_c, b_d)
     tl.store(y + i_y + o_y, b_max, mask=m_r & m_w)
     tl.store(switches + i_y + o_y, b_switch, mask=m_r & m_w)
@@ -187,8 +187,8 @@ def _unpool_rows_kernel(
     i_x, i_y, o_x, o_y, m_r, m_bottom, m_row, m_w = _rows_tile(PAIRS, H, W, ODD, BLOCK_R, BLOCK_W)
     b_switch = tl.load(switches + i_y + o_y, mask=m_bottom & m_w, other=0)
     b_y = tl.load(y + i_y + o_y, mask=m_bottom & m_w, other=0.0)
-    b_top = _weave(tl.where(b_switch == 0, b_y, 0.0), tl.where(b_switch == 1, b_y, 0.0), BLOCK_R, BLOCK_W)
-    b_bottom = _weave(tl.where(b_switch == 2, b_y, 0.0), tl.where(b_switch == 3, b_y, 0.0), BLOCK_R, BLOCK_W)
+    b_top = _join_row(tl.where(b_switch == 0, b_y, 0.0), tl.where(b_switch == 1, b_y, 0.0), BLOCK_R, BLOCK_W)
+    b_bottom = _join_row(tl.where(b_switch == 2, b_y, 0.0), tl.where(b_switch == 3, b_y, 0.0), BLOCK_R, BLOCK_W)
     tl.store(x + i_x + o_x, b_top, mask=m_r & m_row)
     tl.store(x + i_x + W + o_x, b_bottom, mask=m_bottom & m_row)
 
@@ -204,29 +204,29 @@ def _gather_rows_kernel(
     b_switch = tl.load(switches + i_y + o_y, mask=m_r & m_w, other=0)
     b_top = tl.load(x + i_x + o_x, mask=m_r & m_row, other=0.0)
     b_bottom = tl.load(x + i_x + W + o_x, mask=m_r & m_row, other=0.0)
-    b_a, b_b = _part(b_top, BLOCK_R, BLOCK_W)
-    b_c, b_d = _part(b_bottom, BLOCK_R, BLOCK_W)
+    b_a, b_b = _split_row(b_top, BLOCK_R, BLOCK_W)
+    b_c, b_d = _split_row(b_bottom, BLOCK_R, BLOCK_W)
     tl.store(y + i_y + o_y, _pointed_at(b_switch, b_a, b_b, b_c, b_d), mask=m_r & m_w)
 
 
 def pool(x: Tensor, y: Tensor, switches: Tensor) -> None:
-    """Fills `y` and `switches` `[N, C, ⌊H/2⌋, ⌊W/2⌋]` from `x [N, C, H, W]`, all dense in one format."""
+    """Fill `y` and `switches` `[N, C, ⌊H/2⌋, ⌊W/2⌋]` from `x [N, C, H, W]`, all dense in one format."""
     _launch(x, (x, y, switches), _pool_columns_kernel, _pool_rows_kernel)
 
 
 def unpool(y: Tensor, switches: Tensor, x: Tensor) -> None:
-    """Fills `x`; the shapes and formats are those of `pool`."""
+    """Fill `x`; the shapes and formats are those of `pool`."""
     _launch(x, (y, switches, x), _unpool_columns_kernel, _unpool_rows_kernel)
 
 
 def gather(x: Tensor, switches: Tensor, y: Tensor) -> None:
-    """Fills `y` with what `switches` point at in `x`; the shapes and formats are those of `pool`."""
+    """Fill `y` with the values of `x` at the `switches`; the shapes and formats are those of `pool`."""
     _launch(x, (x, switches, y), _gather_columns_kernel, _gather_rows_kernel)
 
 
 @runtime.launches_on_its_device
 def _launch(x: Tensor, tensors: tuple[Tensor, ...], columns_kernel: Any, rows_kernel: Any) -> None:
-    """One program for each tile that gives every thread one vector of each corner, or of each row of a pair."""
+    """One program per tile, with one vector of each corner, or of each row of a pair, per thread."""
     (height, width), (p, _, c) = x.shape[2:], runtime.as_prq(x)
     pairs, columns = p * ceil_div(height, 2), ceil_div(width, 2)
     odd = height % 2 == 1
@@ -245,8 +245,8 @@ def _launch(x: Tensor, tensors: tuple[Tensor, ...], columns_kernel: Any, rows_ke
         )  # fmt: skip
     else:
         vector = gcd(width, widest)
-        # A thread's windows are what its vector of x covers: with more of them y's accesses would ask for another
-        # distribution over the threads than x's, and the way from one to the other is through shared memory.
+        # A thread's windows are those of its vector of x: with more of them y would need another layout over threads
+        # than x, and a conversion through shared memory.
         per_thread = max(vector // 2, 2)
         block_w = min(power_of_two(columns), _THREADS * per_thread)
         block_r = min(power_of_two(pairs), _THREADS * per_thread // block_w)
@@ -263,7 +263,7 @@ def _warps(windows: int, per_thread: int) -> int:
 
 
 def check_extent(x: Tensor, grid: tuple[int, int, int]) -> None:
-    """The kernels count programs, and elements within a row of dense `x [N, C, H, W]`, in 32 bits.
+    """Raise if 32 bits cannot count the programs or the elements within a row of dense `x [N, C, H, W]`.
 
     Raises:
         ValueError: `x` has too many of either.

@@ -1,4 +1,4 @@
-"""Max pooling that records where each maximum lay in one byte, and its adjoint, unpooling.
+"""Max pooling that records the position of each maximum in a byte, the switch; and unpooling.
 
 Source: the switches of Zeiler, Fergus 2014, "Visualizing and Understanding Convolutional Networks", §2.1.
 
@@ -14,10 +14,10 @@ Pooling picks elements, y = S x with a 0/1 matrix S given by the switches, so
 
 The three ops below, pool, unpool (Sᵀ) and gather (S), are each other's derivatives to any order.
 
-A switch of k² or more points at nothing. Where finding one costs no waiting, on the CPU and in PyTorch's path, it is an
-error; the kernels on a GPU drop its value, or gather 0, and never touch memory outside the tensors. With
-`FASTNST_KERNELS_CHECK=1` in the environment, read at every call, it is an error there, too, for the price of waiting
-for the GPU before each unpooling.
+A switch of k² or more is out of range. On the CPU and in PyTorch's path it is an error; the kernels on a GPU, which
+would have to be waited for, drop its value, or gather 0, and never touch memory outside the tensors. The environment
+variable `FASTNST_KERNELS_CHECK=1`, read at every call, makes it an error there, too, and the host wait for the GPU
+before each unpooling.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fastnst_kernels.pool import kernels as max_pool_kernels
 
 
 def max_pool2d_switches_reference(x: Tensor, kernel_size: int = 2, stride: int = 2) -> tuple[Tensor, Tensor]:
-    """`(y, switches)` through PyTorch's own pooling, differentiable; same arguments as `max_pool2d_switches`."""
+    """`(y, switches)` through PyTorch's own pooling, differentiable; arguments of `max_pool2d_switches`."""
     y, index = torch.nn.functional.max_pool2d(x, kernel_size, stride, return_indices=True)
     # `index` counts within the H × W plane; from the window's corner it is row·W + column.
     width = x.shape[3]
     offset = (index - _corners(y, width, stride)).to(torch.int32)
     if kernel_size == 2:
-        row = (offset >= width).to(torch.int32)  # what the division below gives, without its cost
+        row = (offset >= width).to(torch.int32)  # the result of the division below, without its cost
     else:
         row = torch.div(offset, width, rounding_mode="floor")
     return y, offset.sub_(row, alpha=width - kernel_size).to(torch.uint8)
@@ -57,14 +57,14 @@ def max_unpool2d_switches_reference(
 
 
 def gather_switches_reference(x: Tensor, switches: Tensor, kernel_size: int = 2, stride: int = 2) -> Tensor:
-    """S x: what the switches point at, differentiable. x `[N, C, H, W]`, switches and result `[N, C, OH, OW]`."""
+    """S x, differentiable. x `[N, C, H, W]`, switches and result `[N, C, OH, OW]`."""
     index = _plane_index(switches, x.shape[3], kernel_size, stride).flatten(2)
     picked = x.flatten(2).gather(2, index).view(switches.shape)
     return runtime.dense(picked, like=switches)
 
 
 def _corners(pooled: Tensor, width: int, stride: int) -> Tensor:
-    """`[OH, OW]`: where each window of a plane `width` wide begins. In int32, which is faster, where that suffices."""
+    """`[OH, OW]`: the index of each window's corner in a plane `width` wide, in int32 if possible."""
     oh, ow = pooled.shape[2:]
     dtype = torch.int32 if (oh + 1) * stride * width < 2**31 else torch.int64
     rows = torch.arange(oh, dtype=dtype, device=pooled.device) * (stride * width)
@@ -72,7 +72,7 @@ def _corners(pooled: Tensor, width: int, stride: int) -> Tensor:
 
 
 def _plane_index(switches: Tensor, width: int, kernel_size: int, stride: int) -> Tensor:
-    """`[N, C, OH, OW]` int64: the switches as positions within a plane `width` wide; ValueError if out of range."""
+    """`[N, C, OH, OW]` int64: the switches as positions in a plane; ValueError if out of range."""
     _check_range(switches, kernel_size)
     if kernel_size & (kernel_size - 1) == 0:
         row = switches >> (kernel_size.bit_length() - 1)  # the division below is several times slower
@@ -122,7 +122,7 @@ def _(x: Tensor, kernel_size: int, stride: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fastnst::max_unpool2d_switches", mutates_args=())
 def _max_unpool(y: Tensor, switches: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
-    switches = runtime.dense(switches)  # the switches lie as the pooled picture did, dy perhaps not
+    switches = runtime.dense(switches)  # in the format of the pooled image, unlike perhaps dy
     y = runtime.dense(y, like=switches)
     x = runtime.allocate_like(switches, (*y.shape[:2], height, width), y.dtype)
     if runtime.implementation(y) == "triton":
@@ -130,8 +130,8 @@ def _max_unpool(y: Tensor, switches: Tensor, height: int, width: int, kernel_siz
         max_pool_kernels.unpool(y, switches, x, kernel_size, stride)
         return x
     index = _plane_index(switches, width, kernel_size, stride)
-    # ATen's pooling backward adds where windows overlap, in the dtype that it is given. Its unpool would overwrite, and
-    # takes longer. Of x only the shape and the format matter.
+    # ATen's pooling backward adds where windows overlap, in the dtype that it is given. ATen's unpool overwrites, and
+    # takes longer. Only x's shape and format matter.
     dtype = y.dtype if stride >= kernel_size else runtime.statistics_dtype(y)
     return torch.ops.aten.max_pool2d_with_indices_backward(
         y.to(dtype), x.to(dtype), [kernel_size] * 2, [stride] * 2, [0, 0], [1, 1], False, index
@@ -161,39 +161,35 @@ def _(x: Tensor, switches: Tensor, kernel_size: int, stride: int) -> Tensor:
 
 
 def _setup_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, ctx.kernel_size, ctx.stride = inputs
-    ctx.size = x.shape[2:]
-    ctx.save_for_backward(output[1])
+    _save(ctx, inputs[0], output[1], *inputs[1:])
     ctx.mark_non_differentiable(output[1])
 
 
-def _pool_autograd(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    (switches,) = ctx.saved_tensors
-    dx = torch.ops.fastnst.max_unpool2d_switches(dy, switches, *ctx.size, ctx.kernel_size, ctx.stride)
-    return dx, None, None
-
-
 def _setup_unpool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, switches, _, _, ctx.kernel_size, ctx.stride = inputs
-    ctx.save_for_backward(switches)
-
-
-def _unpool_autograd(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-    (switches,) = ctx.saved_tensors
-    dy = torch.ops.fastnst.gather_switches(dx, switches, ctx.kernel_size, ctx.stride)
-    return dy, None, None, None, None, None
+    _save(ctx, output, inputs[1], *inputs[-2:])
 
 
 def _setup_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, switches, ctx.kernel_size, ctx.stride = inputs
-    ctx.size = x.shape[2:]
+    _save(ctx, *inputs)
+
+
+def _save(ctx: Any, x: Tensor, switches: Tensor, kernel_size: int, stride: int) -> None:
+    ctx.size, ctx.window = x.shape[2:], (kernel_size, stride)
     ctx.save_for_backward(switches)
 
 
+def _pool_autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx = torch.ops.fastnst.max_unpool2d_switches(dy, *ctx.saved_tensors, *ctx.size, *ctx.window)
+    return dx, None, None
+
+
+def _unpool_autograd(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+    dy = torch.ops.fastnst.gather_switches(dx, *ctx.saved_tensors, *ctx.window)
+    return dy, None, None, None, None, None
+
+
 def _gather_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    (switches,) = ctx.saved_tensors
-    dx = torch.ops.fastnst.max_unpool2d_switches(dy, switches, *ctx.size, ctx.kernel_size, ctx.stride)
-    return dx, None, None, None
+    return *_pool_autograd(ctx, dy), None
 
 
 torch.library.register_autograd("fastnst::max_pool2d_switches", _pool_autograd, setup_context=_setup_pool_context)
@@ -202,7 +198,7 @@ torch.library.register_autograd("fastnst::gather_switches", _gather_autograd, se
 
 
 def max_pool2d_switches(x: Tensor, kernel_size: int = 2, stride: int = 2) -> tuple[Tensor, Tensor]:
-    """Max pooling, no padding, and where in its window each maximum lay.
+    """Max pooling without padding, and the position of each maximum in its window.
 
     Args:
         x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on the reference path); any memory format.
@@ -228,23 +224,23 @@ def max_pool2d_switches(x: Tensor, kernel_size: int = 2, stride: int = 2) -> tup
 def max_unpool2d_switches(
     y: Tensor, switches: Tensor, output_size: tuple[int, int], kernel_size: int = 2, stride: int = 2
 ) -> Tensor:
-    """The adjoint of `max_pool2d_switches`: each value goes where its switch points, the rest is 0, overlaps add.
+    """The adjoint of `max_pool2d_switches`: values at the positions of their switches; overlaps add.
 
     Zeiler & Fergus 2014, §2.1; also the gradient of the pooling. Differentiable in `y`.
 
     Args:
         y: `[N, C, OH, OW]`, float32, float16, bfloat16 (float64 on the reference path); any memory format.
         switches: `[N, C, OH, OW]` uint8, from `max_pool2d_switches`. On a GPU a switch out of range is not an error:
-            its value is dropped; see `FASTNST_KERNELS_CHECK` in this file's docstring.
-        output_size: `(H, W)` of what was pooled.
+            its value is dropped; see `FASTNST_KERNELS_CHECK` at the head of this file.
+        output_size: `(H, W)` of the pooling's input.
         kernel_size: as in the pooling.
         stride: as in the pooling.
 
     Returns:
-        `[N, C, H, W]` in y's dtype and the switches' memory format, which is that of what was pooled.
+        `[N, C, H, W]` in y's dtype and the switches' memory format, which is that of the pooling's input.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not go together, pooling `output_size` would not give `y`, or (not on a
+        ValueError: shapes, dtypes or devices do not match, pooling `output_size` would not give `y`, or (not on a
             GPU) a switch is out of range.
     """
     runtime.check_images("y", y)
@@ -261,7 +257,7 @@ def max_unpool2d_switches(
     if pooled != tuple(y.shape[2:]):
         raise ValueError(
             f"output_size {(height, width)} with window {kernel_size} and stride {stride} pools to {pooled}, "
-            f"but y has shape {tuple(y.shape)}: give the size of what was pooled"
+            f"but y has shape {tuple(y.shape)}: give the size of the pooling's input"
         )
     x: Tensor = torch.ops.fastnst.max_unpool2d_switches(y, switches, height, width, kernel_size, stride)
     return x

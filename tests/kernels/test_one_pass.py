@@ -1,6 +1,5 @@
-"""The one-pass norms: their programs all at once in the interpreter, what they move, and when they are chosen."""
+"""The one-pass norms: all programs at once in the interpreter, bytes moved, and the dispatch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -12,26 +11,20 @@ from hypothesis import strategies as st
 
 from fastnst_kernels import instance_norm, runtime
 from fastnst_kernels.norm import dispatch
-from fastnst_kernels.norm.upsample_pad import Placement
+from fastnst_kernels.norm.upsample_pad import UpsamplePad
 from helpers.byte_counter import count_bytes
-from helpers.kernel_cases import LAYOUTS, parameters, randn
-from helpers.norm_cases import OPS, check, residual_for, run
+from helpers.kernel_cases import LAYOUTS, in_interpreter, parameters, randn, same_bits
+from helpers.norm_cases import check, op, residual_for, run
 from helpers.resident_programs import programs_at_once
 
 H200 = runtime.Chip(multiprocessors=132, capability=(9, 0), l2_bytes=50 * 2**20)
 BF16, FP32 = torch.bfloat16, torch.float32
-FORWARD, BACKWARD, PLACED_BACKWARD = (f"one_pass_{name}_kernel" for name in ("forward", "backward", "placed_backward"))
-
-
-def in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs `test`, which need not ask for the fixture `tier`, in the interpreter's tier alone."""
-    test = pytest.mark.usefixtures("tier")(test)
-    return pytest.mark.parametrize("tier", ["interpreter"], indirect=True)(test)
+FORWARD, BACKWARD, GATHER_BACKWARD = (f"one_pass_{name}_kernel" for name in ("forward", "backward", "gather_backward"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny picture on a tiny GPU, and the plan that it must give: members, teams, units, rows of the last chunk."""
+    """A tiny image on a tiny GPU, and its expected plan: members, teams, units, rows of the last chunk."""
 
     norm: str
     layout: str
@@ -59,7 +52,7 @@ class Case:
             monkeypatch.setattr(dispatch, "_MERGE_BYTES", 0)
 
     def check_plan(self, x: torch.Tensor, dy: torch.Tensor | None) -> None:
-        plan = dispatch.one_pass(x, dy, per_sample=self.norm == "instance")
+        plan = dispatch.plan_one_pass(x, dy, per_sample=self.norm == "instance")
         assert plan is not None
         _, r, _ = runtime.as_prq(x)
         last = r - (plan.chunks - 1) * plan.parts * plan.sub
@@ -84,46 +77,44 @@ CASES = {
 # A residual's border (None: no residual), and the options of the op.
 PLAIN: tuple[int | None, dict[str, Any]] = (None, {})
 RELU: tuple[int | None, dict[str, Any]] = (None, {"relu": True})
-ENLARGED: tuple[int | None, dict[str, Any]] = (None, {"upsample": 2, "padding": (1, 2, 0, 1)})
+UPSAMPLED: tuple[int | None, dict[str, Any]] = (None, {"upsample": 2, "padding": (1, 2, 0, 1)})
 RESIDUAL: tuple[int | None, dict[str, Any]] = (1, {"padding": 1, "padding_mode": "symmetric", "relu": True})
 ZEROS: tuple[int | None, dict[str, Any]] = (0, {"padding": 1, "padding_mode": "zeros"})
-PLACED = [
+PADDED = [
     ("shared", ZEROS), ("batch", ZEROS), ("shared batch", RESIDUAL), ("alone", RESIDUAL),
     *(pytest.param(name, RESIDUAL, marks=pytest.mark.campaign) for name in ("bf16", "batch planes")),
-    pytest.param("planes", ENLARGED, marks=pytest.mark.campaign),
+    pytest.param("planes", UPSAMPLED, marks=pytest.mark.campaign),
 ]  # fmt: skip
 
 
 @in_interpreter
-@pytest.mark.parametrize(("name", "options"), [*((name, RELU) for name in CASES), ("teams", PLAIN), *PLACED])
-def test_agrees_with_torch(name, options, monkeypatch):
-    """Forward and backward by the rule; the same bits twice, and closely what two launches give.
+@pytest.mark.parametrize(("name", "options"), [*((name, RELU) for name in CASES), ("teams", PLAIN), *PADDED])
+def test_one_pass_agrees_with_torch(name, options, monkeypatch):
+    """Forward and backward by the rule; the same bits twice, and nearly what two passes give.
 
-    The last two for one placed case only: in the interpreter, gathering over all images takes long.
+    The last two for one padded case only: in the interpreter, gathering over all copies takes long.
     """
     case, (border, options) = CASES[name], options
     x = case.tensor(offset=3.0)
     whole = "padding" not in options
     twice = whole or name == "shared"
-    others = [run(OPS[case.norm], x, residual_for(x, border), **options)] if twice else []
+    two_passes = run(op(case.norm), x, residual_for(x, border), **options)[0] if twice else []
     case.on_chip(monkeypatch)
     for dy in [None, torch.empty_like(x)] if whole else [None]:
         case.check_plan(x, dy)
     with programs_at_once() as launched:
-        y, grads = check(case.norm, x, border, **options)
-        assert launched == [FORWARD, BACKWARD if whole else PLACED_BACKWARD]
+        results = check(case.norm, x, border, **options)
+        assert launched == [FORWARD, BACKWARD if whole else GATHER_BACKWARD]
         if twice:
-            again, again_grads = run(OPS[case.norm], x, residual_for(x, border), **options)
-            assert all(torch.equal(a, b) for a, b in zip((y, *grads), (again, *again_grads), strict=True))
+            assert same_bits(results, run(op(case.norm), x, residual_for(x, border), **options)[0])
     tolerance = 2.0**-19 if x.dtype == torch.float32 else 2.0**-7
-    for other, other_grads in others:
-        for a, b in zip((y, *grads), (other, *other_grads), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item())
+    for one, two in zip(results, two_passes, strict=False):
+        torch.testing.assert_close(one, two, rtol=0, atol=tolerance * two.abs().max().item())
 
 
 @in_interpreter
 @pytest.mark.parametrize("name", ["teams", "batch planes"])
-def test_mean_that_dwarfs_the_deviation(name, monkeypatch):
+def test_one_pass_with_a_large_mean(name, monkeypatch):
     """E[x²] − E[x]² would lose every digit here; in bfloat16 the deviation is a few steps of the format."""
     case = CASES[name]
     case.on_chip(monkeypatch)
@@ -132,7 +123,7 @@ def test_mean_that_dwarfs_the_deviation(name, monkeypatch):
 
 
 @in_interpreter
-def test_constant_gives_its_bias(monkeypatch):
+def test_one_pass_of_a_constant_is_its_bias(monkeypatch):
     case = CASES["teams"]
     case.on_chip(monkeypatch)
     weight, bias = parameters(8)
@@ -144,31 +135,31 @@ def test_constant_gives_its_bias(monkeypatch):
 
 @in_interpreter
 @pytest.mark.parametrize("residual", [None, 0, 1])
-def test_one_program_per_group_needs_no_company(residual, monkeypatch):
+def test_one_pass_with_one_program_per_group(residual, monkeypatch):
     """Groups of one member run in the plain interpreter, one after another, to the same bits."""
     case = CASES["alone"]
     case.on_chip(monkeypatch)
     x = case.tensor()
-    y, grads = check(case.norm, x, residual, relu=True)
+    results = check(case.norm, x, residual, relu=True)
     with programs_at_once() as launched:
-        company = run(OPS[case.norm], x, residual_for(x, residual), relu=True)
-    assert launched == [FORWARD, BACKWARD if residual is None else PLACED_BACKWARD]
-    assert all(torch.equal(a, b) for a, b in zip((y, *grads), (company[0], *company[1]), strict=True))
+        at_once, _ = run(op(case.norm), x, residual_for(x, residual), relu=True)
+    assert launched == [FORWARD, BACKWARD if residual is None else GATHER_BACKWARD]
+    assert same_bits(results, at_once)
 
 
 @in_interpreter
-def test_waiting_for_ever_is_noticed(monkeypatch):
+def test_programs_at_once_reports_a_deadlock(monkeypatch):
     """A counter that starts too low never reaches the number of members."""
     case = CASES["shared batch"]
     case.on_chip(monkeypatch)
     full = torch.full
     monkeypatch.setattr(torch, "zeros", lambda size, **options: full((size,), -1, **options))
-    with programs_at_once(timeout=3), pytest.raises(AssertionError, match="4 of 4 programs still waited"):
-        OPS[case.norm](case.tensor(), *parameters(8))
+    with programs_at_once(timeout=1.5), pytest.raises(AssertionError, match="4 of 4 programs still waited"):
+        op(case.norm)(case.tensor(), *parameters(8))
 
 
 def _moved(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, int]:
-    """The traffic of one forward, and the bytes of partial results that its programs read from one another."""
+    """The traffic of one forward, and the bytes of partial results that programs read from each other."""
     scratch: list[torch.Tensor] = []
     allocate = runtime.allocate
 
@@ -185,8 +176,8 @@ def _moved(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, int]:
 
 @in_interpreter
 @pytest.mark.parametrize("members", [1, 3])
-def test_each_byte_moves_once(members, monkeypatch):
-    """Chunks of the real size: at most 5% above one read and one write, statistics and partial results included.
+def test_one_pass_forward_moves_each_byte_once(members, monkeypatch):
+    """Chunks of the real size: at most 5% above one read and one write, statistics included.
 
     Left out of the 5% are partial results that programs read back: just written, they come from L2. They are few, too.
     """
@@ -194,7 +185,7 @@ def test_each_byte_moves_once(members, monkeypatch):
     if members == 1:
         monkeypatch.setattr(dispatch, "_PARTS", (8,))
     x = LAYOUTS["channels_last"](randn((1, 16, 32 if members == 1 else 40, 32), torch.bfloat16))
-    plan = dispatch.one_pass(x, per_sample=True)
+    plan = dispatch.plan_one_pass(x, per_sample=True)
     assert plan is not None
     assert (plan.members, plan.sub) == (members, 128)
     traffic, read_back = _moved(x, monkeypatch)
@@ -205,7 +196,7 @@ def test_each_byte_moves_once(members, monkeypatch):
 
 
 @in_interpreter
-def test_one_pass_backward_reads_x_again_from_l2(monkeypatch):
+def test_one_pass_backward_rereads_x_from_l2(monkeypatch):
     """dy and dx move once; x is read twice, the second time by the program that has just read it."""
     x = LAYOUTS["channels_last"](randn((1, 16, 64, 32), torch.bfloat16)).requires_grad_()
     y = instance_norm(x, *parameters(16), relu=True)
@@ -221,7 +212,7 @@ def test_one_pass_backward_reads_x_again_from_l2(monkeypatch):
 
 @in_interpreter
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_two_launches_read_twice(layout, monkeypatch):
+def test_two_passes_read_twice(layout, monkeypatch):
     """3E forward, 5E backward, for E bytes of x: two of them the second look at what was read."""
     monkeypatch.setattr(runtime, "TARGET_PROGRAMS", 4)
     x = LAYOUTS[layout](randn((1, 32, 16, 32), torch.bfloat16)).requires_grad_()
@@ -266,18 +257,18 @@ def _check_consistent(plan: dispatch.OnePass, x: torch.Tensor, per_sample: bool,
 @pytest.mark.parametrize("n", [4, 16, 32])
 @pytest.mark.parametrize("size", [(32, 256, 256), (64, 128, 128), (128, 64, 64)])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_the_networks_shapes_go_in_one_pass(n, size, layout, monkeypatch):
+def test_plan_one_pass_for_the_networks_shapes(n, size, layout, monkeypatch):
     monkeypatch.setattr(runtime, "chip", lambda _: H200)
     x = _meta((n, *size), layout=layout)
     for dy, held in [(None, True), (x, True), (_meta((n, size[0], size[1] + 2, size[2] + 2)), False)]:
-        plan = dispatch.one_pass(x, dy, per_sample=True, held=held)
+        plan = dispatch.plan_one_pass(x, dy, per_sample=True, held=held)
         assert plan is not None
         _check_consistent(plan, x, True, H200)
 
 
-def test_what_cannot_go_in_one_pass(monkeypatch):
+def test_plan_one_pass_is_none_where_it_cannot_run(monkeypatch):
     def plan(x: torch.Tensor, dy: torch.Tensor | None = None, **options: Any) -> dispatch.OnePass | None:
-        return dispatch.one_pass(x, dy, **{"per_sample": True, **options})
+        return dispatch.plan_one_pass(x, dy, **{"per_sample": True, **options})
 
     x = _meta((4, 32, 64, 64))
     assert plan(x) is None  # the CPU
@@ -309,30 +300,30 @@ def test_what_cannot_go_in_one_pass(monkeypatch):
     per_sample=st.booleans(), backward=st.booleans(), held=st.booleans(),
     multiprocessors=st.sampled_from([1, 3, 108, 132, 148]),
 )  # fmt: skip
-def test_any_plan_is_consistent(shape, dtype, layout, per_sample, backward, held, multiprocessors):
+def test_plan_one_pass_is_consistent(shape, dtype, layout, per_sample, backward, held, multiprocessors):
     chip = runtime.Chip(multiprocessors, (9, 0))
     x = _meta(shape, dtype, layout)
     dy = x if backward else None
     with mock.patch.object(runtime, "chip", return_value=chip):
-        plan = dispatch.one_pass(x, dy, per_sample=per_sample, held=held or not backward)
+        plan = dispatch.plan_one_pass(x, dy, per_sample=per_sample, held=held or not backward)
     if plan is not None:
         _check_consistent(plan, x, per_sample, chip)
 
 
-def test_any_network_shape_has_a_plan_on_any_large_gpu():
-    """What the property above says nothing of: that there are plans at all."""
+def test_plan_one_pass_on_any_large_gpu():
+    """The property above does not say that there are plans at all."""
     for multiprocessors in (108, 132, 148):
         chip = runtime.Chip(multiprocessors, (9, 0))
         with mock.patch.object(runtime, "chip", return_value=chip):
-            assert dispatch.one_pass(_meta((1, 128, 64, 64)), per_sample=False) is not None
+            assert dispatch.plan_one_pass(_meta((1, 128, 64, 64)), per_sample=False) is not None
 
 
 @pytest.mark.parametrize(("capability", "holds"), [((8, 0), True), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
-def test_when_the_backward_holds_its_gradient(capability, holds, monkeypatch):
-    """From 10.0 on never: there the kernel that holds it would spill. Nor where dy was placed or more is under way."""
+def test_held_by_backward_depends_on_the_architecture(capability, holds, monkeypatch):
+    """From 10.0 on never: there that kernel would spill. Nor with padding or a third tensor."""
     monkeypatch.setattr(runtime, "chip", lambda _: runtime.Chip(148, capability))
     x = LAYOUTS["channels_last"](randn((2, 32, 8, 8), BF16))
-    assert dispatch._held_by_backward(x, x, Placement(), None) == holds
-    assert not dispatch._held_by_backward(x, x, Placement(border=(1, 1, 1, 1)), None)
-    assert not dispatch._held_by_backward(x, x, Placement(), x)
-    assert not dispatch._held_by_backward(x, x.float(), Placement(), None)
+    assert dispatch._held_by_backward(x, x, UpsamplePad(), None) == holds
+    assert not dispatch._held_by_backward(x, x, UpsamplePad(padding=(1, 1, 1, 1)), None)
+    assert not dispatch._held_by_backward(x, x, UpsamplePad(), x)
+    assert not dispatch._held_by_backward(x, x.float(), UpsamplePad(), None)

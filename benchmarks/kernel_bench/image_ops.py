@@ -1,4 +1,4 @@
-"""Pictures at the ends of networks: bytes into the first convolution, and from one network into the next and back."""
+"""Images at the ends of networks: uint8 to the first convolution, output to VGG's input and back."""
 
 from __future__ import annotations
 
@@ -20,53 +20,53 @@ _VARIATION = (0.25, 0.5)
 
 
 def _bytes(draw: Draw, shape: Shape) -> Inputs:
-    """`like` gives the result's type."""
-    pictures = draw.images(shape, mean=128.0, deviation=50.0).clamp_(0, 255).to(torch.uint8)
-    return Inputs({}, {"pictures": pictures, **_vectors(draw), "like": draw.images((1, 3, 1, 1))})
+    """`like` gives the result's dtype."""
+    images = draw.images(shape, mean=128.0, deviation=50.0).clamp_(0, 255).to(torch.uint8)
+    return Inputs({}, {"images": images, **_vectors(draw), "like": draw.images((1, 3, 1, 1))})
 
 
 def _vectors(draw: Draw) -> dict[str, Tensor]:
     return {"mean": draw.vector((3,), mean=0.45, deviation=0.03), "gain": draw.vector((3,), mean=4.4, deviation=0.1)}
 
 
-def _eager_input(pictures: Tensor, mean: Tensor, gain: Tensor, like: Tensor, *, padding: int) -> Tensor:
-    x = pictures.to(mean.dtype) / 255
+def _eager_input(images: Tensor, mean: Tensor, gain: Tensor, like: Tensor, *, padding: int) -> Tensor:
+    x = images.to(mean.dtype) / 255
     x = (x - mean.view(3, 1, 1)) * gain.view(3, 1, 1)
     return F.pad(x.to(like.dtype), (padding,) * 4, mode="reflect") if padding else x.to(like.dtype)
 
 
-def _fastnst_input(pictures: Tensor, mean: Tensor, gain: Tensor, like: Tensor, *, padding: int) -> Tensor:
-    return fk.picture_input(pictures, 1 / 255, gain, -mean * gain, padding=padding, dtype=like.dtype)
+def _fastnst_input(images: Tensor, mean: Tensor, gain: Tensor, like: Tensor, *, padding: int) -> Tensor:
+    return fk.uint8_to_input(images, 1 / 255, gain, -mean * gain, padding=padding, dtype=like.dtype)
 
 
 def _input(padding: int) -> Op:
     return Op(
-        f"picture_input+padding{padding}" if padding else "picture_input",
+        f"uint8_to_input+padding{padding}" if padding else "uint8_to_input",
         SIZES,
         SMALL_SIZES,
         _bytes,
         partial(_fastnst_input, padding=padding),
         partial(_eager_input, padding=padding),
-        lambda shape, dtype: {FORWARD: cost.picture_input(shape, dtype, padding)},
+        lambda shape, dtype: {FORWARD: cost.uint8_to_input(shape, dtype, padding)},
         image_gradient,
     )
 
 
 def _raw(draw: Draw, shape: Shape) -> Inputs:
-    """`sums` is where a call leaves the sums of total variation, its second result."""
+    """A call writes the sums of total variation, its second result, into `sums`."""
     return Inputs({}, {"z": draw.images(shape), **_vectors(draw), "sums": draw.vector((shape[0], 2))})
 
 
-def _eager_boundary(z: Tensor, mean: Tensor, gain: Tensor, sums: Tensor) -> Tensor:
+def _eager_forward(z: Tensor, mean: Tensor, gain: Tensor, sums: Tensor) -> Tensor:
     s = _FACTOR * z.to(mean.dtype).tanh() + _OFFSET
     vertical, horizontal = s[:, :, 1:] - s[:, :, :-1], s[..., 1:] - s[..., :-1]
     sums.copy_(torch.stack([vertical.square().sum((1, 2, 3)), horizontal.square().sum((1, 2, 3))], 1))
     return ((s - mean.view(3, 1, 1)) * gain.view(3, 1, 1)).to(z.dtype)
 
 
-def _fastnst_boundary(z: Tensor, mean: Tensor, gain: Tensor, sums: Tensor) -> Tensor:
+def _fastnst_forward(z: Tensor, mean: Tensor, gain: Tensor, sums: Tensor) -> Tensor:
     window = (0, 0, *z.shape[2:])
-    u, made = fk.network_boundary(
+    u, made = fk.output_to_vgg_input(
         z, mean, gain, window=window, tanh=True, factor=_FACTOR, offset=_OFFSET, dtype=z.dtype
     )
     sums.copy_(made[:, :2])
@@ -89,31 +89,31 @@ def _eager_backward(z: Tensor, du: Tensor, gain: Tensor) -> Tensor:
 
 def _fastnst_backward(z: Tensor, du: Tensor, gain: Tensor) -> Tensor:
     window = (0, 0, *z.shape[2:])
-    return fk.network_boundary_backward(z, du, gain, window=window, tanh=True, factor=_FACTOR, variation=_VARIATION)
+    return fk.output_to_vgg_input_backward(z, du, gain, window=window, tanh=True, factor=_FACTOR, variation=_VARIATION)
 
 
-def _boundary_costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
-    return {FORWARD: cost.network_boundary(shape, dtype)}
+def _forward_costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
+    return {FORWARD: cost.output_to_vgg_input(shape, dtype)}
 
 
 def _backward_costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
-    return {FORWARD: cost.network_boundary_backward(shape, dtype)}
+    return {FORWARD: cost.output_to_vgg_input_backward(shape, dtype)}
 
 
-# Without a border, as the loss network takes its content, and with those of two of the transform nets.
-PICTURE_INPUTS = tuple(_input(padding) for padding in (0, 4, 40))
-BOUNDARY = Op(
-    "network_boundary",
+# Without padding, for the loss network's content images, and with that of two of the transform nets.
+UINT8_TO_INPUTS = tuple(_input(padding) for padding in (0, 4, 40))
+OUTPUT_TO_VGG_INPUT = Op(
+    "output_to_vgg_input",
     SIZES,
     SMALL_SIZES,
     _raw,
-    _fastnst_boundary,
-    _eager_boundary,
-    _boundary_costs,
+    _fastnst_forward,
+    _eager_forward,
+    _forward_costs,
     image_gradient,
 )
-BOUNDARY_BACKWARD = Op(
-    "network_boundary_backward",
+OUTPUT_TO_VGG_INPUT_BACKWARD = Op(
+    "output_to_vgg_input_backward",
     SIZES,
     SMALL_SIZES,
     _raw_and_gradient,

@@ -1,4 +1,4 @@
-"""What the norms do with their result: enlargement and border, by hand, against PyTorch, and where it cannot be."""
+"""Upsampling and padding of the norms' results: by hand, against PyTorch, and what is refused."""
 
 import pytest
 import torch
@@ -7,13 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnst_kernels import batch_norm, instance_norm
-from fastnst_kernels.norm import dispatch, upsample_pad
-from fastnst_kernels.norm.upsample_pad import Placement, place, place_adjoint, place_reference
-from helpers.kernel_cases import LAYOUTS, check_bad_input, randn, same_format
-from helpers.norm_cases import check, place_by_torch, run
+from fastnst_kernels.norm import dispatch
+from fastnst_kernels.norm.upsample_pad import (
+    UpsamplePad,
+    unpadded,
+    upsample_pad,
+    upsample_pad_adjoint,
+    upsample_pad_reference,
+)
+from helpers.kernel_cases import LAYOUTS, check_bad_input, randn, same_bits, same_format
+from helpers.norm_cases import check, op, run, torch_upsample_pad
 
 MODES = ["reflect", "symmetric", "zeros"]
-# [[1, 2, 3], [4, 5, 6]] with a border of one.
+# [[1, 2, 3], [4, 5, 6]] padded by one.
 BY_ONE = {
     "reflect": [[5, 4, 5, 6, 5], [2, 1, 2, 3, 2], [5, 4, 5, 6, 5], [2, 1, 2, 3, 2]],
     "symmetric": [[1, 1, 2, 3, 3], [1, 1, 2, 3, 3], [4, 4, 5, 6, 6], [4, 4, 5, 6, 6]],
@@ -28,8 +34,8 @@ UNEVEN = {
     "zeros": [[0, 1, 2, 3, 0, 0], [0, 4, 5, 6, 0, 0], [0, 7, 8, 9, 0, 0], [0, 10, 11, 12, 0, 0],
               [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
 }  # fmt: skip
-# [[1, 2], [3, 4]] enlarged, with a border of one.
-ENLARGED = {
+# [[1, 2], [3, 4]] upsampled and padded by one.
+UPSAMPLED = {
     "reflect": [[1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4], [3, 3, 3, 4, 4, 4],
                 [3, 3, 3, 4, 4, 4]],
     "symmetric": [[1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4], [3, 3, 3, 4, 4, 4],
@@ -40,14 +46,14 @@ ENLARGED = {
 BY_HAND = [
     *((mode, 1, (1, 1, 1, 1), (2, 3), BY_ONE[mode]) for mode in MODES),
     *((mode, 1, (1, 2, 0, 3), (4, 3), UNEVEN[mode]) for mode in MODES),
-    *((mode, 2, (1, 1, 1, 1), (2, 2), ENLARGED[mode]) for mode in MODES),
+    *((mode, 2, (1, 1, 1, 1), (2, 2), UPSAMPLED[mode]) for mode in MODES),
 ]
 
 
 @pytest.mark.parametrize(("mode", "upsample", "border", "size", "expected"), BY_HAND)
-def test_hand_computed(tier, mode, upsample, border, size, expected):
-    """Through the norm, whose identity is a weight of the deviation and a bias of the mean; and its gradient: with ones
-    for dy, each pixel's d_residual is the number of its copies."""
+def test_upsample_pad_by_hand(tier, mode, upsample, border, size, expected):
+    """Through the norm, which is the identity with the deviation as weight and the mean as bias; and its gradient: with
+    dy = 1 each pixel's d_residual is the number of its copies."""
     z = torch.arange(1.0, size[0] * size[1] + 1, device=tier.device).view(1, 1, *size)
     weight, bias = (t.view(1) for t in (z.var(correction=0).sqrt(), z.mean()))
     residual = torch.zeros_like(z).requires_grad_()
@@ -72,38 +78,37 @@ def test_hand_computed(tier, mode, upsample, border, size, expected):
         ("instance", "contiguous", torch.float32, "reflect", None, {"upsample": 2}),
     ],
 )
-def test_agrees_with_torch(tier, norm, layout, dtype, mode, border, options):
+def test_norm_with_upsample_pad_agrees_with_torch(tier, norm, layout, dtype, mode, border, options):
     x = LAYOUTS[layout](randn((1, 3, 5, 7), dtype, tier.device))
-    y, grads = check(norm, x, border, padding_mode=mode, **options)
+    y, dx, *_ = check(norm, x, border, padding_mode=mode, **options)
     assert same_format(y, x)
-    assert same_format(grads[0], x)
+    assert same_format(dx, x)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("relu", [False, True])
-def test_strips_that_overlap(tier, mode, relu):
-    """With 4 rows and borders of 3, a pixel has two mirror images in one direction: the kernels leave placing to
-    PyTorch. The residual's border of 3 is more than half of a side, too."""
-    place = Placement(1, (3, 3, 3, 3), mode)
-    assert not place.fits_kernels(4, 5)
+def test_norm_with_overlapping_strips(tier, mode, relu):
+    """With 4 rows padded by 3, a pixel has two mirror images in one direction: the kernels leave padding to PyTorch.
+    The residual's margin of 3 is more than half of a side, too."""
+    assert not UpsamplePad(1, (3, 3, 3, 3), mode).supports_kernels(4, 5)
     x = LAYOUTS["channels_last"](randn((1, 3, 4, 5), torch.float32, tier.device))
     check("instance", x, 3, padding=3, padding_mode=mode, relu=relu)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("upsample", "size", "border"), [(1, 5, 1), (1, 6, 2), (2, 3, 2), (2, 2, 1)])
-def test_strips_that_just_meet(mode, upsample, size, border):
-    """The smallest picture that the kernels place themselves has 2·border + 2·skip rows."""
-    place = Placement(upsample, (border,) * 4, mode)
-    least = 2 * border + 2 * place.skip
-    assert place.fits_kernels(size, size) == (upsample * size >= least)
-    assert place.fits_kernels(-(-least // upsample), size + least)
-    assert not place.fits_kernels((least - 1) // upsample, size + least)
+def test_supports_kernels_from_the_size_where_strips_meet(mode, upsample, size, border):
+    """The smallest image that the kernels pad themselves has 2·border + 2·skip rows."""
+    pad = UpsamplePad(upsample, (border,) * 4, mode)
+    least = 2 * border + 2 * pad.skip
+    assert pad.supports_kernels(size, size) == (upsample * size >= least)
+    assert pad.supports_kernels(-(-least // upsample), size + least)
+    assert not pad.supports_kernels((least - 1) // upsample, size + least)
 
 
 @pytest.mark.parametrize(("mode", "most"), [("reflect", 4), ("symmetric", 5)])
 @pytest.mark.parametrize("norm", [instance_norm, batch_norm])
-def test_as_wide_as_it_mirrors_and_no_wider(tier, norm, mode, most):
+def test_norm_pads_as_wide_as_it_mirrors_and_no_wider(tier, norm, mode, most):
     x = randn((2, 2, 5, 9), torch.float32, tier.device)
     ones = torch.ones(2, device=tier.device)
     given = {"x": x, "weight": ones, "bias": ones, "padding_mode": mode}
@@ -111,7 +116,7 @@ def test_as_wide_as_it_mirrors_and_no_wider(tier, norm, mode, most):
         given |= {"running_mean": ones.clone(), "running_var": ones.clone(), "training": True}
     assert norm(**given, padding=(0, 0, most, most)).shape == (2, 2, 5 + 2 * most, 9)
     message = (
-        rf"padding is \(0, 0, {most + 1}, 0\) .* can mirror at most {most} rows and {most + 4} columns of a picture"
+        rf"padding is \(0, 0, {most + 1}, 0\) .* can mirror at most {most} rows and {most + 4} columns of an image"
     )
     check_bad_input(norm, given | {"padding": (0, 0, most + 1, 0)}, message)
     check_bad_input(norm, given | {"padding": (0, most + 5, 0, 0)}, rf"padding is \(0, {most + 5}, 0, 0\)")
@@ -129,44 +134,44 @@ def test_as_wide_as_it_mirrors_and_no_wider(tier, norm, mode, most):
         ({"padding_mode": "circular"}, r"padding_mode is 'circular', expected one of 'reflect', 'symmetric', 'zeros'"),
     ],
 )
-def test_bad_input(change, message):
+def test_norm_refuses_bad_padding(change, message):
     ones = torch.ones(3)
     check_bad_input(instance_norm, {"x": torch.zeros(2, 3, 4, 5), "weight": ones, "bias": ones} | change, message)
 
 
 @st.composite
-def placements(draw):
-    """A size and a `Placement` that it allows, strips that overlap included."""
+def pads(draw):
+    """A size and an `UpsamplePad` that it allows, strips that overlap included."""
     height, width, upsample = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.sampled_from([1, 2]))
     mode = draw(st.sampled_from(MODES))
     rows, columns = (upsample * side - (mode == "reflect") for side in (height, width))
     most = (4, 4) if mode == "zeros" else (min(rows, 4), min(columns, 4))
-    border = [draw(st.integers(0, most[1])) for _ in range(2)] + [draw(st.integers(0, most[0])) for _ in range(2)]
-    return (height, width), Placement(upsample, tuple(border), mode)
+    padding = [draw(st.integers(0, most[1])) for _ in range(2)] + [draw(st.integers(0, most[0])) for _ in range(2)]
+    return (height, width), UpsamplePad(upsample, tuple(padding), mode)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(case=placements(), layout=st.sampled_from(["contiguous", "channels_last"]))
-def test_placing_and_its_adjoint(case, layout):
-    """Placing is what PyTorch does, and ⟨P z, dy⟩ = ⟨z, Pᵀdy⟩."""
-    size, place_as = case
+@given(case=pads(), layout=st.sampled_from(["contiguous", "channels_last"]))
+def test_upsample_pad_and_its_adjoint(case, layout):
+    """P z is what PyTorch computes, and ⟨P z, dy⟩ = ⟨z, Pᵀdy⟩."""
+    size, pad = case
+    assert UpsamplePad.from_ints(pad.as_ints()) == pad
     z = LAYOUTS[layout](randn((2, 3, *size), torch.float64))
-    y = place(z, place_as)
-    assert y.shape == place_as.shape(z)
-    assert torch.equal(y, place_reference(z, place_as))
-    assert torch.equal(y, place_by_torch(z, place_as))
-    assert torch.equal(upsample_pad.own_places(y, place_as, size), z)
+    y = upsample_pad(z, pad)
+    assert y.shape == pad.shape(z)
+    assert same_bits([y, y], [upsample_pad_reference(z, pad), torch_upsample_pad(z, pad)])
+    assert torch.equal(unpadded(y, pad, size), z)
     dy = LAYOUTS[layout](randn(y.shape, torch.float64, seed=1))
-    dz = place_adjoint(dy, place_as)
+    dz = upsample_pad_adjoint(dy, pad)
     assert dz.shape == z.shape
     assert abs((y * dy).sum() - (z * dz).sum()) <= 1e-12 * (y.abs() * dy.abs()).sum()
     leaf = z.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(place_reference(leaf, place_as), leaf, dy)
+    (expected,) = torch.autograd.grad(upsample_pad_reference(leaf, pad), leaf, dy)
     torch.testing.assert_close(dz, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_residuals_gradient_is_never_the_results():
-    """Cut out of dy, it could be dy's own memory, which PyTorch forbids."""
+def test_norm_backward_does_not_alias_the_residuals_gradient():
+    """Cropped out of dy, it could be dy's own memory, which PyTorch forbids."""
     x = randn((1, 1, 3, 4))
     residual = randn(x.shape, seed=1).requires_grad_()
     one = torch.ones(1)
@@ -177,23 +182,22 @@ def test_a_residuals_gradient_is_never_the_results():
     assert d_residual.data_ptr() != dy[:, :, 1:].data_ptr()
 
 
-def test_kernels_refuse_what_32_bits_cannot_count():
+def test_norm_kernels_refuse_what_32_bits_cannot_count():
     """y counts, not x alone: 4 times the pixels. Nothing is allocated."""
     x = torch.empty((1, 1, 2**15, 2**14), device="meta")
-    dispatch._check_size(x, Placement())
+    dispatch._check_size(x, UpsamplePad())
     with pytest.raises(ValueError, match=r"2147483648 elements per sample, but the kernels take less than 2147483648"):
-        dispatch._check_size(x, Placement(2))
+        dispatch._check_size(x, UpsamplePad(2))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_border_of_a_residual_does_not_count(tier, mode):
+def test_norm_crops_the_residuals_margin(tier, mode):
     """Whatever stands there, even NaN; its gradient there is zero."""
     x = LAYOUTS["channels_last"](randn((1, 3, 4, 5), torch.float32, tier.device))
     inner = randn(x.shape, x.dtype, tier.device, seed=1)
     outer = F.pad(inner, (1,) * 4, value=float("nan"))
     options = {"relu": True, "padding": 1, "padding_mode": mode}
-    expected, by_inner = run(instance_norm, x, inner, **options)
-    y, by_outer = run(instance_norm, x, outer, **options)
-    assert torch.equal(y, expected)
-    assert all(torch.equal(a, b) for a, b in zip(by_outer[:3], by_inner[:3], strict=True))
-    assert torch.equal(by_outer[3], F.pad(by_inner[3], (1,) * 4))
+    expected, _ = run(op("instance"), x, inner, **options)
+    results, _ = run(op("instance"), x, outer, **options)
+    assert same_bits(results[:4], expected[:4])
+    assert torch.equal(results[4], F.pad(expected[4], (1,) * 4))
