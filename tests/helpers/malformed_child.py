@@ -7,8 +7,8 @@ the memory in use grew at most. Each gets 30 seconds.
 
 import contextlib
 import io
-import logging
 import json
+import logging
 import re
 import resource
 import shutil
