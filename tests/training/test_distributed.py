@@ -199,7 +199,7 @@ def test_train_distributed_replaces_failed_images_as_one_process(
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
         photos = Path(shutil.copytree(photo_folder, folder / "photos"))
-        argv = arguments(photos, folder / "run", steps=6, settings=settings)
+        argv = arguments(photos, folder / "run", steps=8, settings=settings)
         gone = {0: tuple(str(path) for path in sorted(photos.iterdir())[3:6])}
         ended = run_ranks(fork_server, argv, folder, world_size=world_size, removed=gone)
         assert codes(ended) == [0] * world_size
@@ -301,7 +301,7 @@ def test_local_config_shares_the_batch_and_the_cores() -> None:
     assert (share.train.batch_size, share.data.workers) == (2, 1)
     assert local_config(config, DistEnv()) == config
     of_batches = load_config(assignments=["train.batch_size=8", "model.norm=batch"], environment={})
-    with pytest.raises(UserError, match="model.norm is 'batch', whose statistics are those of a whole batch"):
+    with pytest.raises(UserError, match=r"model\.norm is 'batch', whose statistics are those of a whole batch"):
         check_divisible(of_batches, DistEnv(1, 4, 1, 4))
 
 
@@ -324,7 +324,8 @@ def test_choose_device_needs_nccl_and_a_gpu_for_each_process(monkeypatch: pytest
 
 
 def test_describe_shortage_counts_all_processes() -> None:
-    config = load_config(assignments=["train.batch_size=16", "train.precision=fp32"], environment={})
+    settings = ["train.batch_size=16", "train.precision=fp32", "data.image_size=64"]
+    config = load_config(preset="vgg-conv3", assignments=settings, environment={})
     share = local_config(config, DistEnv(0, 4, 0, 4))
     need = estimate(share, device_type="cpu")
     text = describe_shortage(share, need, int(0.8 * required_memory(need)), device_type="cpu", processes=4)
