@@ -1,4 +1,4 @@
-"""What stands for CUDA in the tests of captured steps is as strict as CUDA, and batches come in time."""
+"""What stands for CUDA in the tests of graphed steps is as strict as CUDA, and batches come in time."""
 
 import contextlib
 import random
