@@ -9,12 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
+from fastnst import config_text
 from fastnst.config import load_config
 from fastnst.models.style_model import read_style_metadata
 from helpers import old_formats
 from helpers.crash_points import InThisProcess
 
 Fastnst = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _warn_again() -> None:
+    config_text._warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -34,12 +40,16 @@ def test_load_config_reads_old_keys_and_names_the_new(
     config = load_config(
         file=file if source == "file" else None,
         environment={f"FASTNST_{key}": value for key, value in variables.items()} if source == "environment" else {},
-        assignments=("style.picture=wave.png", "visualize.pictures=3") if source == "--set" else (),
+        assignments=("style.picture=wave.png", "visualize.pictures=3", "visualize.max_percent=5")
+        if source == "--set"
+        else (),
     )
     assert (config.style.image, config.visualize.images) == (Path("wave.png"), 3)
     where = {"file": str(file), "environment": "the environment", "--set": "the command line"}[source]
     assert f"{where}: style.picture is now named style.image; the old name still works" in caplog.messages
     assert f"{where}: visualize.pictures is now named visualize.images; the old name still works" in caplog.messages
+    assert any(text.startswith(f"{where}: visualize.max_percent no longer does any") for text in caplog.messages)
+    assert len(caplog.messages) == 3
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastnst.config import Config, Section, load_config
+from fastnst.config import SECTIONS, Config, load_config
 from fastnst.config_text import toml_value
 from fastnst.errors import DataError, UserError
 from fastnst.storage import LOCK_NAME, is_leftover, storage_error
@@ -84,13 +84,9 @@ def saved_config(run: Path) -> Config:
 
 def config_values(config: Config) -> dict[str, str]:
     """Return dotted key → value as TOML for every key, the form that checkpoints keep."""
-    values: dict[str, str] = {}
-    for section in Config.model_fields:
-        value = getattr(config, section)
-        if isinstance(value, Section):
-            values |= {f"{section}.{key}": toml_value(getattr(value, key)) for key in type(value).model_fields}
-        else:
-            values[section] = toml_value(value)
+    values = {"preset": toml_value(config.preset)}
+    for section in SECTIONS:
+        values |= {f"{section}.{key}": toml_value(value) for key, value in getattr(config, section)}
     return values
 
 
