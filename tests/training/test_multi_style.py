@@ -17,7 +17,7 @@ from fastnst.config import Config, load_config
 from fastnst.data.loaders import open_loader
 from fastnst.data.replacements import read_failures
 from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
-from fastnst.losses.fused import LossEngine
+from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.run_log.writer import RunLog
 from fastnst.storage import StorageError, lock_run
 from fastnst.training import trainer
@@ -144,13 +144,13 @@ def test_train_styles_computes_content_features_once(
     generated_photos: Path, styles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    original = LossEngine.content_targets
+    original = FusedPerceptualLoss.content_targets
 
-    def counted(self: LossEngine, content: torch.Tensor) -> dict[str, torch.Tensor]:
+    def counted(self: FusedPerceptualLoss, content: torch.Tensor) -> dict[str, torch.Tensor]:
         passes.append(len(content))
         return original(self, content)
 
-    monkeypatch.setattr(LossEngine, "content_targets", counted)
+    monkeypatch.setattr(FusedPerceptualLoss, "content_targets", counted)
     stages: list[int] = []
     make = NetTrainer.__init__
 
