@@ -20,10 +20,10 @@ from fastnst.data.cache.build import BuildResult, build_cache
 from fastnst.data.cache.format import (
     CachedManifest,
     as_manifest,
+    cached_shape,
     is_cache,
     manifest_bytes,
     read_cache,
-    stored_shape,
 )
 from fastnst.data.cache.verify import open_cache
 from fastnst.data.crop import read_crop
@@ -167,7 +167,7 @@ def test_build_cache_rebuild_replaces_damaged_shards_only(
         build(generated_photos, tmp_path)
     decoded.clear()
     built = build(generated_photos, tmp_path, rebuild=True)
-    damaged = {stored.entry.path for stored in cache.images if stored.shard in (1, 3)}
+    damaged = {image.entry.path for image in cache.images if image.shard in (1, 3)}
     assert set(decoded) == damaged
     assert built == BuildResult(cache, len(cache.shards) - 2)
     assert contents(tmp_path) == whole
@@ -255,7 +255,7 @@ def test_build_cache_keeps_finished_shards_after_a_kill(
     decoded.clear()
     built = build(generated_photos, out)
     assert built.shards_kept == finished
-    assert len(decoded) == sum(stored.shard >= finished for stored in whole.images)
+    assert len(decoded) == sum(image.shard >= finished for image in whole.images)
     assert contents(out).keys() == contents(tmp_path / "whole").keys()
     for shard in whole.shards:
         assert (out / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
@@ -344,7 +344,7 @@ def test_read_pixels(generated_photos: Path, tmp_path: Path) -> None:
     folder = build_manifest(generated_photos)
     for entry in (folder.images[0], folder.images[-1]):
         height, width = read_pixels(cache, entry).shape[:2]
-        assert (height, width) == stored_shape(entry.width, entry.height, "random_crop", 64)
+        assert (height, width) == cached_shape(entry.width, entry.height, "random_crop", 64)
         assert read_pixels(folder, entry).shape[:2] == (entry.height, entry.width)
     with pytest.raises(DataError, match="not in the cache"):
         read_pixels(cache, ImageEntry("other.jpg", 1, 20, 20, "JPEG", True, 1))

@@ -529,8 +529,8 @@ IMAGES = (
     Fault(
         "batches that DALI had read ahead lost with it",
         DALI,
-        "        super().seek(self._step)\n",
-        "        super().seek(self._next_to_submit or self._step)\n",
+        "        self._rewind(self._step)\n",
+        "        self._rewind(self._next_to_submit or self._step)\n",
         "tests/data/test_replacements.py::test_dali_loader_recovers_from_images_that_break_it",
         "after a bad image all others come in other steps",
     ),
