@@ -86,7 +86,7 @@ RESUMED = (
         "fastnst/data/sampler.py",
         "step * self.batch_size + rank * size",
         "step * self.batch_size",
-        "tests/data/test_sampler.py::test_ranks_share_the_batch_of_one_process",
+        "tests/data/test_sampler.py::test_sampler_ranks_split_the_batch_of_one_process",
     ),
     Fault(
         "steps of a style that is ahead made again",
@@ -330,7 +330,7 @@ NUMBERS = (
         DETERMINISM,
         "    torch.use_deterministic_algorithms(deterministic)\n",
         "",
-        f"{TRAINING}/test_determinism.py::test_an_operation_without_a_deterministic_algorithm_is_an_error_only_then",
+        f"{TRAINING}/test_determinism.py::test_algorithms_are_deterministic_only_if_asked_for[True]",
     ),
     Fault(
         "loss terms that the next replay overwrites",
