@@ -54,10 +54,7 @@ def expected(net: TransformNet, array: np.ndarray) -> np.ndarray:
         return to_array(net(to_tensor(array)))
 
 
-# Files.
-
-
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (37, 53), (64, 49)])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (37, 53)])
 def test_stylize_files_writes_an_image_of_any_size(
     model: Path, net: TransformNet, tmp_path: Path, height: int, width: int
 ) -> None:
@@ -67,16 +64,12 @@ def test_stylize_files_writes_an_image_of_any_size(
     assert np.array_equal(read_image(out), expected(net, array))
 
 
-@pytest.mark.parametrize(
-    ("name", "image_format"), [("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.png", "PNG"), ("a.webp", "WEBP")]
-)
-def test_stylize_files_writes_the_format_of_the_suffix(
-    model: Path, tmp_path: Path, name: str, image_format: str
-) -> None:
+def test_stylize_files_writes_the_format_of_the_suffix(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.png", image(20, 24))
-    run(model, source, out=tmp_path / name)
-    with Image.open(tmp_path / name) as stylized:
-        assert (stylized.format, stylized.size) == (image_format, (24, 20))
+    for name, image_format in (("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.png", "PNG"), ("a.webp", "WEBP")):
+        run(model, source, out=tmp_path / name)
+        with Image.open(tmp_path / name) as stylized:
+            assert (stylized.format, stylized.size) == (image_format, (24, 20))
 
 
 def test_stylize_files_keeps_transparency(model: Path, net: TransformNet, tmp_path: Path) -> None:
@@ -102,7 +95,7 @@ def test_stylize_files_composites_jpeg_on_white(model: Path, tmp_path: Path) -> 
     assert stylized[20:].mean() < 230
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+@pytest.mark.parametrize("orientation", [3, 6])
 def test_stylize_files_applies_orientation_tags(
     model: Path, net: TransformNet, tmp_path: Path, orientation: int
 ) -> None:
@@ -197,13 +190,21 @@ def test_stylize_files_needs_a_folder_for_several_images(model: Path, photo_fold
     assert "no image was named" in refused(model, out=tmp_path / "out")
 
 
-def test_stylize_files_refuses_an_unknown_suffix_first(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", image(20, 20))
+def test_stylize_files_refuses_wrong_arguments_before_reading_the_model(tmp_path: Path) -> None:
+    source, model, out = write(tmp_path / "a.png", image(20, 20)), tmp_path / "no model", tmp_path / "out.png"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match=r"\.gif names no format to write"):
-        run(tmp_path / "no model is looked for", source, out=tmp_path / "out.gif")
+        run(model, source, out=tmp_path / "out.gif")
+    with pytest.raises(DataError, match="holds no image"):
+        run(model, tmp_path / "empty", out=tmp_path / "out")
+    with pytest.raises(UserError, match="unknown device 'tpu'; choose auto, cuda or cpu"):
+        stylize_files(model, [source], out, device="tpu")
+    with pytest.raises(UserError, match="unknown precision 'fp8'; choose auto, bf16, fp16, fp32"):
+        run(model, source, out=out, precision="fp8")
 
 
-# What goes wrong.
+# Failures.
 
 
 @pytest.mark.parametrize(
@@ -253,13 +254,6 @@ def test_stylize_files_stops_when_the_disk_is_full(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_stylize_files_refuses_a_folder_without_images(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match="holds no image"):
-        run(model, tmp_path / "in", out=tmp_path / "out")
-
-
 def test_stylize_files_names_the_image_of_nonfinite_results(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,10 +267,7 @@ def test_stylize_files_names_the_image_of_nonfinite_results(
 def test_stylize_files_checks_memory_and_names_a_size_that_fits(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
-    module = sys.modules["fastnst.inference"]
-    monkeypatch.setattr(module, "_free_bytes", lambda _: 20_000_000)
+    monkeypatch.setattr("fastnst.inference._free_bytes", lambda _: 20_000_000)
     large, small = write(tmp_path / "large.png", image(300, 400)), write(tmp_path / "small.png", image(20, 20))
     with pytest.raises(DeviceError, match=r"large.png: cpu has too little memory for 400 × 300 px; about") as caught:
         run(model, large, out=tmp_path / "out.png")
@@ -285,14 +276,6 @@ def test_stylize_files_checks_memory_and_names_a_size_that_fits(
     with pytest.raises(DeviceError, match="1 of 2 images"):
         run(model, large, small, out=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["small.png"]
-
-
-def test_stylize_files_refuses_unknown_devices_and_precisions(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", image(20, 20))
-    with pytest.raises(UserError, match="unknown device 'tpu'; choose auto, cuda or cpu"):
-        stylize_files(model, [source], tmp_path / "out.png", device="tpu")
-    with pytest.raises(UserError, match="unknown precision 'fp8'; choose auto, bf16, fp16, fp32"):
-        run(model, source, out=tmp_path / "out.png", precision="fp8")
 
 
 @pytest.mark.parametrize("name", ["cmyk_pil_sample.jpg", "misnamed_png.jpg"])

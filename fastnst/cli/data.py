@@ -107,7 +107,7 @@ def _check_cache(folder: Path, as_json: bool) -> None:
     with counted("verify cache", "MB", scale=1e6) as progress:
         damaged = verify(cache, skip_verified=False, progress=progress)
     if as_json:
-        formats = Counter(stored.entry.format for stored in cache.images)
+        formats = Counter(image.entry.format for image in cache.images)
         result = {"folder": str(folder), "accepted": len(cache.images), "formats": formats}
         result |= {"size": cache.size, "fit": cache.fit, "shards": len(cache.shards), "damaged": damaged}
         click.echo(json.dumps(result | {"rejected": _rejected(cache.rejected)}, indent=2))

@@ -140,7 +140,7 @@ def build_manifest(
     report = progress or (lambda _done, _total: None)
     report(len(results), len(candidates))
     try:
-        for checked in _check_all(folder, pending, rules, workers or _cores()):
+        for checked in _check_all(folder, pending, rules, workers or len(os.sched_getaffinity(0))):
             results[checked.path] = checked
             report(len(results), len(candidates))
     finally:
@@ -185,8 +185,7 @@ def check_image(path: str, data: bytes, *, mtime: int, min_side: int = 1, allow_
         path: relative to the folder; only copied into the entry.
         data: all bytes of the file.
         mtime: modification time in ns; only copied into the entry.
-        min_side: minimum of the short side, in pixels.
-        allow_uniform: accept an image of a single colour.
+        min_side, allow_uniform: see `build_manifest`.
 
     Raises:
         UnusableImageError: the image fails the check.
@@ -333,10 +332,6 @@ def _is_uniform(image: Image.Image, data: bytes) -> bool:
     if low != high:
         return False
     return all(low == high for low, high in decode(data, formats=TRAINING_FORMATS).getextrema())  # type: ignore[misc]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cache_file(folder: Path) -> Path:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from fastnst import storage
@@ -20,18 +18,17 @@ from fastnst.data.cache import build as cache_build
 from fastnst.data.cache import format as cache_format
 from fastnst.data.cache.build import BuildResult, build_cache
 from fastnst.data.cache.format import (
-    Cache,
     CachedManifest,
     as_manifest,
+    cached_shape,
     is_cache,
     manifest_bytes,
     read_cache,
-    stored_shape,
 )
 from fastnst.data.cache.verify import open_cache
-from fastnst.data.crop import crop_box, read_crop, resize_crop
+from fastnst.data.crop import read_crop
 from fastnst.data.loaders import open_loader
-from fastnst.data.loaders.cache import Shards, read_pixels
+from fastnst.data.loaders.cache import read_pixels
 from fastnst.data.manifest import ImageEntry, Manifest, build_manifest
 from fastnst.data.replacements import ImageReplacer
 from fastnst.data.sampler import Fit, Sampler
@@ -125,39 +122,6 @@ def test_cache_loader_start_step_and_ranks_do_not_change_batches(generated_photo
     assert torch.equal(torch.cat([first, second], 1), alone[24:].unflatten(0, (2, 6)))
 
 
-@settings(max_examples=40)
-@given(
-    sides=st.tuples(st.integers(16, 90), st.integers(16, 90)),
-    size=st.sampled_from([16, 32, 64, 128, 17, 48]),
-    crop=st.tuples(st.integers(0, 2**24 - 1), st.integers(0, 2**24 - 1)),
-    flip=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-def test_shards_read_crop_equals_resize_crop(
-    sides: tuple[int, int], size: int, crop: tuple[int, int], flip: bool, seed: int, tmp_path_factory: Any
-) -> None:
-    """Cut out of what is stored, or resized out of the file: the same."""
-    width, height = sides
-    folder = tmp_path_factory.mktemp("crops")
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    (folder / "photos").mkdir()
-    Image.fromarray(pixels).save(folder / "photos" / "a.png")
-    cache = build(folder / "photos", folder / "cache", size).cache
-    place = (np.array(crop) / 2**24).astype(np.float32)
-    window = crop_box(width, height, "random_crop", place, size)
-    left, top, right, bottom = window
-    assert left >= 0
-    assert top >= 0
-    assert right <= width * (1 + 1e-6)
-    assert bottom <= height * (1 + 1e-6)
-    expected = resize_crop(Image.fromarray(pixels), window, size, flip)
-    square = np.zeros((size, size, 3), np.uint8)
-    with Shards(cache) as shards:
-        shards.read_crop(cache.images[0], "random_crop", place, flip, square)
-    difference = np.abs(square.astype(int) - expected.astype(int))
-    assert difference.max() <= (0 if size & (size - 1) == 0 else 1)
-
-
 @pytest.mark.usefixtures("small_shards")
 def test_read_cache_returns_what_was_built(photo_folder: Path, tmp_path: Path) -> None:
     (photo_folder / "image_03.jpg").rename(photo_folder / os.fsdecode(b"caf\xe9 \xff.jpg"))
@@ -203,7 +167,7 @@ def test_build_cache_rebuild_replaces_damaged_shards_only(
         build(generated_photos, tmp_path)
     decoded.clear()
     built = build(generated_photos, tmp_path, rebuild=True)
-    damaged = {stored.entry.path for stored in cache.images if stored.shard in (1, 3)}
+    damaged = {image.entry.path for image in cache.images if image.shard in (1, 3)}
     assert set(decoded) == damaged
     assert built == BuildResult(cache, len(cache.shards) - 2)
     assert contents(tmp_path) == whole
@@ -291,7 +255,7 @@ def test_build_cache_keeps_finished_shards_after_a_kill(
     decoded.clear()
     built = build(generated_photos, out)
     assert built.shards_kept == finished
-    assert len(decoded) == sum(stored.shard >= finished for stored in whole.images)
+    assert len(decoded) == sum(image.shard >= finished for image in whole.images)
     assert contents(out).keys() == contents(tmp_path / "whole").keys()
     for shard in whole.shards:
         assert (out / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
@@ -380,7 +344,7 @@ def test_read_pixels(generated_photos: Path, tmp_path: Path) -> None:
     folder = build_manifest(generated_photos)
     for entry in (folder.images[0], folder.images[-1]):
         height, width = read_pixels(cache, entry).shape[:2]
-        assert (height, width) == stored_shape(entry.width, entry.height, "random_crop", 64)
+        assert (height, width) == cached_shape(entry.width, entry.height, "random_crop", 64)
         assert read_pixels(folder, entry).shape[:2] == (entry.height, entry.width)
     with pytest.raises(DataError, match="not in the cache"):
         read_pixels(cache, ImageEntry("other.jpg", 1, 20, 20, "JPEG", True, 1))
@@ -462,17 +426,3 @@ def test_as_manifest_fingerprint(generated_photos: Path, tmp_path: Path) -> None
     prints = [fingerprint("a"), fingerprint("b", 32), fingerprint("c", 64, "squash")]
     assert fingerprint("again") == prints[0]
     assert len({*prints, build_manifest(generated_photos).fingerprint}) == 4
-
-
-def test_cache_survives_moving_and_the_loss_of_its_folder(generated_photos: Path, tmp_path: Path) -> None:
-    """It may be moved, and its folder may go."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for file in generated_photos.iterdir():
-        (photos / file.name).write_bytes(file.read_bytes())
-    made: Cache = build(photos, tmp_path / "cache").cache
-    expected = load(as_manifest(made), Sampler(0, 12, 4, 3), 64)
-    for file in photos.iterdir():
-        file.unlink()
-    moved = (tmp_path / "cache").rename(tmp_path / "elsewhere")
-    assert torch.equal(load(open_cache(moved, size=64, fit="random_crop"), Sampler(0, 12, 4, 3), 64), expected)

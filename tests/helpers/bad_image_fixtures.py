@@ -7,7 +7,6 @@ their verdicts.
 import io
 import os
 import shutil
-import socket
 import struct
 import zlib
 from collections.abc import Callable, Iterable
@@ -137,17 +136,6 @@ def _make_loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-def _make_socket(path: Path) -> None:
-    # A socket's path may be 107 bytes long only; relative to its folder it is short.
-    before = Path.cwd()
-    os.chdir(path.parent)
-    try:
-        with socket.socket(socket.AF_UNIX) as end:
-            end.bind(path.name)
-    finally:
-        os.chdir(before)
-
-
 def _make_sparse(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate((1 << 30) + 1)
@@ -204,7 +192,6 @@ def specimens() -> list[Specimen]:
         Specimen("loop.jpg", "symbolic links", _make_loop),
         Specimen("up.jpg", IGNORED, lambda path: path.symlink_to(".")),
         Specimen("pipe.jpg", "not a regular file", os.mkfifo),
-        Specimen("socket.jpg", "not a regular file", _make_socket),
         Specimen("device.jpg", "not a regular file", lambda path: path.symlink_to("/dev/zero")),
         Specimen("folder.jpg", IGNORED, _folder_of(_HTML)),
         Specimen("sparse.jpg", "above 1 GiB", _make_sparse),

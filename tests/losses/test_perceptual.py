@@ -92,34 +92,12 @@ def test_perceptual_loss_is_equations_2_to_4(style_reduction: str, tv_reduction:
         assert term.dtype == torch.float32
 
 
-def test_style_image_has_no_style_loss() -> None:
-    loss = _loss()
-    style = _images(1, 3, 21, 30, seed=5)
-    terms = loss(style, style)
-    assert float(terms.content) == 0.0
-    other = loss(_images(1, 3, 21, 30, seed=6), style)
-    assert float(terms.style) < 1e-9 * float(other.style)
-
-
 def test_total_variation_by_hand() -> None:
     image = torch.tensor([[[[0.0, 1.0, 3.0], [0.0, 0.0, 0.0]]]])
     # Down: 0, 1, 9. Right: 1, 4, 0, 0.
     assert float(total_variation(image, "sum")) == pytest.approx(10 + 5)
     assert float(total_variation(image)) == pytest.approx(10 / 3 + 5 / 4)
     assert float(total_variation(torch.cat([image, 0 * image]), "sum")) == pytest.approx(15 / 2)
-
-
-def test_perceptual_loss_gradient() -> None:
-    """gradcheck in fp64 through φ, Grams and all; relu1_2 has kinks, which random inputs do not meet."""
-    config = SHALLOW.model_copy(
-        update={"content_layers": ("relu1_2",), "style_layers": ("relu1_1", "conv1_2"), "content_weight": 1e-3}
-    )
-    loss = PerceptualLoss(_vgg("relu1_2").double(), config)
-    loss.set_style(_images(1, 3, 5, 6, seed=5, dtype=torch.float64))
-    stylized = _images(1, 3, 4, 5, dtype=torch.float64).requires_grad_()
-    content = _images(1, 3, 4, 5, seed=2, dtype=torch.float64)
-    scale = float(loss(stylized, content).total.detach())
-    assert torch.autograd.gradcheck(lambda y: loss(y, content).total / scale, stylized, eps=1e-7, atol=1e-5, rtol=1e-4)
 
 
 def test_forward_runs_vgg_only_as_deep_as_needed() -> None:
@@ -142,7 +120,7 @@ def test_forward_runs_vgg_only_as_deep_as_needed() -> None:
 
 
 def _lengstrom_formula(vgg: VGG19, config: LossConfig, y: Tensor, x: Tensor, s: Tensor) -> list[float]:
-    """The terms as lengstrom and hwalsuklee define them, on 0-255 pixels; their `l2_loss` is half a sum of squares."""
+    """The terms of lengstrom and hwalsuklee, on 0-255 pixels; their `l2_loss` is half a sum of squares."""
 
     def l2_loss(difference: Tensor) -> float:
         return float(difference.square().sum()) / 2
@@ -196,10 +174,7 @@ def test_perceptual_loss_of_the_johnson_preset() -> None:
 
 
 def test_feature_scale_makes_weights_apply_to_either_flavour() -> None:
-    """One φ without biases, fed once as Caffe's net and once as torchvision's, with equal deviations of all channels.
-
-    Then the two inputs differ by the factor s alone, up to the mean, and so must nothing of the loss.
-    """
+    """One φ without biases, as Caffe's net and as torchvision's, whose inputs then differ by the factor s alone."""
     stylized, content = _images(1, 3, 16, 20), _images(1, 3, 16, 20, seed=2)
     results: dict[tuple[str, str], list[float]] = {}
     for flavour in ("caffe", "torchvision"):
@@ -239,16 +214,6 @@ def test_autocast_keeps_sums_and_style_grams_in_fp32() -> None:
     assert float(terms.total) == pytest.approx(float(reference.total), rel=0.05)
 
 
-def test_perceptual_loss_of_content_or_style_alone() -> None:
-    stylized, content = _images(1, 3, 16, 16), _images(1, 3, 16, 16, seed=2)
-    style_only = _loss(SHALLOW.model_copy(update={"content_layers": ()}))(stylized, content)
-    assert float(style_only.content) == 0.0
-    assert float(style_only.total) == pytest.approx(float(style_only.style + style_only.tv))
-    config = SHALLOW.model_copy(update={"style_layers": (), "style_layer_weights": (), "tv_weight": 0.0})
-    content_only = PerceptualLoss(_vgg(), config)(stylized, content)
-    assert float(content_only.total) == float(content_only.content) > 0
-
-
 def test_perceptual_loss_refuses_wrong_arguments() -> None:
     with pytest.raises(UserError, match="needs layer relu3_1, but the loaded VGG19 ends at relu2_2"):
         PerceptualLoss(_vgg("relu2_2"), SHALLOW)
@@ -284,7 +249,7 @@ def test_perceptual_loss_compiles_without_graph_breaks() -> None:
 
 
 def test_image_optimized_with_real_weights_takes_on_the_style(weights: Path, styles: Path, content: Path) -> None:
-    """Ten Adam steps on the pixels, against the real conv1_1 … conv3_4: the style loss falls to a fraction."""
+    """Ten Adam steps on the pixels with the real conv1_1 … conv3_4 reduce the style loss to a fraction."""
 
     def read(path: Path) -> Tensor:
         image = Image.open(path).convert("RGB").resize((64, 64))

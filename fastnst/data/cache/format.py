@@ -129,7 +129,7 @@ def is_cache(folder: Path) -> bool:
 
 def as_manifest(cache: Cache) -> CachedManifest:
     """Return the manifest of a run on a cache; its fingerprint covers the stored bytes."""
-    images = [stored.entry for stored in cache.images]
+    images = [image.entry for image in cache.images]
     digest = hashlib.sha256(f"{cache.size} {cache.fit} {compute_fingerprint(images)}".encode())
     for shard in cache.shards:
         digest.update(shard.sha256.encode())
@@ -164,7 +164,7 @@ def shard_name(index: int) -> str:
     return f"shard_{index:04d}.u8"
 
 
-def stored_shape(width: int, height: int, fit: Fit, size: int) -> tuple[int, int]:
+def cached_shape(width: int, height: int, fit: Fit, size: int) -> tuple[int, int]:
     """Return rows and columns of an image in the cache."""
     if fit != "random_crop":
         return size, size
@@ -177,27 +177,27 @@ def layout(entries: Iterable[ImageEntry], fit: Fit, size: int) -> list[CachedIma
     images: list[CachedImage] = []
     shard = offset = 0
     for entry in entries:
-        rows, columns = stored_shape(entry.width, entry.height, fit, size)
-        stored = CachedImage(entry, shard, offset, rows, columns)
-        if offset + stored.bytes > SHARD_BYTES and offset:
+        rows, columns = cached_shape(entry.width, entry.height, fit, size)
+        image = CachedImage(entry, shard, offset, rows, columns)
+        if offset + image.bytes > SHARD_BYTES and offset:
             shard, offset = shard + 1, 0
-            stored = CachedImage(entry, shard, offset, rows, columns)
-        images.append(stored)
-        offset += stored.bytes
+            image = CachedImage(entry, shard, offset, rows, columns)
+        images.append(image)
+        offset += image.bytes
     return images
 
 
 def group_by_shard(images: list[CachedImage]) -> list[list[CachedImage]]:
     """Split the images by shard."""
-    starts = [index for index, stored in enumerate(images) if not stored.offset]
+    starts = [index for index, image in enumerate(images) if not image.offset]
     return [images[start:end] for start, end in pairwise([*starts, len(images)])]
 
 
 def inputs_digest(images: list[CachedImage], fit: Fit, size: int, pillow: str = PIL.__version__) -> str:
     """Return the SHA-256 of what determines a shard's bytes: files, size, fit and Pillow's version."""
     digest = hashlib.sha256(f"{FORMAT} {fit} {size} {pillow}".encode())
-    for stored in images:
-        digest.update(json.dumps(_row(stored)).encode())
+    for image in images:
+        digest.update(json.dumps(_row(image)).encode())
     return digest.hexdigest()
 
 
@@ -267,7 +267,7 @@ def manifest_bytes(cache: Cache) -> bytes:
             "size": shard.size,
             "sha256": shard.sha256,
             "plan": shard.inputs_sha256,
-            "pictures": [_row(stored) for stored in group],
+            "pictures": [_row(image) for image in group],
         }
         for shard, group in zip(cache.shards, groups, strict=True)
     ]
@@ -277,7 +277,7 @@ def manifest_bytes(cache: Cache) -> bytes:
         "fit": cache.fit,
         "pillow": PIL.__version__,
         "source": quote_path(cache.source),
-        "fingerprint": compute_fingerprint(stored.entry for stored in cache.images),
+        "fingerprint": compute_fingerprint(image.entry for image in cache.images),
         "columns": _COLUMNS,
         "rejected": [[quote_path(item.path), item.reason] for item in cache.rejected],
     }
@@ -290,10 +290,10 @@ def manifest_bytes(cache: Cache) -> bytes:
 _COLUMNS = ["path", "bytes", "width", "height", "format", "plain", "mtime_ns", "offset", "rows", "columns"]
 
 
-def _row(stored: CachedImage) -> list[Any]:
+def _row(image: CachedImage) -> list[Any]:
     """Return an image's row in the manifest; see `_COLUMNS`."""
-    path, *rest = astuple(stored.entry)
-    return [quote_path(path), *rest, stored.offset, stored.rows, stored.columns]
+    path, *rest = astuple(image.entry)
+    return [quote_path(path), *rest, image.offset, image.rows, image.columns]
 
 
 def _parse(folder: Path, value: dict[str, Any]) -> Cache:
@@ -307,7 +307,7 @@ def _parse(folder: Path, value: dict[str, Any]) -> Cache:
     shards: list[Shard] = []
     for index, shard in enumerate(value["shards"]):
         group = _parse_rows(index, shard["pictures"], fit, size)
-        total = sum(stored.bytes for stored in group)
+        total = sum(image.bytes for image in group)
         parsed = Shard(
             shard["name"], _checked_int(shard["size"], 1, SHARD_BYTES), _checked_sha256(shard["sha256"]), shard["plan"]
         )
@@ -316,10 +316,10 @@ def _parse(folder: Path, value: dict[str, Any]) -> Cache:
             raise ValueError(f"shard {index} does not match its images")
         images += group
         shards.append(parsed)
-    paths = [os.fsencode(stored.entry.path) for stored in images]
+    paths = [os.fsencode(image.entry.path) for image in images]
     if not paths or any(before >= after for before, after in pairwise(paths)):
         raise ValueError("the images are not sorted")
-    if value["fingerprint"] != compute_fingerprint(stored.entry for stored in images):
+    if value["fingerprint"] != compute_fingerprint(image.entry for image in images):
         raise ValueError("the fingerprint does not match")
     rejected = [Rejection(os.fsdecode(unquote_to_bytes(path)), str(reason)) for path, reason in value["rejected"]]
     source = os.fsdecode(unquote_to_bytes(value["source"]))
@@ -340,11 +340,11 @@ def _parse_rows(index: int, rows: list[Any], fit: Fit, size: int) -> list[Cached
             raise ValueError("not an image that passed the check")
         length, mtime = _checked_int(length, 1, _MAX_INT), _checked_int(mtime, -_MAX_INT, _MAX_INT)
         entry = ImageEntry(path, length, width, height, image_format, dali_safe, mtime)
-        stored = CachedImage(entry, index, offset, *stored_shape(width, height, fit, size))
-        if [_checked_int(number, 0, _MAX_INT) for number in place] != [offset, stored.rows, stored.columns]:
+        image = CachedImage(entry, index, offset, *cached_shape(width, height, fit, size))
+        if [_checked_int(number, 0, _MAX_INT) for number in place] != [offset, image.rows, image.columns]:
             raise ValueError(f"wrong offset or shape of image {len(group)} of shard {index}")
-        group.append(stored)
-        offset += stored.bytes
+        group.append(image)
+        offset += image.bytes
     return group
 
 

@@ -1,11 +1,12 @@
 """The base class of all loaders: reads ahead and replaces failed images; and `open_loader`."""
 
+import itertools
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -51,7 +52,7 @@ class Sample:
     flip: bool
 
 
-class Loader(ABC):
+class Loader(AbstractContextManager["Loader"]):
     """Iterates over the batches of a run: uint8 `[B, S, S, 3]` on the device, each a new tensor.
 
     Reads `data.prefetch` steps ahead: `_submit` starts to read a step, `_next_parts` waits for the oldest one.
@@ -72,22 +73,12 @@ class Loader(ABC):
     @abstractmethod
     def __next__(self) -> "torch.Tensor": ...
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def seek(self, step: int) -> None:
         """Continue with `step`, discarding what was read ahead: the replacer has learned of new failures."""
-        for futures in self._pending:
-            for future in futures:
-                future.cancel()
-        self._pending.clear()
-        self._next_to_submit = step
-        self._read_ahead()
+        self._rewind(step)
 
     def close(self) -> None:
         """End threads and processes; may be called twice."""
@@ -110,6 +101,13 @@ class Loader(ABC):
             self._pending.append(self._submit(self._samples(self._next_to_submit)))
             self._next_to_submit += 1
 
+    def _rewind(self, step: int) -> None:
+        for future in itertools.chain.from_iterable(self._pending):
+            future.cancel()
+        self._pending.clear()
+        self._next_to_submit = step
+        self._read_ahead()
+
     def _next_parts(self) -> list[Any]:
         """Return the parts of the next step's batch, with failed images replaced.
 
@@ -126,7 +124,7 @@ class Loader(ABC):
                 return [part for part, _ in results]
             step = self._oldest_step
             self._replacer.fail(step, failures)
-            Loader.seek(self, step)
+            self._rewind(step)
         raise StopIteration
 
     def _samples(self, step: int) -> list[Sample]:

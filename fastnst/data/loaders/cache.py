@@ -1,11 +1,11 @@
 """Load images from a cache: threads read them ahead into batches, crop and flip; nothing is decoded."""
 
+import contextlib
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class _OpenShard:
 
 
 class Shards:
-    """Reads images from the shards of a cache; thread-safe, and a context manager.
+    """Reads images from the shards of a cache; thread-safe.
 
     Raises:
         DataError: a shard is missing or has the wrong size.
@@ -95,14 +95,6 @@ class Shards:
         except ShardError as error:
             self.close()
             raise DataError(f"{error}; {cache.rebuild_hint()}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the shards; may be called twice, but not while a thread reads."""
@@ -192,5 +184,5 @@ def read_pixels(manifest: Manifest, entry: ImageEntry) -> np.ndarray:
     image = next((each for each in manifest.cache.images if each.entry.path == entry.path), None)
     if image is None:
         raise DataError(f"{printable(entry.path)}: {_ABSENT}")
-    with Shards(manifest.cache) as shards:
+    with contextlib.closing(Shards(manifest.cache)) as shards:
         return shards.read(image).copy()

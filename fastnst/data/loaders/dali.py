@@ -94,7 +94,7 @@ class DaliLoader(Loader):
         return torch.from_dlpack(crops.as_tensor()).clone()
 
     def _start_pipeline(self) -> Pipeline:
-        super().seek(self._step)
+        self._rewind(self._step)
         return _build(
             self._feed,
             self._sampler.local_batch_size,

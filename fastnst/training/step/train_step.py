@@ -194,7 +194,7 @@ class NetTrainer:
     def _autograd_loss(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            stylized = self._transform(content, raw=False)
+            stylized = self._transform(content, pre_activation=False)
             with record_span("loss network"):
                 return self._loss(stylized, content)
 
@@ -204,7 +204,7 @@ class NetTrainer:
         content = content or self.content_features(batch)
         assert content is not None
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            pre_activation = self._transform(content.images, raw=True)
+            pre_activation = self._transform(content.images, pre_activation=True)
         mapping = self.net.output_mapping(pre_activation.shape[2:], content.images.shape[2:])
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
         with record_span("loss network"):
@@ -214,9 +214,9 @@ class NetTrainer:
             pre_activation.backward(gradient)
         return terms
 
-    def _transform(self, content: Tensor, *, raw: bool) -> Tensor:
+    def _transform(self, content: Tensor, *, pre_activation: bool) -> Tensor:
         with record_span("transform net"):
-            made: Tensor = self._forward_net(content, pre_activation=raw)
+            made: Tensor = self._forward_net(content, pre_activation=pre_activation)
         return made
 
     def _num_updates(self) -> Tensor:
