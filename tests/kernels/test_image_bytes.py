@@ -55,8 +55,7 @@ def test_output_to_vgg_input_moves_each_tensor_once(dtype):
 
 @in_interpreter
 def test_image_kernels_beyond_32_bits(monkeypatch):
-    """The last program alone, at the last corner of 2.16·10⁹ numbers, memory that nothing else touches: an offset that
-    overflowed would find other values there, or nothing at all."""
+    """The last program alone, at the end of 2.16·10⁹ numbers, where an overflowed offset finds nothing."""
     for name in [name for name in vars(image_kernels) if name.endswith("_kernel")]:
         monkeypatch.setattr(image_kernels, name, LastProgram(getattr(image_kernels, name)))
     side, n = 15504, 3

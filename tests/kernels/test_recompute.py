@@ -233,16 +233,6 @@ def test_recomputed_norm_under_autocast():
     assert same_bits(*gradients)
 
 
-def test_recomputed_norm_before_a_convolution_with_bias():
-    x, (weight, bias, filters) = randn((2, 4, 6, 7)), chain_leaves()
-    shift = randn((4,), seed=8).requires_grad_()
-    gradients = []
-    for recomputed in (False, True):
-        z = convolution(norm_of("instance", x, weight, bias, recomputed=recomputed), filters, shift, padding=1)
-        gradients.append(torch.autograd.grad(z, [filters, shift], randn(z.shape, seed=6)))
-    assert same_bits(*gradients)
-
-
 def test_recomputed_norm_without_gradients_is_the_plain_one():
     x, leaves = randn((2, 4, 6, 7)), chain_leaves()
     with torch.no_grad():
