@@ -133,8 +133,7 @@ class Call:
 
 
 def cases(op: str, thorough: bool = False) -> Iterator[Case]:
-    """The cases of one op: every combination at the networks' shapes if `thorough`, else one per kernel, table entry,
-    dtype and layout."""
+    """The cases of one op: one per kernel, table entry, dtype and layout; `thorough`: every combination."""
     pairs = [(dtype, layout) for layout in LAYOUTS for dtype in DTYPES]
     odd_kinds = list(product(ODD_SHAPES, pairs) if thorough else zip(ODD_SHAPES, cycle(pairs[::3] + pairs[2:3])))
     if op in NORM_CASES:

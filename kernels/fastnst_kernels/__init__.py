@@ -1,4 +1,4 @@
-"""Fused ops for neural style transfer: a PyTorch path and Triton kernels behind each `torch.library` op.
+"""Fused ops for neural style transfer: PyTorch and Triton kernels behind each `torch.library` op.
 
 They work under autograd, autocast, torch.compile and fake tensors, in channels_last and contiguous formats, and give
 the same bits every time. `runtime` chooses the implementation; `kernels/README.md` has the formulas.

@@ -181,11 +181,7 @@ def power_of_two(n: int) -> int:
 
 
 def check_images(name: str, x: Tensor) -> None:
-    """`x` is a non-empty floating `[N, C, H, W]`.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError unless `x` is a non-empty floating `[N, C, H, W]`."""
     if x.dim() != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected 4 dimensions [N, C, H, W]")
     if x.numel() == 0:
@@ -195,11 +191,7 @@ def check_images(name: str, x: Tensor) -> None:
 
 
 def check_per_channel(name: str, value: Tensor, x: Tensor) -> None:
-    """`value` is `[C]`, floating, on the device of `x [N, C, H, W]`.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError unless `value` is `[C]`, floating, on the device of `x [N, C, H, W]`."""
     if tuple(value.shape) != (x.shape[1],):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ({x.shape[1]},): x is {tuple(x.shape)}")
     if not value.is_floating_point():
@@ -208,11 +200,7 @@ def check_per_channel(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:
-    """`residual` is floating, on `x`'s device and of its shape or larger by one margin at all sides.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError unless `residual` is floating, on `x`'s device and of its shape, plus a margin."""
     if residual is None:
         return
     if residual.dim() != 4 or residual.shape[:2] != x.shape[:2] or not _surrounds(residual.shape[2:], x.shape[2:]):
@@ -231,10 +219,6 @@ def _surrounds(outer: Sequence[int], inner: Sequence[int]) -> bool:
 
 
 def check_same_device(name: str, a: Tensor, other_name: str, b: Tensor) -> None:
-    """Both tensors are on one device.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless both tensors are on one device."""
     if a.device != b.device:
         raise ValueError(f"{name} is on {a.device}, {other_name} on {b.device}: move both to one device")

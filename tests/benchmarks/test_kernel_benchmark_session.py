@@ -60,18 +60,10 @@ def test_gpu_report_times_every_op_direction_and_provider(benches: list[dict[str
     assert len(benches) == len(found)
 
 
-def test_gpu_report_groups_by_op_shape_and_direction(benches: list[dict[str, Any]]) -> None:
-    groups: dict[str, set[str]] = {}
-    for bench in benches:
-        info = bench["extra_info"]
-        assert bench["group"] == f"{info['op']} {info['shape']} {info['direction']}"
-        groups.setdefault(bench["group"], set()).add(info["provider"])
-    assert all(providers == {"fastnst", "eager", "copy"} for providers in groups.values())
-
-
 def test_gpu_report_figures_follow_from_the_times(benches: list[dict[str, Any]]) -> None:
     for bench in benches:
         info, stats = bench["extra_info"], bench["stats"]
+        assert bench["group"] == f"{info['op']} {info['shape']} {info['direction']}"
         assert stats["rounds"] == len(stats["data"]) == 3
         assert info["p50_us"] == pytest.approx(stats["median"] * 1e6, rel=1e-6)
         assert min(stats["data"]) * 1e6 <= info["p20_us"] <= info["p50_us"] <= info["p80_us"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 
 from fastnst_kernels import runtime
@@ -40,6 +41,11 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def with_dtypes(cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Each case with one dtype, in turn; the first with every dtype."""
+    return [(*cases[0], dtype) for dtype in DTYPES] + [(*case, DTYPES[i % 3]) for i, case in enumerate(cases) if i]
+
+
 def randn(
     shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> torch.Tensor:
@@ -73,6 +79,14 @@ def spread_like(x: torch.Tensor) -> torch.Tensor:
     """An expanded gradient: one value per sample and column, stride 0 elsewhere."""
     n, _, _, w = x.shape
     return randn((n, 1, 1, w), x.dtype, x.device, seed=21).expand(x.shape)
+
+
+def switches_of_torch(x, kernel_size, stride):
+    """The definition of the switches: PyTorch's plane index, as row and column from the window's corner."""
+    y, index = F.max_pool2d(x, kernel_size, stride, return_indices=True)
+    row = index // x.shape[3] - torch.arange(y.shape[2], device=x.device)[:, None] * stride
+    column = index % x.shape[3] - torch.arange(y.shape[3], device=x.device) * stride
+    return y, (row * kernel_size + column).to(torch.uint8)
 
 
 def same_format(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -5,6 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, randn, same_bits, with_dtypes
+from helpers.tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import (
     output_to_vgg_input,
@@ -14,8 +16,6 @@ from fastnst_kernels import (
     uint8_to_input,
     uint8_to_input_reference,
 )
-from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, randn, same_bits
-from helpers.tolerances import assert_as_exact_as_torch
 
 # Sizes and padding: rows that fill vectors and that do not, padding wider than the image, more than one block.
 INPUTS = [
@@ -32,7 +32,8 @@ WINDOWS = [
     ((3, 2), (1, 1, 1, 1)),
 ]
 ENDINGS = [(True, 150 / 255, 0.5), (False, 1 / 255, 0.0)]
-ENDING_IDS = ["tanh", "linear"]
+WINDOW_CASES = [(size, window, ending) for size, window in WINDOWS for ending in ENDINGS]
+every_window = pytest.mark.parametrize(("size", "window", "ending", "dtype"), with_dtypes(WINDOW_CASES), ids=str)
 
 
 def images_of(n, height, width, device="cpu", seed=0):
@@ -53,10 +54,9 @@ def raw(size, dtype, device="cpu", seed=0):
 # Into a network.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "padding"), INPUTS, ids=str)
+@pytest.mark.parametrize(("size", "padding", "dtype"), with_dtypes(INPUTS), ids=str)
 def test_uint8_to_input_is_the_formula_with_numpys_padding(tier, size, padding, dtype):
-    images, (shift, scale) = images_of(2, *size, tier.device), vectors(tier.device)
+    images, (shift, scale) = images_of(1, *size, tier.device), vectors(tier.device)
     y = uint8_to_input(images, 1 / 255, scale, shift, padding=padding, dtype=dtype)
     border = ((0, 0), (0, 0), (padding, padding), (padding, padding))
     x = torch.from_numpy(np.pad(images.cpu().numpy(), border, mode="reflect")).to(tier.device)
@@ -111,9 +111,7 @@ def by_torch(z, mean, gain, window, tanh, factor, offset, dtype):
     return u, vertical, torch.stack([image.diff(dim=2).pow(2).sum() for image in s])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ending", ENDINGS, ids=ENDING_IDS)
-@pytest.mark.parametrize(("size", "window"), WINDOWS, ids=str)
+@every_window
 def test_output_to_vgg_input_agrees_with_torch(tier, size, window, ending, dtype):
     z, (mean, gain) = raw(size, dtype, tier.device), vectors(tier.device)
     tanh, factor, offset = ending
@@ -128,9 +126,7 @@ def test_output_to_vgg_input_agrees_with_torch(tier, size, window, ending, dtype
     assert u.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ending", ENDINGS, ids=ENDING_IDS)
-@pytest.mark.parametrize(("size", "window"), WINDOWS, ids=str)
+@every_window
 def test_output_to_vgg_input_backward_is_autograds(tier, size, window, ending, dtype):
     """Of the plain formulation in fp64; PyTorch's peer is the same in fp32."""
     variation = (0.0, 0.0) if window == WINDOWS[2][1] else (0.3, 0.7)

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
+from helpers.last_program import LastProgram
 
 from fastnst_kernels import (
     output_to_vgg_input,
@@ -11,9 +14,6 @@ from fastnst_kernels import (
     uint8_to_input,
 )
 from fastnst_kernels.image import kernels as image_kernels
-from helpers.byte_counter import count_bytes
-from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
-from helpers.last_program import LastProgram
 
 
 @in_interpreter
@@ -55,8 +55,7 @@ def test_output_to_vgg_input_moves_each_tensor_once(dtype):
 
 @in_interpreter
 def test_image_kernels_beyond_32_bits(monkeypatch):
-    """The last program alone, at the last corner of 2.16·10⁹ numbers, memory that nothing else touches: an offset that
-    overflowed would find other values there, or nothing at all."""
+    """The last program alone, at the end of 2.16·10⁹ numbers, where an overflowed offset finds nothing."""
     for name in [name for name in vars(image_kernels) if name.endswith("_kernel")]:
         monkeypatch.setattr(image_kernels, name, LastProgram(getattr(image_kernels, name)))
     side, n = 15504, 3

@@ -3,6 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kernel_cases import (
+    LAYOUTS,
+    check_bad_input,
+    check_op,
+    gradients,
+    randn,
+    same_format,
+    spread_like,
+    switches_of_torch,
+    with_dtypes,
+)
+from helpers.tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import (
     max_pool2d_switches,
@@ -12,8 +24,6 @@ from fastnst_kernels import (
 )
 from fastnst_kernels.pool import kernels as max_pool_kernels
 from fastnst_kernels.pool.max_pool import _plane_index, gather_switches_reference
-from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, gradients, randn, same_format, spread_like
-from helpers.tolerances import assert_as_exact_as_torch
 
 # (shape, window, stride): even and odd sides, overlap, gaps between windows, one window, the largest window, stride 1.
 CASES = [
@@ -27,14 +37,7 @@ CASES = [
     ("contiguous", (2, 3, 7, 8), 2, 2),
     ("contiguous", (1, 3, 6, 7), 3, 2),
 ]
-
-
-def switches_of_torch(x, kernel_size, stride):
-    """The definition of the switches: PyTorch's plane index, as row and column from the window's corner."""
-    y, index = F.max_pool2d(x, kernel_size, stride, return_indices=True)
-    row = index // x.shape[3] - torch.arange(y.shape[2], device=x.device)[:, None] * stride
-    column = index % x.shape[3] - torch.arange(y.shape[3], device=x.device) * stride
-    return y, (row * kernel_size + column).to(torch.uint8)
+every_case = pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride", "dtype"), with_dtypes(CASES), ids=str)
 
 
 def torch_unpool(y, switches, size, kernel_size, stride):
@@ -47,9 +50,8 @@ def torch_unpool(y, switches, size, kernel_size, stride):
     return F.pad(inner, (0, size[1] - covered[1], 0, size[0] - covered[0]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
-def test_max_pool_values_and_switches_are_torchs(tier, dtype, layout, shape, kernel_size, stride):
+@every_case
+def test_max_pool_values_and_switches_are_torchs(tier, layout, shape, kernel_size, stride, dtype):
     x = LAYOUTS[layout](randn(shape, dtype, tier.device))
     y, switches = max_pool2d_switches(x, kernel_size, stride)
     expected_y, expected_switches = switches_of_torch(x, kernel_size, stride)
@@ -60,18 +62,8 @@ def test_max_pool_values_and_switches_are_torchs(tier, dtype, layout, shape, ker
     assert same_format(switches, x)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_max_pool_takes_any_layout(tier, layout):
-    x = LAYOUTS[layout](randn((2, 5, 7, 8), torch.float32, tier.device))
-    expected_y, expected_switches = switches_of_torch(x, 2, 2)
-    y, switches = max_pool2d_switches(x)
-    assert torch.equal(y, expected_y)
-    assert torch.equal(switches, expected_switches)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
-def test_max_pool_gradient_is_torchs(tier, dtype, layout, shape, kernel_size, stride):
+@every_case
+def test_max_pool_gradient_is_torchs(tier, layout, shape, kernel_size, stride, dtype):
     x = LAYOUTS[layout](randn(shape, dtype, tier.device))
     dy = randn(switches_of_torch(x, kernel_size, stride)[0].shape, dtype, tier.device, seed=5)
 
@@ -85,9 +77,8 @@ def test_max_pool_gradient_is_torchs(tier, dtype, layout, shape, kernel_size, st
     assert same_format(actual, x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
-def test_max_unpool_and_its_gradient(tier, dtype, layout, shape, kernel_size, stride):
+@every_case
+def test_max_unpool_and_its_gradient(tier, layout, shape, kernel_size, stride, dtype):
     x = LAYOUTS[layout](randn(shape, dtype, tier.device))
     y, switches = max_pool2d_switches(x, kernel_size, stride)
     window, size = (kernel_size, stride), tuple(shape[2:])
@@ -243,8 +234,10 @@ def test_max_unpool_refuses_switches_out_of_range(tier, monkeypatch, kernel_size
 @pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("tier", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
 def test_pool_kernels_drop_switches_out_of_range(tier, layout, kernel_size, stride):
-    """Whatever the byte, what it points at is inside the window or nowhere: the value is dropped, 0 is gathered. x lies
-    within a larger tensor of NaN, which no read may find and no write may change."""
+    """The value of any byte out of range is dropped, or 0 is gathered.
+
+    x is inside a larger tensor of NaN, which must be neither read nor written.
+    """
     shape = (1, 5, 6, 7)
     y_shape = (1, 5, (6 - kernel_size) // stride + 1, (7 - kernel_size) // stride + 1)
     switches = torch.arange(5 * y_shape[2] * y_shape[3]) * 7 % 256

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
+from helpers.last_program import LastProgram
 
 from fastnst_kernels import (
     max_pool2d_switches,
@@ -11,9 +14,6 @@ from fastnst_kernels import (
 )
 from fastnst_kernels.pool import kernels as max_pool_kernels
 from fastnst_kernels.pool import kernels_2x2
-from helpers.byte_counter import count_bytes
-from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
-from helpers.last_program import LastProgram
 
 
 @in_interpreter
@@ -58,8 +58,7 @@ def test_count_bytes_by_hand():
 @pytest.mark.parametrize(("side", "kernel_size"), [(3352, 2), (3351, 3)])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_pool_kernels_beyond_32_bits(monkeypatch, layout, side, kernel_size):
-    """Pool, gather and unpool at the last corner of 2.16·10⁹ elements, memory that nothing else touches. The last
-    program alone runs: an offset that overflowed would find other values there, or nothing at all."""
+    """The last program alone, at the end of 2.16·10⁹ elements, where an overflowed offset finds nothing."""
     for module in (kernels_2x2, max_pool_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, LastProgram(getattr(module, name)))

@@ -1,12 +1,10 @@
 """Instance and batch norm in every tier: against PyTorch and fp64, and where norms tend to break."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
-
-from fastnst_kernels import batch_norm, instance_norm, instance_norm_reference, runtime
-from fastnst_kernels.norm import dispatch
-from fastnst_kernels.norm.upsample_pad import UpsamplePad
 from helpers.kernel_cases import (
     DTYPES,
     LAYOUTS,
@@ -18,9 +16,14 @@ from helpers.kernel_cases import (
     same_bits,
     same_format,
     spread_like,
+    with_dtypes,
 )
 from helpers.norm_cases import NORMS, check, op, run, running_statistics
 from helpers.tolerances import assert_as_exact_as_torch
+
+from fastnst_kernels import batch_norm, instance_norm, instance_norm_reference, runtime
+from fastnst_kernels.norm import dispatch
+from fastnst_kernels.norm.upsample_pad import UpsamplePad
 
 # Odd and prime sides; C = 3, 17 and 32; a single sample; more rows than a tile holds.
 SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 2, 1)]
@@ -34,19 +37,17 @@ VARIANTS = [(None, False), (None, True), (0, False), (0, True)]  # a residual's 
 PADS = [(0, {}), (1, {"upsample": 2, "padding": (1, 2, 0, 3)}), (2, {"padding": 1, "padding_mode": "zeros"})]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("norm", "layout", "shape"), CASES, ids=str)
-def test_norm_agrees_with_torch(tier, dtype, norm, layout, shape):
+@pytest.mark.parametrize(("norm", "layout", "shape", "dtype"), with_dtypes(CASES), ids=str)
+def test_norm_agrees_with_torch(tier, norm, layout, shape, dtype):
     x = LAYOUTS[layout](randn(shape, dtype, tier.device))
     y, dx, *_ = check(norm, x, conditioning=0.0)
     assert same_format(y, x)
     assert same_format(dx, x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("border", "relu"), VARIANTS[1:])
-@pytest.mark.parametrize("norm", NORMS)
-def test_norm_adds_residual_then_relu(tier, dtype, norm, border, relu):
+@pytest.mark.parametrize(("norm", "variant", "dtype"), with_dtypes([*product(NORMS, VARIANTS[1:])]), ids=str)
+def test_norm_adds_residual_then_relu(tier, norm, variant, dtype):
+    border, relu = variant
     x = LAYOUTS["channels_last"](randn((2, 17, 5, 7), dtype, tier.device))
     y, *_ = check(norm, x, border, conditioning=0.0, relu=relu)
     assert (y.min() >= 0) == relu
@@ -71,14 +72,15 @@ def test_norm_with_any_split_of_the_rows(tier, norm, layout, programs, monkeypat
 @pytest.mark.parametrize("norm", NORMS[:2])
 def test_norm_with_a_large_mean(tier, norm, layout):
     """E[x²] − E[x]² would lose every digit here."""
-    x = LAYOUTS[layout](randn((2, 8, 33, 31), torch.float32, tier.device) + 1e4)
+    x = LAYOUTS[layout](randn((2, 8, 19, 17), torch.float32, tier.device) + 1e4)
     check(norm, x, conditioning=1e4)
 
 
-def test_instance_norm_of_a_constant_channel_is_its_bias(tier):
+@pytest.mark.parametrize("norm", NORMS[:2])
+def test_norm_of_a_constant_channel_is_its_bias(tier, norm):
     """With a variance of 0, 1/√ε ≈ 316 magnifies whatever the subtraction of the mean leaves."""
     x = torch.full((2, 3, 5, 7), 1234.5, device=tier.device)
-    y, *_ = check("instance", x, conditioning=1234.5 / 1e-5**0.5)
+    y, *_ = check(norm, x, conditioning=1234.5 / 1e-5**0.5)
     if tier.implementation == "triton":
         assert torch.equal(y, parameters(3, tier.device)[1].view(1, 3, 1, 1).expand_as(y))
 
@@ -134,7 +136,7 @@ def test_instance_norm_keeps_nan_in_its_plane(tier):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS[:2])
 def test_norm_gives_the_same_bits_twice(tier, norm, dtype):
-    shape = (2, 17, 23, 29) if tier.name == "gpu" else (1, 17, 5, 7)
+    shape = (2, 17, 23, 29) if tier.name == "gpu" else (1, 17, 3, 5)
     x = LAYOUTS["channels_last"](randn(shape, dtype, tier.device))
     (first, running), (second, again) = (run(op(norm), x, relu=True) for _ in range(2))
     assert same_bits((*first, *running), (*second, *again))

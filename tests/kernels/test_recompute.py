@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_op, parameters, randn, same_bits
+from helpers.op_counter import OpCounter
+from helpers.tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import batch_norm, instance_norm
 from fastnst_kernels.conv.convolution import convolution
 from fastnst_kernels.norm.recompute import recomputed_batch_norm, recomputed_instance_norm
 from fastnst_kernels.norm.upsample_pad import UpsamplePad
-from helpers.kernel_cases import DTYPES, LAYOUTS, check_op, parameters, randn, same_bits
-from helpers.op_counter import OpCounter
-from helpers.tolerances import assert_as_exact_as_torch
 
 # With `residual`, its margin.
 EPILOGUES: list[dict[str, Any]] = [
@@ -230,16 +230,6 @@ def test_recomputed_norm_under_autocast():
         assert z.dtype == torch.bfloat16
         gradients.append(torch.autograd.grad(z, leaves, randn(z.shape, z.dtype, seed=6)))
     assert all(gradient.dtype == torch.float32 for gradient in gradients[1])
-    assert same_bits(*gradients)
-
-
-def test_recomputed_norm_before_a_convolution_with_bias():
-    x, (weight, bias, filters) = randn((2, 4, 6, 7)), chain_leaves()
-    shift = randn((4,), seed=8).requires_grad_()
-    gradients = []
-    for recomputed in (False, True):
-        z = convolution(norm_of("instance", x, weight, bias, recomputed=recomputed), filters, shift, padding=1)
-        gradients.append(torch.autograd.grad(z, [filters, shift], randn(z.shape, seed=6)))
     assert same_bits(*gradients)
 
 

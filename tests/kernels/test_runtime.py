@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from helpers.kernel_cases import LAYOUTS
 
 import fastnst_kernels
 from fastnst_kernels import runtime
-from helpers.kernel_cases import LAYOUTS
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -23,22 +23,15 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_implementation_of_a_cpu_tensor_is_the_reference():
-    assert runtime.implementation(torch.zeros(1)) == "reference"
-
-
 def test_implementation_reads_the_environment_at_every_call(monkeypatch):
+    assert runtime.implementation(torch.zeros(1)) == "reference"
     monkeypatch.setattr(runtime, "INTERPRETING", True)
     assert runtime.implementation(torch.zeros(1)) == "triton"
+    assert runtime.implementation(torch.zeros(1, dtype=torch.float64)) == "reference"
     monkeypatch.setenv("FASTNST_KERNELS", "reference")
     assert runtime.implementation(torch.zeros(1)) == "reference"
     monkeypatch.setenv("FASTNST_KERNELS", "triton")
     assert runtime.implementation(torch.zeros(1)) == "triton"
-
-
-def test_implementation_of_float64_is_the_reference(monkeypatch):
-    monkeypatch.setattr(runtime, "INTERPRETING", True)
-    assert runtime.implementation(torch.zeros(1, dtype=torch.float64)) == "reference"
 
 
 @pytest.mark.parametrize(

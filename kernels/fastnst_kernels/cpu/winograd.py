@@ -81,15 +81,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: 
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, *, padding: int = 1) -> Tensor:
-    """∂L/∂x of `convolve`.
+    """∂L/∂x of `convolve`, `[N, C, H + 2 − 2·padding, W + 2 − 2·padding]`, channels_last.
 
-    Args:
-        gradient: ∂L/∂ of its result, `[N, K, H, W]`.
-        weight: `[K, C, 3, 3]`, as there.
-        padding: as there, at most 2.
-
-    Returns:
-        `[N, C, H + 2 − 2·padding, W + 2 − 2·padding]`, channels_last.
+    `gradient` is ∂L/∂(its result) `[N, K, H, W]`; weight and padding are as there, the latter at most 2.
     """
     return _convolve(gradient, weight, None, 2 - padding, relu=False, backward=True)
 
@@ -97,10 +91,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, *, padding: int = 1) -> Ten
 def weight_gradient(x: Tensor, gradient: Tensor, *, padding: int = 1) -> Tensor:
     """∂L/∂weight of `convolve`, `[K, C, 3, 3]`, channels_last.
 
-    Args:
-        x: `[N, C, H, W]`, as there.
-        gradient: ∂L/∂ of its result, `[N, K, H + 2·padding − 2, W + 2·padding − 2]`.
-        padding: as there.
+    `gradient` is ∂L/∂(its result) `[N, K, H + 2·padding − 2, W + 2·padding − 2]`; x and padding are as there.
     """
     matrices = _matrices(x.dtype)
     pixels, gradients = _pixels(x), _pixels(gradient)
@@ -115,14 +106,11 @@ def weight_gradient(x: Tensor, gradient: Tensor, *, padding: int = 1) -> Tensor:
 
 
 class _Matrices(NamedTuple):
-    """The matrices of Lavin and Gray's equations."""
+    """A `[6, 4]`, Bᵀ `[6, 6]` and G `[6, 3]` of Lavin and Gray's equations."""
 
     a: Tensor
-    """A, `[6, 4]`."""
     b: Tensor
-    """Bᵀ, `[6, 6]`."""
     g: Tensor
-    """G, `[6, 3]`."""
 
 
 class _Band(NamedTuple):

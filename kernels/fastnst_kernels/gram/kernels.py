@@ -54,7 +54,7 @@ GRAM_TILES = {
 
 
 def gram_tile(features: Tensor) -> Tile:
-    """The configuration for `features [N, C, H, W]`, by shape, dtype and format, its depth also by the GPU.
+    """The configuration for `features`, by shape, dtype and format, its depth also by the GPU.
 
     Before Hopper a tile that feeds both operands cannot be prefetched, so there it is loaded twice.
     """

@@ -28,27 +28,19 @@ from fastnst_kernels.gram.style_loss import StyleMatrix, gram_product_reference
 from fastnst_kernels.runtime import ceil_div, jit, tl
 
 
-def loss_relu_backward_reference(
-    features: Tensor,
-    *,
-    incoming: Tensor | None = None,
-    style_matrix: StyleMatrix | None = None,
-    style_factor: Tensor | None = None,
-    content_target: Tensor | None = None,
-    content_factor: Tensor | None = None,
-) -> Tensor:
+def loss_relu_backward_reference(features: Tensor, **terms: Any) -> Tensor:
     """The formula in PyTorch, in fp32 (fp64 for fp64); same arguments as `loss_relu_backward`."""
-    total = _sum_of_terms(features, incoming, style_matrix, style_factor, content_target, content_factor)
+    total = _sum_of_terms(features, **terms)
     return torch.ops.aten.threshold_backward(total, features.to(total.dtype), 0).to(features.dtype)
 
 
 def _sum_of_terms(
     features: Tensor,
-    incoming: Tensor | None,
-    style_matrix: StyleMatrix | None,
-    style_factor: Tensor | None,
-    content_target: Tensor | None,
-    content_factor: Tensor | None,
+    incoming: Tensor | None = None,
+    style_matrix: StyleMatrix | None = None,
+    style_factor: Tensor | None = None,
+    content_target: Tensor | None = None,
+    content_factor: Tensor | None = None,
 ) -> Tensor:
     """The formula without its mask, in new memory that is added to in place."""
     wide = runtime.statistics_dtype(features)

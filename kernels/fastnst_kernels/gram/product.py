@@ -162,7 +162,7 @@ def _product_kernel(
 
 @runtime.launches_on_its_device
 def symmetrize_on_triton(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`(S, scale)`: A + Aᵀ = scale[n]·S for A = `matrix [N, C, C]` fp32, S in `dtype`; scale only for fp16."""
+    """`(S, scale)`: A + Aᵀ = scale[n]·S, A = `matrix [N, C, C]` fp32, S in `dtype`; scale only for fp16."""
     n, c, _ = matrix.shape
     bound = torch.linalg.vector_norm(matrix, float("inf"), dim=(1, 2)) if dtype == torch.float16 else None
     result = runtime.allocate((n, c, c), matrix, dtype)

@@ -222,9 +222,7 @@ def style_loss(features: Tensor, target_gram: Tensor) -> Tensor:
 def style_loss_and_matrix(features: Tensor, target_gram: Tensor) -> tuple[Tensor, StyleMatrix]:
     """`style_loss` and the operand of its backward, for callers without autograd.
 
-    Args:
-        features: as in `style_loss`.
-        target_gram: as in `style_loss`.
+    Arguments as for `style_loss`.
 
     Returns:
         The loss `[N]` and the `StyleMatrix` of D = gram_matrix(features) − target_gram, both without a gradient.

@@ -183,8 +183,7 @@ def output_to_vgg_input(
         gain: `[3]`, floating.
         window: (top, left, height, width) of the stylized images s in z.
         tanh: whether s = factor·tanh(z) + offset; else s = factor·z + offset.
-        factor: see above.
-        offset: see above.
+        factor, offset: of s.
         dtype: of u.
 
     Returns:
@@ -221,10 +220,6 @@ def output_to_vgg_input_backward(
     Args:
         z: as in `output_to_vgg_input`, likewise `gain`, `window`, `tanh` and `factor`.
         du: ∂f/∂u `[N, 3, height, width]`, any floating type.
-        gain: see above.
-        window: see above.
-        tanh: see above.
-        factor: see above.
         variation: weights of the sums along the height and along the width.
         d_variation: 0-d, floating; None: 1.
         watch: 0-d, floating: added to all values in the window, for example NaN if the loss is NaN; None: 0.

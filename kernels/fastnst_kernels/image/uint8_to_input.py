@@ -7,6 +7,8 @@ Legend: x `[N, 3, H, W]` uint8, c a channel, p the padding in pixels; all images
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,10 +57,8 @@ def _uint8_to_input(
 
 
 @_uint8_to_input.register_fake
-def _(
-    images: Tensor, factor: float, scale: Tensor | None, shift: Tensor | None, padding: int, dtype: torch.dtype
-) -> Tensor:
-    return _allocate(images, padding, dtype)
+def _(images: Tensor, *rest: Any) -> Tensor:
+    return _allocate(images, *rest[-2:])
 
 
 def _allocate(images: Tensor, padding: int, dtype: torch.dtype) -> Tensor:

@@ -56,14 +56,8 @@ def instance_norm(shape: Sequence[int], dtype: torch.dtype, **options: Any) -> C
     Operations per element: mean 1, variance 3, one multiply-add with folded scale and shift, residual 1, ReLU 1; per
     group of one μ and r: 8 to compute and fold them. Upsampling and padding copy.
 
-    Args:
-        shape: `[N, C, H, W]` of x.
-        dtype: of x, the residual and y.
-        options: `residual` and `relu` (booleans), `upsample`, `padding` at each side, and `parameter_dtype` of weight
-            and bias.
-
-    Returns:
-        the cost of one forward pass.
+    `shape` is x's, `dtype` that of x, residual and y; the options are `residual` and `relu` (booleans), `upsample`,
+    `padding` at each side, and `parameter_dtype` of weight and bias.
     """
     return _norm(shape, dtype, groups=shape[0] * shape[1], **options)
 
@@ -109,8 +103,6 @@ def instance_norm_backward(shape: Sequence[int], dtype: torch.dtype, **options: 
     if it differs from dy: behind a ReLU, padding or upsampling.
     Operations per element: x̂ 2, Σg 1, Σg·x̂ 2, dx 4; the mask 1, and 2 to recompute what it tests. The adjoint of
     upsampling adds upsample² − 1 values per element, that of padding one per element of the padding.
-
-    Args and Returns: as for `instance_norm`.
     """
     return _norm_backward(shape, dtype, groups=shape[0] * shape[1], **options)
 
@@ -169,13 +161,7 @@ def style_loss(shape: Sequence[int], dtype: torch.dtype, *, shared_target: bool 
     D + Dᵀ is written in the features' dtype, an operand of the backward's product. Operations on C × C beside the
     product: scaling, difference, square, sum, and the sum of D and Dᵀ.
 
-    Args:
-        shape: `[N, C, H, W]` of the features.
-        dtype: of the features.
-        shared_target: whether T is one `[C, C]` for all samples.
-
-    Returns:
-        the cost of one forward pass.
+    `shared_target` says that T is one `[C, C]` for all samples.
     """
     n, c, h, w = shape
     grams = n * c * c
@@ -203,15 +189,7 @@ def loss_relu_backward(
     Operations per element: the mask 1, the content 3 with its sum, I and the style one addition each, beside the
     style's product and scaling as in `style_loss_backward`. The first term needs no addition.
 
-    Args:
-        shape: `[N, C, H, W]` of F.
-        dtype: of F, I, X and the result.
-        incoming: whether there is I.
-        style: whether there is a style term.
-        content: whether there is a content term.
-
-    Returns:
-        the cost of one call.
+    `incoming`, `style` and `content` say which terms there are.
     """
     n, c, h, w = shape
     elements, grams = _elements(shape), n * c * c

@@ -41,8 +41,15 @@ def forward(
         if not statistics:
             mean[group], var[group] = _moments(values[samples])
             torch.rsqrt(var[group] + eps, out=rstd[group])
-        addend = None if residual is None else residual[samples]
-        _apply(values[samples], weight, bias, mean[group], rstd[group], addend, relu, out=y[samples])
+        out, unused = y[samples], mean.new_empty(0)
+        affine = (weight, bias, mean[group], rstd[group].pow(-2))
+        torch.ops.aten.native_batch_norm.out(
+            values[samples], *affine, False, 0.0, 0.0, out=out, save_mean=unused, save_invstd=unused
+        )
+        if residual is not None:
+            out.add_(residual[samples])
+        if relu:
+            out.relu_()
     return y.to(x.dtype), mean, rstd, var
 
 
@@ -62,8 +69,17 @@ def backward(
     dx = runtime.allocate_like(values)
     sum_g, sum_gx = runtime.allocate(mean.shape, mean), runtime.allocate(mean.shape, mean)
     for samples, n in _blocks(x, per_sample=True):
-        sum_g[n], sum_gx[n] = _sums(grad[samples], values[samples], mean[n], rstd[n])
-        _input_gradient(grad[samples], values[samples], scale, mean[n], rstd[n], sum_g[n], sum_gx[n], out=dx[samples])
+        block, own = (grad[samples], values[samples]), (mean[n], rstd[n])
+        _, sum_gx[n], sum_g[n] = torch.ops.aten.native_batch_norm_backward(
+            *block, None, None, None, *own, True, 0.0, [False, True, True]
+        )
+        # w·r·(g − Σg/M − x̂·Σ(g·x̂)/M) as x·β + γ + g·α, in two passes.
+        count = block[1].numel() // x.shape[1]
+        alpha = scale * rstd[n]
+        beta = -alpha * rstd[n] * sum_gx[n] / count
+        gamma = -alpha * sum_g[n] / count - beta * mean[n]
+        alpha, beta, gamma = (vector[:, None, None] for vector in (alpha, beta, gamma))
+        torch.addcmul(gamma, block[1], beta, out=dx[samples]).addcmul_(block[0], alpha)
     return dx.to(x.dtype), sum_gx.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype)
 
 
@@ -84,51 +100,3 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     mean = values.mean((0, 2, 3))
     rough_mean, rough_variance = torch.batch_norm_update_stats(values, None, None, 0.0)
     return mean, (rough_variance - (rough_mean - mean).square_()).clamp_min_(0)
-
-
-def _apply(
-    values: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    residual: Tensor | None,
-    relu: bool,
-    out: Tensor,
-) -> None:
-    """Write `relu?((values − mean)·rstd·weight + bias + residual)` into `out`; statistics are `[C]`."""
-    none = mean.new_empty(0)
-    torch.ops.aten.native_batch_norm.out(
-        values, weight, bias, mean, rstd.pow(-2), False, 0.0, 0.0, out=out, save_mean=none, save_invstd=none
-    )
-    if residual is not None:
-        out.add_(residual)
-    if relu:
-        out.relu_()
-
-
-def _sums(g: Tensor, values: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """`Σg` and `Σ g·x̂`, both `[C]`, over the samples and positions of `values [N, C, H, W]`."""
-    _, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
-        g, values, None, None, None, mean, rstd, True, 0.0, [False, True, True]
-    )
-    return sum_g, sum_gx
-
-
-def _input_gradient(
-    g: Tensor,
-    values: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    sum_g: Tensor,
-    sum_gx: Tensor,
-    out: Tensor,
-) -> None:
-    """Write `weight·rstd·(g − sum_g/M − x̂·sum_gx/M)` into `out`, as `values·β + γ + g·α` in two passes."""
-    count = values.numel() // values.shape[1]
-    alpha = weight * rstd
-    beta = -alpha * rstd * sum_gx / count
-    gamma = -alpha * sum_g / count - beta * mean
-    alpha, beta, gamma = (statistics[:, None, None] for statistics in (alpha, beta, gamma))
-    torch.addcmul(gamma, values, beta, out=out).addcmul_(g, alpha)

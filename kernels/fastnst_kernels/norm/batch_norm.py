@@ -85,19 +85,11 @@ def batch_norm(
     Ioffe, Szegedy 2015.
 
     Args:
-        x: `[N, C, H, W]`, as for `instance_norm`, which also describes the arguments that are not listed here.
-        weight: `[C]`, float32 or x's dtype.
-        bias: `[C]`, likewise.
+        x: `[N, C, H, W]`, as for `instance_norm`; so are all arguments that are not listed here.
         running_mean: `[C]`; training moves it by `momentum` towards this batch's mean, in place.
         running_var: `[C]`; likewise, towards the unbiased variance.
         training: whether μ and σ² are this batch's (else the running ones).
         momentum: weight of this batch in the running statistics.
-        eps: added to the variance.
-        residual: `[N, C, H, W]`, or larger by a margin.
-        relu: whether negative values become 0.
-        upsample: 1 or 2.
-        padding: one number or (left, right, top, bottom).
-        padding_mode: "reflect", "symmetric" or "zeros".
 
     Returns:
         `[N, C, upsample·H + top + bottom, upsample·W + left + right]` in x's dtype and memory format.
@@ -130,11 +122,7 @@ def check_batch_inputs(
     *,
     training: bool,
 ) -> None:
-    """`check_inputs`, and that training has more than one value per channel.
-
-    Raises:
-        ValueError: the inputs do not match.
-    """
+    """Raise ValueError unless the inputs match and training has more than one value per channel."""
     check_inputs(x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x has shape {tuple(x.shape)}: training needs more than one value per channel")

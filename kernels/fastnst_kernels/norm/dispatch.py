@@ -34,6 +34,21 @@ from fastnst_kernels.runtime import ceil_div, power_of_two
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 """dx, d_weight, d_bias, d_residual"""
 
+
+@dataclass(frozen=True)
+class Arguments:
+    """A norm's arguments beside x: weight and bias `[C]`, the residual, ReLU, upsampling and padding.
+
+    The residual is dense in x's format and larger than x by the same margin at each side.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor | None
+    relu: bool
+    pad: UpsamplePad
+
+
 # One pass: two programs of 128 threads are resident per multiprocessor, each with 255 registers a thread. Up to 64 of
 # these hold its chunk, in parts of 4 KiB; the backward that holds nothing reads tiles of that size.
 _RESIDENT = 2
@@ -130,98 +145,68 @@ def plan_one_pass(x: Tensor, dy: Tensor | None = None, *, per_sample: bool, held
 
 @runtime.launches_on_its_device
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    pad: UpsamplePad,
-    *,
-    per_sample: bool,
-    eps: float,
-    relu: bool,
+    x: Tensor, norm: Arguments, *, per_sample: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`(y, mean, rstd, var)`; the statistics are fp32 `[N, C]` (`per_sample`, without var) or `[C]`.
-
-    x is dense, `residual` dense in x's format, larger than x by the same margin at each side.
-    """
-    _check_size(x, pad)
+    """`(y, mean, rstd, var)` of dense x; the statistics are fp32 `[N, C]` (`per_sample`, no var) or `[C]`."""
+    _check_size(x, norm.pad)
     shape = x.shape[:2] if per_sample else x.shape[1:2]
     mean, rstd = (runtime.allocate(shape, x, torch.float32) for _ in range(2))
     var = None if per_sample else runtime.allocate(shape, x, torch.float32)
     plan = plan_one_pass(x, per_sample=per_sample)
     if plan is None:
         partial = _moments(x, mean, rstd, var, eps)
-        return apply(x, weight, bias, mean, rstd, residual, pad, relu, partial, eps), mean, rstd, var
-    in_kernel, residual, border = _supported(x, residual, pad)
+        return apply(x, norm, mean, rstd, partial, eps), mean, rstd, var
+    in_kernel, residual, border = _supported(x, norm)
     y = runtime.allocate_like(x, in_kernel.shape(x))
     _, _, q = runtime.as_prq(x)
     partial = runtime.allocate((plan.units, 2, plan.members, q), x, torch.float32)
     arrived = torch.zeros(2 * plan.units, dtype=torch.int32, device=x.device)
     one_pass_forward_kernel[(plan.teams * plan.members,)](
-        x, weight.contiguous(), bias.contiguous(), residual, y, mean, rstd, var, partial, arrived,
+        x, norm.weight.contiguous(), norm.bias.contiguous(), residual, y, mean, rstd, var, partial, arrived,
         x.shape[2], x.shape[3], x.shape[1], plan.plane_words, plan.chunks, plan.members, plan.plane_step,
         plan.units, plan.teams, float(x.numel() // mean.numel()), eps, 0,
-        Q=q, RESIDUAL=residual is not None, BORDER=border, RELU=relu,
+        Q=q, RESIDUAL=residual is not None, BORDER=border, RELU=norm.relu,
         **in_kernel.constants(), **plan.constants(), **_ONE_PASS_OPTIONS,
     )  # fmt: skip
-    return (y if in_kernel is pad else upsample_pad(y, pad)), mean, rstd, var
+    return (y if in_kernel is norm.pad else upsample_pad(y, norm.pad)), mean, rstd, var
 
 
 @runtime.launches_on_its_device
 def apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    residual: Tensor | None,
-    pad: UpsamplePad,
-    relu: bool,
-    partial: Tensor | None = None,
-    eps: float = 0.0,
+    x: Tensor, norm: Arguments, mean: Tensor, rstd: Tensor, partial: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
     """`upsample_pad(relu?((x − mean)·rstd·weight + bias + residual))` in x's dtype and format.
 
     The last launch of the two-pass forward; with its `partial` moments it also computes and stores mean and rstd.
     """
-    _check_size(x, pad)
-    in_kernel, residual, border = _supported(x, residual, pad)
+    _check_size(x, norm.pad)
+    in_kernel, residual, border = _supported(x, norm)
     p, r, q = runtime.as_prq(x)
     block_r, block_q, n_q, chunk, splits = _split(p, r, q, _TILE_ELEMENTS)
     y = runtime.allocate_like(x, in_kernel.shape(x))
     apply_kernel[(splits * p * n_q,)](
-        x, weight.contiguous(), bias.contiguous(), mean, rstd, partial, residual, y, p, r, q, x.shape[1], mean.numel(),
-        x.shape[2], x.shape[3], chunk, n_q, splits * p * q, splits, float(r), eps,
-        MERGE=partial is not None, RESIDUAL=residual is not None, BORDER=border, RELU=relu, **in_kernel.constants(),
+        x, norm.weight.contiguous(), norm.bias.contiguous(), mean, rstd, partial, residual, y, p, r, q, x.shape[1],
+        mean.numel(), x.shape[2], x.shape[3], chunk, n_q, splits * p * q, splits, float(r), eps,
+        MERGE=partial is not None, RESIDUAL=residual is not None, BORDER=border, RELU=norm.relu,
+        **in_kernel.constants(),
         BLOCK_R=block_r, BLOCK_Q=block_q, BLOCK_S=min(_MERGE_ROWS, power_of_two(splits)), num_warps=4,
     )  # fmt: skip
-    return y if in_kernel is pad else upsample_pad(y, pad)
+    return y if in_kernel is norm.pad else upsample_pad(y, norm.pad)
 
 
 @runtime.launches_on_its_device
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    residual: Tensor | None,
-    pad: UpsamplePad,
-    relu: bool,
-    *,
-    fixed: bool,
-    residual_padding: int,
+    dy: Tensor, x: Tensor, norm: Arguments, mean: Tensor, rstd: Tensor, *, fixed: bool, residual_padding: int
 ) -> Gradients:
     """`(dx, d_weight, d_bias, d_residual)`, the last in x's dtype, empty if `residual_padding` is -1.
 
     `dy` is dense in x's format; `fixed` says that mean and rstd do not depend on x.
     """
-    weight, bias = weight.contiguous(), bias.contiguous()
-    _check_size(x, pad)
-    in_kernel, residual, border = _supported(x, residual, pad)
-    if in_kernel is not pad:
-        dy = upsample_pad_adjoint(dy, pad)
+    weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
+    _check_size(x, norm.pad)
+    in_kernel, residual, border = _supported(x, norm)
+    if in_kernel is not norm.pad:
+        dy = upsample_pad_adjoint(dy, norm.pad)
     # Recomputing the mask and writing the residual's gradient use the same margin, or one of them has none.
     border = max(border, residual_padding if 2 * residual_padding <= min(x.shape[2:]) else 0)
     d_residual = None
@@ -229,30 +214,31 @@ def backward(
         d_residual = runtime.allocate_like(x, UpsamplePad.zeros(border).shape(x))
     sums = runtime.allocate((2, *mean.shape), x, torch.float32)
     dx = runtime.allocate_like(x)
+    affine = (weight, bias, mean, rstd)
     flags: dict[str, Any] = {
-        "RESIDUAL": residual is not None, "BORDER": border, "RELU": relu, **in_kernel.constants()
+        "RESIDUAL": residual is not None, "BORDER": border, "RELU": norm.relu, **in_kernel.constants()
     }  # fmt: skip
-    whole = _held_by_backward(x, dy, in_kernel, residual if d_residual is None else d_residual)
-    plan = None if fixed else plan_one_pass(x, dy, per_sample=mean.dim() == 2, held=whole)
+    held = _held_by_backward(x, dy, in_kernel, residual if d_residual is None else d_residual)
+    plan = None if fixed else plan_one_pass(x, dy, per_sample=mean.dim() == 2, held=held)
     if plan is None:
-        _gradient(x, dy, weight, bias, mean, rstd, residual, sums, dx, d_residual, fixed, flags)
+        _gradient(x, dy, affine, residual, (sums, dx, d_residual), fixed, flags)
     else:
         _, _, q = runtime.as_prq(x)
         partial = runtime.allocate((plan.units, 2, plan.members, q), x, torch.float32)
         arrived = torch.zeros(2 * plan.units, dtype=torch.int32, device=x.device)
         inverse_count = mean.numel() / x.numel()
-        if whole:
+        if held:
             one_pass_backward_kernel[(plan.teams * plan.members,)](
-                x, dy, weight, bias, mean, rstd, dx, sums, partial, arrived,
+                x, dy, *affine, dx, sums, partial, arrived,
                 x.shape[2], x.shape[3], x.shape[1], plan.plane_words, plan.chunks, plan.members, plan.plane_step,
-                plan.units, plan.teams, inverse_count, 0, Q=q, RELU=relu, **plan.constants(), **_ONE_PASS_OPTIONS,
+                plan.units, plan.teams, inverse_count, 0, Q=q, RELU=norm.relu, **plan.constants(), **_ONE_PASS_OPTIONS,
             )  # fmt: skip
         else:
             constants = plan.constants()
             block_r = constants.pop("SUB")
             chunk = constants.pop("PARTS") * block_r
             one_pass_gather_backward_kernel[(plan.teams * plan.members,)](
-                x, dy, weight, bias, mean, rstd, residual, dx, d_residual, sums, partial, arrived,
+                x, dy, *affine, residual, dx, d_residual, sums, partial, arrived,
                 x.shape[2], x.shape[3], x.shape[1], chunk, plan.chunks, plan.members, plan.plane_step,
                 plan.units, plan.teams, inverse_count, Q=q, BLOCK_R=block_r, **flags, **constants, **_ONE_PASS_OPTIONS,
             )  # fmt: skip
@@ -299,20 +285,11 @@ def _moments(x: Tensor, mean: Tensor, rstd: Tensor, var: Tensor | None, eps: flo
 
 
 def _gradient(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    residual: Tensor | None,
-    sums: Tensor,
-    dx: Tensor,
-    d_residual: Tensor | None,
-    fixed: bool,
-    flags: dict[str, Any],
-) -> None:
+    x: Tensor, dy: Tensor, affine: tuple[Tensor, ...], residual: Tensor | None,
+    outputs: tuple[Tensor, Tensor, Tensor | None], fixed: bool, flags: dict[str, Any],
+) -> None:  # fmt: skip
     """The two-pass backward: two launches for instance norm, three for batch norm, two with `fixed`."""
+    mean, (sums, dx, d_residual) = affine[2], outputs
     p, r, q = runtime.as_prq(x)
     block_r, block_q, n_q, chunk, splits = _split(p, r, q, _GRADIENT_TILE_ELEMENTS)
     total, groups = splits * p * q, mean.numel()
@@ -322,14 +299,14 @@ def _gradient(
     def launch(step: str, d_residual: Tensor | None) -> None:
         sums_only, from_partial = step == "sums", step != "map"
         gradient_kernel[(splits * p * n_q,)](
-            x, dy, weight, bias, mean, rstd, residual, partial if from_partial else None,
+            x, dy, *affine, residual, partial if from_partial else None,
             sums if step in ("merge", "map") else None, None if sums_only else dx, d_residual,
             p, r, q, x.shape[1], groups, x.shape[2], x.shape[3], chunk, n_q, total, splits, groups / x.numel(),
             STEP=step, BLOCK_R=block_r, BLOCK_Q=block_q, BLOCK_S=min(_MERGE_ROWS, power_of_two(splits)), num_warps=4,
             **flags,
         )  # fmt: skip
 
-    launch("constant" if fixed else "sums", d_residual)
+    launch("fixed" if fixed else "sums", d_residual)
     if not per_sample:
         block_g = min(16, power_of_two(groups))
         merge_sums_kernel[(2 * ceil_div(groups, block_g),)](
@@ -339,16 +316,16 @@ def _gradient(
         launch("merge" if per_sample else "map", None)
 
 
-def _supported(x: Tensor, residual: Tensor | None, pad: UpsamplePad) -> tuple[UpsamplePad, Tensor | None, int]:
-    """What the kernels do of `pad`, all or nothing; and the residual with the margin that they crop."""
+def _supported(x: Tensor, norm: Arguments) -> tuple[UpsamplePad, Tensor | None, int]:
+    """The part of `norm.pad` that the kernels do, all or nothing; the residual with the margin that they crop."""
     height, width = x.shape[2:]
-    in_kernel = pad if pad.supports_kernels(height, width) else UpsamplePad()
-    if residual is None:
+    in_kernel = norm.pad if norm.pad.supports_kernels(height, width) else UpsamplePad()
+    if norm.residual is None:
         return in_kernel, None, 0
-    border = margin(residual, x)
+    border = margin(norm.residual, x)
     if 2 * border <= min(height, width):
-        return in_kernel, residual, border
-    return in_kernel, runtime.dense(center_crop(residual, x.shape[2:]), like=x), 0
+        return in_kernel, norm.residual, border
+    return in_kernel, runtime.dense(center_crop(norm.residual, x.shape[2:]), like=x), 0
 
 
 def _check_size(x: Tensor, pad: UpsamplePad) -> None:

@@ -1,22 +1,22 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
-# ruff: noqa: RUF005 (kernels know no other way to lengthen a tuple)
+# ruff: noqa: RUF005 (Triton cannot unpack a tuple)
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
 """The norms in one launch that reads each input once: a group stays on chip across a barrier.
 
-Legend: see `normalization_kernels`. A unit is what shares statistics: for instance norm one `[R, Q]` plane of x, for
-batch norm all samples of it. Its rows are cut into chunks of PARTS·SUB; each of its `members` programs holds one chunk
-in registers, leaves partial results, waits until all members have, merges them, and maps what it holds. All programs of
-a launch are resident at once (a cooperative launch), so waiting cannot deadlock; they form `n_groups` teams, each of
-which takes every n_groups-th unit, so that one team's loads overlap another's stores.
+Legend: see `two_pass.py`. A unit shares statistics: for instance norm one `[R, Q]` plane of x, for batch norm all
+samples of it. Its rows are cut into chunks of PARTS·SUB; each of its `members` programs holds one chunk in registers,
+writes partial results, waits until all members have, merges them, and maps its chunk. All programs of a launch are
+resident at once (a cooperative launch), so waiting cannot deadlock; they form `n_teams` teams, and each team takes
+every n_teams-th unit, so that one team's loads overlap another's stores.
 
 Forward moves 1 read and 1 write, backward 2 reads and 1 write, and per chunk 2·Q·4 bytes of partial results.
 
 Three things keep a chunk in registers without spilling:
 
-- It is held as 32-bit words, two 16-bit values each. The compiler gives a 16-bit value a register of its own.
-- It is cut into PARTS, walked one by one, so that few fp32 values are alive at a time.
-- Each walk after the first goes over `word ^ zero`, with a zero that the compiler cannot foresee. It would otherwise
-  recognise the conversion to fp32 of the walk before and keep its results, twice the size.
+- It is held as 32-bit words, two 16-bit values each, because the compiler gives each 16-bit value its own register.
+- It is cut into PARTS, processed one by one, so that few fp32 values are alive at a time.
+- Each walk after the first reads `word ^ zero`, with a zero that the compiler cannot predict. Otherwise it would
+  recognise the previous walk's conversion to fp32 and keep its results, twice the size.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _high(b_words, dtype: tl.constexpr):
 
 @jit
 def _values(b_words, dtype: tl.constexpr, SUB: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """fp32 `[SUB, BLOCK_Q]` out of the words that hold it."""
+    """fp32 `[SUB, BLOCK_Q]` from the words that hold it."""
     if dtype == tl.float32:
         b = b_words.to(tl.float32, bitcast=True)
     else:
@@ -77,13 +77,13 @@ def _values(b_words, dtype: tl.constexpr, SUB: tl.constexpr, BLOCK_Q: tl.constex
 
 @jit
 def _words(b, dtype: tl.constexpr, WORD_R: tl.constexpr, WORD_Q: tl.constexpr):
-    """What `_values` undoes: `b` rounded to `dtype`, as words."""
+    """The inverse of `_values`: `b` rounded to `dtype`, as words."""
     if dtype == tl.float32:
         b_words = b.to(tl.int32, bitcast=True)
     else:
         b_low, b_high = b.reshape(WORD_R, WORD_Q, 2).split()
         if _COMPILED:
-            # Opaque: the compiler would put off the packing until the words are used, and hold twice as many registers.
+            # Opaque: otherwise the compiler packs only when the words are used, and holds twice as many registers.
             CONVERT: tl.constexpr = (
                 "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
             )
@@ -99,7 +99,7 @@ def _words(b, dtype: tl.constexpr, WORD_R: tl.constexpr, WORD_Q: tl.constexpr):
 @jit
 def one_pass_forward_kernel(
     x, weight, bias, residual, y, mean, rstd, var, partial, arrived,
-    H, W, C, plane_words, n_chunks, members, plane_step, units, n_groups, count, eps, zero,
+    H, W, C, plane_words, n_chunks, members, plane_step, units, n_teams, count, eps, zero,
     SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, UPSAMPLE_PAD: tl.constexpr,
     UP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
     SKIP: tl.constexpr, ZEROS: tl.constexpr,
@@ -108,7 +108,7 @@ def one_pass_forward_kernel(
 ):  # fmt: skip
     """y = upsample_pad(relu?((x − μ)·rstd·w + b + residual)); μ, rstd (and σ² into `var`) of each group.
 
-    Grid: n_groups × members, all resident. Moves units·members·PARTS·SUB·Q elements in (twice that with a residual),
+    Grid: n_teams × members, all resident. Moves units·members·PARTS·SUB·Q elements in (twice that with a residual),
     y's out, 2·units·members·Q·4 bytes of partial results out, which every member of a unit reads back from L2; with
     SHARED each reads MERGE_Q columns of them only, at the price of a second barrier. Limit: a sample of y has less than
     2³¹ elements.
@@ -123,7 +123,7 @@ def one_pass_forward_kernel(
     PER_ROW: tl.constexpr = PER if Q == 1 else 1
     ROW_WORDS: tl.constexpr = Q * PER_ROW // PER
     R = H * W
-    i_m = tl.program_id(0) // n_groups
+    i_m = tl.program_id(0) // n_teams
     first = i_m % n_chunks * (PARTS * SUB)
     last = tl.minimum(first + PARTS * SUB, R)
     n = (last - first).to(tl.float32)
@@ -134,7 +134,7 @@ def one_pass_forward_kernel(
     o_column = tl.arange(0, WORD_Q)
     m_column = o_column < ROW_WORDS
     later = tl.multiple_of(zero, 16)
-    for i_u in range(tl.program_id(0) % n_groups, units, n_groups):
+    for i_u in range(tl.program_id(0) % n_teams, units, n_teams):
         o_words = (first // PER_ROW + later + o_row)[:, None] * ROW_WORDS + o_column[None, :]
         i_p = tl.cast(i_u, tl.int64) + i_m // n_chunks * plane_step
         p_x = x.to(tl.pointer_type(tl.int32)) + i_p * plane_words + o_words
@@ -240,16 +240,16 @@ def _merged_sums(
 @jit
 def one_pass_backward_kernel(
     x, dy, weight, bias, mean, rstd, dx, sums, partial, arrived,
-    H, W, C, plane_words, n_chunks, members, plane_step, units, n_groups, inverse_count, zero,
+    H, W, C, plane_words, n_chunks, members, plane_step, units, n_teams, inverse_count, zero,
     SHARED: tl.constexpr, RELU: tl.constexpr,
     Q: tl.constexpr, PARTS: tl.constexpr, SUB: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
     MERGE_Q: tl.constexpr,
 ):  # fmt: skip
     """dx = w·rstd·(g − Σg/M − x̂·Σ(g·x̂)/M), sums = (Σg, Σ g·x̂); g is dy masked by the recomputed z.
 
-    A program holds its chunk of g. x, which the same program has read a moment ago, it reads again from L2, which is
-    told to keep x and to let dy and dx go. Grid: n_groups × members, all resident. Moves x and dy in, dx out, x a
-    second time from L2, and partial results as the forward. Limit: a sample has less than 2³¹ elements.
+    A program holds its chunk of g and reads x a second time, from L2: eviction hints keep x there and drop dy and dx.
+    Grid: n_teams × members, all resident. Moves x and dy in, dx out, x a second time from L2, and partial results as
+    the forward. Limit: a sample has less than 2³¹ elements.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     PER: tl.constexpr = 32 // dtype.primitive_bitwidth
@@ -258,7 +258,7 @@ def one_pass_backward_kernel(
     PER_ROW: tl.constexpr = PER if Q == 1 else 1
     ROW_WORDS: tl.constexpr = Q * PER_ROW // PER
     R = H * W
-    i_m = tl.program_id(0) // n_groups
+    i_m = tl.program_id(0) // n_teams
     first = i_m % n_chunks * (PARTS * SUB)
     o_tile = tl.arange(0, SUB)
     o_q = tl.arange(0, BLOCK_Q)
@@ -267,7 +267,7 @@ def one_pass_backward_kernel(
     o_column = tl.arange(0, WORD_Q)
     m_column = o_column < ROW_WORDS
     later = tl.multiple_of(zero, 16)
-    for i_u in range(tl.program_id(0) % n_groups, units, n_groups):
+    for i_u in range(tl.program_id(0) % n_teams, units, n_teams):
         i_p = tl.cast(i_u, tl.int64) + i_m // n_chunks * plane_step
         o_group = i_u * Q + o_q
         b_mean = tl.load(mean + o_group, mask=m_q, other=0.0)
@@ -316,7 +316,7 @@ def one_pass_backward_kernel(
 @jit
 def one_pass_gather_backward_kernel(
     x, dy, weight, bias, mean, rstd, residual, dx, d_residual, sums, partial, arrived,
-    H, W, C, chunk, n_chunks, members, plane_step, units, n_groups, inverse_count,
+    H, W, C, chunk, n_chunks, members, plane_step, units, n_teams, inverse_count,
     SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, UPSAMPLE_PAD: tl.constexpr,
     UP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
     SKIP: tl.constexpr, ZEROS: tl.constexpr,
@@ -325,18 +325,18 @@ def one_pass_gather_backward_kernel(
     """The same for g = upsample_padᵀ(dy), masked, and with the residual's gradient.
 
     Gathering g takes the registers that would hold it, so after the barrier a program reads its chunk of x and dy
-    again, from the end, from L2, of which the groups under way are a fraction. Grid: n_groups × members, all resident.
+    again, backwards, from L2, which the groups in flight fill only in part. Grid: n_teams × members, all resident.
     Moves x and dy in, dx (and d_residual) out, x and dy a second time from L2. Limit: a sample of dy has less than 2³¹
     elements.
     """
     R = H * W
-    i_m = tl.program_id(0) // n_groups
+    i_m = tl.program_id(0) // n_teams
     first = i_m % n_chunks * chunk
     last = tl.minimum(first + chunk, R)
     n_tiles = (last - first + BLOCK_R - 1) // BLOCK_R
     o_q = tl.arange(0, BLOCK_Q)
     m_q = o_q < Q
-    for i_u in range(tl.program_id(0) % n_groups, units, n_groups):
+    for i_u in range(tl.program_id(0) % n_teams, units, n_teams):
         i_p = tl.cast(i_u, tl.int64) + i_m // n_chunks * plane_step
         o_group = i_u * Q + o_q
         b_mean = tl.load(mean + o_group, mask=m_q, other=0.0)

@@ -42,11 +42,7 @@ class NormOptions(TypedDict, total=False):
 
 
 def pad_of(x: Tensor, options: NormOptions) -> UpsamplePad:
-    """The upsampling and padding of a norm of x.
-
-    Raises:
-        ValueError: see `UpsamplePad.checked`.
-    """
+    """The upsampling and padding of a norm of x, checked."""
     padding, mode = options.get("padding", 0), options.get("padding_mode", "reflect")
     return UpsamplePad.checked(x, options.get("upsample", 1), padding, mode)
 
@@ -87,12 +83,11 @@ def norm(
         y = upsample_pad(y, layout)
     else:
         residual = None if residual is None else runtime.dense(residual, like=x)
+        arguments = dispatch.Arguments(weight, bias, residual, relu, layout)
         if statistics:
-            y = dispatch.apply(x, weight, bias, *statistics, residual, layout, relu)
+            y = dispatch.apply(x, arguments, *statistics)
         else:
-            y, mean, rstd, var = dispatch.forward(
-                x, weight, bias, residual, layout, per_sample=per_sample, eps=eps, relu=relu
-            )
+            y, mean, rstd, var = dispatch.forward(x, arguments, per_sample=per_sample, eps=eps)
     if statistics:  # empty tensors, since the results of an op must not alias its arguments
         mean, rstd, var = (statistics[0].new_empty(0) for _ in range(3))
     return y, mean, rstd, mean.new_empty(0) if per_sample or var is None else var
@@ -133,9 +128,8 @@ def norm_backward(
     layout = UpsamplePad.from_ints(pad)
     if runtime.implementation(x) == "triton":
         residual = None if residual is None else runtime.dense(residual, like=x)
-        return dispatch.backward(
-            dy, x, weight, bias, mean, rstd, residual, layout, relu, fixed=fixed, residual_padding=residual_padding
-        )
+        arguments = dispatch.Arguments(weight, bias, residual, relu, layout)
+        return dispatch.backward(dy, x, arguments, mean, rstd, fixed=fixed, residual_padding=residual_padding)
     g = upsample_pad_adjoint(dy, layout)
     if relu:
         assert y is not None
@@ -203,11 +197,7 @@ norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check_inputs(x: Tensor, residual: Tensor | None, **per_channel: Tensor) -> None:
-    """x is a batch of images, `residual` and the `[C]` vectors fit it.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Raise ValueError unless x is a batch of images, and `residual` and the `[C]` vectors fit it."""
     runtime.check_images("x", x)
     for name, value in per_channel.items():
         runtime.check_per_channel(name, value, x)

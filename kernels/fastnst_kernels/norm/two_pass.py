@@ -1,16 +1,16 @@
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads a kernel's annotations as its signature, so only compile-time parameters carry one.)
-"""The norms in two launches (three for batch norm), for any shape: what one pass cannot hold on chip.
+"""The norms in two launches (three for batch norm), for shapes that one pass cannot hold on chip.
 
 Legend: x is a dense `[P, R, Q]` (see `runtime`), R = H·W; C channels; a group is the set of positions that share μ and
 σ², M of them, G groups: instance norm has G = N·C, batch norm G = C. In both memory formats (p, q) belongs to the
-channel `(p·Q + q) mod C` and to the group `(p·Q + q) mod G`. The formulas stand in `instance_norm.py` and
-`batch_norm.py`, what "placed" means in `placement.py`.
+channel `(p·Q + q) mod C` and to the group `(p·Q + q) mod G`. The formulas are in `instance_norm.py` and
+`batch_norm.py`, those of upsampling and padding in `upsample_pad.py`.
 
-The first launch leaves partial results per chunk of rows, the second merges them in fixed order and maps. No atomics,
+The first launch writes partial results per chunk of rows, the second merges them in fixed order and maps. No atomics,
 and the chunks depend on the shape alone, so the same input gives the same bits on every run. Forward reads x twice and
-writes y; backward reads x and dy twice and writes dx. The second launch goes through its chunk from the end: what the
-first read last is what L2 still holds.
+writes y; backward reads x and dy twice and writes dx. The second launch walks through its chunk backwards, because L2
+still holds the last rows that the first launch read.
 
 Variance (Chan, Golub, LeVeque 1983): every tile's sum of squares is taken about its own mean, and triples (n, μ, S) are
 merged by S = S₁ + S₂ + (μ₂ − μ₁)²·n₁n₂/(n₁ + n₂). Values enter relative to the first of their chunk, so that a large
@@ -64,8 +64,8 @@ def partial_moments_kernel(
 def merge_moments(p_means, p_squares, step, rows, R, chunk, repeat, count, o_g, m_g, BLOCK_S: tl.constexpr):
     """μ and σ² of the columns `o_g` from `rows` partial results each, `step` elements apart.
 
-    Row s belongs to chunk s // repeat, and chunks come round every ⌈R/chunk⌉. Two walks over the partial results: the
-    mean first, then the squares about it.
+    Row s belongs to chunk (s // repeat) mod ⌈R/chunk⌉. Two walks over the partial results: the mean first, then the
+    squares about it.
     """
     o_s = tl.arange(0, BLOCK_S)
     n_chunks = (R + chunk - 1) // chunk
@@ -101,7 +101,7 @@ def merge_sums(p_part, step, rows, o_g, m_g, BLOCK_S: tl.constexpr):
 
 @jit
 def rstd_of(b_var, eps):
-    """1/√(σ² + ε), rounded once per step: the approximations would cost two bits."""
+    """1/√(σ² + ε), correctly rounded in each step: the approximations would cost two bits."""
     return tl.div_rn(1.0, tl.sqrt_rn(b_var + eps))
 
 
@@ -121,7 +121,7 @@ def merge_moments_kernel(
 
 @jit
 def residual_positions(o_r, W, BORDER: tl.constexpr):
-    """Where the positions `o_r` of x lie in a residual that is larger by BORDER at each side."""
+    """The positions `o_r` of x in a residual that is larger by BORDER at each side."""
     o_t = o_r
     if BORDER > 0:
         o_h = o_r // W
@@ -139,9 +139,9 @@ def apply_kernel(
 ):  # fmt: skip
     """y = upsample_pad(relu?((x − μ)·rstd·w + b + residual)) over the rows of a chunk.
 
-    Grid: splits × P × blocks of Q. With MERGE the partial moments are this group's own and become μ and rstd here; the first chunk stores them. Moves
-    P·R·Q elements in (twice that with a residual), y's out. A NaN stays a NaN through the ReLU, as in PyTorch. Limit:
-    a sample of y has less than 2³¹ elements.
+    Grid: splits × P × blocks of Q. With MERGE the partial moments are this group's own and are merged into μ and rstd
+    here; the first chunk stores them. Moves P·R·Q elements in (twice that with a residual), y's out. The ReLU keeps
+    NaN, as in PyTorch. Limit: a sample of y has less than 2³¹ elements.
     """
     pid = tl.program_id(0)
     i_p = (pid // n_q % P).to(tl.int64)
@@ -234,8 +234,8 @@ def gradient_kernel(
 
     | STEP | writes |
     |---|---|
-    | "sums" | partial[0, s, p, q] = Σg, partial[1, s, p, q] = Σ g·x̂, and d_residual = g where that is given |
-    | "constant" | the same, and dx = w·rstd·g: all there is where μ and σ² are constants |
+    | "sums" | partial[0, s, p, q] = Σg, partial[1, s, p, q] = Σ g·x̂, and d_residual = g if that is given |
+    | "fixed" | the same, and dx = w·rstd·g: the only step if μ and σ² are constants |
     | "merge" | dx = w·rstd·(g − Σg/M − x̂·Σ(g·x̂)/M), Σ merged from this group's own partial sums, and stored |
     | "map" | the same with Σ from `sums [2, G]` |
 
@@ -287,15 +287,15 @@ def gradient_kernel(
         else:
             b_sum_g += tl.sum(tl.where(m_x, b_g, 0.0), 0)
             b_sum_gx += tl.sum(tl.where(m_x, b_g * b_normalized, 0.0), 0)
-            if STEP == "constant":
+            if STEP == "fixed":
                 tl.store(p_dx + o_x, (b_weight * b_rstd)[None, :] * b_g, mask=m_x)
             if d_residual is not None:
-                # A border of zeros: what the residual has around x did not take part.
+                # The gradient of the residual's margin is zero.
                 store_upsample_pad(
                     d_residual + o_plane, b_g.to(d_residual.dtype.element_ty), o_r, m_r, o_q, m_q, r,
                     tl.minimum(r + BLOCK_R, last), H, W, Q, 1, BORDER, BORDER, BORDER, BORDER, 0, True,
                 )  # fmt: skip
-    if (STEP == "sums") | (STEP == "constant"):
+    if (STEP == "sums") | (STEP == "fixed"):
         p_out = partial + (i_s.to(tl.int64) * P + i_p) * Q + o_q
         tl.store(p_out, b_sum_g, mask=m_q)
         tl.store(p_out + total, b_sum_gx, mask=m_q)
