@@ -51,7 +51,7 @@ def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: b
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     manifest = build_manifest(folder)
-    net = load_vgg19(vgg, last_layer=LAYER, notify=lambda line: click.echo(line, err=True))
+    net = load_vgg19(vgg, last_layer=LAYER)
     decoded = list(CenterCrops(manifest, size, cpu, batch_size=BATCH))
     maps = list(range(16 if quick else 256))
     # Batches come in an order of their own.

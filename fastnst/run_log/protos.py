@@ -129,7 +129,7 @@ def chart_layout(layers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         },
         "speed": {
             "images per second": chart("speed/images_per_second"),
-            "percent of the time": chart("speed/data_wait_percent", "speed/projections_percent"),
+            "percent of the time": chart("speed/data_wait_percent"),
         },
     }
 

@@ -18,7 +18,7 @@ import pytest
 
 from fastnst.config import load_config
 from fastnst.run_log.writer import RunLog, log_visualization
-from fastnst.training.trainer import train
+from fastnst.training.train import train
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, generated_photos: Path) -> Pat
     }
     config = load_config(preset="vgg-conv3", assignments=[*sizes, *log], options=options, environment={})
     out = tmp_path_factory.mktemp("runs") / "run"
-    train(config, out, notify=lambda _: None)
+    train(config, out)
     sheet = np.full((20, 30, 3), (200, 40, 40), dtype=np.uint8)
     log_visualization(out, {"visualize/deconvnet/sheet": sheet}, step=STEPS, text="**strongest** activations")
     return out

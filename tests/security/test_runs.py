@@ -18,7 +18,7 @@ from fastnst.config import Config, load_config, to_toml
 from fastnst.errors import DataError, UserError
 from fastnst.images import write_image
 from fastnst.training.run_dir.checkpoint import FOLDER, STATE, TENSORS
-from fastnst.training.trainer import train
+from fastnst.training.train import train
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.report import PAGE_NAME, Report, write_report
 from helpers.malformed_files import Call
@@ -37,7 +37,7 @@ def config(generated_photos: Path) -> Config:
 def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of that configuration, done."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    train(config, out, notify=lambda _: None)
+    train(config, out)
     return out
 
 
@@ -66,7 +66,7 @@ def untouched(outside: Path) -> bool:
 
 def resume(config: Config, run: Path, *, steps: int = 3) -> None:
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-    train(longer, run, resume=True, notify=lambda _: None)
+    train(longer, run, resume=True)
 
 
 def test_what_a_run_replaces_is_the_link_and_not_its_target(config: Config, run: Path, outside: Path) -> None:

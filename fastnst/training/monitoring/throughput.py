@@ -1,4 +1,4 @@
-"""How fast a run goes."""
+"""Measure training speed."""
 
 import contextlib
 import time
@@ -8,9 +8,9 @@ import torch
 
 
 class ThroughputMeter:
-    """Speed between two logged steps: images per second, and the share of time spent waiting for images.
+    """Measures images per second and the share of time spent waiting for images, between two logged steps.
 
-    Samples and checkpoints are left out of both; the device is idle when either clock is read, since the loss was read.
+    Samples and checkpoints are left out of both. The device is idle when a clock is read, since the loss was read.
     """
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
@@ -20,18 +20,20 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
+        """Count the time in this block as waiting for images."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Leave the time in this block out."""
         begin = time.perf_counter()
         yield
         self._paused += time.perf_counter() - begin
 
     def read(self, steps: int) -> dict[str, float]:
-        """Scalars since the last reading; `steps` is how many this process has made."""
+        """Return scalars since the last reading; `steps` is how many this process has made."""
         now = time.perf_counter()
         elapsed = max(now - self._begin - self._paused, 1e-9)
         images = (steps - self._steps) * self._batch_size

@@ -4,7 +4,6 @@ Each command checks its options first, then reads images, then weights: cheap er
 """
 
 import contextlib
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from fastnst.visualize.attribution.targets import CLASS_LAYER, Target
 from fastnst.visualize.attribution.top_activations import crop_size
 from fastnst.visualize.deconv.neurons import Activation, Neurons, check_maps
 from fastnst.visualize.deconv.receptive_field import receptive_field
-
-log = logging.getLogger(__name__)
 
 MAPS_FORMS = "numbers and ranges such as 0,5,17-20, the strongest such as top:16, or all"
 _MAX_RANGE = 10_000  # more maps than any layer has; a mistyped range shall not be expanded
@@ -190,7 +187,7 @@ def load_vgg(spec: str, layers: Sequence[str], device: torch.device) -> VGG19:
     Raises:
         DataError: no such weights, or they end before the layers.
     """
-    return load_vgg19(spec, last_layer=deepest_layer(layers), notify=log.info).to(device)
+    return load_vgg19(spec, last_layer=deepest_layer(layers)).to(device)
 
 
 def load_vgg_for_target(spec: str, target: Target, device: torch.device) -> VGG19:
