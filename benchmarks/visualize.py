@@ -46,13 +46,13 @@ def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: b
 
     from fastnst.data.manifest import build_manifest
     from fastnst.models.weights import load_vgg19
-    from fastnst.visualize.attribution.folder_batches import center_crops
+    from fastnst.visualize.attribution.folder_batches import CenterCrops
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     manifest = build_manifest(folder)
     net = load_vgg19(vgg, last_layer=LAYER)
-    decoded = list(center_crops(manifest, size, batch_size=BATCH, loader="pillow", device=cpu))
+    decoded = list(CenterCrops(manifest, size, cpu, batch_size=BATCH))
     maps = list(range(16 if quick else 256))
     # Batches come in an order of their own.
     first = next(batch[(indices == 0)] for indices, batch in decoded if (indices == 0).any())

@@ -13,8 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class EventFile:
-    """A new `events.out.tfevents.*` file in a run directory; a context manager.
+    """A new `events.out.tfevents.*` file in a run directory.
 
     Args:
         run: the run directory.
@@ -47,19 +46,11 @@ class EventFile:
                 self.add_event(Event(session_log=SessionLog(status=SessionLog.START)), purge_step)
             on_error.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def add_event(self, event: "Event", step: int = 0) -> None:
         """Write one record."""
         event.wall_time, event.step = time.time(), step
         self._records.write(event.SerializeToString())
-        # Buffered until here: without a buffer a full disk would cut a record silently.
+        # The file is buffered and flushed here: without a buffer, a full disk would cut a record silently.
         self._records.flush()
 
     def add_summary(self, summary: "Summary", step: int = 0) -> None:

@@ -186,8 +186,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close both files."""
-        with self._storage(), self._events, self._metrics:
-            pass
+        with self._storage(), contextlib.closing(self._events):
+            self._metrics.close()
 
     def _storage(self) -> contextlib.AbstractContextManager[None]:
         return _storage(self._path.parent)
@@ -206,7 +206,7 @@ def log_visualization(run: Path, sheets: Mapping[str, np.ndarray], *, step: int,
         StorageError: the storage refuses.
     """
     # Without `purge_step`, which would hide what training has logged about later steps.
-    with _storage(run), EventFile(run, suffix=".visualize") as events:
+    with _storage(run), contextlib.closing(EventFile(run, suffix=".visualize")) as events:
         for tag, sheet in sheets.items():
             events.add_image(tag, sheet, step)
             events.add_text(tag, text, step)

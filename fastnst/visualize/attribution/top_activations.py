@@ -6,15 +6,16 @@ projects each back to pixels and cuts out its receptive field.
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastnst.data.manifest import Manifest
 from fastnst.errors import UserError
 from fastnst.models.vgg19 import VGG19
-from fastnst.visualize.attribution.folder_batches import center_crops, check_crops, to_images
+from fastnst.visualize.attribution.folder_batches import CenterCrops, to_images
+from fastnst.visualize.attribution.targets import check_at_least_one
+from fastnst.visualize.deconv import windows
 from fastnst.visualize.deconv.neurons import Neurons, check_maps
 from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet
@@ -108,28 +109,31 @@ class RunningTop:
         self.positions = positions.gather(1, best[:, :, None].expand(-1, -1, 2))
 
 
-def default_size(layer: str) -> int:
-    """Return the side of the crops that suits a layer, in pixels: 224, or more for a wider receptive field.
+def crop_size(layer: str, size: int | None) -> int:
+    """Return `size`, or by default 224 pixels or the next multiple of 32 that holds the layer's receptive field.
 
     Raises:
-        UserError: see `receptive_field`.
+        UserError: smaller than the receptive field, or see `receptive_field`.
     """
-    return max(224, -(-receptive_field(layer).size // 32) * 32)
+    field = receptive_field(layer).size
+    if size is None:
+        return max(224, -(-field // 32) * 32)
+    if size < field:
+        raise UserError(
+            f"a crop size of {size} px is smaller than the receptive field of {layer}, {field} px; give {field} px or "
+            "more, or a shallower layer"
+        )
+    return size
 
 
 @torch.no_grad()
 def find_top_activations(
     net: VGG19,
-    manifest: Manifest,
+    crops: CenterCrops,
     layer: str,
     maps: Sequence[int] | None = None,
     *,
     count: int = COUNT,
-    size: int | None = None,
-    batch_size: int = 16,
-    loader: str = "pillow",
-    workers: int | None = None,
-    device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> TopActivations:
     """Find the strongest activations of feature maps in a folder, by one pass over it.
@@ -138,58 +142,43 @@ def find_top_activations(
 
     Args:
         net: loaded at least up to `layer`.
-        manifest: the images; each one's center crop is resized to `size`.
+        crops: of the folder, on the net's device, at least as large as the layer's receptive field.
         layer: up to `pool5`.
         maps: channels; None means all.
         count: activations per map. Those of a dead map are zeros, at position (0, 0).
-        size: side of the crops in pixels, at least the layer's receptive field; None means `default_size(layer)`.
-        batch_size: images at a time. It may change the last digits of the activations, as convolutions round.
-        loader: `dali` or `pillow`.
-        workers: threads or processes that decode; None: one per core.
-        device: of the net.
         progress: called after each batch with the number of images done and in all.
 
     Raises:
-        UserError: unknown layer, one behind the net's last or without positions, a map out of range, a size smaller
-            than the receptive field, or another option out of range.
-        DataError: no images, or one that changed since the folder was checked.
+        UserError: unknown layer, one behind the net's last or without positions, a map out of range, crops smaller
+            than the receptive field, or a count below 1.
+        DataError: an image that changed since the folder was checked.
     """
     chosen = _check_maps(net, layer, maps)
-    size = _check_size(layer, size)
-    if count < 1:
-        raise UserError(f"{count} activations per map are too few; choose at least 1")
-    check_crops(manifest, size, batch_size, loader)
-    total = len(manifest.images)
+    crop_size(layer, crops.size)
+    check_at_least_one("count", count)
     report = progress or (lambda _done, _total: None)
-    report(0, total)
-    dtype = net.mean.dtype
-    channels = torch.tensor(chosen, device=device)
-    top = RunningTop(len(chosen), count, dtype=dtype, device=device)
+    report(0, len(crops))
+    channels = torch.tensor(chosen, device=crops.device)
+    top = RunningTop(len(chosen), count, dtype=net.mean.dtype, device=crops.device)
     done = 0
-    passes = center_crops(manifest, size, batch_size=batch_size, loader=loader, device=device, workers=workers)
-    with closing(passes) as batches:
+    with closing(iter(crops)) as batches:
         for indices, batch in batches:
-            activations = net(to_images(batch, dtype), [layer])[layer]
+            activations = net(to_images(batch, net.mean.dtype), [layer])[layer]
             values, places = activations.flatten(2).max(2)
             values, places = values.T[channels], places.T[channels]
             width = activations.shape[3]
-            top.merge(values, indices.to(device), torch.stack((places // width, places % width), dim=2))
+            top.merge(values, indices.to(crops.device), torch.stack((places // width, places % width), dim=2))
             done += len(indices)
-            report(done, total)
+            report(done, len(crops))
     return TopActivations(layer, chosen, top.values.cpu(), top.images.cpu(), top.positions.cpu())
 
 
 @torch.no_grad()
 def project_top(
     net: VGG19,
-    manifest: Manifest,
+    crops: CenterCrops,
     top: TopActivations,
     *,
-    size: int | None = None,
-    batch_size: int = 16,
-    loader: str = "pillow",
-    workers: int | None = None,
-    device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> TopPatches:
     """Project the strongest activations back to pixels, and cut out their receptive fields.
@@ -198,11 +187,8 @@ def project_top(
     receptive field: 127 MB for nine activations of each map of `relu3_4`, 7.9 GB for `pool5`: pass few maps at a time.
 
     Args:
-        net, manifest, size, loader: the same as for `find_top_activations`.
+        net, crops: the same as for `find_top_activations`.
         top: its result.
-        batch_size: images at a time.
-        workers: threads or processes that decode; None: one per core.
-        device: of the net.
         progress: called after each batch with the number of images done and to be read.
 
     Returns:
@@ -212,9 +198,7 @@ def project_top(
         UserError, DataError: as `find_top_activations`.
     """
     _check_maps(net, top.layer, top.maps)
-    size = _check_size(top.layer, size)
-    check_crops(manifest, size, batch_size, loader)
-    assert top.images.max() < len(manifest.images), "the images of another manifest"
+    assert top.images.max() < len(crops), "the images of another folder"
     side = receptive_field(top.layer).size
     at_once = max(1, min(_MAX_NEURONS, _MAX_PIXELS // side**2))
     slots = top.images.numel()
@@ -224,45 +208,26 @@ def project_top(
     kept, of_slot = top.images.flatten().unique(return_inverse=True)
     if kept[0] < 0:
         kept, of_slot = kept[1:], of_slot - 1
-    subset = replace(manifest, images=[manifest.images[index] for index in kept.tolist()])
     report = progress or (lambda _done, _total: None)
     report(0, len(kept))
     deconvnet = Deconvnet(net)
     channels = torch.tensor(top.maps).repeat_interleave(top.images.shape[1])
     positions = top.positions.flatten(0, 1)
     done = 0
-    passes = center_crops(subset, size, batch_size=batch_size, loader=loader, device=device, workers=workers)
-    with closing(passes) as batches:
+    with closing(iter(crops.subset(kept.tolist()))) as batches:
         for indices, batch in batches:
             recording = deconvnet.record(to_images(batch, net.mean.dtype), [top.layer])
+            images = to_images(batch, torch.float32)
             rows, here = (of_slot == indices[:, None]).nonzero(as_tuple=True)
             for part_rows, part in zip(rows.split(at_once), here.split(at_once), strict=True):
-                neurons = Neurons.at(part_rows, channels[part], positions[part], device)
+                neurons = Neurons.at(part_rows, channels[part], positions[part], crops.device)
                 projected, corners = deconvnet.project_patches(recording, top.layer, neurons)
                 projections[part] = projected.to("cpu", torch.float32)
-                patches[part] = cut_out(batch, neurons.images, corners, side).cpu()
+                patches[part] = windows.cut(images, corners, side, rows=part_rows, fill=GREY).cpu()
             done += len(indices)
             report(done, len(kept))
     shape = (*top.images.shape, 3, side, side)
     return TopPatches(projections.reshape(shape), patches.reshape(shape))
-
-
-def cut_out(batch: Tensor, images: Tensor, corners: Tensor, side: int) -> Tensor:
-    """Cut windows out of images, as float32 `[K, 3, side, side]` in [0, 1], grey outside the image.
-
-    Args:
-        batch: uint8 `[B, H, W, 3]`.
-        images: `[K]` int64, row in the batch.
-        corners: `[K, 2]` int64, top and left of each window; may be negative.
-        side: of the windows, in pixels.
-    """
-    height, width = batch.shape[1:3]
-    offsets = torch.arange(side, device=batch.device)
-    rows, columns = (corners[:, axis, None] + offsets for axis in (0, 1))
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    windows = batch[images[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return torch.where(inside[..., None], windows / 255, GREY).permute(0, 3, 1, 2)
 
 
 def _check_maps(net: VGG19, layer: str, maps: Sequence[int] | None) -> tuple[int, ...]:
@@ -274,15 +239,3 @@ def _check_maps(net: VGG19, layer: str, maps: Sequence[int] | None) -> tuple[int
         raise UserError(f"no map of {layer} is asked for; choose some of 0 … {channels - 1}")
     check_maps(layer, chosen, channels)
     return chosen
-
-
-def _check_size(layer: str, size: int | None) -> int:
-    field = receptive_field(layer).size
-    if size is None:
-        return default_size(layer)
-    if size < field:
-        raise UserError(
-            f"crops of {size} px are smaller than the receptive field of {layer}, {field} px; "
-            f"choose a size of at least {field}, or a shallower layer"
-        )
-    return size

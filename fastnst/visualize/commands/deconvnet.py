@@ -14,7 +14,7 @@ from fastnst.visualize.commands.options import (
     check_vgg_layers,
     field_of,
     load_vgg,
-    memory_advice,
+    memory_errors,
     parse_activation,
     parse_maps,
     read_crops,
@@ -32,7 +32,7 @@ from fastnst.visualize.sheets.projection_figures import (
     map_figures,
     strip_figure,
 )
-from fastnst.visualize.sheets.report import Report, image_names, memory_errors
+from fastnst.visualize.sheets.report import Report, image_names
 
 
 def deconvnet_report(
@@ -61,7 +61,7 @@ def deconvnet_report(
     crops = read_crops(images, size, layers)
     total = len(crops) * sum(choice.count(channels_of(layer)) for layer in layers)
     figures: list[Figure] = []
-    with memory_errors(memory_advice(torch_device, "--size or the number of --maps")):
+    with memory_errors(torch_device, "--size or the number of --maps"):
         net = load_vgg(vgg, layers, torch_device)
         deconvnet = Deconvnet(net)
         with ProgressReport("deconvnet", total, "maps") as progress:

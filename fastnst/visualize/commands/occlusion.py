@@ -10,7 +10,7 @@ from fastnst.visualize.attribution.occlusion import FILLS, occlusion
 from fastnst.visualize.attribution.targets import check_choice, parse_target
 from fastnst.visualize.commands.options import (
     load_vgg_for_target,
-    memory_advice,
+    memory_errors,
     read_crops,
     size_setting,
     vgg_size,
@@ -18,7 +18,7 @@ from fastnst.visualize.commands.options import (
 )
 from fastnst.visualize.sheets.heat_figure import heat_figure
 from fastnst.visualize.sheets.render import colour_scale, number
-from fastnst.visualize.sheets.report import Report, image_names, memory_errors
+from fastnst.visualize.sheets.report import Report, image_names
 
 _HOW_TO_READ = (
     "How far the score falls, on average, when a square that holds the pixel is covered (Zeiler & Fergus 2014, §4.2)."
@@ -43,7 +43,7 @@ def occlusion_report(
     torch_device = resolve_device(device)
     crops = read_crops(images, size, [chosen.layer])
     figures = []
-    with memory_errors(memory_advice(torch_device, "--size")):
+    with memory_errors(torch_device, "--size"):
         net = load_vgg_for_target(vgg, chosen, torch_device)
         for path, name, crop in zip(images, image_names(images), crops, strict=True):
             with counted(f"occlusion of {printable(path.name)}", "occluders") as count:

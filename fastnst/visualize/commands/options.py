@@ -3,9 +3,9 @@
 Each command checks its options first, then reads images, then weights: cheap errors come first.
 """
 
-import logging
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from fastnst.data.crop import resize_crop
-from fastnst.errors import DataError, UserError
-from fastnst.images import MIN_SIDE, printable, read_image, to_tensor
+from fastnst.device import ran_out_of_memory
+from fastnst.errors import DataError, DeviceError, UserError
+from fastnst.images import printable, read_image, to_tensor
 from fastnst.models.vgg19 import LAYERS, VGG19, WEIGHT_SHAPES, check_layer, deepest_layer
 from fastnst.models.weights import load_vgg19
-from fastnst.visualize.attribution.folder_batches import LARGEST_SIDE
+from fastnst.visualize.attribution.folder_batches import check_size
 from fastnst.visualize.attribution.targets import CLASS_LAYER, Target
-from fastnst.visualize.attribution.top_activations import default_size
+from fastnst.visualize.attribution.top_activations import crop_size
 from fastnst.visualize.deconv.neurons import Activation, Neurons, check_maps
 from fastnst.visualize.deconv.receptive_field import receptive_field
-
-log = logging.getLogger(__name__)
 
 MAPS_FORMS = "numbers and ranges such as 0,5,17-20, the strongest such as top:16, or all"
 _MAX_RANGE = 10_000  # more maps than any layer has; a mistyped range shall not be expanded
@@ -142,23 +141,8 @@ def vgg_size(layers: Sequence[str], size: int | None) -> int:
     Raises:
         UserError: smaller than the receptive field of a layer, or out of any range.
     """
-    fields = {layer: field for layer in layers if (field := field_of(layer)) is not None}
-    if size is None:
-        return max([224, *(default_size(layer) for layer in fields)])
-    for layer, field in fields.items():
-        if size < field:
-            raise UserError(
-                f"--size {size} is smaller than the receptive field of {layer}, {field}×{field} pixels; give --size "
-                f"{field} or more, or a shallower layer"
-            )
-    return check_size(size)
-
-
-def check_size(size: int) -> int:
-    """Raise UserError unless `size` is in range."""
-    if not MIN_SIDE <= size <= LARGEST_SIDE:
-        raise UserError(f"--size {size} cannot be used; give {MIN_SIDE} … {LARGEST_SIDE} pixels")
-    return size
+    sizes = [crop_size(layer, size) for layer in layers if field_of(layer) is not None]
+    return max([224, *sizes]) if size is None else check_size(size)
 
 
 def field_of(layer: str) -> int | None:
@@ -231,9 +215,16 @@ def size_setting(crop: Tensor) -> dict[str, str]:
     return {"size": f"{crop.shape[3]} × {crop.shape[2]} px, center crop"}
 
 
-def memory_advice(device: torch.device, options: str) -> str:
-    """Advise, for `memory_errors`, to lower some options or leave the GPU."""
-    return f"lower {options}{', or use --device cpu' if device.type == 'cuda' else ''}"
+@contextlib.contextmanager
+def memory_errors(device: torch.device, options: str) -> Iterator[None]:
+    """Raise DeviceError, with the advice to lower `options`, when the device runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        other = ", or use --device cpu" if device.type == "cuda" else ""
+        raise DeviceError(f"out of memory; lower {options}{other}") from error
 
 
 def _strengths(layer: str, activations: Tensor, activation: Activation) -> Tensor:

@@ -11,7 +11,7 @@ from fastnst.visualize.attribution.saliency import METHODS, saliency
 from fastnst.visualize.attribution.targets import check_choice, parse_target, score
 from fastnst.visualize.commands.options import (
     load_vgg_for_target,
-    memory_advice,
+    memory_errors,
     read_crops,
     size_setting,
     vgg_size,
@@ -19,7 +19,7 @@ from fastnst.visualize.commands.options import (
 )
 from fastnst.visualize.sheets.heat_figure import heat_figure
 from fastnst.visualize.sheets.render import colour_scale, number
-from fastnst.visualize.sheets.report import Report, image_names, memory_errors
+from fastnst.visualize.sheets.report import Report, image_names
 
 _HOW_TO_READ = {
     "plain": "How much the score changes with a pixel: the largest of |d score/d red|, green and blue, pixels being in "
@@ -53,7 +53,7 @@ def saliency_report(
     torch_device = resolve_device(device)
     crops = read_crops(images, size, [chosen.layer])
     figures = []
-    with memory_errors(memory_advice(torch_device, "--size")):
+    with memory_errors(torch_device, "--size"):
         net = load_vgg_for_target(vgg, chosen, torch_device)
         with ProgressReport("saliency", len(images), "images") as progress:
             for path, name, crop in zip(images, image_names(images), crops, strict=True):

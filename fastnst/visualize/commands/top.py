@@ -9,18 +9,17 @@ import torch
 
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.device import resolve_device
-from fastnst.errors import UserError
 from fastnst.images import MIN_SIDE, printable
 from fastnst.models.vgg19 import VGG19
 from fastnst.progress import counted
-from fastnst.visualize.attribution.folder_batches import LOADERS
-from fastnst.visualize.attribution.targets import check_choice
+from fastnst.visualize.attribution.folder_batches import LOADERS, CenterCrops
+from fastnst.visualize.attribution.targets import check_at_least_one, check_choice
 from fastnst.visualize.attribution.top_activations import TopActivations, TopPatches, find_top_activations, project_top
 from fastnst.visualize.commands.options import (
     check_vgg_layers,
     field_of,
     load_vgg,
-    memory_advice,
+    memory_errors,
     parse_maps,
     vgg_size,
     weights_setting,
@@ -28,7 +27,7 @@ from fastnst.visualize.commands.options import (
 from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.render import Row, about_grey, colour_scale, contact_sheet, mosaic, number
-from fastnst.visualize.sheets.report import Report, memory_errors
+from fastnst.visualize.sheets.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -65,27 +64,17 @@ def top_report(
     field = receptive_field(layer)
     side = vgg_size([layer], size)
     check_choice("loader", loader, LOADERS)
-    if count < 1:
-        raise UserError(f"--count {count} shows nothing; give 1 or more")
+    check_at_least_one("--count", count)
     torch_device = resolve_device(device)
     manifest = _read_manifest(folder, layer)
-    with memory_errors(memory_advice(torch_device, "--size, --count or the number of --maps")):
+    with memory_errors(torch_device, "--size, --count or the number of --maps"):
         net = load_vgg(vgg, [layer], torch_device)
+        crops = CenterCrops(manifest, side, torch_device, loader)
         with counted(f"top of {layer}", "images") as progress:
-            found = find_top_activations(
-                net,
-                manifest,
-                layer,
-                choice.numbers,
-                count=count,
-                size=side,
-                loader=loader,
-                device=torch_device,
-                progress=progress,
-            )
+            found = find_top_activations(net, crops, layer, choice.numbers, count=count, progress=progress)
         if choice.numbers is None:
             found = found.select(choice.of(layer, found.values[:, 0]))
-        figures = _figures(net, manifest, found, size=side, loader=loader, device=torch_device)
+        figures = _figures(net, crops, found)
     settings = {
         "folder": f"{printable(manifest.folder)}, {len(manifest.images)} images",
         "layer": layer,
@@ -109,9 +98,7 @@ def _read_manifest(folder: Path, layer: str) -> Manifest:
     return manifest
 
 
-def _figures(
-    net: VGG19, manifest: Manifest, found: TopActivations, *, size: int, loader: str, device: torch.device
-) -> list[Figure]:
+def _figures(net: VGG19, crops: CenterCrops, found: TopActivations) -> list[Figure]:
     """Project and draw, as many maps at a time as `_MAX_BYTES` allow."""
     layer, (total, count) = found.layer, found.values.shape
     side = receptive_field(layer).size
@@ -120,10 +107,12 @@ def _figures(
     for start in range(0, total, at_once):
         part = found.select(range(start, min(start + at_once, total)))
         with counted(f"project {layer}", "images") as progress:
-            patches = project_top(net, manifest, part, size=size, loader=loader, device=device, progress=progress)
+            patches = project_top(net, crops, part, progress=progress)
         for first in range(0, len(part.maps), MAPS_PER_SHEET):
             rows = range(first, min(first + MAPS_PER_SHEET, len(part.maps)))
-            figures.append(_figure(manifest, part.select(rows), patches.select(rows), f"{layer}-{len(figures) + 1}"))
+            figures.append(
+                _figure(crops.manifest, part.select(rows), patches.select(rows), f"{layer}-{len(figures) + 1}")
+            )
     if len(figures) == 1:
         return [replace(figures[0], name=layer, tag=f"visualize/top/{layer}")]
     return figures

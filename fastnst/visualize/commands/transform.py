@@ -9,11 +9,12 @@ import torch
 from fastnst.device import resolve_device
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
-from fastnst.visualize.commands.options import check_size, memory_advice, parse_maps, read_crops, size_setting
+from fastnst.visualize.attribution.folder_batches import check_size
+from fastnst.visualize.commands.options import memory_errors, parse_maps, read_crops, size_setting
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.projection_figures import HOW_TO_READ, Crop, map_figures, strip_figure
-from fastnst.visualize.sheets.report import Report, image_names, memory_errors
+from fastnst.visualize.sheets.report import Report, image_names
 
 DEFAULT_SIZE = 256
 # Without it, projections of the last layers all end as the same blob.
@@ -49,7 +50,7 @@ def transform_report(
     torch_device = resolve_device(device)
     crops = read_crops(images, size)
     figures: list[Figure] = []
-    with memory_errors(memory_advice(torch_device, "--size or the number of --maps")):
+    with memory_errors(torch_device, "--size or the number of --maps"):
         net = load(torch_device)
         deconvnet, weight = TransformDeconvnet(net), next(net.parameters())
         channels = {layer: deconvnet.channels(layer) for layer in layers or net.layer_names}

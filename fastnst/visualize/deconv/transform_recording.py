@@ -87,7 +87,7 @@ def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> 
 
 
 def mirrored_before(net: TransformNet) -> int:
-    """By how many pixels `net` mirrors an image at each side before it begins."""
+    """Return the pixels of reflection padding that `net` adds at each side of an image."""
     return net.spec.border
 
 

@@ -47,11 +47,20 @@ def put_back(windows: Tensor, corners: Tensor, whole: Tensor) -> None:
         whole[(index, slice(None), *outer)] = windows[(index, slice(None), *inner)]
 
 
-def cut(whole: Tensor, corners: Tensor, side: int) -> Tensor:
-    """Cut `[K, C, s, s]`, the k-th window out of the k-th of `whole` `[K, C, H, W]`; 0 outside the map."""
-    windows = whole.new_zeros((*whole.shape[:2], side, side))
-    for index, inner, outer in _overlaps(corners, side, whole.shape):
-        windows[(index, slice(None), *inner)] = whole[(index, slice(None), *outer)]
+def cut(maps: Tensor, corners: Tensor, side: int, *, rows: Tensor | None = None, fill: float = 0.0) -> Tensor:
+    """Cut windows `[K, C, s, s]` out of `[N, C, H, W]`.
+
+    Args:
+        maps: to cut from.
+        corners: `[K, 2]`.
+        side: s.
+        rows: `[K]`, row in the batch of each window; None: the k-th window of the k-th row.
+        fill: value outside the map.
+    """
+    chosen = range(len(corners)) if rows is None else rows.tolist()
+    windows = maps.new_full((len(corners), maps.shape[1], side, side), fill)
+    for index, inner, outer in _overlaps(corners, side, maps.shape):
+        windows[(index, slice(None), *inner)] = maps[(chosen[index], slice(None), *outer)]
     return windows
 
 
@@ -68,6 +77,10 @@ def _overlaps(
     # Copying rectangles one by one is far faster than index arithmetic for every pixel of every map.
     height, width = shape[-2:]
     for index, (top, left) in enumerate(corners.tolist()):
-        rows, columns = (max(top, 0), min(top + side, height)), (max(left, 0), min(left + side, width))
+        rows, columns = _clamped(top, side, height), _clamped(left, side, width)
         inner = slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)
         yield index, inner, (slice(*rows), slice(*columns))
+
+
+def _clamped(first: int, side: int, length: int) -> tuple[int, int]:
+    return min(max(first, 0), length), min(max(first + side, 0), length)

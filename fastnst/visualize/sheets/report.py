@@ -1,17 +1,15 @@
 """The result of a `fastnst visualize` command, written as PNG sheets, arrays and an `index.html`."""
 
-import contextlib
 import errno
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fastnst.device import ran_out_of_memory
-from fastnst.errors import DataError, DeviceError, UserError
+from fastnst.errors import DataError, UserError
 from fastnst.images import printable, write_image
 from fastnst.storage import storage_error, write_atomic
 from fastnst.visualize.sheets.page import Figure, build_page
@@ -99,17 +97,6 @@ def image_names(paths: Sequence[Path]) -> list[str]:
             name, again = f"{path.stem}-{again}", again + 1
         names.append(name)
     return names
-
-
-@contextlib.contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """Raise DeviceError with `advice` when the device runs out of memory."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise DeviceError(f"out of memory; {advice}") from error
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -18,12 +18,11 @@ from fastnst.data.crop import crop_box, read_crop
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.errors import DataError, UserError
 from fastnst.models.vgg19 import VGG19
-from fastnst.visualize.attribution.folder_batches import center_crops
+from fastnst.visualize.attribution.folder_batches import CenterCrops
 from fastnst.visualize.attribution.top_activations import (
     RunningTop,
     TopActivations,
-    cut_out,
-    default_size,
+    crop_size,
     find_top_activations,
     project_top,
 )
@@ -50,13 +49,21 @@ def found(net: VGG19, manifest: Manifest) -> TopActivations:
     return find(net, manifest, maps=[5, 0, 127], count=4, batch_size=5)
 
 
-def find(net: VGG19, manifest: Manifest, layer: str = LAYER, **options: Any) -> TopActivations:
-    return find_top_activations(net, manifest, layer, **{"size": SIZE, "device": CPU, "workers": 1, **options})
+def find(net: VGG19, manifest: Manifest, layer: str = LAYER, *, size: int = SIZE, **options: Any) -> TopActivations:
+    return find_top_activations(net, center_crops(manifest, size, options), layer, **options)
 
 
-def project(net: VGG19, manifest: Manifest, top: TopActivations, **options: Any) -> tuple[Tensor, Tensor]:
-    shown = project_top(net, manifest, top, **{"size": SIZE, "device": CPU, "workers": 1, **options})
+def project(
+    net: VGG19, manifest: Manifest, top: TopActivations, *, size: int = SIZE, **options: Any
+) -> tuple[Tensor, Tensor]:
+    shown = project_top(net, center_crops(manifest, size, options), top, **options)
     return shown.projections, shown.patches
+
+
+def center_crops(manifest: Manifest, size: int, options: dict[str, Any]) -> CenterCrops:
+    """Takes its own options out of the dictionary."""
+    own = {name: options.pop(name) for name in ("loader", "batch_size") if name in options}
+    return CenterCrops(manifest, size, CPU, workers=1, **own)
 
 
 def prepared(manifest: Manifest, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -195,7 +202,7 @@ def test_find_top_activations_agrees_with_exhaustive_search(
     images = prepared(manifest, SIZE)
     if loader == "dali":
         # Its pixels may differ from Pillow's by 1 of 255, and two activations that are nearly equal change places.
-        (passed,) = center_crops(manifest, SIZE, batch_size=12, loader=loader, device=CPU, workers=1)
+        (passed,) = CenterCrops(manifest, SIZE, CPU, loader, batch_size=12, workers=1)
         by_dali = passed[1][passed[0].argsort()].permute(0, 3, 1, 2).double() / 255
         torch.testing.assert_close(by_dali, images, rtol=0, atol=1.01 / 255)
         images = by_dali
@@ -210,7 +217,7 @@ def test_find_top_activations_agrees_with_exhaustive_search(
 
 @pytest.mark.parametrize("batch_size", [5, 50])
 def test_center_crops_hold_every_image_once(manifest: Manifest, batch_size: int) -> None:
-    passed = list(center_crops(manifest, SIZE, batch_size=batch_size, loader="pillow", device=CPU, workers=1))
+    passed = list(CenterCrops(manifest, SIZE, CPU, batch_size=batch_size, workers=1))
     assert [len(batch) for _, batch in passed] == [len(indices) for indices, _ in passed]
     indices, batches = (torch.cat(parts) for parts in zip(*passed, strict=True))
     assert sorted(indices.tolist()) == list(range(12))
@@ -244,26 +251,6 @@ def test_project_top_agrees_with_single_projections(
                 whole = deconvnet(image, LAYER, [number], activation=(at[0], at[1]))[:, 0]
                 projection = torch.nn.functional.pad(whole, frame)[window].float()
                 torch.testing.assert_close(projections[row, place], projection, rtol=1e-5, atol=1e-6)
-
-
-@given(
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    side=st.integers(1, 8),
-    corners=st.lists(st.tuples(st.integers(0, 1), st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=4),
-)
-def test_cut_out_by_brute_force(height: int, width: int, side: int, corners: list[tuple[int, int, int]]) -> None:
-    batch = torch.arange(2 * height * width * 3, dtype=torch.int64).mul(37).remainder(256).to(torch.uint8)
-    batch = batch.reshape(2, height, width, 3)
-    table = torch.tensor(corners)
-    windows = cut_out(batch, table[:, 0], table[:, 1:], side)
-    for window, (image, top, left) in zip(windows, corners, strict=True):
-        for row in range(side):
-            for column in range(side):
-                y, x = top + row, left + column
-                inside = 0 <= y < height and 0 <= x < width
-                expected = batch[image, y, x] / 255 if inside else torch.full((3,), 0.5)
-                assert torch.equal(window[:, row, column], expected)
 
 
 # Good order.
@@ -316,11 +303,11 @@ def test_project_top_reads_only_the_images_it_shows(net: VGG19, photo_folder: Pa
         ("relu3_1", {}, "relu3_1 lies behind relu2_1, where this VGG19 ends; load it up to relu3_1"),
         (LAYER, {"maps": [0, 128]}, "relu2_1 has no map 128; its maps are 0 … 127"),
         (LAYER, {"maps": []}, "no map of relu2_1 is asked for"),
-        (LAYER, {"size": 9}, "crops of 9 px are smaller than the receptive field of relu2_1, 10 px"),
-        ("conv1_1", {"size": 15}, "crops of 15 px .* from 16 to 2048"),
-        (LAYER, {"size": 4096}, "crops of 4096 px are out of range"),
-        (LAYER, {"count": 0}, "0 activations per map"),
-        (LAYER, {"batch_size": 0}, "a batch of 0 images"),
+        ("conv3_4", {"size": 47}, "lies behind relu2_1"),
+        ("conv1_1", {"size": 15}, "a crop size of 15 px is out of range; give 16 … 2048 px"),
+        (LAYER, {"size": 4096}, "a crop size of 4096 px is out of range"),
+        (LAYER, {"count": 0}, "count is 0; give at least 1"),
+        (LAYER, {"batch_size": 0}, "batch_size is 0; give at least 1"),
         (LAYER, {"loader": "cv2"}, "unknown loader 'cv2'; choose one of pillow, dali"),
     ],
 )
@@ -342,6 +329,9 @@ def test_find_top_activations_refuses_an_empty_folder(net: VGG19, tmp_path: Path
 @pytest.mark.parametrize(
     ("layer", "size"), [("conv1_1", 224), ("relu3_4", 224), ("pool4", 224), ("conv5_4", 256), ("pool5", 288)]
 )
-def test_default_size_holds_the_receptive_field(layer: str, size: int) -> None:
-    assert default_size(layer) == size
-    assert receptive_field(layer).size <= size
+def test_crop_size_holds_the_receptive_field(layer: str, size: int) -> None:
+    field = receptive_field(layer).size
+    assert crop_size(layer, None) == size >= field
+    assert crop_size(layer, field) == field
+    with pytest.raises(UserError, match=f"smaller than the receptive field of {layer}, {field} px"):
+        crop_size(layer, field - 1)
