@@ -191,7 +191,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests before `-m` selects, and sort: the interpreter first, then the order of `_SLOW`."""
 
     def rank(item: pytest.Item) -> int:
-        file = item.nodeid.partition(".py")[0].removeprefix("tests/")
+        file = slow_name(item.path)
         if _INTERPRETER.search(item.nodeid):
             return -2 if file in _QUICK_IN_INTERPRETER else -1
         return _SLOW.index(file) if file in _SLOW else len(_SLOW)
@@ -200,6 +200,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if rank(item) in range(-1, len(_SLOW)):
             item.add_marker("slow")
     items.sort(key=rank)
+
+
+def slow_name(path: Path) -> str:
+    """Return a test file's area and name, as in `_SLOW`: `tests/visualize/deconv/test_x.py` → `visualize/test_x`."""
+    parts = path.parts[len(PROJECT.parts) + 1 :]
+    return f"{parts[0]}/{path.stem}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
