@@ -57,7 +57,7 @@ def test_readme_is_short_and_names_the_papers() -> None:
 @pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
 def test_links_and_files_exist(page: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", page) if not link.startswith("http")]
-    named = re.findall(r"`((?:tests|benchmarks|kernels|scripts|fastnst)/[^`*… ]+)`", page)
+    named = re.findall(r"`((?:tests|benchmarks|kernels|scripts|fastnst)/[^`*…<> ]+)`", page)
     assert links + named
     assert [name for name in links + named if not (ROOT / name.partition("#")[0]).exists()] == []
     headings = re.findall(r"^#+ (.*)$", README + "\n" + CONTRIBUTING, flags=re.MULTILINE)
