@@ -2,9 +2,9 @@
 
 Nothing here imports torch at module level, so that the tests of imports see what users see.
 
-Slow tests: the files in `_SLOW`, kernel tests in Triton's interpreter except `_QUICK_IN_INTERPRETER`, and tests marked
-`slow`. They run first, longest file first, so that the workers of pytest-xdist finish together;
-`scripts/test.sh --quick` leaves them out. Add a file here when it takes more than about eight seconds.
+Slow tests: the files in `_SLOW`; kernel tests in Triton's interpreter except those `…_by_hand`; kernel tests that match
+`_SLOW_OF_KERNELS`; tests marked `slow`. `scripts/test.sh --quick` leaves them out. Files run in the order of `_SLOW`,
+longest first, so that the workers of pytest-xdist finish together. Add a file when it takes more than eight seconds.
 """
 
 import functools
@@ -30,7 +30,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get("FASTNST_TEST_DATA") or PROJECT / "../shared/data").resolve()
 
 _INTERPRETER = re.compile(r"^tests/kernels/.*[\[-]interpreter[\]-]")
-_QUICK_IN_INTERPRETER = ("kernels/test_max_pool",)
+_QUICK_IN_INTERPRETER = re.compile(r"_by_hand\[")
+_SLOW_OF_KERNELS = re.compile(r"^tests/kernels/.*(gradcheck|opcheck|registered_as|compile|one_graph)")
 _SLOW = (
     "kernels/test_compiled",
     "training/test_trainer",
@@ -191,15 +192,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests before `-m` selects, and sort: the interpreter first, then the order of `_SLOW`."""
 
     def rank(item: pytest.Item) -> int:
-        file = item.nodeid.partition(".py")[0].removeprefix("tests/")
+        file = slow_name(item.path)
         if _INTERPRETER.search(item.nodeid):
-            return -2 if file in _QUICK_IN_INTERPRETER else -1
+            return -2 if _QUICK_IN_INTERPRETER.search(item.nodeid) else -1
         return _SLOW.index(file) if file in _SLOW else len(_SLOW)
 
     for item in items:
-        if rank(item) in range(-1, len(_SLOW)):
+        if rank(item) in range(-1, len(_SLOW)) or (rank(item) >= 0 and _SLOW_OF_KERNELS.search(item.nodeid)):
             item.add_marker("slow")
     items.sort(key=rank)
+
+
+def slow_name(path: Path) -> str:
+    """Return a test file's area and name, as in `_SLOW`: `tests/visualize/deconv/test_x.py` → `visualize/test_x`."""
+    parts = path.parts[len(PROJECT.parts) + 1 :]
+    return f"{parts[0]}/{path.stem}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
