@@ -495,7 +495,7 @@ IMAGES = (
         "a run in which an image vanished cannot be resumed",
     ),
     Fault(
-        "the image before stands in instead of the next",
+        "previous image replaces a failed one instead of the next",
         REPLACEMENTS,
         "index = (index + 1) % len",
         "index = (index - 1) % len",
@@ -519,7 +519,7 @@ IMAGES = (
         "a run goes on with the few images of a dying disk that can still be read",
     ),
     Fault(
-        "death of DALI not met",
+        "failure of DALI not recovered",
         DALI,
         "                self._pipeline = self._recover(error)\n",
         "                raise\n",
@@ -551,7 +551,7 @@ IMAGES = (
         "the loaders differ on damaged images",
     ),
     Fault(
-        "memory of checks does not look at the time",
+        "cached check ignores the modification time",
         MANIFEST,
         "(earlier.size, earlier.mtime) == (size, mtime)",
         "earlier.size == size",
