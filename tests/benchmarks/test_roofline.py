@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastnst.config import Config, preset_names
 from fastnst.models.transform_net import TransformNet
 from fastnst_kernels.gram.style_loss import StyleMatrix, gram_product_reference
-from fastnst_kernels.inspection import cost
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, BATCH = 64, 2

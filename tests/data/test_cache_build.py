@@ -190,7 +190,7 @@ def test_build_cache_rebuild_after_the_folder_changed(photo_folder: Path, tmp_pa
     assert open_cache(out, size=16, fit="random_crop").cache == smaller.cache
 
 
-# A process of its own, which kills itself at a named point.
+# A process that kills itself before the n-th call of a function.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -198,24 +198,17 @@ from fastnst.data.cache import format as cache_format
 from fastnst.data.cache import build as cache_build
 from fastnst.data.manifest import build_manifest
 
-where, count = sys.argv[3].split(":")
+name, count = sys.argv[3].split(":")
 cache_format.SHARD_BYTES = int(sys.argv[4])
-calls = 0
+original, calls = getattr(cache_build, name), []
 
-def deadly(name):
-    original = getattr(cache_build, name)
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == int(count) and where != "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*arguments, **options)
-        if calls == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(cache_build, name, call)
+def kill_at_count(*arguments, **options):
+    calls.append(None)
+    if len(calls) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
 
-deadly("read_crop" if where == "decoding" else "write_atomic")
+setattr(cache_build, name, kill_at_count)
 manifest = build_manifest(Path(sys.argv[1]))
 cache_build.build_cache(
     manifest, Path(sys.argv[2]), size=64, fit="random_crop", workers=1, rebuild="rebuild" in sys.argv
@@ -237,15 +230,15 @@ def kill(folder: Path, out: Path, where: str, *options: str) -> None:
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize(
     ("where", "finished"),
-    # Writes come in pairs, shard and note, and last the manifest.
-    [("decoding:7", 3), ("before:5", 2), ("before:4", 1), ("manifest", None)],
+    # Each shard is followed by its sidecar; the manifest comes last.
+    [("read_crop:7", 3), ("write_atomic:5", 2), ("write_atomic:4", 1), ("manifest", None)],
 )
 def test_build_cache_keeps_finished_shards_after_a_kill(
     where: str, finished: int | None, generated_photos: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     whole = build(generated_photos, tmp_path / "whole").cache
     if finished is None:
-        finished, where = len(whole.shards), f"before:{2 * len(whole.shards) + 1}"
+        finished, where = len(whole.shards), f"write_atomic:{2 * len(whole.shards) + 1}"
     out = tmp_path / "cache"
     kill(generated_photos, out, where)
     assert is_cache(out)
@@ -268,7 +261,7 @@ def test_build_cache_after_a_kill_during_rebuild_and_more_damage(
     cache = build(generated_photos, tmp_path).cache
     whole = contents(tmp_path)
     (tmp_path / "shard_0001.u8").unlink()
-    kill(generated_photos, tmp_path, "decoding:2", "rebuild")
+    kill(generated_photos, tmp_path, "read_crop:2", "rebuild")
     assert not (tmp_path / "manifest.json").exists()
     with (tmp_path / "shard_0002.u8").open("r+b") as file:
         file.write(b"damage")
@@ -313,7 +306,7 @@ def test_build_cache_checks_space_before_it_writes(
     with pytest.raises(StorageError, match=r"needs .* KiB in .*, and .* KiB are free there; free some space"):
         build(generated_photos, tmp_path / "new" / "cache")
     assert not (tmp_path / "new").exists()
-    # What is replaced gives its place; one shard stands beside its successor at a time.
+    # Old shards are removed one by one, each once its replacement is complete.
     usage.free = SMALL_SHARD
     assert build(generated_photos, out, 32, rebuild=True).shards_kept == 0
 

@@ -2,6 +2,18 @@
 
 import pytest
 import torch
+
+from fastnst_kernels import (
+    gram_matrix,
+    gram_matrix_reference,
+    runtime,
+    style_loss,
+    style_loss_and_matrix,
+    style_loss_reference,
+)
+from fastnst_kernels.gram import kernels as gram_kernels
+from fastnst_kernels.gram import product
+from fastnst_kernels.gram.style_loss import style_matrix_reference
 from helpers.kernel_cases import (
     DTYPES,
     LAYOUTS,
@@ -15,18 +27,6 @@ from helpers.kernel_cases import (
     with_dtypes,
 )
 from helpers.tolerances import assert_as_exact_as_torch
-
-from fastnst_kernels import (
-    gram_matrix,
-    gram_matrix_reference,
-    runtime,
-    style_loss,
-    style_loss_and_matrix,
-    style_loss_reference,
-)
-from fastnst_kernels.gram import kernels as gram_kernels
-from fastnst_kernels.gram import product
-from fastnst_kernels.gram.style_loss import style_matrix_reference
 
 # One position; C = 3, 17 and 32; several tiles of 64, with a remainder, in aligned and in odd rows; primes; more
 # positions than a chunk. Tiles of 128 have tests of their own: `…_with_every_tile`.

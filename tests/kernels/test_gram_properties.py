@@ -1,7 +1,6 @@
 """Properties of Gram matrices, the style loss and its gradients for any shape, dtype and format."""
 
 import torch
-from helpers.kernel_cases import DTYPES, LAYOUTS, examples, gradients, randn, same_format, whole_numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from fastnst_kernels import (
     style_loss_reference,
 )
 from fastnst_kernels.gram.style_loss import style_matrix_reference
+from helpers.kernel_cases import DTYPES, LAYOUTS, examples, gradients, randn, same_format, whole_numbers
 
 channels = st.sampled_from([1, 2, 3, 7, 8, 16, 17, 24, 32, 33, 64, 65, 72, 100])
 shapes = st.tuples(st.integers(1, 3), channels, st.integers(1, 9), st.sampled_from([1, 2, 3, 5, 8, 13, 31]))

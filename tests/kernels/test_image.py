@@ -5,8 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, randn, same_bits, with_dtypes
-from helpers.tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import (
     output_to_vgg_input,
@@ -16,6 +14,8 @@ from fastnst_kernels import (
     uint8_to_input,
     uint8_to_input_reference,
 )
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, randn, same_bits, with_dtypes
+from helpers.tolerances import assert_as_exact_as_torch
 
 # Sizes and padding: rows that fill vectors and that do not, padding wider than the image, more than one block.
 INPUTS = [

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from helpers.byte_counter import count_bytes
-from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
-from helpers.last_program import LastProgram
 
 from fastnst_kernels import (
     output_to_vgg_input,
@@ -14,6 +11,9 @@ from fastnst_kernels import (
     uint8_to_input,
 )
 from fastnst_kernels.image import kernels as image_kernels
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
+from helpers.last_program import LastProgram
 
 
 @in_interpreter

@@ -5,11 +5,11 @@ Values are whole numbers and factors powers of two, so that nothing rounds witho
 
 import numpy as np
 import torch
-from helpers.kernel_cases import DTYPES, LAYOUTS, examples, whole_numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastnst_kernels import output_to_vgg_input, output_to_vgg_input_backward, uint8_to_input
+from helpers.kernel_cases import DTYPES, LAYOUTS, examples, whole_numbers
 
 seeds = st.integers(0, 2**16)
 dtypes = st.sampled_from(DTYPES)

@@ -3,6 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fastnst_kernels import (
+    max_pool2d_switches,
+    max_pool2d_switches_reference,
+    max_unpool2d_switches,
+    max_unpool2d_switches_reference,
+)
+from fastnst_kernels.pool import kernels as max_pool_kernels
+from fastnst_kernels.pool.max_pool import _plane_index, gather_switches_reference
 from helpers.kernel_cases import (
     LAYOUTS,
     check_bad_input,
@@ -15,15 +24,6 @@ from helpers.kernel_cases import (
     with_dtypes,
 )
 from helpers.tolerances import assert_as_exact_as_torch
-
-from fastnst_kernels import (
-    max_pool2d_switches,
-    max_pool2d_switches_reference,
-    max_unpool2d_switches,
-    max_unpool2d_switches_reference,
-)
-from fastnst_kernels.pool import kernels as max_pool_kernels
-from fastnst_kernels.pool.max_pool import _plane_index, gather_switches_reference
 
 # (shape, window, stride): even and odd sides, overlap, gaps between windows, one window, the largest window, stride 1.
 CASES = [

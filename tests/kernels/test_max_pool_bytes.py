@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from helpers.byte_counter import count_bytes
-from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
-from helpers.last_program import LastProgram
 
 from fastnst_kernels import (
     max_pool2d_switches,
@@ -14,6 +11,9 @@ from fastnst_kernels import (
 )
 from fastnst_kernels.pool import kernels as max_pool_kernels
 from fastnst_kernels.pool import kernels_2x2
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
+from helpers.last_program import LastProgram
 
 
 @in_interpreter

@@ -6,7 +6,6 @@ Values are small whole numbers, so that ties abound and no sum rounds, in any ty
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kernel_cases import DTYPES, LAYOUTS, examples, same_bits, same_format, switches_of_torch, whole_numbers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from fastnst_kernels import (
     max_unpool2d_switches_reference,
 )
 from fastnst_kernels.pool.max_pool import gather_switches_reference
+from helpers.kernel_cases import DTYPES, LAYOUTS, examples, same_bits, same_format, switches_of_torch, whole_numbers
 
 gather_switches = torch.ops.fastnst.gather_switches
 

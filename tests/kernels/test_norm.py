@@ -5,6 +5,10 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fastnst_kernels import batch_norm, instance_norm, instance_norm_reference, runtime
+from fastnst_kernels.norm import dispatch
+from fastnst_kernels.norm.upsample_pad import UpsamplePad
 from helpers.kernel_cases import (
     DTYPES,
     LAYOUTS,
@@ -20,10 +24,6 @@ from helpers.kernel_cases import (
 )
 from helpers.norm_cases import NORMS, check, op, run, running_statistics
 from helpers.tolerances import assert_as_exact_as_torch
-
-from fastnst_kernels import batch_norm, instance_norm, instance_norm_reference, runtime
-from fastnst_kernels.norm import dispatch
-from fastnst_kernels.norm.upsample_pad import UpsamplePad
 
 # Odd and prime sides; C = 3, 17 and 32; a single sample; more rows than a tile holds.
 SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 19), (3, 5, 2, 1)]

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kernel_cases import DTYPES, LAYOUTS, check_op, parameters, randn, same_bits
-from helpers.op_counter import OpCounter
-from helpers.tolerances import assert_as_exact_as_torch
 
 from fastnst_kernels import batch_norm, instance_norm
 from fastnst_kernels.conv.convolution import convolution
 from fastnst_kernels.norm.recompute import recomputed_batch_norm, recomputed_instance_norm
 from fastnst_kernels.norm.upsample_pad import UpsamplePad
+from helpers.kernel_cases import DTYPES, LAYOUTS, check_op, parameters, randn, same_bits
+from helpers.op_counter import OpCounter
+from helpers.tolerances import assert_as_exact_as_torch
 
 # With `residual`, its margin.
 EPILOGUES: list[dict[str, Any]] = [

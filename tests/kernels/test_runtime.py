@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from helpers.kernel_cases import LAYOUTS
 
 import fastnst_kernels
 from fastnst_kernels import runtime
+from helpers.kernel_cases import LAYOUTS
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

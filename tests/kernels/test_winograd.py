@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kernel_cases import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers.tolerances import FLOOR
 from torch import Tensor
 
 from fastnst_kernels.cpu import winograd
+from helpers.kernel_cases import randn
+from helpers.tolerances import FLOOR
 
 
 def gradients(x: Tensor, weight: Tensor, dz: Tensor, padding: int) -> tuple[Tensor, Tensor]:
