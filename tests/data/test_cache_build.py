@@ -44,7 +44,7 @@ SMALL_SHARD = 40_000
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No machine crashes here, and a busy disk takes its time to make things durable."""
+    """No test needs durability, and fsync is slow on a busy disk."""
     monkeypatch.setattr(storage.os, "fsync", lambda _: None)
 
 
@@ -55,7 +55,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the images that are decoded for a cache."""
+    """Names of the images that a build decodes."""
     names: list[str] = []
 
     def watched(path: str, *arguments: Any, **options: Any) -> np.ndarray:
@@ -76,7 +76,7 @@ def load(manifest: Manifest, sampler: Sampler, size: int, **options: Any) -> tor
 
 
 def by_pillow(manifest: Manifest, sampler: Sampler, size: int) -> torch.Tensor:
-    """What the Pillow loader delivers, computed image by image."""
+    """The Pillow loader's batches, computed image by image."""
     pixels = pixels_of(manifest.folder)
     return torch.cat([expected_batch(manifest, sampler, step, size, pixels) for step in range(sampler.steps)])
 
@@ -344,7 +344,7 @@ def test_read_pixels(generated_photos: Path, tmp_path: Path) -> None:
 
 
 def test_cache_loader_replaces_an_image_that_only_the_folder_had(generated_photos: Path, tmp_path: Path) -> None:
-    """A run goes on from its folder to a cache that was made after an image had gone."""
+    """A run started on the folder; the cache was built after an image had vanished."""
     cache = as_manifest(build(generated_photos, tmp_path).cache)
     gone = ImageEntry("image_04a.png", 1, 50, 60, "PNG", True, -1)
     images = [*cache.images[:5], gone, *cache.images[5:]]
@@ -386,7 +386,7 @@ def test_cache_loader_names_a_shard_that_changes(
 
 @pytest.mark.usefixtures("small_shards")
 def test_cache_loader_keeps_reading_a_replaced_shard(generated_photos: Path, tmp_path: Path) -> None:
-    """Mending makes new files; who reads the old ones goes on reading them."""
+    """A rebuild writes new files; an open loader keeps reading the old ones."""
     cache = as_manifest(build(generated_photos, tmp_path).cache)
     sampler, config = Sampler(0, 12, 4, 12), DataConfig(image_size=64, workers=1)
     expected = load(cache, sampler, 64)

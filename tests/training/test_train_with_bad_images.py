@@ -188,13 +188,6 @@ def test_train_resume_may_allow_more_failures(scene: Scene) -> None:
     scene.assert_same("whole", "run")
 
 
-def test_train_stops_at_the_first_failure_if_none_is_allowed(scene: Scene) -> None:
-    victim = scene.first_used_in(5)
-    with pytest.raises(DataError, match="no such file") as caught:
-        scene.train(scene.config("pillow", "data.max_failed_percent=0"), "run", [victim])
-    assert victim in str(caught.value)
-
-
 def test_train_resume_refuses_a_folder_that_lost_an_image(scene: Scene) -> None:
     """It vanished between two processes, so the run has not recorded its failure."""
     config = scene.config("pillow")
@@ -235,6 +228,6 @@ def test_train_lists_a_failure_durably_before_its_step(scene: Scene, monkeypatch
 def test_train_logs_only_the_first_of_many_failures(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rejected_images, "MOST_MESSAGES", 2)
     messages = scene.train(scene.config("dali", "data.max_failed_percent=60"), "run", scene.paths[4:9])
-    assert sum("stands in for it" in message for message in messages) == 2
+    assert sum("failed in step" in message for message in messages) == 2
     assert sum("further images" in message for message in messages) == 1
     assert len(scene.rows("run")) == 5
