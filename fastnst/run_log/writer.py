@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl`, and for TensorBoard the graph, scalars, histograms, images and text."""
+"""The log of a run: `metrics.jsonl`, and scalars, histograms, images, text and graph for TensorBoard."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def loss_scalars(terms: LossTerms) -> dict[str, float]:
 
 
 def training_graph(net: TransformNet, loss: PerceptualLoss, *, image_size: int, batch_size: int = 4) -> "GraphDef":
-    """Record one training step's forward pass, and both deconvnets, as a graph (the paper's Figures 4 and 5).
+    """Record one training step's forward pass and both deconvnets as a graph (the paper's Figures 4, 5).
 
     The top level holds `X_content`, `transform_net`, `vgg_transformed`, `vgg_content`, `loss` (with content, style, tv
     and total, unless their weight is 0) and `visualization`; each opens down to layers. Nothing is computed, and no
@@ -194,7 +194,7 @@ class RunLog:
 
 
 def log_visualization(run: Path, sheets: Mapping[str, np.ndarray], *, step: int, text: str) -> None:
-    """Add images to the TensorBoard log of a run, in a file of their own, so that the run may still be training.
+    """Add images to a run's TensorBoard log, in a file of their own: the run may still be training.
 
     Args:
         run: the run directory.

@@ -1,4 +1,4 @@
-"""Saliency maps: a target's sensitivity to each pixel (Simonyan, Vedaldi & Zisserman 2013, arXiv:1312.6034)."""
+"""Saliency maps: a target's sensitivity to each pixel (Simonyan et al. 2013, arXiv:1312.6034)."""
 
 import math
 
@@ -30,7 +30,7 @@ def saliency(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Tensor:
-    """Compute the largest |∂score/∂pixel| of the three colours, pixels in [0, 1] (Simonyan et al. 2013, §3.1).
+    """Compute the largest |∂score/∂pixel| of the colours, pixels in [0, 1] (Simonyan et al. 2013, §3.1).
 
     - `plain`: the gradient itself.
     - `guided`: guided backpropagation (Springenberg et al. 2014, arXiv:1412.6806, §3.4): each ReLU passes a gradient

@@ -9,8 +9,8 @@ from torch import Tensor
 from fastnst.device import resolve_device
 from fastnst.errors import UserError
 from fastnst.progress import ProgressReport
+from fastnst.visualize.attribution.targets import channels_of
 from fastnst.visualize.commands.options import (
-    channels_of,
     check_vgg_layers,
     field_of,
     load_vgg,
@@ -54,7 +54,7 @@ def deconvnet_report(
     """
     choice, chosen = parse_maps(maps), parse_activation(activation)
     if not layers:
-        raise UserError("no layer was named; give --layer conv3_4, for example")
+        raise UserError("no layer was given; give --layer conv3_4, for example")
     layers = check_vgg_layers(layers, choice)
     size = vgg_size(layers, size)
     torch_device = resolve_device(device)

@@ -1,4 +1,4 @@
-"""`fastnst visualize occlusion`: heat maps of the drop in a target's score when parts of the image are covered."""
+"""`fastnst visualize occlusion`: heat maps of a score's drop when parts of the image are covered."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`fastnst visualize top`: each map's strongest activations in a folder (Zeiler & Fergus 2014, Figure 2)."""
+"""`fastnst visualize top`: each map's strongest activations in a folder."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""`fastnst visualize transform`: the transform net, from photo to stylized output (the paper's Figure 2)."""
+"""`fastnst visualize transform`: from photo to stylized output (the paper's Figure 2)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,10 +37,9 @@ def transform_report(
         load: loads the network to a device.
         model: its name, for the page.
         images: the files.
-        layers: to show, front to back whatever their order; none: all.
+        layers: to show; none: all.
         maps: of these layers to show as well, all positions of each together; None: none.
         size: side of the crops in pixels; None: 256.
-        device: `auto`, `cuda` or `cpu`.
 
     Raises:
         UserError, DataError, DeviceError: as `deconvnet_report`.

@@ -25,11 +25,7 @@ class ReceptiveField:
 
 
 def receptive_field(layer: str) -> ReceptiveField:
-    """Compute the receptive field of a convolutional layer of VGG19.
-
-    Raises:
-        UserError: unknown layer, or a fully connected one, which sees the whole image whatever its size.
-    """
+    """Compute a layer's receptive field; raise UserError for an unknown or fully connected layer."""
     check_layer(layer)
     depth = LAYERS.index(layer)
     if depth >= LAYERS.index("fc6"):

@@ -1,4 +1,4 @@
-"""`index.html`: the figures of one report side by side. One static file: no scripts, nothing from any network."""
+"""`index.html`: the figures of one report side by side, in one static file without scripts."""
 
 import os
 import urllib.parse

@@ -50,7 +50,7 @@ class Row:
 
 
 def colour_scale(projections: Tensor) -> float:
-    """Return the value drawn as black and white: the 99.9th percentile of |x| over the nonzero entries, or 1.
+    """Return the value drawn as black and white: the 99.9th percentile of |x| over nonzero entries, or 1.
 
     So neither a few outliers nor the many exact zeros of a projection decide. Pass images to be compared together.
     """
@@ -136,11 +136,6 @@ def mosaic(images: Tensor, columns: int = 3, *, smallest: int = 64) -> Tensor:
         top, left = index // columns * (height + line), index % columns * (width + line)
         whole[:, top : top + height, left : left + width] = tile
     return whole
-
-
-def strip(images: Sequence[Tensor], captions: Sequence[str], *, title: str = "", note: str = "") -> np.ndarray:
-    """Draw images in one row with captions on top (the paper's Figure 2); arguments as in `contact_sheet`."""
-    return contact_sheet([Row(images, captions)], title=title, note=note, captions_on_top=True)
 
 
 def contact_sheet(
@@ -266,7 +261,7 @@ def _sized(image: Tensor, smallest: int, largest: int) -> Tensor:
 
 
 def _caption(text: str, size: int, width: int) -> list[str]:
-    """Wrap to at most `_CAPTION_LINES` lines of `width` pixels; an ellipsis replaces the middle if need be."""
+    """Wrap to at most `_CAPTION_LINES` lines of `width` pixels, with an ellipsis in the middle if longer."""
     text = drawable(text)
 
     def shortened(left_out: int) -> list[str]:
