@@ -30,7 +30,7 @@ def receptive_field(layer: str) -> ReceptiveField:
     depth = LAYERS.index(layer)
     if depth >= LAYERS.index("fc6"):
         raise UserError(
-            f"{layer} sees the whole image and has no receptive field of a fixed size; choose a layer up to pool5"
+            f"{layer} depends on the whole image and has no receptive field of a fixed size; choose a layer up to pool5"
         )
     size, jump, start = 1, 1, 0
     for name in LAYERS[: depth + 1]:

@@ -1,4 +1,4 @@
-"""The deconvnet as its callers see it: what is recorded, how it is called, what is refused, what stays as it was."""
+"""Deconvnet of VGG19: recordings, calls, bad arguments, and side effects."""
 
 import re
 from collections.abc import Callable
