@@ -52,7 +52,7 @@ def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: b
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     manifest = build_manifest(folder)
-    net = load_vgg19(vgg, last_layer=LAYER, notify=lambda line: click.echo(line, err=True))
+    net = load_vgg19(vgg, last_layer=LAYER)
     decoded = list(squares(manifest, size, batch_size=BATCH, loader="pillow", device=cpu))
     maps = list(range(16 if quick else 256))
     # Batches come in an order of their own; the folder's first image is in one of them.

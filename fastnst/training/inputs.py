@@ -87,14 +87,12 @@ def read_inputs(config: Config, device: torch.device, late: Sequence[ReadFailure
     style, style_sha256 = read_style(config)
     check_folder(config.data.folder)
     watched_layers = [name.partition(":")[0] for name in config.visualize.vgg_maps]
-    with counted("download VGG19", "MB", scale=1e6) as progress:
-        vgg = load_vgg19(
-            config.loss.vgg,
-            last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers, *watched_layers]),
-            flavour=config.loss.vgg_flavour,
-            seed=config.train.seed,
-            progress=progress,
-        )
+    vgg = load_vgg19(
+        config.loss.vgg,
+        last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers, *watched_layers]),
+        flavour=config.loss.vgg_flavour,
+        seed=config.train.seed,
+    )
     manifest = read_manifest(config.data)
     log_rejected(manifest)
     manifest = with_failed(manifest, late)

@@ -124,7 +124,7 @@ class Trainer:
                     signum = self.group.all_reduce_max(self.stop.signum or 0)[0]
                     is_final = step == last or bool(signum)
                     note = self._log_metrics(step, styles, terms, meter, steps_here=step - done, is_final=is_final)
-                    with meter.paused(), record_span("look and save"):
+                    with meter.paused(), record_span("samples and checkpoints"):
                         self._show_and_save(step, styles, is_final=is_final)
                     progress.advance(note=note)
                     profile.step()

@@ -25,7 +25,7 @@ from fastnst.cli import main as cli
 from fastnst.config import load_config
 from fastnst.errors import UserError
 from fastnst.images import read_image
-from fastnst.models.published import load_lengstrom_npz
+from fastnst.models.pretrained import load_lengstrom_npz
 from fastnst.models.style_model import load_style_model
 from fastnst.models.weights import load_vgg19
 from fastnst.training.run_dir.checkpoint import latest_checkpoint
@@ -43,7 +43,7 @@ def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
     folder, photo, model = Path(given["folder"]), given["photo"], given["model"]
     out = folder / "out"
     if way == "vgg":
-        yield "load_vgg19", lambda: load_vgg19(str(path), last_layer="relu1_1", notify=lambda _: None)
+        yield "load_vgg19", lambda: load_vgg19(str(path), last_layer="relu1_1")
         look = ("--layer", "relu1_1", "--maps", 0, "--size", 32, "--device", "cpu", "--out", out)
         yield "visualize", lambda: command("visualize", "deconvnet", photo, "--vgg", path, *look)
     elif way == "style":

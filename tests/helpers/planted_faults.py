@@ -27,7 +27,7 @@ TRAIN, TRAINER, STYLE_RUN, INPUTS, DIVERGENCE, SIGNALS, DETERMINISM = (
 STEP, GRAPHED = (f"fastnst/training/step/{name}.py" for name in ("train_step", "graphed_step"))
 CHECKPOINT, RESUME, LAYOUT = (f"fastnst/training/run_dir/{name}.py" for name in ("checkpoint", "resume", "layout"))
 LOG, STORAGE, WEIGHTS = "fastnst/run_log/writer.py", "fastnst/storage.py", "fastnst/models/weights.py"
-VETTING, WINOGRAD = "fastnst/models/vetting.py", "kernels/fastnst_kernels/winograd.py"
+VETTING, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/winograd.py"
 
 TRAINING = "tests/training"
 EQUALS = f"{TRAINING}/test_resume.py::test_train_resume_equals_an_undisturbed_run"
@@ -35,7 +35,7 @@ STATES = f"{TRAINING}/test_resume.py::test_train_resume_restores_random_states_a
 CHANGES = f"{TRAINING}/test_resume_changes.py::test_train_resume"
 ORDER = f"{TRAINING}/test_io_faults.py::test_save_checkpoint_writes_content_then_name_and_then_removes_old"
 WRITE = "tests/test_storage.py::test_write_atomic_syncs_the_content_before_it_renames"
-PICKLE = "tests/models/test_vetting.py::test_a_pickle_names_nothing_but_what_tensors_are_made_of"
+PICKLE = "tests/models/test_file_checks.py::test_check_torch_file_refuses_other_names_in_pickles"
 CONVOLUTION = "tests/kernels/test_winograd.py::test_it_is_pytorchs_convolution"
 
 RESUMED = (
@@ -93,7 +93,7 @@ RESUMED = (
         TRAINER,
         "for style in active if style.done < step]",
         "for style in active]",
-        f"{TRAINING}/test_multi_style.py::test_a_run_killed_between_the_saves_of_two_styles_ends_like_one_that_was_not",
+        f"{TRAINING}/test_multi_style.py::test_train_styles_resumes_after_a_kill_between_two_saves",
     ),
     Fault(
         "changed configuration not refused",
@@ -247,7 +247,7 @@ DURABLE = (
         SIGNALS,
         "if self._deferred and self.signum is None:",
         "if self._deferred:",
-        f"{TRAINING}/test_signals.py::test_the_first_signal_waits_and_the_second_raises",
+        f"{TRAINING}/test_signals.py::test_deferred_keeps_the_first_signal_and_raises_the_second",
     ),
 )
 
@@ -285,7 +285,7 @@ SECURE = (
         "fastnst/models/download.py",
         "if (found := sha256_of(part)) == source.sha256:",
         "if found := sha256_of(part):",
-        "tests/models/test_weights.py::test_wrong_bytes",
+        "tests/models/test_weights.py::test_download_refuses_wrong_bytes",
     ),
     Fault(
         "names in pickles not checked",
@@ -299,7 +299,7 @@ SECURE = (
         VETTING,
         "if method or packed != length:",
         "if False:",
-        "tests/models/test_vetting.py::test_a_record_that_grows",
+        "tests/models/test_file_checks.py::test_check_torch_file_refuses_compressed_record",
     ),
 )
 

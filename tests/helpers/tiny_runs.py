@@ -43,11 +43,11 @@ class SmallNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 3, 3, padding=1)
         self.metadata = {"architecture": architecture, "norm": norm}
 
-    def forward(self, x: Tensor, *, raw: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, pre_activation: bool = False) -> Tensor:
         if x.dtype == torch.uint8:
             x = x.to(self.conv1.weight.dtype) / 255
         x = self.conv1(x) / 2
-        return x if raw else x.tanh() / 2 + 0.5  # the convolution's sigmoid
+        return x if pre_activation else x.tanh() / 2 + 0.5  # the convolution's sigmoid
 
     def output_mapping(self, _: object, wanted: Sequence[int]) -> OutputMapping:
         return OutputMapping((0, 0, *wanted), True, 0.5, 0.5)

@@ -174,7 +174,7 @@ def test_top(fastnst: Fastnst, photo_folder: Path, tmp_path: Path, monkeypatch: 
     assert "narrow.png" in err
     assert "top of relu2_1: 12/12 images" in err
     # The tables name, of all maps, those with the strongest activations, and where these are.
-    net = load_vgg19("random", last_layer="relu2_1", notify=lambda _: None)
+    net = load_vgg19("random", last_layer="relu2_1")
     activations = net(torch.cat(read_crops(images, 64)), ["relu2_1"])["relu2_1"].flatten(2)
     strongest = activations.amax(dim=(0, 2)).argsort(descending=True)[:3].tolist()
     cells = [cell for cell in page.text if cell.strip()]

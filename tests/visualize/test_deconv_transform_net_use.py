@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastnst.errors import UserError
 from fastnst.images import read_image, to_tensor
-from fastnst.models.published import load_lengstrom_npz
+from fastnst.models.pretrained import load_lengstrom_npz
 from fastnst.models.transform_net import LAYER_NAMES, NORMS, TransformNet
 from fastnst.visualize.deconv.neurons import Seeds
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet

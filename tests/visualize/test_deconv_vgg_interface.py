@@ -235,7 +235,7 @@ def test_what_cannot_be_projected_is_refused(
 
 def test_real_weights_on_a_photo(weights: Path, content: Path) -> None:
     file = str(weights / "vgg19_caffe_conv1_1-conv3_4.pth")
-    net = load_vgg19(file, last_layer="relu3_4", notify=lambda _: None)
+    net = load_vgg19(file, last_layer="relu3_4")
     image = to_tensor(read_image(content / "content_chicago.jpg")[100:228, 100:260])
     deconvnet = Deconvnet(net)
     recording = deconvnet.record(image, ["relu3_4"])

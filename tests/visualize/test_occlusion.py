@@ -127,7 +127,7 @@ def test_heat_is_captums(
 @pytest.mark.parametrize("fill", FILLS)
 def test_agrees_with_captum_on_a_photo_with_trained_weights(content: Path, weights: Path, fill: str) -> None:
     file = weights / "vgg19_caffe_conv1_1-conv3_4.pth"
-    net = load_vgg19(str(file), last_layer="relu3_4", notify=lambda _: None)
+    net = load_vgg19(str(file), last_layer="relu3_4")
     photo = to_tensor(read_image(sorted(content.iterdir())[0]))
     photo = torch.nn.functional.interpolate(photo, size=(40, 52), mode="area")
     target, sizes, strides = parse_target("relu3_4:100"), (16, 16), (14, 14)

@@ -135,7 +135,7 @@ def test_guided_is_captums_guided_backpropagation(net: VGG19, images: Tensor, ta
 @pytest.mark.parametrize("number", [7, 100])
 def test_agrees_with_captum_on_a_photo_in_single_precision(content: Path, weights: Path, number: int) -> None:
     file = weights / "vgg19_caffe_conv1_1-conv3_4.pth"
-    net = load_vgg19(str(file), last_layer="relu3_4", notify=lambda _: None)
+    net = load_vgg19(str(file), last_layer="relu3_4")
     photo = to_tensor(read_image(sorted(content.iterdir())[0]))
     photo = torch.nn.functional.interpolate(photo, size=(60, 76), mode="area")
     target = Target("relu3_4", number, "")

@@ -321,7 +321,7 @@ def test_real_layers_on_real_photos(photos: Path, weights: Path, tmp_path: Path)
     for file in sorted(photos.iterdir())[::20]:
         (tmp_path / file.name).symlink_to(file)
     manifest = build_manifest(tmp_path)
-    net = load_vgg19(str(weights / "vgg19_caffe_conv1_1-conv3_4.pth"), last_layer="relu3_1", notify=lambda _: None)
+    net = load_vgg19(str(weights / "vgg19_caffe_conv1_1-conv3_4.pth"), last_layer="relu3_1")
     top = find(net, manifest, "relu3_1", size=64, batch_size=6)
     activations = net(prepared(manifest, 64, torch.float32), ["relu3_1"])["relu3_1"]
     strongest = activations.amax((2, 3)).sort(dim=0, descending=True).values[:9].T

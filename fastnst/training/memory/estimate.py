@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from fastnst.config import Config
 from fastnst.device import DTYPES
-from fastnst.losses.fused import LossEngine
+from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import OutputMapping, TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
@@ -67,7 +67,7 @@ def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
     ):
         shape = (config.train.batch_size, side, side, 3)
         batch = torch.empty(shape, dtype=torch.uint8 if fused else torch.float32).permute(0, 3, 1, 2)
-        made = functional_call(net, fake_net, (batch,), {"raw": fused})
+        made = functional_call(net, fake_net, (batch,), {"pre_activation": fused})
         painted = {"painted": net.output_mapping(made.shape[2:], batch.shape[2:])} if fused else {}
         of_loss = functional_call(loss_pass, fake_loss, (made, batch), painted)
     if fused:
@@ -96,7 +96,7 @@ class _FusedPass(nn.Module):
 
     def forward(self, raw: Tensor, content: Tensor, painted: OutputMapping) -> list[Tensor]:
         """Return all tensors alive when the backward begins."""
-        engine = LossEngine(self.loss, self.dtype)
+        engine = FusedPerceptualLoss(self.loss, self.dtype)
         targets = engine.content_targets(content)
         u, _ = engine.preprocess(raw, painted)
         kept = [x for stage in engine.forward(u) for x in (*stage.outputs().values(), stage.switches)]

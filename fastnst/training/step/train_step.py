@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastnst.config import TrainConfig
 from fastnst.device import DTYPES, resolve_precision
-from fastnst.losses.fused import LossEngine
+from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.monitoring.profiler import record_span
@@ -98,15 +98,15 @@ class NetTrainer:
         self._loss = loss
         self._parameters = dict(net.named_parameters())
         self._state: dict[str, Tensor] = {**self._parameters, **dict(net.named_buffers())}
-        self._engine: LossEngine | None = None
+        self._engine: FusedPerceptualLoss | None = None
         self._forward: Callable[[Tensor], LossTerms] = self._autograd_loss
         if config.compile:
             self._forward = torch.compile(self._autograd_loss)
         elif config.engine == "fused":
-            self._engine = LossEngine(
+            self._engine = FusedPerceptualLoss(
                 loss,
                 None if self._dtype == torch.float32 else self._dtype,
-                beside=shared_vgg._engine if shared_vgg is not None else None,
+                shared_vgg=shared_vgg._engine if shared_vgg is not None else None,
             )
 
     def train_step(self, step: int | Tensor, batch: Tensor, content: ContentFeatures | None = None) -> LossTerms:
@@ -194,17 +194,17 @@ class NetTrainer:
     def _autograd_loss(self, batch: Tensor) -> LossTerms:
         content = to_unit(batch)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            stylized = self._transform(content, raw=False)
+            stylized = self._transform(content, pre_activation=False)
             with record_span("loss network"):
                 return self._loss(stylized, content)
 
-    def _fused_pass(self, engine: LossEngine, batch: Tensor, content: ContentFeatures | None) -> LossTerms:
+    def _fused_pass(self, engine: FusedPerceptualLoss, batch: Tensor, content: ContentFeatures | None) -> LossTerms:
         """Forward and backward of one batch, with the engine's own gradient of the loss."""
         # First, while the transform net holds nothing: a pass without gradient needs its two largest layers at once.
         content = content or self.content_features(batch)
         assert content is not None
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            pre_activation = self._transform(content.images, raw=True)
+            pre_activation = self._transform(content.images, pre_activation=True)
         mapping = self.net.output_mapping(pre_activation.shape[2:], content.images.shape[2:])
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
         with record_span("loss network"):
@@ -214,9 +214,9 @@ class NetTrainer:
             pre_activation.backward(gradient)
         return terms
 
-    def _transform(self, content: Tensor, *, raw: bool) -> Tensor:
+    def _transform(self, content: Tensor, *, pre_activation: bool) -> Tensor:
         with record_span("transform net"):
-            made: Tensor = self._forward_net(content, raw=raw)
+            made: Tensor = self._forward_net(content, pre_activation=pre_activation)
         return made
 
     def _num_updates(self) -> Tensor:

@@ -194,8 +194,8 @@ def transform(
     return replace(report, settings=settings)
 
 
-def _load(vgg: str, layers: Sequence[str], device: torch.device, notify: Notify) -> VGG19:
-    return load_vgg19(vgg, last_layer=deepest_layer(layers), notify=notify).to(device)
+def _load(vgg: str, layers: Sequence[str], device: torch.device, notify: Notify) -> VGG19:  # noqa: ARG001
+    return load_vgg19(vgg, last_layer=deepest_layer(layers)).to(device)
 
 
 def _load_for(target: Target, vgg: str, device: torch.device, notify: Notify) -> VGG19:

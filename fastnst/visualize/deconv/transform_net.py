@@ -202,7 +202,7 @@ class TransformDeconvnet:
 
         if layer == "out":
             size = passages[layer].size
-            signal = crop_adjoint(signal, size, self.net._inside(size, recording.size))
+            signal = crop_adjoint(signal, size, self.net.output_slices(size, recording.size))
         way = pairwise((IMAGE, *self.layers[: self.layers.index(layer) + 1]))
         for preceding, name in reversed(list(way)):
             before = passages[preceding]
@@ -215,7 +215,7 @@ class TransformDeconvnet:
                 assert isinstance(module, ConvLayer | UpLayer)
                 signal = through(name, module, signal, before)
         signal = reflect_pad_adjoint(signal, mirrored_before(self.net))
-        return signal * 255.0 if self.net.architecture == "johnson" else signal
+        return signal * self.net.spec.input_scale
 
 
 def _convolution_adjoint(module: ConvLayer | UpLayer, signal: Tensor, size: tuple[int, int]) -> Tensor:

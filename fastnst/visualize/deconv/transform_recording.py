@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnst.models.transform_net import ConvLayer, Placing, TransformNet, UpLayer
+from fastnst.models.transform_net import ConvLayer, InputLayout, TransformNet, UpLayer
 from fastnst_kernels.placement import Placement, own_places
 
 IMAGE = "image"
 """Whose passage is that of the image itself."""
 
-_Wants = Callable[[Tensor], Placing]
-_Note = Callable[[str, ConvLayer | UpLayer, Tensor, Placing, Tensor], None]
+_Wants = Callable[[Tensor], InputLayout]
+_Note = Callable[[str, ConvLayer | UpLayer, Tensor, InputLayout, Tensor], None]
 
 
 class Passage(NamedTuple):
@@ -68,7 +68,7 @@ def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> 
     activations: dict[str, Tensor] = {}
     passages: dict[str, Passage] = {}
 
-    def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: Placing, y: Tensor) -> None:
+    def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: InputLayout, y: Tensor) -> None:
         placement = Placement(*placing)
         passages[layer] = Passage((x.shape[2], x.shape[3]), placement, _rstd(module, x))
         if layer in layers:
@@ -78,17 +78,17 @@ def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> 
         net(images.to(device, dtype))
     size = (images.shape[2], images.shape[3])
     if "out" in activations:
-        rows, columns = net._inside(passages["out"].size, size)
+        rows, columns = net.output_slices(passages["out"].size, size)
         activations["out"] = activations["out"][:, :, rows, columns].contiguous(memory_format=torch.channels_last)
     border = 2 * mirrored_before(net)
     # The first layer has no norm before it: `TransformNet.forward` itself writes its border.
-    passages[IMAGE] = Passage((size[0] + border, size[1] + border), Placement(*net.conv1.wants(images)))
+    passages[IMAGE] = Passage((size[0] + border, size[1] + border), Placement(*net.conv1.input_layout(images)))
     return TransformRecording(activations, size, passages)
 
 
 def mirrored_before(net: TransformNet) -> int:
     """By how many pixels `net` mirrors an image at each side before it begins."""
-    return 40 if net.architecture == "hwalsuklee" else 0
+    return net.spec.border
 
 
 def _rstd(module: ConvLayer | UpLayer, x: Tensor) -> Tensor | None:

@@ -1,18 +1,18 @@
-"""A training step as a list of operations with their FLOPs and bytes, for a GPU that need not be there.
+"""Cost model of a training step: a list of operations with their FLOPs and bytes; no GPU is needed.
 
 FLOPs are those of matrix products (convolutions, Gram matrices), a multiply-add counting two, in their plain form; the
-arithmetic between them is far below what the same bytes take.
+arithmetic between them takes far less time than its bytes.
 
-Bytes that we move: what each operation of the planned step reads and writes, once per operand: convolutions with bias
-and ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.recording` notes the operands of each
-launch for an H100, without one), and the passes that are left between them: ReLU masks of layers that no loss taps,
-sums of residual gradients, casts of weights and weight gradients, the cut behind transposed convolutions.
+Bytes that we move: the reads and writes of each operation of the planned step, once per operand: convolutions with bias
+and ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.recording` records the operands of each
+launch for an H100, without one), and the remaining passes between them: ReLU masks of layers without a loss, sums of
+residual gradients, casts of weights and weight gradients, the crop after transposed convolutions.
 
-Minimum bytes: what passes cannot do without, whoever writes them. The passes are convolution, norm (statistics need the
-whole image before the first result), pooling, Gram matrix, content term, the boundaries between images and
-networks, Adam; pointwise work rides along with them. Each tensor that has to exist between two passes is written once
-and, in each phase of the step (forward, content, backward), read once however many passes want it; so is each weight.
-Nothing stays on chip from one pass to the next.
+Minimum bytes: the bytes that no implementation of the passes avoids. The passes are convolution, norm (statistics need
+the whole image before the first result), pooling, Gram matrix, content term, the boundaries between images and
+networks, Adam; pointwise work is fused into them. Each tensor between two passes is written once and, in each phase of
+the step (forward, content, backward), read once for all passes; so is each weight. Nothing stays on chip between
+passes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import torch
 from fastnst.config import Config
 from fastnst.device import DTYPES
 from fastnst_kernels import cost
-from step_bench.launches import launched_bytes
-from step_bench.ledger import (
+from step_bench.kernel_traffic import launched_bytes
+from step_bench.layer_shapes import Conv, VggLayer, transform_convs, vgg_layers
+from step_bench.operations import (
     CONTENT,
     IN,
     LOSS,
@@ -35,14 +36,13 @@ from step_bench.ledger import (
     UPDATE,
     VGG,
     VGG_BACK,
-    Ledger,
     Operation,
+    OperationList,
 )
-from step_bench.shapes import Conv, VggLayer, transform_convs, vgg_layers
 
 
 def training_step(config: Config, precision: str) -> list[Operation]:
-    """All passes of a step, in the order in which they run.
+    """List all passes of a step in order of execution.
 
     Args:
         config: architecture, norm, loss layers, image and batch size.
@@ -55,19 +55,19 @@ class _Step:
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.config, self.dtype, self.item = config, dtype, dtype.itemsize
         self.batch = config.train.batch_size
-        self.book = Ledger()
+        self.ops = OperationList()
         self.first, self.convs = transform_convs(config)
         loss, side = config.loss, config.data.image_size
         self.side = side
-        # Behind a block's second convolution its input is added, which is stored with a border.
+        # The norm after a block's second convolution adds the block's input, which is stored with a border.
         pairs = zip(self.convs, self.convs[1:], strict=False)
         self.block_side = {second.name: first.side for first, second in pairs if second.residual}
-        self.tapped = (*loss.content_layers, *loss.style_layers)
-        self.vgg = vgg_layers(self.tapped, side)
+        self.loss_layers = (*loss.content_layers, *loss.style_layers)
+        self.vgg = vgg_layers(self.loss_layers, side)
         self.content = vgg_layers(loss.content_layers, side)
 
     def run(self) -> list[Operation]:
-        self._enter()
+        self._inputs()
         self._transform_forward()
         self._vgg_forward(VGG, self.vgg, "ŷ", keeps=True)
         self._vgg_forward(CONTENT, self.content, "x", keeps=False)
@@ -75,7 +75,7 @@ class _Step:
         self._vgg_backward()
         self._transform_backward()
         self._update()
-        return self.book.operations
+        return self.ops.operations
 
     def _bytes(self, channels: int, side: int) -> int:
         return self.batch * channels * side * side * self.item
@@ -83,21 +83,21 @@ class _Step:
     def _shape(self, channels: int, side: int) -> tuple[int, int, int, int]:
         return self.batch, channels, side, side
 
-    def _enter(self) -> None:
+    def _inputs(self) -> None:
         if self.item < 4:
             convs = self.convs
             count = sum(conv.inputs * conv.outputs * conv.kernel**2 for conv in convs)
-            self.book.add(
+            self.ops.add(
                 IN, "weights", "cast", reads={"weights fp32": 4 * count}, writes={"weights": self.item * count}
             )
-        self._take_in("conv1", "in", self.first)
+        self._uint8_input("conv1", "in", self.first)
         if self.content:
-            self._take_in("conv1_1", "x", self.side)
+            self._uint8_input("conv1_1", "x", self.side)
 
-    def _take_in(self, first: str, who: str, side: int) -> None:
-        """From bytes to the input of a network's first convolution, of `side` pixels with its border."""
+    def _uint8_input(self, first: str, who: str, side: int) -> None:
+        """From uint8 to the input of a network's first convolution, padded to `side` pixels."""
         border = (side - self.side) // 2
-        self.book.add(
+        self.ops.add(
             IN,
             first,
             "from bytes",
@@ -113,7 +113,7 @@ class _Step:
             if conv.name.endswith("conv1") and conv.name != "conv1":
                 block = source
             made = f"{conv.name} conv"
-            self.book.add(
+            self.ops.add(
                 TRANSFORM,
                 conv.name,
                 "convolution",
@@ -122,7 +122,7 @@ class _Step:
                 writes={made: self._bytes(conv.outputs, conv.reach)},
             )
             if conv.transposed:
-                self._cut(TRANSFORM, conv, made, f"{conv.name} cut")
+                self._crop(TRANSFORM, conv, made, f"{conv.name} cut")
                 made = f"{conv.name} cut"
             source = made
             if conv.has_norm:
@@ -130,9 +130,9 @@ class _Step:
                 reads = {made: self._bytes(conv.outputs, conv.out)}
                 if conv.residual:
                     reads[block] = self._bytes(conv.outputs, conv.out)
-                self._norm(TRANSFORM, conv, reads, {source: self._bytes(conv.outputs, conv.placed)}, backward=False)
-        self.output_mapping = source
-        self.book.add(
+                self._norm(TRANSFORM, conv, reads, {source: self._bytes(conv.outputs, conv.laid_out)}, backward=False)
+        self.pre_activation = source
+        self.ops.add(
             TRANSFORM,
             "ŷ",
             "scale, normalise",
@@ -144,11 +144,11 @@ class _Step:
     def _weight(self, conv: Conv) -> dict[str, int]:
         return {f"{conv.name} weight": conv.inputs * conv.outputs * conv.kernel**2 * self.item}
 
-    def _cut(self, part: str, conv: Conv, source: str, result: str) -> None:
-        """What a transposed convolution makes too much is cut off by a copy, or, backwards, given back as zeros."""
+    def _crop(self, part: str, conv: Conv, source: str, result: str) -> None:
+        """Crop a transposed convolution's result by a copy, or, backwards, pad its gradient with zeros."""
         sizes = self._bytes(conv.outputs, conv.out), self._bytes(conv.outputs, conv.reach)
         read, written = sizes if part == TRANSFORM_BACK else (sizes[0], sizes[0])
-        self.book.add(part, conv.name, "cut", reads={source: read}, writes={result: written}, through=source)
+        self.ops.add(part, conv.name, "cut", reads={source: read}, writes={result: written}, through=source)
 
     def _norm(self, part: str, conv: Conv, reads: dict[str, int], writes: dict[str, int], *, backward: bool) -> None:
         shape = self._shape(conv.outputs, conv.out)
@@ -156,14 +156,14 @@ class _Step:
         if conv.residual:
             options["residual_border"] = (self.block_side[conv.name] - conv.out) // 2
         kind = f"{self.config.model.norm}_norm"
-        placing = {"upsample": conv.upsample, "padding": conv.padding, "padding_mode": conv.mode}
-        moved = launched_bytes(kind, shape, self.dtype, backward=backward, **options, **placing)
+        layout = {"upsample": conv.upsample, "padding": conv.padding, "padding_mode": conv.mode}
+        moved = launched_bytes(kind, shape, self.dtype, backward=backward, **options, **layout)
         norm = getattr(cost, kind + ("_backward" if backward else ""))
         training = {"training": True} if self.config.model.norm == "batch" else {}
-        # Statistics and per-channel vectors: what is left of the cost of the op without its images.
+        # Statistics and per-channel vectors: the cost of the op without its images.
         least = norm(shape, self.dtype, **training).minimum_bytes
         vectors = least - (3 if backward else 2) * self._bytes(conv.outputs, conv.out)
-        self.book.add(part, conv.name, kind, reads=reads, writes=writes, vectors=vectors, moved=moved)
+        self.ops.add(part, conv.name, kind, reads=reads, writes=writes, vectors=vectors, moved=moved)
 
     def _vgg_forward(self, part: str, layers: Sequence[VggLayer], who: str, *, keeps: bool) -> None:
         source = f"{who} to conv1_1"
@@ -175,9 +175,9 @@ class _Step:
                 written = {result: switches * self.item} | ({f"{result} switches": switches} if keeps else {})
                 shape = self._shape(layer.inputs, layer.side)
                 moved = launched_bytes("max_pool2d_switches", shape, self.dtype)
-                self.book.add(part, layer.name, "pool", reads={source: size}, writes=written, moved=moved)
+                self.ops.add(part, layer.name, "pool", reads={source: size}, writes=written, moved=moved)
             else:
-                self.book.add(
+                self.ops.add(
                     part,
                     layer.name,
                     "convolution",
@@ -197,7 +197,7 @@ class _Step:
             shape = self._shape(layer.outputs, layer.side)
             if not layer.is_pool and layer.relu in loss.style_layers:
                 grams = self.batch * layer.outputs**2
-                self.book.add(
+                self.ops.add(
                     LOSS,
                     layer.relu,
                     "style",
@@ -207,7 +207,7 @@ class _Step:
                     moved=launched_bytes("style_loss", shape, self.dtype),
                 )
             if {layer.name, layer.relu} & set(loss.content_layers):
-                self.book.add(LOSS, layer.relu, "content", reads={features: size, f"x {layer.name}": size}, writes={})
+                self.ops.add(LOSS, layer.relu, "content", reads={features: size, f"x {layer.name}": size}, writes={})
 
     def _vgg_backward(self) -> None:
         loss = self.config.loss
@@ -220,7 +220,7 @@ class _Step:
                 pooled = self._bytes(layer.outputs, layer.side // 2)
                 size = self._bytes(layer.inputs, layer.side)
                 shape = self._shape(layer.inputs, layer.side)
-                self.book.add(
+                self.ops.add(
                     VGG_BACK,
                     layer.name,
                     "unpool",
@@ -245,11 +245,11 @@ class _Step:
                     "tap_backward", shape, self.dtype, incoming=incoming is not None, style=style, content=content
                 )
                 flops = 2 * self.batch * layer.outputs**2 * layer.side**2 if style else 0
-                self.book.add(VGG_BACK, layer.relu, "tap", flops=flops, reads=reads, writes={masked: size}, moved=moved)
+                self.ops.add(VGG_BACK, layer.relu, "tap", flops=flops, reads=reads, writes={masked: size}, moved=moved)
             elif incoming is not None:
                 self._mask(layer, reads, incoming, masked, size)
             incoming = f"d into {layer.name}"
-            self.book.add(
+            self.ops.add(
                 VGG_BACK,
                 layer.name,
                 "input gradient",
@@ -260,21 +260,21 @@ class _Step:
         self.into_vgg = incoming
 
     def _mask(self, layer: VggLayer, reads: dict[str, int], incoming: str, masked: str, size: int) -> None:
-        """The ReLU's mask in a pass of its own, in place; whoever wrote the gradient could have applied it."""
-        self.book.add(VGG_BACK, layer.relu, "mask", reads=reads, writes={masked: size}, through=incoming)
+        """Apply the ReLU's mask in place, in a separate pass that the pass before could include."""
+        self.ops.add(VGG_BACK, layer.relu, "mask", reads=reads, writes={masked: size}, through=incoming)
 
     def _transform_backward(self) -> None:
         assert self.into_vgg is not None
         images = self._bytes(3, self.side)
-        self.book.add(
+        self.ops.add(
             TRANSFORM_BACK,
             "ŷ",
             "scale, normalise",
-            reads={self.into_vgg: images, self.output_mapping: images},
+            reads={self.into_vgg: images, self.pre_activation: images},
             writes={"d out placed": images},
             moved=launched_bytes("network_boundary_backward", self._shape(3, self.side), self.dtype),
         )
-        # The gradient that goes around a block, from where it is made to where it is added.
+        # Name and bytes of the gradient around a block, until it is added.
         around: tuple[str, int] | None = None
         for index in reversed(range(len(self.convs))):
             conv = self.convs[index]
@@ -282,20 +282,20 @@ class _Step:
             made = f"{conv.name} cut" if conv.transposed else f"{conv.name} conv"
             size, gradient = self._bytes(conv.outputs, conv.out), f"d {conv.name} placed"
             if conv.has_norm:
-                reads = {gradient: self._bytes(conv.outputs, conv.placed), made: size}
+                reads = {gradient: self._bytes(conv.outputs, conv.laid_out), made: size}
                 writes = {f"d {made}": size}
                 if conv.residual and max(conv.padding):
                     around = f"d around {conv.name}", size
                     writes[around[0]] = size
                 elif conv.residual:
-                    around = gradient, size  # it is the residual's as well
+                    around = gradient, size  # also that of the residual
                 self._norm(TRANSFORM_BACK, conv, reads, writes, backward=True)
                 gradient = f"d {made}"
             if conv.transposed:
-                self._cut(TRANSFORM_BACK, conv, gradient, f"d {conv.name} conv")
+                self._crop(TRANSFORM_BACK, conv, gradient, f"d {conv.name} conv")
                 gradient = f"d {conv.name} conv"
             reached = self._bytes(conv.outputs, conv.reach)
-            self.book.add(
+            self.ops.add(
                 TRANSFORM_BACK,
                 conv.name,
                 "weight gradient",
@@ -310,7 +310,7 @@ class _Step:
             if conv.name.endswith(".conv1"):
                 into = f"d into {conv.name}"
             stored = self._bytes(conv.inputs, conv.side)
-            self.book.add(
+            self.ops.add(
                 TRANSFORM_BACK,
                 conv.name,
                 "input gradient",
@@ -321,8 +321,8 @@ class _Step:
             if conv.name.endswith(".conv1"):
                 assert around is not None
                 summed = f"d {self.convs[index - 1].name} placed"
-                # A pass of its own; the norm before could have read both.
-                self.book.add(
+                # A separate pass; the norm before could read both.
+                self.ops.add(
                     TRANSFORM_BACK,
                     conv.name,
                     "sum",
@@ -335,21 +335,15 @@ class _Step:
         return conv.inputs * conv.outputs * conv.kernel**2
 
     def _weight_gradient_moved(self, conv: Conv) -> int:
-        """Written in the products' type, then cast to that of the weights."""
+        """Written in the products' type, then cast to the type of the weights."""
         return self._count(conv) * (4 if self.item == 4 else 2 * self.item + 4)
 
     def _update(self) -> None:
         count = sum(self._count(conv) + (2 if conv.has_norm else 1) * conv.outputs for conv in self.convs)
         size = 4 * count
         state = {"weights fp32": size, "first moments": size, "second moments": size}
-        self.book.add(UPDATE, "weights", "Adam", reads={"gradients": size, **state}, writes=state)
-        self.book.add(
-            UPDATE,
-            "weights",
-            "are they finite",
-            reads={"gradients": size, "weights fp32": size},
-            writes={},
-        )
+        self.ops.add(UPDATE, "weights", "Adam", reads={"gradients": size, **state}, writes=state)
+        self.ops.add(UPDATE, "weights", "are they finite", reads={"gradients": size, "weights fp32": size}, writes={})
 
 
 def totals(operations: Sequence[Operation]) -> dict[str, int]:

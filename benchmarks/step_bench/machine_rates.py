@@ -1,21 +1,19 @@
-"""How fast this machine multiplies matrices and copies: the two numbers of a roofline."""
+"""Measure the two rates of a roofline: matrix products and copies."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from roofline import Machine
 
+from step_bench.measure import synchronized_time
+
 _REPEATS = 5
 
 
 def measured_machine(device: torch.device, tflops: float | None = None, tb_per_s: float | None = None) -> Machine:
-    """The rates of `device`, in bf16 on a GPU, in fp32 on a CPU; those that are given are not measured.
-
-    The best of a few repeats counts: what is asked is what the machine can do.
-    """
+    """Measure the rates of `device` not given, in bf16 on a GPU, in fp32 on a CPU; the best of a few repeats."""
     on_gpu = device.type == "cuda"
     if tflops is None:
         side, dtype = (8192, torch.bfloat16) if on_gpu else (1536, torch.float32)
@@ -29,19 +27,12 @@ def measured_machine(device: torch.device, tflops: float | None = None, tb_per_s
 
 
 def _best(act: Callable[[], object], device: torch.device) -> float:
-    """Seconds; many calls to a repeat, so that launching them is hidden behind the first."""
+    """Seconds of a call; each repeat queues many calls, which hides the launch overhead."""
     calls = 20 if device.type == "cuda" else 3
     seconds = []
     for _ in range(_REPEATS):
-        _wait(device)
-        begin = time.perf_counter()
+        begin = synchronized_time(device)
         for _ in range(calls):
             act()
-        _wait(device)
-        seconds.append((time.perf_counter() - begin) / calls)
+        seconds.append((synchronized_time(device) - begin) / calls)
     return min(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

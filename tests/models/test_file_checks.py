@@ -1,4 +1,4 @@
-"""What is looked at before a library reads a weights file: each rule by the file that it alone refuses."""
+"""Checks of untrusted weights files: each rule with a file that only this rule refuses."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fastnst.models.vetting import VettingError, check_safetensors_file, check_torch_file
+from fastnst.models.file_checks import UnsafeFileError, check_safetensors_file, check_torch_file
 from helpers.malformed_files import Call, zipped
 from helpers.malformed_safetensors import with_header
 from helpers.malformed_zips import Record, raw_zip
@@ -39,7 +39,7 @@ def archive(*records: Record) -> bytes:
 
 
 @pytest.mark.parametrize("in_zip", [True, False])
-def test_what_torch_saves_passes(tmp_path: Path, in_zip: bool) -> None:
+def test_check_torch_file_accepts_files_of_torch_save(tmp_path: Path, in_zip: bool) -> None:
     check(tmp_path, saved(in_zip=in_zip))
 
 
@@ -55,50 +55,52 @@ def test_what_torch_saves_passes(tmp_path: Path, in_zip: bool) -> None:
     ],
     ids=["system", "load", "from the stack", "an instance", "an extension"],
 )
-def test_a_pickle_names_nothing_but_what_tensors_are_made_of(
+def test_check_torch_file_refuses_other_names_in_pickles(
     tmp_path: Path, around: Any, payload: bytes, reason: str
 ) -> None:
-    with pytest.raises(VettingError, match=reason):
+    with pytest.raises(UnsafeFileError, match=reason):
         check(tmp_path, around(payload))
 
 
 @pytest.mark.parametrize("around", [zipped, old_format], ids=["zip", "old format"])
-def test_a_pickle_whose_hash_would_take_for_ever(tmp_path: Path, around: Any) -> None:
-    """A tuple of two tuples of two tuples …; sixteen times is borne, which takes no time."""
+def test_check_torch_file_refuses_nested_tuples(tmp_path: Path, around: Any) -> None:
+    """A tuple of two tuples of two tuples …; a depth of sixteen is accepted."""
 
     def nested(depth: int) -> bytes:
         return b"\x80\x02}K\x00\x85" + b"q\x00h\x00\x86" * depth + b"K\x01s."
 
     check(tmp_path, around(nested(16)))
-    with pytest.raises(VettingError, match="nests tuples"):
+    with pytest.raises(UnsafeFileError, match="nests tuples"):
         check(tmp_path, around(nested(17)))
 
 
-def test_a_flipped_bit_of_a_weight(tmp_path: Path) -> None:
+def test_check_torch_file_refuses_flipped_bit(tmp_path: Path) -> None:
     data = bytearray(saved())
     data[data.index(torch.ones(4, 3).numpy().tobytes()) + 2] ^= 1
-    with pytest.raises(VettingError, match=r"the checksum of its record .* does not fit; fetch it again"):
+    with pytest.raises(UnsafeFileError, match=r"the checksum of its record .* does not fit; fetch it again"):
         check(tmp_path, bytes(data))
 
 
-def test_a_record_that_grows(tmp_path: Path) -> None:
+def test_check_torch_file_refuses_compressed_record(tmp_path: Path) -> None:
     pickled = Record("archive/data.pkl", pickle.dumps({}, 2))
     check(tmp_path, archive(pickled))
-    with pytest.raises(VettingError, match="is compressed"):
+    with pytest.raises(UnsafeFileError, match="is compressed"):
         check(tmp_path, archive(pickled, Record("archive/data/0", b"\0" * 9, packed=1 << 30)))
 
 
-def test_records_that_overlap(tmp_path: Path) -> None:
+def test_check_torch_file_refuses_overlapping_records(tmp_path: Path) -> None:
     inside = Record("archive/data/0", b"1234", offset=0)
     outer = Record("archive/data.pkl", pickle.dumps({}, 2))
-    with pytest.raises(VettingError, match="overlaps another one"):
+    with pytest.raises(UnsafeFileError, match="overlaps another one"):
         check(tmp_path, archive(outer, inside))
 
 
-def test_a_header_longer_than_that_of_any_model(tmp_path: Path) -> None:
+def test_check_safetensors_file_refuses_long_header(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(save(dict(WEIGHTS)))
     check_safetensors_file(file)
     file.write_bytes(with_header(b"{" + b" " * (1 << 20) + b"}", bytes(16)))
-    with pytest.raises(VettingError, match="its header of 1,048,578 bytes is longer than the 1,048,576 of any model"):
+    with pytest.raises(
+        UnsafeFileError, match="its header of 1,048,578 bytes is longer than the 1,048,576 of any model"
+    ):
         check_safetensors_file(file)

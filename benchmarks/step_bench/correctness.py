@@ -1,6 +1,6 @@
-"""Whether a provider computes what it is timed for: loss, gradients and the update of a step, before anything is timed.
+"""Check a provider's loss, gradients and update before it is timed.
 
-The measure is the plain formulation in float32, contiguous, without TF32. It agrees with float64 itself
+The reference is the baseline in float32, contiguous, without TF32. It agrees with float64
 (`tests/benchmarks/test_end_to_end.py`).
 """
 
@@ -13,44 +13,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from step_bench.providers import Plain, Provider, Task
+from step_bench.providers import Baseline, Provider, Task
 
-# Of the loss, and of all gradients together as one vector: relative errors that rounding explains. Seen, at 64² and
-# 128² pixels: fp32 2e-7 and 7e-4, bf16 2e-3 and 0.10; a wrong formula is far beyond.
+# Relative errors, of the loss and of all gradients as one vector, that rounding explains. Measured at 64² and 128²
+# pixels: fp32 2e-7 and 7e-4, bf16 2e-3 and 0.10; a wrong formula is far beyond.
 TOLERANCES = {"fp32": (1e-4, 1e-2), "tf32": (2e-3, 0.1), "fp16": (2e-2, 0.3), "bf16": (2e-2, 0.3)}
 
 
 class WrongResult(Exception):
-    """A provider computes something else."""
+    """A provider's result is wrong."""
 
 
 @dataclass(frozen=True)
-class Truth:
+class Reference:
     """Loss and gradients of the first step."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
 
 
-def truth_of(task: Task, batch: Tensor) -> Truth:
+def reference_step(task: Task, batch: Tensor) -> Reference:
     with _without_tf32():
-        plain = Plain(task, "fp32", channels_last=False)
-        loss = plain(batch)
-    return Truth(loss.double(), _gradients(plain))
+        baseline = Baseline(task, "fp32", channels_last=False)
+        loss = baseline(batch)
+    return Reference(loss.double(), _gradients(baseline))
 
 
-def check(provider: Provider, task: Task, truth: Truth, batch: Tensor, *, first: bool = False) -> dict[str, float]:
-    """Make a step from the initial weights and compare it; returns the relative errors.
+def check(
+    provider: Provider, task: Task, reference: Reference, batch: Tensor, *, first: bool = False
+) -> dict[str, float]:
+    """Run a step from the initial weights and compare it with the reference; return the relative errors.
 
     Args:
-        provider: after it, its weights are changed by one step.
+        provider: its weights are one step further afterwards.
         task: has the initial weights.
-        truth: from the same batch.
+        reference: of the same batch.
         batch: uint8 `[N, S, S, 3]`.
-        first: nobody has made a step yet, so that Adam moves by the learning rate.
+        first: whether this is the provider's first step, in which Adam moves by the learning rate.
 
     Raises:
-        WrongResult: with what errs by how much, and what is allowed.
+        WrongResult: with the error and the tolerance.
     """
     parameters = provider.parameters()
     initial = {name: task.transform[name].to(parameter) for name, parameter in parameters.items()}
@@ -58,22 +60,22 @@ def check(provider: Provider, task: Task, truth: Truth, batch: Tensor, *, first:
         for name, parameter in parameters.items():
             parameter.copy_(initial[name])
     loss = provider(batch).double()
-    loss_error = float((loss - truth.loss).abs() / truth.loss.abs())
+    loss_error = float((loss - reference.loss).abs() / reference.loss.abs())
     found = _gradients(provider)
-    if missing := truth.gradients.keys() ^ found.keys():
+    if missing := reference.gradients.keys() ^ found.keys():
         raise WrongResult(f"has gradients of other parameters: {', '.join(sorted(missing)[:3])}")
-    difference = sum((found[name] - wanted).square().sum() for name, wanted in truth.gradients.items())
-    size = sum(wanted.square().sum() for wanted in truth.gradients.values())
+    difference = sum((found[name] - wanted).square().sum() for name, wanted in reference.gradients.items())
+    size = sum(wanted.square().sum() for wanted in reference.gradients.values())
     gradient_error = float((difference / size) ** 0.5)
     precision = provider.precision
     if precision == "fp32" and batch.is_cuda and torch.backends.cudnn.allow_tf32:
         precision = "tf32"
-    for what, error, allowed in zip(
+    for name, error, allowed in zip(
         ("loss", "gradient"), (loss_error, gradient_error), TOLERANCES[precision], strict=True
     ):
-        if not error <= allowed:  # NaN is no agreement
-            raise WrongResult(f"the {what} errs by {error:.2g} of its size, allowed in {precision} {allowed:.2g}")
-    if first and precision != "fp16":  # whose scaler may leave the first steps out
+        if not error <= allowed:  # also for NaN
+            raise WrongResult(f"the {name} errs by {error:.2g} of its size, allowed in {precision} {allowed:.2g}")
+    if first and precision != "fp16":  # the fp16 scaler may skip the first steps
         rate = task.config.train.learning_rate
         moved = max(float((parameters[name] - initial[name]).detach().abs().max()) for name in initial)
         if not 0.9 * rate <= moved <= 1.1 * rate:

@@ -1,6 +1,6 @@
-"""How many bytes the library's kernels are given for an op, from their launches, noted without a GPU.
+"""Bytes that the kernels of an op move, from their launches, recorded without a GPU.
 
-Where launches cannot be noted (no Triton, or its interpreter), it is what `fastnst_kernels.cost` says of the op.
+Where launches cannot be recorded (no Triton, or its interpreter), `fastnst_kernels.cost` gives the minimum of the op.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def can_record() -> bool:
 
 @cache
 def launched_bytes(op: str, shape: Shape, dtype: torch.dtype, *, backward: bool = False, **options: Any) -> int:
-    """Bytes of all operands of all launches: what they move if each reads or writes each of its tensors once.
+    """Bytes of all operands of all launches, if each launch reads or writes each of its tensors once.
 
     Args:
         op: a function of `fastnst_kernels`.
         shape: `[N, C, H, W]` of its image; of the result for an unpooling.
         dtype: of the images.
         backward: of the op's backward instead.
-        options: as `fastnst_kernels.cost` has them, and how a norm places its result; `residual_border`: pixels that
+        options: those of `fastnst_kernels.cost`, and the layout of a norm's result; `residual_border`: pixels by which
             the residual is larger at each side.
     """
     if not can_record():
@@ -124,7 +124,7 @@ _CALLS: dict[str, Any] = {
 def _least(op: str, shape: Shape, dtype: torch.dtype, backward: bool, options: dict[str, Any]) -> int:
     known = {name: value for name, value in options.items() if name not in ("padding_mode", "residual_border")}
     if isinstance(known.get("padding"), tuple):
-        known["padding"] = max(known["padding"])  # the cost model's border is alike at all sides
+        known["padding"] = max(known["padding"])  # the cost model has equal borders at all sides
     if op == "batch_norm":
         known["training"] = True
     counter = getattr(cost, op + ("_backward" if backward else ""))

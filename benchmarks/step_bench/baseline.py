@@ -1,10 +1,10 @@
-"""Style transfer as the known example codes write it: plain modules, plain loss, autograd.
+"""Baselines: style transfer as the published example codes write it, with plain modules, plain loss and autograd.
 
-The networks of all three architectures, VGG19 and the loss, with the formulas and parameters of `fastnst`, from nothing
-but `torch.nn`. These are the baselines, so they are as good as their kind: no bias that a norm would take away again,
-ReLUs in place, no pass that is not needed, the content's features without a graph, Gram matrices without a copy.
+The networks of all three architectures, VGG19 and the loss, with the formulas and parameters of `fastnst`, from
+`torch.nn` alone, and well written: no bias before a norm, ReLUs in place, no needless pass, the content's features
+without a graph, Gram matrices without a copy. Written apart from `fastnst`, which they check: they share no formula.
 
-Everything here speaks 0-255 pixels, as the published codes do.
+All pixels are in 0-255, as in the published codes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
 
-class PlainTransformNet(nn.Module):
+class BaselineTransformNet(nn.Module):
     """The transform net with instance norm: `[N, 3, H, W]` → the same, both in 0-255.
 
     Args:
@@ -59,8 +59,8 @@ class PlainTransformNet(nn.Module):
             case _:
                 return x.float()
 
-    def take(self, state: dict[str, Tensor]) -> None:
-        """Take over the weights of a `fastnst` transform net of the same architecture."""
+    def load_fastnst_state(self, state: dict[str, Tensor]) -> None:
+        """Copy the weights of a `fastnst` transform net of the same architecture."""
         own = {common_name(name): tensor for name, tensor in self.state_dict().items()}
         assert own.keys() == state.keys(), own.keys() ^ state.keys()
         for name, tensor in own.items():
@@ -68,7 +68,7 @@ class PlainTransformNet(nn.Module):
 
 
 def common_name(name: str) -> str:
-    """`res1.conv1.norm.weight` → `res1.conv1.scale`, the name that `fastnst` gives a parameter."""
+    """`res1.conv1.norm.weight` → `res1.conv1.scale`, the parameter's name in `fastnst`."""
     name = re.sub(r"\.conv\.(weight|bias)$", r".\1", name)
     return name.replace(".norm.weight", ".scale").replace(".norm.bias", ".shift")
 
@@ -80,7 +80,7 @@ def _norm(architecture: str, channels: int) -> nn.InstanceNorm2d:
 def _conv(
     architecture: str, inputs: int, outputs: int, kernel: int, stride: int = 1, *, last: bool = False
 ) -> nn.Sequential:
-    """Padding, convolution, norm, ReLU, whatever of these there is."""
+    """Padding, convolution, norm and ReLU, as far as the layer has them."""
     layer = nn.Sequential()
     around = 0
     if architecture == "johnson":
@@ -140,20 +140,20 @@ class _TransposedUp(nn.Module):
         return F.relu_(self.norm(self.conv(x)[:, :, :-1, :-1]))
 
 
-class PlainVGG19(nn.Module):
+class BaselineVGG19(nn.Module):
     """VGG19 with torchvision's normalisation, up to the deepest of `layers`, frozen.
 
     Args:
-        layers: the ReLUs that will be asked for.
+        layers: the ReLUs needed.
 
     Raises:
-        UserError: something else than a ReLU is asked for, which would be overwritten.
+        UserError: a layer is no ReLU, and would be overwritten.
     """
 
     def __init__(self, layers: tuple[str, ...]) -> None:
         super().__init__()
         if others := [name for name in layers if not name.startswith("relu")]:
-            raise UserError(f"the plain loss network's ReLUs work in place, so it cannot show {others[0]}; tap ReLUs")
+            raise UserError(f"the baselines' ReLUs work in place, so they cannot show {others[0]}; choose ReLUs")
         inputs, missing = 3, set(layers)
         for block, (channels, convolutions) in enumerate(BLOCKS, start=1):
             for index in range(1, convolutions + 1):
@@ -169,7 +169,7 @@ class PlainVGG19(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, pixels: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
-        """Name → `[N, C, H', W']` of the asked ReLUs; nothing behind the deepest of them is computed."""
+        """Name → `[N, C, H', W']` of `layers`; nothing beyond the deepest of them is computed."""
         x = (pixels - self.mean) * self.gain
         x = x.to(self.conv1_1.weight.dtype)
         found: dict[str, Tensor] = {}
@@ -182,7 +182,7 @@ class PlainVGG19(nn.Module):
         return found
 
 
-class PlainLoss(nn.Module):
+class BaselineLoss(nn.Module):
     """Content, style and total variation; `set_style` first.
 
     Args:
@@ -190,7 +190,7 @@ class PlainLoss(nn.Module):
         config: layers, weights and reductions.
     """
 
-    def __init__(self, vgg: PlainVGG19, config: LossConfig) -> None:
+    def __init__(self, vgg: BaselineVGG19, config: LossConfig) -> None:
         super().__init__()
         self.vgg, self.config = vgg, config
         self.layers = tuple(dict.fromkeys((*config.content_layers, *config.style_layers)))
@@ -207,34 +207,34 @@ class PlainLoss(nn.Module):
 
     @torch.no_grad()
     def set_style(self, pixels: Tensor) -> None:
-        """Take the Grams of a style image `[1, 3, H, W]`."""
+        """Compute the Grams of a style image `[1, 3, H, W]`."""
         for name, features in self.vgg(pixels, self.config.style_layers).items():
             gram = gram_matrix(features)
             self.grams[name] = gram if gram.dtype == torch.float64 else gram.float()
 
-    def forward(self, painted: Tensor, pixels: Tensor) -> Tensor:
+    def forward(self, stylized: Tensor, pixels: Tensor) -> Tensor:
         """The loss, 0-d."""
-        features = self.vgg(painted, self.layers)
+        features = self.vgg(stylized, self.layers)
         with torch.no_grad():
             targets = self.vgg(pixels, self.config.content_layers) if self.config.content_layers else {}
-        loss = painted.new_zeros(())
+        loss = stylized.new_zeros(())
         for name, target in targets.items():
             loss = loss + self.content_factor * F.mse_loss(features[name], target)
         for name, factor in self.style_factors.items():
             gram = gram_matrix(features[name])
             term = F.mse_loss(gram, self.grams[name].expand_as(gram))
             loss = loss + factor * (term if self.config.style_reduction == "mean" else term * gram[0].numel())
-        return loss + self.tv_factor * self._total_variation(painted) if self.tv_factor else loss
+        return loss + self.tv_factor * self._total_variation(stylized) if self.tv_factor else loss
 
-    def _total_variation(self, painted: Tensor) -> Tensor:
+    def _total_variation(self, stylized: Tensor) -> Tensor:
         reduction = self.config.tv_reduction
-        vertical = F.mse_loss(painted[:, :, 1:], painted[:, :, :-1], reduction=reduction)
-        horizontal = F.mse_loss(painted[..., 1:], painted[..., :-1], reduction=reduction)
-        return (vertical + horizontal) / (painted.shape[0] if reduction == "sum" else 1)
+        vertical = F.mse_loss(stylized[:, :, 1:], stylized[:, :, :-1], reduction=reduction)
+        horizontal = F.mse_loss(stylized[..., 1:], stylized[..., :-1], reduction=reduction)
+        return (vertical + horizontal) / (stylized.shape[0] if reduction == "sum" else 1)
 
 
 def gram_matrix(features: Tensor) -> Tensor:
-    """`[N, C, H, W]` → `[N, C, C]`, divided by C·H·W; a view, not a copy, goes into the product in either layout."""
+    """`[N, C, H, W]` → `[N, C, C]`, divided by C·H·W; the product reads a view in either layout."""
     count = features[0].numel()
     if features.is_contiguous(memory_format=torch.channels_last):
         rows = features.permute(0, 2, 3, 1).flatten(1, 2)

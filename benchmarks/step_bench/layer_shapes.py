@@ -1,4 +1,4 @@
-"""The convolutions of both networks with their shapes, from the configuration alone."""
+"""Shapes of the convolutions of both networks, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import math
 from dataclasses import dataclass
 
 from fastnst.config import Config
+from fastnst.models.architectures import ARCHITECTURES
 from fastnst.models.vgg19 import BLOCKS, deepest_layer
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of the transform net and the norm behind it. Sides are of squares.
+    """A convolution of the transform net and the norm after it, on square images.
 
     Attributes:
-        side: of the input as it is stored, with its border and enlargement.
-        reach: of the part that the convolution makes, before a transposed one is cut.
-        out: of the result.
-        residual: side of the image that the norm adds; 0: none.
-        own_border: pixels around what the residual counts.
-        upsample, border: how the norm places its result for the next convolution; what that adds to the side.
+        side: of the input as it is stored, padded and upsampled.
+        out: side of the result.
+        upsample, padding, mode: layout that the norm gives the next convolution's input.
     """
 
     name: str
@@ -38,56 +36,56 @@ class Conv:
 
     @property
     def reach(self) -> int:
+        """Side of the convolution's result, before a transposed one is cropped."""
         return self.out + 1 if self.transposed else self.out
 
     @property
-    def placed(self) -> int:
-        """Side of what the norm writes."""
+    def laid_out(self) -> int:
+        """Side of the norm's result in its layout."""
         return self.upsample * self.out + self.padding[0] + self.padding[1]
 
     @property
     def flops(self) -> int:
-        """Of one image and one pass: forward, gradient of the input, gradient of the weight cost the same."""
+        """FLOPs of one image and one pass: forward, input gradient and weight gradient cost the same."""
         positions = (self.side if self.transposed else self.out) ** 2
         return 2 * positions * self.inputs * self.outputs * self.kernel**2
 
 
 def transform_convs(config: Config) -> tuple[int, list[Conv]]:
-    """Side of the net's input as it is stored, and the convolutions front to back."""
-    architecture, side = config.model.architecture, config.data.image_size
-    johnson, cuts = architecture == "johnson", architecture == "hwalsuklee"
-    plan = [("conv1", 3, 32, 9, 1), ("conv2", 32, 64, 3, 2), ("conv3", 64, 128, 3, 2)]
-    plan += [(f"res{block}.conv{index}", 128, 128, 3, 1) for block in range(1, 6) for index in (1, 2)]
-    plan += [("up1", 128, 64, 3, 1), ("up2", 64, 32, 3, 1), ("out", 32, 3, 9, 1)]
+    """Side of the net's padded input, and the convolutions front to back."""
+    spec = ARCHITECTURES[config.model.architecture]
+    width, nearest = spec.base_width, spec.upsampling == "nearest"
+    plan = [("conv1", 3, width, 9, 1), ("conv2", width, 2 * width, 3, 2), ("conv3", 2 * width, 4 * width, 3, 2)]
+    plan += [(f"res{block}.conv{index}", 4 * width, 4 * width, 3, 1) for block in range(1, 6) for index in (1, 2)]
+    plan += [("up1", 4 * width, 2 * width, 3, 1), ("up2", 2 * width, width, 3, 1), ("out", width, 3, 9, 1)]
 
-    def placing(name: str, kernel: int, stride: int, size: int) -> tuple[int, tuple[int, int, int, int], str]:
-        """How a convolution wants an image of `size`."""
+    def input_layout(name: str, kernel: int, stride: int, size: int) -> tuple[int, tuple[int, int, int, int], str]:
+        """Upsampling and padding of a convolution's input of `size`."""
         if name.startswith("up"):
-            return (2, (1,) * 4, "reflect") if johnson else (1, (0,) * 4, "reflect")
-        if johnson:
+            return (2, (1,) * 4, "reflect") if nearest else (1, (0,) * 4, "reflect")
+        if spec.padding == "reflect":
             return 1, (kernel // 2,) * 4, "reflect"
         if stride > 1:
             total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
             return 1, (total // 2, total - total // 2) * 2, "zeros"
         return 1, (0,) * 4, "reflect"
 
-    size = side + 80 if cuts else side
-    _, padding, _ = placing("conv1", 9, 1, size)
+    size = config.data.image_size + 2 * spec.border
+    _, padding, _ = input_layout("conv1", 9, 1, size)
     first = stored = size + padding[0] + padding[1]
     convs = []
     for index, (name, inputs, outputs, kernel, stride) in enumerate(plan):
-        in_block = name.startswith("res")
         if name.startswith("up"):
             size = 2 * size
-        elif in_block:
-            size = size - 2 if cuts else size
+        elif name.startswith("res"):
+            size = size - 2 if spec.block_padding == "valid" else size
         else:
             size = math.ceil(size / stride)
         last = name == "out"
-        following = None if last else plan[index + 1]
-        place = (1, (0,) * 4, "reflect")
-        if following is not None:
-            place = placing(following[0], following[3], following[4], size)
+        layout: tuple[int, tuple[int, int, int, int], str] = (1, (0,) * 4, "reflect")
+        if not last:
+            following, _, _, *shape = plan[index + 1]
+            layout = input_layout(following, *shape, size)
         convs.append(
             Conv(
                 name=name,
@@ -96,16 +94,16 @@ def transform_convs(config: Config) -> tuple[int, list[Conv]]:
                 kernel=kernel,
                 side=stored,
                 out=size,
-                transposed=name.startswith("up") and not johnson,
-                has_norm=not (last and johnson),
+                transposed=name.startswith("up") and not nearest,
+                has_norm=not last or spec.norm_on_output,
                 relu=not last and not name.endswith(".conv2"),
                 residual=name.endswith(".conv2"),
-                upsample=place[0],
-                padding=place[1],
-                mode=place[2],
+                upsample=layout[0],
+                padding=layout[1],
+                mode=layout[2],
             )
         )
-        stored = convs[-1].placed
+        stored = convs[-1].laid_out
     return first, convs
 
 
@@ -117,7 +115,7 @@ class VggLayer:
     inputs: int
     outputs: int
     side: int
-    """Of the input."""
+    """Side of the input."""
 
     @property
     def is_pool(self) -> bool:
@@ -129,7 +127,7 @@ class VggLayer:
 
     @property
     def flops(self) -> int:
-        """Of one image and one pass."""
+        """FLOPs of one image and one pass."""
         return 0 if self.is_pool else 2 * self.side**2 * self.inputs * self.outputs * 9
 
 

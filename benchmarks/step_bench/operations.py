@@ -1,4 +1,4 @@
-"""Passes of a step with their FLOPs and bytes, and which reads of a tensor count in the minimum: `step_model` says."""
+"""Operations of a training step with their FLOPs and bytes; `cost_model` defines them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PHASES = {CONTENT: "content", VGG_BACK: "backward", TRANSFORM_BACK: "backward",
 
 @dataclass(frozen=True)
 class Operation:
-    """One pass of the step."""
+    """One pass of the training step."""
 
     part: str
     layer: str
@@ -29,14 +29,14 @@ class Operation:
     moved_bytes: int
 
     def seconds(self, flops_per_s: float, bytes_per_s: float, *, planned: bool = False) -> float:
-        """The least time on a GPU of these rates; `planned`: with the bytes that we move."""
+        """Lower bound of the time at these rates; `planned`: with the bytes that we move."""
         moved = self.moved_bytes if planned else self.minimum_bytes
         return max(self.flops / flops_per_s, moved / bytes_per_s)
 
 
 @dataclass
-class Ledger:
-    """The passes in the order in which they run, and what each of them has to read anew."""
+class OperationList:
+    """The passes in order of execution, each with the tensors that it reads first in its phase."""
 
     operations: list[Operation] = field(default_factory=list)
     _read: set[tuple[str, str]] = field(default_factory=set)
@@ -54,23 +54,23 @@ class Ledger:
         moved: int | None = None,
         through: str | None = None,
     ) -> None:
-        """Note a pass.
+        """Append a pass.
 
         Args:
             part: one of `PARTS`.
-            layer: what it belongs to.
-            kind: what it is.
-            reads: tensors and their bytes.
-            writes: likewise.
+            layer: its layer.
+            kind: its operation.
+            reads: bytes by tensor.
+            writes: bytes by tensor.
             flops: of its matrix products.
             vectors: bytes of statistics and per-channel vectors, read and written.
-            moved: what our launches move; None: everything once.
-            through: the minimum does without this pass: who wrote this tensor, or who reads the result, does its work
-                and reads what else there is to read. The result then is that tensor by another name.
+            moved: bytes of our launches; None: everything once.
+            through: a tensor that the pass only rewrites. The minimum fuses the pass into the neighbour that writes or
+                reads this tensor and counts the other reads only.
         """
-        record_span = _PHASES.get(part, "forward")
-        unread = {name: size for name, size in reads.items() if (record_span, name) not in self._read}
-        self._read |= {(record_span, name) for name in reads}
+        phase = _PHASES.get(part, "forward")
+        unread = {name: size for name, size in reads.items() if (phase, name) not in self._read}
+        self._read |= {(phase, name) for name in reads}
         minimum = sum(unread.values()) + sum(writes.values()) + vectors
         if through is not None:
             minimum = sum(size for name, size in unread.items() if name != through)

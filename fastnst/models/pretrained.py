@@ -1,4 +1,4 @@
-"""Transform nets that others trained and published."""
+"""Import transform nets trained by other projects."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from fastnst.errors import DataError
+from fastnst.models.file_checks import check_regular_file, excerpt
 from fastnst.models.transform_net import ConvLayer, TransformNet, UpLayer
-from fastnst.models.vetting import check_regular_file, shown
 
 
 def load_lengstrom_npz(path: Path | str) -> TransformNet:
-    """A network trained with lengstrom/fast-style-transfer, from its TensorFlow variables in NumPy's `.npz`.
+    """Load a network of lengstrom/fast-style-transfer from its TensorFlow variables in NumPy's `.npz`.
 
-    The variables are named `Variable`, `Variable_1`, …, `Variable_47`: weight, shift and scale of each of the 16
-    convolutions in order, weights as [H, W, in, out], those of the two transposed convolutions as [H, W, out, in].
+    `Variable`, `Variable_1`, …, `Variable_47` are weight, shift and scale of each of the 16 convolutions in order,
+    weights as [H, W, in, out], those of the two transposed convolutions as [H, W, out, in].
 
     Raises:
         DataError: the file cannot be read, or holds something else.
@@ -24,7 +24,7 @@ def load_lengstrom_npz(path: Path | str) -> TransformNet:
     layers = [layer for layer in net.modules() if isinstance(layer, ConvLayer | UpLayer)]
     try:
         check_regular_file(path)
-        # In double precision, with NumPy's and the archive's own bytes: also what a compressed member may inflate to.
+        # Size in double precision and headers: the limit of the file and of every decompressed member.
         largest = 8 * sum(parameter.numel() for parameter in net.parameters()) + (1 << 20)
         if path.stat().st_size > largest:
             raise ValueError(f"its {path.stat().st_size:,} bytes are above {largest:,}")
@@ -38,12 +38,11 @@ def load_lengstrom_npz(path: Path | str) -> TransformNet:
                 _assign(layer.shift, archive, 3 * index + 1, (0,))
                 _assign(layer.scale, archive, 3 * index + 2, (0,))
     except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"cannot read the model {path}: {reason}; give an existing .npz file") from error
+    except Exception as error:  # zipfile and NumPy raise nearly anything on a damaged file
         raise DataError(
-            f"cannot read the model {path}: {error.strerror or error}; give an existing .npz file"
-        ) from error
-    except Exception as error:  # zipfile and NumPy raise nearly anything at a damaged file.
-        raise DataError(
-            f"{path} is not a lengstrom transform net: {shown(str(error), 200)}; "
+            f"{path} is not a lengstrom transform net: {excerpt(str(error), 200)}; "
             "it must hold the TensorFlow variables Variable … Variable_47"
         ) from error
     return net
@@ -52,15 +51,9 @@ def load_lengstrom_npz(path: Path | str) -> TransformNet:
 def _assign(parameter: torch.nn.Parameter, archive: np.lib.npyio.NpzFile, index: int, order: tuple[int, ...]) -> None:
     name = f"Variable_{index}" if index else "Variable"
     array = archive[name]
-    if array.ndim != len(order) or array.transpose(order).shape != tuple(parameter.shape):
-        raise ValueError(f"{name} has the shape {array.shape}, needed: {_shape_in_file(parameter, order)}")
+    needed = tuple(parameter.shape[order.index(axis)] for axis in range(len(order)))
+    if array.shape != needed:
+        raise ValueError(f"{name} has the shape {array.shape}, needed: {needed}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds values that are not finite")
     parameter.copy_(torch.from_numpy(np.ascontiguousarray(array.transpose(order))))
-
-
-def _shape_in_file(parameter: torch.nn.Parameter, order: tuple[int, ...]) -> tuple[int, ...]:
-    shape = [0] * len(order)
-    for position, axis in enumerate(order):
-        shape[axis] = parameter.shape[position]
-    return tuple(shape)
