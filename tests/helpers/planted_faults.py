@@ -1,7 +1,7 @@
 """Faults in the product's own code, and for each the test that must fail with it.
 
 They guard exact resume, crash safety, security and numerics. `test_planted_faults.py` plants them, one at a time, into
-copies of the project.
+a copy of the project.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ TRAIN, TRAINER, STYLE_RUN, INPUTS, DIVERGENCE, SIGNALS, DETERMINISM = (
 STEP, GRAPHED = (f"fastnst/training/step/{name}.py" for name in ("train_step", "graphed_step"))
 CHECKPOINT, RESUME, LAYOUT = (f"fastnst/training/run_dir/{name}.py" for name in ("checkpoint", "resume", "layout"))
 LOG, STORAGE, WEIGHTS = "fastnst/run_log/writer.py", "fastnst/storage.py", "fastnst/models/weights.py"
-VETTING, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/winograd.py"
+FILE_CHECKS, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/winograd.py"
 
 TRAINING = "tests/training"
 EQUALS = f"{TRAINING}/test_resume.py::test_train_resume_equals_an_undisturbed_run"
@@ -289,14 +289,14 @@ SECURE = (
     ),
     Fault(
         "names in pickles not checked",
-        VETTING,
+        FILE_CHECKS,
         "not _NAMES.fullmatch(str(argument))",
         "False",
         PICKLE,
     ),
     Fault(
         "compressed records accepted",
-        VETTING,
+        FILE_CHECKS,
         "if method or packed != length:",
         "if False:",
         "tests/models/test_file_checks.py::test_check_torch_file_refuses_compressed_record",
@@ -330,7 +330,7 @@ NUMBERS = (
         DETERMINISM,
         "    torch.use_deterministic_algorithms(deterministic)\n",
         "",
-        f"{TRAINING}/test_determinism.py::test_an_operation_without_a_deterministic_algorithm_is_an_error_only_then",
+        f"{TRAINING}/test_determinism.py::test_algorithms_are_deterministic_only_if_asked_for[True]",
     ),
     Fault(
         "loss terms that the next replay overwrites",
