@@ -138,7 +138,7 @@ LOGGED = (
         LOG,
         "purge_step = start_step + 1 if start_step else 0",
         "purge_step = 0",
-        f"{TRAINING}/test_resume.py::test_train_resume_logs_each_step_once_to_tensorboard[4]",
+        f"{EQUALS}[fp32-4-2]",
     ),
     Fault(
         "steps behind the checkpoint stay in metrics.jsonl",
