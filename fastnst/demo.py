@@ -117,7 +117,7 @@ def draw_strokes(side: int, seed: int = 7) -> np.ndarray:
     return np.asarray(canvas.resize((side, side), Image.Resampling.LANCZOS))
 
 
-def _streamline(start: np.ndarray, vortices: list, steps: int) -> list[tuple[float, float]]:
+def _streamline(start: np.ndarray, vortices: list[tuple[float, ...]], steps: int) -> list[tuple[float, float]]:
     x, y = (float(value) for value in start)
     points = [(x, y)]
     for _ in range(steps):
@@ -132,7 +132,7 @@ def _streamline(start: np.ndarray, vortices: list, steps: int) -> list[tuple[flo
     return points
 
 
-def _color_index(point: np.ndarray, vortices: list, rng: np.random.Generator) -> int:
+def _color_index(point: np.ndarray, vortices: list[tuple[float, ...]], rng: np.random.Generator) -> int:
     """Blues in the open, warm colours towards the middle of each vortex, with some strokes out of place."""
     nearest = min(math.hypot(point[0] - cx, point[1] - cy) / radius for cx, cy, radius, _ in vortices)
     base = 5.6 - 3.6 * min(nearest, 1.6) + rng.normal(0, 0.9)

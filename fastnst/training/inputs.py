@@ -140,7 +140,7 @@ def read_manifest(config: DataConfig) -> Manifest:
             manifest: Manifest = open_cache(folder, size=config.image_size, fit=config.fit, progress=progress)
     else:
         with counted("check images", "images") as progress:
-            manifest = build_manifest(folder, progress=progress, flat=False)
+            manifest = build_manifest(folder, progress=progress, allow_uniform=False)
     return manifest
 
 

@@ -225,7 +225,7 @@ class Trainer:
             device=self.device,
             start_step=done,
             rank=self.group.dist_env.rank,
-            replacements=failures.replacements,
+            replacer=failures.replacements,
         )
 
     def _batches(self, loader: Loader, done: int, failures: SyncedFailures) -> SyncedBatches:

@@ -86,7 +86,7 @@ RESUMED = (
         "fastnst/data/sampler.py",
         "step * self.batch_size + rank * size",
         "step * self.batch_size",
-        "tests/data/test_sampler.py::test_ranks_share_the_batch_of_one_process",
+        "tests/data/test_sampler.py::test_sampler_ranks_split_the_batch_of_one_process",
     ),
     Fault(
         "steps of a style that is ahead made again",

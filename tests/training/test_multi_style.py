@@ -431,9 +431,7 @@ def test_train_styles_refuses_folders_that_hold_something_else(
     with pytest.raises(UserError, match=r"three is not empty"):
         train_small(config, tmp_path / "three")
     two = {name: styles[name] for name in NAMES[:2]}
-    with pytest.raises(
-        UserError, match=r"begun with the styles image_00, image_01, image_02, and image_00,"
-    ):
+    with pytest.raises(UserError, match=r"begun with the styles image_00, image_01, image_02, and image_00,"):
         train_together(config, two, tmp_path / "three", resume=True)
     with pytest.raises(UserError, match=r"train\.learning_rate was"):
         train_together(

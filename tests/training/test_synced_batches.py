@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastnst.data.manifest import Entry, Manifest
+from fastnst.data.manifest import ImageEntry, Manifest
 from fastnst.data.replacements import ImageReplacer, ReadFailure
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
@@ -91,7 +91,7 @@ class FakeLoader:
     def _read_ahead(self) -> None:
         while len(self._read) < self._ahead and self._step + len(self._read) < self._order.steps:
             step = self._step + len(self._read)
-            indices = self._replacements.indices(step, self._order.batch(step, self._rank).indices)
+            indices = self._replacements.replace(step, self._order.batch(step, self._rank).indices)
             failed = self._failed(step, indices) if self._early else []
             if failed:
                 self._replacements.fail(step, failed)
@@ -103,7 +103,7 @@ class FakeLoader:
 
 
 def manifest_of(images: int) -> Manifest:
-    entries = [Entry(f"{index:03d}.png", 1, 1, 1, "PNG", True, 0) for index in range(images)]
+    entries = [ImageEntry(f"{index:03d}.png", 1, 1, 1, "PNG", True, 0) for index in range(images)]
     return Manifest(Path("images"), entries, [], "fingerprint")
 
 

@@ -1,4 +1,4 @@
-"""Runs that are fed from a cache: the same weights as from its folder, exact resuming, and what users are told."""
+"""Training from a cache: the same weights as from its folder, exact resume, and the messages of the command line."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def cache(few_photos: Path, tmp_path: Path) -> Path:
     """Of 16 px, as `small_config` trains with."""
     return build_cache(
-        build_manifest(few_photos, flat=False), tmp_path / "cache", size=16, fit="random_crop"
+        build_manifest(few_photos, allow_uniform=False), tmp_path / "cache", size=16, fit="random_crop"
     ).cache.folder
 
 
@@ -49,7 +49,7 @@ def weights(run: Path) -> dict[str, list[float]]:
     return {name: tensor.tolist() for name, tensor in load_file(run / "model.safetensors").items()}
 
 
-def test_a_cache_and_its_folder_train_the_same_weights(cache: Path, few_photos: Path, tmp_path: Path) -> None:
+def test_train_from_cache_and_folder_gives_the_same_weights(cache: Path, few_photos: Path, tmp_path: Path) -> None:
     told = train_on(cache, tmp_path / "from_cache", few_photos, "data.loader=dali", "train.samples=2")
     assert any("5 in the folder, 16 px, fp32 on" in text and "loader cache" in text for text in told)
     train_on(few_photos, tmp_path / "from_folder", few_photos, "train.samples=2")
@@ -57,7 +57,7 @@ def test_a_cache_and_its_folder_train_the_same_weights(cache: Path, few_photos: 
     assert logged(tmp_path / "from_cache") == logged(tmp_path / "from_folder")
 
 
-def test_a_run_goes_on_from_its_cache_as_if_it_had_not_stopped(cache: Path, few_photos: Path, tmp_path: Path) -> None:
+def test_train_resume_from_cache_is_exact(cache: Path, few_photos: Path, tmp_path: Path) -> None:
     train_on(cache, tmp_path / "whole", few_photos)
     train_on(cache, tmp_path / "parts", few_photos, "train.steps=3")
     told = train_on(cache, tmp_path / "parts", few_photos, resume=True)
@@ -66,7 +66,9 @@ def test_a_run_goes_on_from_its_cache_as_if_it_had_not_stopped(cache: Path, few_
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
 
-def test_from_a_folder_to_its_cache_is_a_change(cache: Path, few_photos: Path, tmp_path: Path) -> None:
+def test_train_resume_from_folder_to_its_cache_needs_allow_changes(
+    cache: Path, few_photos: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     train_on(few_photos, run, few_photos, "train.steps=3")
     with pytest.raises(UserError, match=r"data.folder was .*, is now .*cache"):
@@ -78,7 +80,7 @@ def test_from_a_folder_to_its_cache_is_a_change(cache: Path, few_photos: Path, t
     assert weights(run) == weights(tmp_path / "whole")
 
 
-def test_a_cache_of_other_images_in_the_same_place_is_a_change(
+def test_train_resume_refuses_a_cache_of_other_images(
     cache: Path, few_photos: Path, generated_photos: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -88,7 +90,7 @@ def test_a_cache_of_other_images_in_the_same_place_is_a_change(
         train_on(cache, run, few_photos, resume=True)
 
 
-def test_a_shard_that_is_cut_short_in_a_run_ends_it_and_it_goes_on(
+def test_train_stops_at_a_truncated_shard_and_resumes_after_rebuild(
     cache: Path, few_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastnst: Fastnst
 ) -> None:
     run = tmp_path / "run"
@@ -122,7 +124,7 @@ def test_a_shard_that_is_cut_short_in_a_run_ends_it_and_it_goes_on(
     assert weights(run) == weights(tmp_path / "whole")
 
 
-def test_what_users_meet_on_the_command_line(
+def test_data_cache_and_check_commands(
     photo_folder: Path, tmp_path: Path, fastnst: Fastnst, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -135,13 +137,14 @@ def test_what_users_meet_on_the_command_line(
 
     code, out, _ = fastnst("data", "cache", photo_folder, "--size", 32, "--json")
     report = json.loads(out)
-    assert (code, report["images"], report["size"], report["fit"]) == (0, 12, 32, "random_crop")
+    assert (code, report["pictures"], report["size"], report["fit"]) == (0, 12, 32, "random_crop")
     assert report["shards"] == report["shards_kept"] > 1
     assert report["rejected"][0]["path"] == "broken.png"
     assert report["bytes"] == sum(path.stat().st_size for path in cache.glob("*.u8"))
 
     code, out, _ = fastnst("data", "check", cache)
-    assert (code, out[:34]) == (0, "12 images of 32 px (random_crop)")
+    assert code == 0
+    assert out.startswith("12 images of 32 px (random_crop)")
     (cache / "shard_0001.u8").unlink()
     code, out, err = fastnst("data", "check", cache, "--json")
     assert code == 3
@@ -149,7 +152,7 @@ def test_what_users_meet_on_the_command_line(
     assert "--rebuild" in err
     code, _, err = fastnst("data", "cache", photo_folder, "--size", 32)
     assert code == 3
-    assert "shard_0001.u8 is missing; make what is damaged again with: " in err
+    assert "shard_0001.u8 is missing; rebuild what is damaged with: " in err
 
     code, _, err = fastnst("data", "cache", cache)
     assert code == 3
@@ -159,5 +162,5 @@ def test_what_users_meet_on_the_command_line(
     code, _, err = fastnst(*small_arguments(photo_folder, tmp_path / "run"), "--data", cache, "--dry-run")
     assert code == 3
     assert "data.image_size is 16, and " in err
-    assert "was made for 32; make one that fits with: fastnst data cache" in err
+    assert "was made for 32; make a matching one with: fastnst data cache" in err
     assert not (tmp_path / "run").exists()

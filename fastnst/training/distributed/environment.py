@@ -77,10 +77,10 @@ def local_config(config: "Config", dist_env: DistEnv) -> LocalConfig:
     train = config.train.model_copy(update={"batch_size": max(1, config.train.batch_size // dist_env.world_size)})
     data = config.data
     if data.workers is None and dist_env.local_world_size > 1:
-        from fastnst.data.loaders import MOST_WORKERS
+        from fastnst.data.loaders import MAX_WORKERS
 
         cores = len(os.sched_getaffinity(0)) // dist_env.local_world_size
-        data = data.model_copy(update={"workers": max(1, min(MOST_WORKERS, cores))})
+        data = data.model_copy(update={"workers": max(1, min(MAX_WORKERS, cores))})
     return LocalConfig(config.model_copy(update={"train": train, "data": data}))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastnst.data.loaders import Loader
 from fastnst.data.manifest import Manifest
-from fastnst.data.replacements import ImageReplacer, ReadFailure, late_row, parse_failures
+from fastnst.data.replacements import ImageReplacer, ReadFailure, failure_row, parse_failures
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.training.distributed.process_group import ProcessGroup
@@ -100,7 +100,7 @@ def broadcast_failures(failures: list[ReadFailure], group: ProcessGroup) -> list
     """Return rank 0's list of failures on all ranks."""
     if group.dist_env.world_size == 1:
         return failures
-    return parse_failures(group.broadcast("".join(map(late_row, failures)).encode()), Path(REJECTED_NAME))
+    return parse_failures(group.broadcast("".join(map(failure_row, failures)).encode()), Path(REJECTED_NAME))
 
 
 class SyncedBatches:
@@ -151,4 +151,4 @@ class SyncedBatches:
         return [self._images(step).tolist() for step in steps]
 
     def _images(self, step: int) -> np.ndarray:
-        return self._failures.replacements.indices(step, self._sampler.batch(step, self._rank).indices)
+        return self._failures.replacements.replace(step, self._sampler.batch(step, self._rank).indices)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastnst.data.manifest import Manifest, write_rejections
-from fastnst.data.replacements import ReadFailure, append_row, late_row
+from fastnst.data.replacements import ReadFailure, append_row, failure_row
 from fastnst.images import printable
 from fastnst.storage import storage_error
 from fastnst.training.run_dir.layout import REJECTED_NAME
@@ -30,7 +30,7 @@ class RejectedImages:
 
     def __init__(self, run: Path, manifest: Manifest, late: Sequence[ReadFailure], *, quiet: bool = False) -> None:
         self._path, self._messages_left = run / REJECTED_NAME, 0 if quiet else MAX_MESSAGES
-        write_rejections(manifest, self._path, more=map(late_row, late))
+        write_rejections(manifest, self._path, more=map(failure_row, late))
 
     def add(self, failure: ReadFailure) -> None:
         """Append a failed image durably: a resumed run must skip it from the same step on.
@@ -39,7 +39,7 @@ class RejectedImages:
             DataError: writing failed.
         """
         try:
-            append_row(self._path, late_row(failure))
+            append_row(self._path, failure_row(failure))
         except OSError as error:
             raise storage_error(self._path, error) from error
         if not self._messages_left:
