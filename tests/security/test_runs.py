@@ -19,7 +19,8 @@ from fastnst.errors import DataError, UserError
 from fastnst.images import write_image
 from fastnst.training.run_dir.checkpoint import FOLDER, STATE, TENSORS
 from fastnst.training.train import train
-from fastnst.visualize.sheets.report import PAGE_NAME, Report, Sheet, write_report
+from fastnst.visualize.sheets.page import Figure
+from fastnst.visualize.sheets.report import PAGE_NAME, Report, write_report
 from helpers.malformed_files import Call
 
 
@@ -108,7 +109,7 @@ def test_images_and_reports_replace_links(tmp_path: Path, outside: Path) -> None
     for name in ("painted.png", PAGE_NAME, "sheet.png"):
         (out / name).symlink_to(outside / "precious")
     write_image(out / "painted.png", image)
-    report = Report("title", "about", {}, [Sheet("sheet", "tag", image, "caption", "alt")])
+    report = Report("title", "about", {}, [Figure("sheet", "tag", image, "caption", "alt")])
     write_report(report, out, command="fastnst", inputs=[])
     assert untouched(outside)
     assert not any((out / name).is_symlink() for name in ("painted.png", PAGE_NAME, "sheet.png"))

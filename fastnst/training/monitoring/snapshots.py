@@ -84,7 +84,7 @@ class SampleLogger:
     def log_projections(self, run_log: RunLog, step: int) -> None:
         """Log the projections of the watched maps."""
         assert self._projections is not None
-        for tag, image in self._projections.look():
+        for tag, image in self._projections.projections():
             run_log.image(step, tag, image)
 
 

@@ -1,4 +1,4 @@
-"""One forward pass of the transform net, with what its deconvnet needs for the way back."""
+"""One forward pass of the transform net, recorded for its deconvnet."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +12,18 @@ from fastnst.models.transform_net import ConvLayer, InputLayout, TransformNet, U
 from fastnst_kernels.placement import Placement, own_places
 
 IMAGE = "image"
-"""Whose passage is that of the image itself."""
+"""Key of the input image in `passages`."""
 
 _Wants = Callable[[Tensor], InputLayout]
 _Note = Callable[[str, ConvLayer | UpLayer, Tensor, InputLayout, Tensor], None]
 
 
 class Passage(NamedTuple):
-    """What the way down needs to know of a convolution's way up, or of the image's on its way to the first one.
+    """Forward state of a convolution, or of the input image, that its counterpart needs.
 
     Attributes:
         size: height and width of the result.
-        placing: how that was written for the next layer.
+        placing: how the result was written for the next layer.
         rstd: 1 / √(σ² + ε) of the norm, `[N, C]`; None without a norm.
     """
 
@@ -38,13 +38,13 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True)
 class TransformRecording:
-    """What one forward pass leaves behind for any number of projections.
+    """One forward pass, for any number of projections.
 
     Attributes:
-        activations: layer → `[N, C, H', W']`, channels_last, of the layers that were asked for, front to back.
+        activations: recorded layer → `[N, C, H', W']`, channels_last, front to back.
         size: height and width of the images.
-        passages: by layer, where a residual block's is that of its second convolution; `res1.conv1`, … are the first
-            ones, `image` is the input, as the network mirrored it before it began.
+        passages: by layer, for a residual block its second convolution; `res1.conv1`, … are the first ones; `image` is
+            the input after the network's own reflection padding.
     """
 
     activations: dict[str, Tensor]
@@ -54,12 +54,12 @@ class TransformRecording:
 
 @torch.no_grad()
 def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> TransformRecording:
-    """Run `net` once, in evaluation mode and in its parameters' type; it is left as it was.
+    """Run `net` once, in evaluation mode and in its parameters' type, without changing it.
 
     Args:
         net: the network.
         images: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
-        layers: whose activations to keep.
+        layers: keep the activations of these.
 
     Raises:
         UserError: images of another shape.
@@ -87,12 +87,12 @@ def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> 
 
 
 def mirrored_before(net: TransformNet) -> int:
-    """By how many pixels `net` mirrors an image at each side before it begins."""
+    """Return the pixels of reflection padding that `net` adds at each side of an image."""
     return net.spec.border
 
 
 def _rstd(module: ConvLayer | UpLayer, x: Tensor) -> Tensor | None:
-    """1 / √(σ² + ε) `[N, C]` of the norm behind a convolution whose result is `x`."""
+    """Compute 1 / √(σ² + ε) `[N, C]` of the norm behind a convolution with result `x`."""
     if module.norm is None:
         return None
     if module.norm == "batch":
@@ -115,10 +115,9 @@ def _in_evaluation_mode(net: TransformNet) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _listening(net: TransformNet, note: _Note) -> Iterator[None]:
-    """Have `note` told of every convolution: its layer, itself, its result, how that is placed, normed and placed.
+    """Call `note` after every convolution: with its layer, module, result, placing, and the normed, placed result.
 
-    Between a convolution and its norm there is no module that a hook could sit on, so `normalise` is covered by one
-    that listens, on each layer for itself.
+    Between a convolution and its norm there is no module to hook, so each layer's `normalise` is wrapped.
     """
     layers = {
         name.removesuffix(".conv2"): module

@@ -12,11 +12,10 @@ from captum.attr import Deconvolution
 from torch import Tensor, nn
 
 from fastnst.models.vgg19 import LAYERS, VGG19
-from fastnst.visualize.deconv import transposed, windows
-from fastnst.visualize.deconv.neurons import Seeds
+from fastnst.visualize.deconv import windows
+from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet, Recording
-from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches
 
 CONVOLUTIONAL = LAYERS[: LAYERS.index("pool5") + 1]
 NARROW = (6, 8, 8, 10, 10)
@@ -83,14 +82,14 @@ def _with(recording: Recording, layer: str, activations: Tensor) -> Recording:
 # By hand.
 
 
-def test_one_convolution() -> None:
+def test_deconvnet_one_convolution_by_hand() -> None:
     net = _plain("conv1_1")
     net.conv1_1.weight[0, 0] = torch.arange(1.0, 10.0).reshape(3, 3)
     net.conv1_1.weight[0, 1, 1, 1] = 10
     net.conv1_1.bias.fill_(100)
     deconvnet = Deconvnet(net)
     image = _red([[0, 0, 0], [0, 2, 0], [0, 0, 0]])
-    projection = deconvnet(image, "conv1_1", [0], seed=(0, 0))[0, 0]
+    projection = deconvnet(image, "conv1_1", [0], activation=(0, 0))[0, 0]
     # The corner sees the 2 through the filter's last entry: 9·2 + 100. That value comes back, the bias does not.
     expected = torch.zeros_like(projection)
     expected[0, :2, :2] = 118 * torch.tensor([[5.0, 6.0], [8.0, 9.0]])
@@ -98,11 +97,11 @@ def test_one_convolution() -> None:
     assert torch.equal(projection, expected)
     net.conv1_1.bias.zero_()
     # All nine activations 2·(9, 8, … 1) meet the filter's entries 9, 8, … 1 again in the middle.
-    everything = deconvnet(image, "conv1_1", [0], seed="all")[0, 0]
+    everything = deconvnet(image, "conv1_1", [0], activation="all")[0, 0]
     assert everything[0, 1, 1] == 2 * sum(i * i for i in range(1, 10))
 
 
-def test_convolution_pooling_convolution() -> None:
+def test_deconvnet_convolution_pooling_convolution_by_hand() -> None:
     net = _plain("relu2_1")
     net.conv1_2.weight.mul_(2)
     net.conv2_1.weight[0, 0] = torch.tensor([[0, 0, 0], [0, 1, -3], [0, 0.5, 0]])
@@ -113,7 +112,7 @@ def test_convolution_pooling_convolution() -> None:
     assert recording.activations["pool1"][0, 0].tolist() == [[18, 8], [12, 16]]
     assert recording.activations["conv2_1"][0, 0, 0, 0] == 18 - 3 * 8 + 0.5 * 12 + 1
     # Its 1 becomes (1, -3; 0.5, 0) at the pool, lands where 9, 4 and 6 had been, loses the -3, and is doubled.
-    corner = Seeds.at([0], [0], [(0, 0)])
+    corner = Neurons.at([0], [0], [(0, 0)])
     for layer in ("conv2_1", "relu2_1"):
         projection = deconvnet.project(recording, layer, corner)
         assert torch.equal(projection, _red([[0] * 4, [0, 2, 0, 0], [0] * 4, [1, 0, 0, 0]]))
@@ -127,46 +126,29 @@ def test_convolution_pooling_convolution() -> None:
     assert not deconvnet.project(recording, "relu2_1", corner).any()
 
 
-@pytest.mark.parametrize("seed", ["all", (1, 1)])
-def test_of_equal_maxima_the_first_is_switched_to(seed: str | tuple[int, int]) -> None:
-    projection = Deconvnet(_plain("pool1"))(torch.ones(1, 3, 4, 4, dtype=torch.float64), "pool1", [0], seed=seed)
-    lit = [[0, 0], [0, 2], [2, 0], [2, 2]] if seed == "all" else [[2, 2]]
+@pytest.mark.parametrize("activation", ["all", (1, 1)])
+def test_deconvnet_switches_to_the_first_of_equal_maxima(activation: str | tuple[int, int]) -> None:
+    projection = Deconvnet(_plain("pool1"))(
+        torch.ones(1, 3, 4, 4, dtype=torch.float64), "pool1", [0], activation=activation
+    )
+    lit = [[0, 0], [0, 2], [2, 0], [2, 2]] if activation == "all" else [[2, 2]]
     assert projection[0, 0, 0].nonzero().tolist() == lit
 
 
-def test_what_an_odd_size_leaves_out_of_the_pooling_stays_dark() -> None:
+def test_deconvnet_is_zero_outside_the_pooling_of_odd_sizes() -> None:
     image = _red([[float(5 * row + column) for column in range(5)] for row in range(7)])
-    projection = Deconvnet(_plain("pool1"))(image, "pool1", [0], seed="all")[0, 0, 0]
+    projection = Deconvnet(_plain("pool1"))(image, "pool1", [0], activation="all")[0, 0, 0]
     assert projection.nonzero().tolist() == [[row, column] for row in (1, 3, 5) for column in (1, 3)]
     assert torch.equal(projection, torch.where(projection != 0, image[0, 0], 0))
     assert Deconvnet(_plain("pool1"))(image, "pool1", [0])[0, 0, 0].nonzero().tolist() == [[5, 3]]
 
 
-def test_values_add_where_pools_overlap() -> None:
-    """VGG19 pools 2×2 at stride 2; the same steps around 3×3 at stride 2, as in Zeiler & Fergus' own net."""
-    x = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
-    x[0, 0, 2, 2], x[0, 0, 0, 0], x[0, 0, 4, 3] = 5, 7, 1
-    pooled, switches = max_pool2d_switches(x, 3, 2)
-    assert pooled[0, 0].tolist() == [[7, 5], [5, 5]]
-    weight = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
-    weight[0, 0, 1] = torch.tensor([0, 1, 10])
-    signal = transposed.whole(pooled, 0, 1)
-    signal = transposed.convolution(signal, weight)
-    assert signal.values[0, 0].tolist() == [[7, 75], [5, 55]]
-    signal = replace(signal, values=max_unpool2d_switches(signal.values, switches, (5, 5), 3, 2), size=(5, 5))
-    expected = torch.zeros_like(x)
-    expected[0, 0, 0, 0], expected[0, 0, 2, 2] = 7, 75 + 5 + 55
-    assert torch.equal(signal.values, expected)
-    signal = transposed.convolution(signal, weight)
-    assert signal.values[0, 0, 2].tolist() == [0, 0, 135, 1350, 0]
-
-
-def test_preprocessing_is_undone_without_its_mean() -> None:
+def test_deconvnet_undoes_preprocessing_without_its_mean() -> None:
     net = _net("conv1_1", [1] * 5, "caffe")
     net.conv1_1.weight.zero_()
     net.conv1_1.weight[0, 0, 1, 1] = 2
     image = _images(1, 3, 4, 4)
-    projection = Deconvnet(net)(image, "conv1_1", [0], seed=(1, 2))[0, 0]
+    projection = Deconvnet(net)(image, "conv1_1", [0], activation=(1, 2))[0, 0]
     # BGR in 0-255: the net's first channel is blue.
     activation = 2 * 255 * (image[0, 2, 1, 2] - 103.939 / 255) + net.conv1_1.bias
     assert projection.nonzero().tolist() == [[2, 1, 2]]
@@ -202,13 +184,11 @@ def _linear(net: VGG19, images: Tensor, v: Tensor) -> dict[str, Tensor]:
         pytest.param(lambda: _net("fc8"), (2, 3, 37, 70), "conv1_1", id="narrow, odd"),
         pytest.param(lambda: _net("fc8", [4] * 5, "caffe"), (1, 3, 256, 300), "pool5", id="averaging of 8x9"),
         pytest.param(
-            lambda: VGG19("pool5", "caffe", generator=_generator()).double(), (1, 3, 33, 38), "conv1_1", id="wide"
+            lambda: VGG19("pool2", "caffe", generator=_generator()).double(), (1, 3, 17, 22), "conv1_1", id="wide"
         ),
     ],
 )
-def test_every_layer_is_projected_by_the_adjoint(
-    make_net: Callable[[], VGG19], shape: tuple[int, ...], first: str
-) -> None:
+def test_project_layer_is_the_exact_adjoint(make_net: Callable[[], VGG19], shape: tuple[int, ...], first: str) -> None:
     """⟨A x, y⟩ = ⟨x, Aᵀ y⟩ for each layer from `first` on, x being any image and y any activations."""
     net = make_net()
     deconvnet = Deconvnet(net)
@@ -224,37 +204,17 @@ def test_every_layer_is_projected_by_the_adjoint(
         assert abs(left) >= 1e-6 * outputs.norm() * y.norm(), layer
 
 
-def test_all_activations_of_a_positive_net_come_back_by_its_gradient() -> None:
-    """With nothing negative no ReLU does anything: the projection is autograd's vector-Jacobian product."""
-    net = _net("fc8")
-    net.mean.zero_()
-    for parameter in net.parameters():
-        parameter.abs_()
-    deconvnet = Deconvnet(net)
-    images = _images(2, 3, 45, 36).requires_grad_()
-    recording = deconvnet.record(images, LAYERS)
-    for layer in LAYERS:
-        output = net(images, [layer])[layer]
-        (expected,) = torch.autograd.grad(output, images, output.detach())
-        actual = deconvnet.project_layer(recording, layer)
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
-        # The whole is the sum of what its maps give.
-        maps = range(output.shape[1])
-        parts = deconvnet(images, layer, maps, seed="all").sum(1)
-        torch.testing.assert_close(parts, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
-
-
 # Windows against whole maps.
 
 
-def _by_whole_maps(deconvnet: Deconvnet, recording: Recording, layer: str, seeds: Seeds) -> Tensor:
-    """Everything zero but the seed, all channels, all of the map: the definition."""
+def _by_whole_maps(deconvnet: Deconvnet, recording: Recording, layer: str, neurons: Neurons) -> Tensor:
+    """Project with all but the neuron's activation zero, all channels, all of the map: the definition."""
     projections = []
     activations = recording.activations[layer]
-    for index in range(len(seeds)):
-        place = [int(seeds.images[index]), int(seeds.maps[index])]
-        if seeds.positions is not None and activations.ndim == 4:
-            place += seeds.positions[index].tolist()
+    for index in range(len(neurons)):
+        place = [int(neurons.images[index]), int(neurons.maps[index])]
+        if neurons.positions is not None and activations.ndim == 4:
+            place += neurons.positions[index].tolist()
         alone = torch.zeros_like(activations)
         alone[tuple(place)] = activations[tuple(place)]
         projections.append(deconvnet.project_layer(_with(recording, layer, alone), layer)[place[0]])
@@ -268,8 +228,8 @@ def _by_whole_maps(deconvnet: Deconvnet, recording: Recording, layer: str, seeds
     batch_size=st.sampled_from([1, 2, 16]),
     places=st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3),
 )
-@hypothesis.settings(max_examples=60)
-def test_windows_give_what_whole_maps_give(
+@hypothesis.settings(max_examples=40)
+def test_project_in_windows_agrees_with_whole_maps(
     narrow: VGG19, layer: str, height: int, width: int, batch_size: int, places: list[tuple[int, float, float]]
 ) -> None:
     smallest = receptive_field(layer).jump
@@ -278,16 +238,16 @@ def test_windows_give_what_whole_maps_give(
     recording = deconvnet.record(images, [layer])
     activations = recording.activations[layer]
     rows, columns = activations.shape[2:]
-    # Half of the seeds at borders and corners: 0 and 1 are what the strategy likes best.
+    # The strategy prefers 0 and 1: borders and corners.
     positions = [(round(y * (rows - 1)), round(x * (columns - 1))) for _, y, x in places]
     chosen = [image for image, _, _ in places]
     maps = [int(activations[p, :, r, c].argmax()) for p, (r, c) in zip(chosen, positions, strict=True)]
-    seeds = Seeds.at(chosen, maps, positions)
-    expected = _by_whole_maps(deconvnet, recording, layer, seeds)
+    neurons = Neurons.at(chosen, maps, positions)
+    expected = _by_whole_maps(deconvnet, recording, layer, neurons)
     scale = 1e-12 * float(expected.abs().max())
-    projections = deconvnet.project(recording, layer, seeds, batch_size=batch_size)
+    projections = deconvnet.project(recording, layer, neurons, batch_size=batch_size)
     torch.testing.assert_close(projections, expected, rtol=0, atol=scale)
-    cropped, corners = deconvnet.project_patches(recording, layer, seeds, batch_size=batch_size)
+    cropped, corners = deconvnet.project_patches(recording, layer, neurons, batch_size=batch_size)
     side = receptive_field(layer).size
     torch.testing.assert_close(cropped, windows.cut(expected, corners, side), rtol=0, atol=scale)
     # Nothing is left out: put back, the patches are the projections.
@@ -296,17 +256,17 @@ def test_windows_give_what_whole_maps_give(
     torch.testing.assert_close(again, expected, rtol=0, atol=scale)
 
 
-@pytest.mark.parametrize("layer", [*CONVOLUTIONAL, "fc6", "relu7", "fc8"])
-def test_a_map_by_itself_gives_what_it_gives_among_zeros(narrow: VGG19, layer: str) -> None:
+@pytest.mark.parametrize("layer", ["relu1_1", "conv2_2", "pool3", "relu4_4", "pool5", "fc6", "relu7", "fc8"])
+def test_project_one_map_agrees_with_all_others_zero(narrow: VGG19, layer: str) -> None:
     deconvnet = Deconvnet(narrow)
     recording = deconvnet.record(_images(2, 3, 47, 66), [layer])
     images, maps = [0, 1, 1], [5, 0, 3]
-    everywhere = Seeds.every_position(images, maps)
-    strongest = Seeds.strongest(recording.activations[layer], images, maps)
-    for seeds in (everywhere, strongest):
-        expected = _by_whole_maps(deconvnet, recording, layer, seeds)
+    everywhere = Neurons.every_position(images, maps)
+    strongest = Neurons.strongest(recording.activations[layer], images, maps)
+    for neurons in (everywhere, strongest):
+        expected = _by_whole_maps(deconvnet, recording, layer, neurons)
         for batch_size in (1, 2, 16):
-            actual = deconvnet.project(recording, layer, seeds, batch_size=batch_size)
+            actual = deconvnet.project(recording, layer, neurons, batch_size=batch_size)
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
         assert expected.flatten(1).any(1).sum() >= 1
 
@@ -315,8 +275,8 @@ def test_a_map_by_itself_gives_what_it_gives_among_zeros(narrow: VGG19, layer: s
 
 
 @pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations:UserWarning")
-@pytest.mark.parametrize("layer", ["relu1_1", "conv1_2", "relu1_2", "relu2_2"])
-def test_captum_agrees(layer: str) -> None:
+@pytest.mark.parametrize("layer", ["conv1_2", "relu1_2", "relu2_2"])
+def test_project_agrees_with_captum(layer: str) -> None:
     """On relu2_2 the pool's switches, too: PyTorch's backward goes to the first maximum as well."""
     net = VGG19(layer, "caffe", generator=_generator()).double()
     modules: list[nn.Module] = [_Preprocessing(net)]
@@ -328,12 +288,12 @@ def test_captum_agrees(layer: str) -> None:
     recording = deconvnet.record(images, [layer])
     # Of maps that are all zero there is nothing to compare.
     maps = recording.activations[layer].amax((2, 3)).topk(3).indices.flatten()
-    seeds = Seeds.strongest(recording.activations[layer], [0, 0, 0, 1, 1, 1], maps)
-    actual = deconvnet.project(recording, layer, seeds)
-    assert seeds.positions is not None
+    neurons = Neurons.strongest(recording.activations[layer], [0, 0, 0, 1, 1, 1], maps)
+    actual = deconvnet.project(recording, layer, neurons)
+    assert neurons.positions is not None
     peer = Deconvolution(nn.Sequential(*modules))
-    for index, place in enumerate(zip(seeds.maps.tolist(), *seeds.positions.T.tolist(), strict=True)):
-        image = seeds.images[index : index + 1]
+    for index, place in enumerate(zip(neurons.maps.tolist(), *neurons.positions.T.tolist(), strict=True)):
+        image = neurons.images[index : index + 1]
         # captum starts from a gradient of 1 where the deconvnet starts from the activation.
         value = recording.activations[layer][(int(image), *place)]
         assert value > 0

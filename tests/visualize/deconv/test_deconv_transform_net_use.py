@@ -12,7 +12,7 @@ from fastnst.errors import UserError
 from fastnst.images import read_image, to_tensor
 from fastnst.models.pretrained import load_lengstrom_npz
 from fastnst.models.transform_net import LAYER_NAMES, NORMS, TransformNet
-from fastnst.visualize.deconv.neurons import Seeds
+from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from helpers.tiny_transform_nets import generator, random_images, small_net
 
@@ -28,7 +28,7 @@ def _state(net: TransformNet) -> list[Any]:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_network_its_inputs_and_the_random_numbers_stay_as_they_were(norm: str) -> None:
+def test_transform_deconvnet_changes_neither_net_nor_inputs_nor_random_state(norm: str) -> None:
     net = small_net("johnson", norm)
     net.res2.eval()
     net.up1.requires_grad_(False)
@@ -40,7 +40,7 @@ def test_the_network_its_inputs_and_the_random_numbers_stay_as_they_were(norm: s
     recording = deconvnet.record(images, LAYER_NAMES)
     activations = {layer: values.clone() for layer, values in recording.activations.items()}
     for layer in LAYER_NAMES:
-        deconvnet.project(recording, layer, Seeds.strongest(recording.activations[layer], [1], [0]))
+        deconvnet.project(recording, layer, Neurons.strongest(recording.activations[layer], [1], [0]))
         deconvnet.project_layer(recording, layer)
         deconvnet.project_layer(recording, layer, renormalise=True)
     assert torch.equal(torch.get_rng_state(), random)
@@ -51,7 +51,7 @@ def test_the_network_its_inputs_and_the_random_numbers_stay_as_they_were(norm: s
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_the_network_is_as_it_was_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_restores_the_net_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_net("lengstrom")
     before = _state(net)
 
@@ -64,25 +64,25 @@ def test_the_network_is_as_it_was_after_a_failure(monkeypatch: pytest.MonkeyPatc
     assert _state(net) == before
 
 
-def test_it_works_in_inference_mode_and_under_autocast_in_the_networks_type() -> None:
+def test_transform_deconvnet_in_inference_mode_and_under_autocast() -> None:
     net = TransformNet("hwalsuklee", generator=generator(0))
     deconvnet = TransformDeconvnet(net)
     images = random_images(1, (16, 16))
     expected = deconvnet.project_layer(deconvnet.record(images, ["res1"]), "res1")
     assert expected.dtype == torch.float32
     with torch.no_grad():
-        painting = net(images.float())
+        output = net(images.float())
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         recording = deconvnet.record(images, ["res1", "out"])
     with torch.inference_mode():
-        assert torch.equal(0.5 * recording.activations["out"].tanh() + 0.5, painting)
+        assert torch.equal(0.5 * recording.activations["out"].tanh() + 0.5, output)
         torch.testing.assert_close(deconvnet.project_layer(recording, "res1"), expected)
 
 
 # Bad input.
 
 
-def test_unknown_layers_are_refused() -> None:
+def test_transform_deconvnet_refuses_unknown_layers() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
     images = random_images(1, (16, 16))
     with pytest.raises(UserError, match="no layer 'rse1'; did you mean 'res1'"):
@@ -92,24 +92,24 @@ def test_unknown_layers_are_refused() -> None:
     with pytest.raises(UserError, match="no layer is asked for; name at least one of conv1"):
         deconvnet.record(images, [])
     recording = deconvnet.record(images, ["conv1", "res1"])
-    with pytest.raises(UserError, match="up1 was not recorded, only conv1, res1"):
+    with pytest.raises(UserError, match="up1 is not recorded, only conv1, res1"):
         deconvnet.project_layer(recording, "up1")
     with pytest.raises(UserError, match="did you mean 'up1'"):
-        deconvnet.project(recording, "upp1", Seeds.every_position([0], [0]))
+        deconvnet.project(recording, "upp1", Neurons.every_position([0], [0]))
 
 
-def test_seeds_out_of_range_are_refused() -> None:
+def test_project_refuses_neurons_out_of_range() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
     recording = deconvnet.record(random_images(2, (16, 20)), ["conv3"])
     with pytest.raises(UserError, match="conv3 has no map 16; its maps are 0 … 15"):
-        deconvnet.project(recording, "conv3", Seeds.every_position([0], [16]))
+        deconvnet.project(recording, "conv3", Neurons.every_position([0], [16]))
     with pytest.raises(UserError, match="no image 2; its images are 0 … 1"):
-        deconvnet.project(recording, "conv3", Seeds.every_position([2], [0]))
-    with pytest.raises(UserError, match=r"no position \(4, 0\); its rows are 0 … 3, its columns 0 … 4"):
-        deconvnet.project(recording, "conv3", Seeds.at([0], [0], [(4, 0)]))
+        deconvnet.project(recording, "conv3", Neurons.every_position([2], [0]))
+    with pytest.raises(UserError, match=r"no position \(4, 0\) in this image; its rows are 0 … 3, its columns 0 … 4"):
+        deconvnet.project(recording, "conv3", Neurons.at([0], [0], [(4, 0)]))
 
 
-def test_what_is_no_image_is_refused() -> None:
+def test_record_refuses_bad_images() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
     with pytest.raises(UserError, match="sides of 16 pixels or more"):
         deconvnet.record(random_images(1, (15, 40)), ["conv1"])
@@ -128,7 +128,7 @@ def _spread(projection: Tensor) -> float:
     return float(energy.mean() ** 2 / energy.square().mean())
 
 
-def test_a_published_network_keeps_the_image_apart_down_from_its_last_layers(weights: Path, content: Path) -> None:
+def test_project_layer_renormalised_keeps_shapes_of_a_published_net(weights: Path, content: Path) -> None:
     net = load_lengstrom_npz(weights / "transform_lengstrom_udnie.npz")
     deconvnet = TransformDeconvnet(net)
     photo = to_tensor(read_image(content / "content_stata.jpg"))

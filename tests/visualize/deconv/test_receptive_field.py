@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastnst.errors import UserError
 from fastnst.models.vgg19 import LAYERS
-from fastnst.visualize.deconv.receptive_field import ReceptiveField, receptive_field
+from fastnst.visualize.deconv.receptive_field import receptive_field
 
 SIZES = {
     **{"conv1_1": 3, "conv1_2": 5, "pool1": 6, "conv2_2": 14, "pool2": 16, "conv3_4": 48},
@@ -15,7 +15,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("layer", SIZES)
-def test_sizes(layer: str) -> None:
+def test_receptive_field_sizes(layer: str) -> None:
     field = receptive_field(layer)
     assert field.size == SIZES[layer]
     assert field.jump == 2 ** sum(name.startswith("pool") for name in LAYERS[: LAYERS.index(layer) + 1])
@@ -23,8 +23,8 @@ def test_sizes(layer: str) -> None:
         assert receptive_field(layer.replace("conv", "relu")) == field
 
 
-@pytest.mark.parametrize("layer", LAYERS[: LAYERS.index("pool5") + 1])
-def test_a_field_is_what_a_gradient_reaches(layer: str) -> None:
+@pytest.mark.parametrize("layer", ["conv1_1", "pool1", "relu2_2", "conv3_4", "pool4", "conv5_4"])
+def test_receptive_field_is_where_a_gradient_reaches(layer: str) -> None:
     """One channel, filters of ones, averages instead of maxima: nothing that is seen is lost on the way."""
     image = torch.ones(1, 1, 288, 320, dtype=torch.float64, requires_grad=True)
     x: torch.Tensor = image
@@ -42,16 +42,12 @@ def test_a_field_is_what_a_gradient_reaches(layer: str) -> None:
         assert torch.equal((seen != 0).to(expected.dtype), expected)
 
 
-def test_conv1_1_sees_its_pixel_and_its_neighbours() -> None:
-    assert receptive_field("conv1_1") == ReceptiveField(size=3, jump=1, start=-1)
-
-
-@pytest.mark.parametrize("layer", ["fc6", "relu6", "fc7", "relu7", "fc8"])
-def test_fully_connected_layers_see_everything(layer: str) -> None:
+@pytest.mark.parametrize("layer", ["fc6", "relu7", "fc8"])
+def test_receptive_field_refuses_fully_connected_layers(layer: str) -> None:
     with pytest.raises(UserError, match=rf"{layer} sees the whole image .*; choose a layer up to pool5"):
         receptive_field(layer)
 
 
-def test_an_unknown_layer_is_told_with_the_nearest() -> None:
+def test_receptive_field_refuses_unknown_layers() -> None:
     with pytest.raises(UserError, match="no VGG19 layer is named 'conv34'; did you mean 'conv3_4'"):
         receptive_field("conv34")
