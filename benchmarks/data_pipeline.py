@@ -13,6 +13,7 @@ several shares of the JPEGs for its decoding engines: to find this machine's bes
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -48,6 +49,9 @@ TUNED_THREADS = (1, 2, 4, 8, 16)
 TUNED_PREFETCH = (1, 3, 6)
 TUNED_ENGINE_SHARES = (0.0, 0.35, 0.65, 0.9)
 
+Measure = Callable[[str, Callable[[], Any]], dict[str, Any]]
+"""Name and source → a row; see `_measure`."""
+
 
 @click.command()
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder of images.")
@@ -80,8 +84,7 @@ def main(
     target = resolve_device(device)
     manifest = build_manifest(folder)
     sampler = Sampler(0, len(manifest.images), batch_size, WARM_UP + batches)
-    base = DataConfig(folder=folder, image_size=image_size, workers=workers, prefetch=prefetch)
-
+    config = DataConfig(folder=folder, image_size=image_size, workers=workers, prefetch=prefetch)
     settings = {
         "pictures": len(manifest.images),
         "image_size": image_size,
@@ -90,54 +93,53 @@ def main(
         "repeats": repeats,
         "step_seconds": step_seconds,
     }
+    measure = functools.partial(_measure, sampler=sampler, repeats=repeats, step_seconds=step_seconds, device=target)
     if tune:
-        rows = _tune(manifest, sampler, base, repeats, step_seconds, target)
-        _write(json_file, rows, target, settings)
-        return
+        rows = _tune(manifest, sampler, config, target, measure)
+    else:
+        settings |= {"workers": workers, "prefetch": prefetch}
+        rows = _compare(manifest, sampler, config, target, measure)
+    if json_file is not None:
+        write_json(json_file, {"settings": settings, "environment": _environment(target), "rows": rows})
+
+
+def _compare(
+    manifest: Manifest, sampler: Sampler, base: DataConfig, device: "torch.device", measure: Measure
+) -> list[dict[str, Any]]:
+    """Measure and print each source."""
 
     def loader(name: str) -> Callable[[], Any]:
         config = base.model_copy(update={"loader": name})
-        return lambda: open_loader(manifest, sampler, config, device=target)
+        return lambda: open_loader(manifest, sampler, config, device=device)
 
     sources: dict[str, Callable[[], Any]] = {
-        "Pillow, one process, no loader": lambda: _PillowBaseline(manifest, sampler, image_size),
-        f"Pillow loader, {workers} processes": loader("pillow"),
-        f"DALI loader, {workers} threads, {target.type}": loader("dali"),
+        "Pillow, one process, no loader": lambda: _PillowBaseline(manifest, sampler, base.image_size),
+        f"Pillow loader, {base.workers} processes": loader("pillow"),
+        f"DALI loader, {base.workers} threads, {device.type}": loader("dali"),
     }
     rows = []
     with tempfile.TemporaryDirectory() as place:
         cached, seconds = _make_cache(manifest, sampler, Path(place) / "cache", base)
-        sources[f"Cache, {workers} threads"] = lambda: open_loader(cached, sampler, base, device=target)
+        sources[f"Cache, {base.workers} threads"] = lambda: open_loader(cached, sampler, base, device=device)
         for name, open_source in sources.items():
             try:
-                row = _measure(name, open_source, sampler, repeats, step_seconds, target)
+                row = measure(name, open_source)
             except UserError as error:
                 click.echo(f"{name}: {error}", err=True)
                 continue
             if name.startswith("Cache"):
                 row |= {"seconds_to_make": seconds, "bytes": cached.cache.bytes}
             rows.append(row)
-            waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
             click.echo(
                 f"{name:34} {row['pictures_per_second']:8.1f} images/s "
                 f"({row['slowest']:.1f} … {row['fastest']:.1f})  "
-                f"first batch {row['first_batch_seconds']:.2f} s{waiting}"
+                f"first batch {row['first_batch_seconds']:.2f} s  waits {row['waiting_share']:.1%}"
             )
-    _write(json_file, rows, target, settings | {"workers": workers, "prefetch": prefetch})
-
-
-def _write(file: Path | None, rows: list[dict[str, Any]], device: "torch.device", settings: dict[str, Any]) -> None:
-    if file is not None:
-        write_json(file, {"settings": settings, "environment": _environment(device), "rows": rows})
+    return rows
 
 
 def _tune(
-    manifest: Manifest,
-    sampler: Sampler,
-    base: DataConfig,
-    repeats: int,
-    step_seconds: float,
-    device: "torch.device",
+    manifest: Manifest, sampler: Sampler, base: DataConfig, device: "torch.device", measure: Measure
 ) -> list[dict[str, Any]]:
     """Measure the DALI loader with each setting, and print the fastest last."""
     from fastnst.data.loaders import dali
@@ -152,17 +154,9 @@ def _tune(
             dali.HW_DECODER_LOAD = share
             engines = f", {share:.0%} to the engines" if device.type == "cuda" else ""
             name = f"{count} threads, {depth} batches ready{engines}"
-            row = _measure(
-                name,
-                lambda config=config: open_loader(manifest, sampler, config, device=device),
-                sampler,
-                repeats,
-                step_seconds,
-                device,
-            )
+            row = measure(name, lambda config=config: open_loader(manifest, sampler, config, device=device))
             rows.append(row | {"workers": count, "prefetch": depth, "engines_share": share if engines else None})
-            waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
-            click.echo(f"{name:48} {row['pictures_per_second']:8.1f} images/s{waiting}")
+            click.echo(f"{name:48} {row['pictures_per_second']:8.1f} images/s  waits {row['waiting_share']:.1%}")
     finally:
         dali.HW_DECODER_LOAD = usual
     best = max(rows, key=lambda row: row["pictures_per_second"])

@@ -4,8 +4,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -104,8 +104,7 @@ def stylize_files(
     net = load_style_model(model, device=where)
     results: list[Path] = []
     failures: list[UserError] = []
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(ProgressReport("stylize", len(jobs), "images")) if len(jobs) > 1 else None
+    with ProgressReport("stylize", len(jobs), "images") if len(jobs) > 1 else contextlib.nullcontext() as progress:
         for job in jobs:
             try:
                 _stylize_file(net, job, precision)
@@ -125,8 +124,7 @@ def stylize_files(
     return results
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     source: Path
     result: Path
 
@@ -157,20 +155,16 @@ def _files_of(image: Path) -> list[Path]:
         entries = sorted(image.iterdir())
     except OSError as error:
         raise DataError(f"cannot read the folder {image}: {error.strerror}; check its permissions") from error
-    files = [
-        entry
-        for entry in entries
-        if entry.suffix.lower() in _RESULT_SUFFIX and not entry.name.startswith(".") and entry.is_file()
-    ]
+    visible = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+    files = [entry for entry in visible if entry.suffix.lower() in _RESULT_SUFFIX]
     if not files:
         raise DataError(f"the folder {image} holds no image ({', '.join(_RESULT_SUFFIX)}); give another")
     return files
 
 
 def _result_name(source: Path) -> str:
-    return source.stem + (
-        source.suffix if source.suffix.lower() in SUFFIXES else _RESULT_SUFFIX.get(source.suffix.lower(), ".png")
-    )
+    suffix = source.suffix.lower()
+    return source.name if suffix in SUFFIXES else source.stem + _RESULT_SUFFIX.get(suffix, ".png")
 
 
 def _refuse_overwriting(jobs: Sequence[_Job]) -> None:
@@ -179,9 +173,8 @@ def _refuse_overwriting(jobs: Sequence[_Job]) -> None:
     for job in jobs:
         identity = _identity(job.result)
         if identity in inputs:
-            raise UserError(
-                f"{job.result} would replace the input {inputs[identity]}; choose another --out, inputs are kept"
-            )
+            replaced = inputs[identity]
+            raise UserError(f"{job.result} would replace the input {replaced}; choose another --out, inputs are kept")
         if identity in results:
             raise UserError(
                 f"{results[identity]} and {job.source} would both become {job.result}; rename one, or write them to "

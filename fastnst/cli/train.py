@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,44 +20,34 @@ log = logging.getLogger(__name__)
 _LONGEST_NAME = 200
 """Bytes of a file's name that any file system takes."""
 
-_train_options: list[Callable[[Any], Any]] = [
-    click.option(
-        "--style",
-        "styles",
-        type=click.Path(path_type=Path),
-        multiple=True,
-        metavar="IMAGE",
-        help="Style image; train several at once by repeating --style, which costs less than one after the other.",
-    ),
-    click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photos to train on, or a cache."),
-    click.option("--preset", metavar="NAME", help="hwalsuklee (the default), lengstrom, johnson or vgg-conv3."),
-    click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE.toml", help="Configuration file."),
-    click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Set one configuration key."),
-    click.option("--vgg", metavar="auto|random|FILE", help="VGG19 weights; auto finds or downloads torchvision's."),
-    click.option("--loader", metavar="dali|pillow", help="What decodes and resizes the images."),
-    click.option("--device", metavar="cuda|cpu", help="Default: cuda where there is one."),
-    click.option("--precision", metavar="bf16|fp16|fp32", help="Default: bf16 on CUDA, fp32 on a CPU."),
-    click.option("--steps", type=int, help="Steps to train (default: two passes over the data)."),
-    click.option(
-        "--out",
-        type=click.Path(path_type=Path),
-        metavar="RUN",
-        help="Run directory (default: runs/STYLE), or the folder of several.",
-    ),
-    click.option("--resume", is_flag=True, help="Continue the run in --out."),
-    click.option("--allow-changes", is_flag=True, help="With --resume: continue even if options or images changed."),
-    click.option("--dry-run", is_flag=True, help="Print configuration, data, memory and disk, and stop."),
-]
-
-
-def _with_train_options(function: Any) -> Any:
-    for option in reversed(_train_options):
-        function = option(function)
-    return function
-
 
 @click.command()
-@_with_train_options
+@click.option(
+    "--style",
+    "styles",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="IMAGE",
+    help="Style image; train several at once by repeating --style, which costs less than one after the other.",
+)
+@click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photos to train on, or a cache.")
+@click.option("--preset", metavar="NAME", help="hwalsuklee (the default), lengstrom, johnson or vgg-conv3.")
+@click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE.toml", help="Configuration file.")
+@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Set one configuration key.")
+@click.option("--vgg", metavar="auto|random|FILE", help="VGG19 weights; auto finds or downloads torchvision's.")
+@click.option("--loader", metavar="dali|pillow", help="What decodes and resizes the images.")
+@click.option("--device", metavar="cuda|cpu", help="Default: cuda where there is one.")
+@click.option("--precision", metavar="bf16|fp16|fp32", help="Default: bf16 on CUDA, fp32 on a CPU.")
+@click.option("--steps", type=int, help="Steps to train (default: two passes over the data).")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Run directory (default: runs/STYLE), or the folder of several.",
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@click.option("--allow-changes", is_flag=True, help="With --resume: continue even if options or images changed.")
+@click.option("--dry-run", is_flag=True, help="Print configuration, data, memory and disk, and stop.")
 @click.option("--profile", type=click.IntRange(min=1), metavar="N", help="Trace N steps for Perfetto or TensorBoard.")
 def train(
     out: Path | None,
@@ -98,15 +88,8 @@ def train(
     with _on_local_rank_zero(dist_env):
         from fastnst.training import train as training
 
-    models = training.train(
-        config,
-        out,
-        styles=several,
-        resume=resume,
-        allow_changes=allow_changes,
-        stop=stop_request(),
-        profile=profile,
-    )
+    resuming = {"resume": resume, "allow_changes": allow_changes}
+    models = training.train(config, out, styles=several, **resuming, stop=stop_request(), profile=profile)
     if dist_env.rank:
         return
     for model in models:

@@ -126,28 +126,8 @@ def build_manifest(
         raise DataError(
             f"{printable(folder)} holds no images, only {ignored} other files; give a folder of JPEG, PNG or WebP"
         )
-    cache_file = _cache_file(folder)
     rules = _Rules(min_side, allow_uniform)
-    known = _read_cache(cache_file, rules) if cache else {}
-    results: dict[str, _Checked] = {}
-    pending: list[_File] = []
-    for path, size, mtime in candidates:
-        earlier = known.get(path)
-        if earlier is not None and (earlier.size, earlier.mtime) == (size, mtime):
-            results[path] = earlier
-        else:
-            pending.append((path, size, mtime))
-    report = progress or (lambda _done, _total: None)
-    report(len(results), len(candidates))
-    try:
-        for checked in _check_all(folder, pending, rules, workers or len(os.sched_getaffinity(0))):
-            results[checked.path] = checked
-            report(len(results), len(candidates))
-    finally:
-        # Also when interrupted: the next check continues from here.
-        if cache and pending:
-            _write_cache(cache_file, rules, results.values())
-    ordered = [results[path] for path, _, _ in candidates]
+    ordered = _check_all(folder, candidates, rules, workers or len(os.sched_getaffinity(0)), progress, cache)
     images = [checked.entry for checked in ordered if checked.entry is not None]
     rejected = [Rejection(checked.path, checked.reason) for checked in ordered if checked.entry is None]
     rejected = sorted([*rejected, *unreadable], key=lambda rejection: os.fsencode(rejection.path))
@@ -298,7 +278,39 @@ def _list_files(folder: Path) -> tuple[list[Rejection], list[_File], int]:
     return unreadable, candidates, ignored
 
 
-def _check_all(folder: Path, pending: list[_File], rules: _Rules, workers: int) -> Iterator[_Checked]:
+def _check_all(
+    folder: Path,
+    candidates: list[_File],
+    rules: _Rules,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+    cache: bool,
+) -> list[_Checked]:
+    """Check the candidates, in order, reusing cached results."""
+    cache_file = _cache_file(folder)
+    known = _read_cache(cache_file, rules) if cache else {}
+    results: dict[str, _Checked] = {}
+    pending: list[_File] = []
+    for path, size, mtime in candidates:
+        earlier = known.get(path)
+        if earlier is not None and (earlier.size, earlier.mtime) == (size, mtime):
+            results[path] = earlier
+        else:
+            pending.append((path, size, mtime))
+    report = progress or (lambda _done, _total: None)
+    report(len(results), len(candidates))
+    try:
+        for checked in _check_in_threads(folder, pending, rules, workers):
+            results[checked.path] = checked
+            report(len(results), len(candidates))
+    finally:
+        # Also when interrupted: the next check continues from here.
+        if cache and pending:
+            _write_cache(cache_file, rules, results.values())
+    return [results[path] for path, _, _ in candidates]
+
+
+def _check_in_threads(folder: Path, pending: list[_File], rules: _Rules, workers: int) -> Iterator[_Checked]:
     """Check files in threads, which suffice: reading and decoding release the GIL."""
     rest = iter(pending)
     running: deque[Future[list[_Checked]]] = deque()

@@ -69,7 +69,7 @@ class Sampler:
             raise UserError(f"a run of {steps} steps over {num_images} images reads nothing; give at least one image")
         if world_size < 1 or batch_size < 1 or batch_size % world_size:
             raise UserError(
-                f"train.batch_size {batch_size} cannot be divided evenly among {world_size} processes; "
+                f"train.batch_size {batch_size} cannot be shared evenly by {world_size} processes; "
                 f"choose a multiple of {max(world_size, 1)}"
             )
         self.seed = seed

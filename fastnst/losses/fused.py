@@ -59,10 +59,7 @@ class FusedPerceptualLoss:
 
     @torch.no_grad()
     def content_targets(self, content: Tensor) -> dict[str, Tensor]:
-        """Compute φ of the content images at the content layers; the result serves any number of calls.
-
-        Args:
-            content: `[N, 3, H, W]`, RGB, floating in [0, 1] or uint8.
+        """Compute φ at the content layers of images `[N, 3, H, W]`, RGB, floating in [0, 1] or uint8.
 
         Raises:
             UserError: the images are too small for a layer.

@@ -127,10 +127,8 @@ class PerceptualLoss(nn.Module):
             UserError: the images are too small for a layer.
         """
         if stylized.shape != content.shape:
-            raise ValueError(
-                f"stylized {list(stylized.shape)} and content {list(content.shape)} differ in shape; "
-                "give the same images"
-            )
+            shapes = f"stylized {list(stylized.shape)} and content {list(content.shape)}"
+            raise ValueError(f"{shapes} differ in shape; give the same images")
         features = self.vgg(stylized, self.layers)
         with torch.no_grad():
             targets = self.vgg(content, self.config.content_layers) if self.content else {}
@@ -148,9 +146,6 @@ class PerceptualLoss(nn.Module):
             stylized: `[N, 3, H, W]`, RGB in [0, 1].
             features: φ of `stylized`, by layer: all of `layers`.
             targets: φ of the content, by layer: all content layers.
-
-        Raises:
-            ValueError: `set_style` was not called.
         """
         # On a CPU autocast would take squared errors, too, in its low precision.
         with torch.autocast(stylized.device.type, enabled=False):
@@ -199,11 +194,7 @@ class StyleTerm(nn.Module):
 
     @property
     def target(self) -> Tensor:
-        """G(s) `[C, C]`.
-
-        Raises:
-            ValueError: `set_style` was not called.
-        """
+        """G(s) `[C, C]`; ValueError before `set_style`."""
         if self.gram is None:
             raise ValueError("the loss has no style yet; call set_style with the style image first")
         return self.gram
@@ -225,11 +216,7 @@ class TotalVariationTerm(nn.Module):
         return self.factor * total_variation(stylized, self.reduction)
 
     def weights(self, shape: Sequence[int]) -> tuple[float, float]:
-        """Weights of the batch's summed squared differences along the height and along the width in the term.
-
-        Args:
-            shape: `[N, 3, H, W]` of the images.
-        """
+        """Weights of the summed squared differences along height and width for images of `shape` `[N, 3, H, W]`."""
         n, c, h, w = shape
         counts = (n * c * (h - 1) * w, n * c * h * (w - 1)) if self.reduction == "mean" else (n, n)
         vertical, horizontal = (self.factor / count if count else math.nan for count in counts)  # no mean of nothing

@@ -40,12 +40,7 @@ class UnsafeFileError(Exception):
 
 
 def check_regular_file(path: Path) -> None:
-    """Refuse anything but a regular file of at most 2 GiB.
-
-    Raises:
-        UnsafeFileError: a pipe, which would block, a device, or more than 2 GiB.
-        OSError: the file is missing or inaccessible.
-    """
+    """Raise UnsafeFileError for a pipe, which would block, a device, or more than 2 GiB; OSError for no file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UnsafeFileError("it is not a regular file")
@@ -54,23 +49,14 @@ def check_regular_file(path: Path) -> None:
 
 
 def check_safetensors_file(path: Path) -> None:
-    """Refuse a safetensors file with a header larger than any model's.
-
-    Raises:
-        UnsafeFileError: see above, and `check_regular_file`.
-        OSError: the file cannot be read.
-    """
+    """Raise UnsafeFileError for a header larger than any model's, and as `check_regular_file` does."""
     check_regular_file(path)
     with path.open("rb") as file:
         check_safetensors_start(file.read(8), path.stat().st_size)
 
 
 def check_safetensors_start(start: bytes, size: int) -> None:
-    """Check the first 8 bytes, the header's length, of a safetensors file of `size` bytes.
-
-    Raises:
-        UnsafeFileError: the header is longer than any model's, or than the file.
-    """
+    """Check the first 8 bytes, the header's length, of a safetensors file of `size` bytes, in the same way."""
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > size - 8:
         raise UnsafeFileError(f"its {size:,} bytes are fewer than its header announces")

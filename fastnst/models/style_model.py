@@ -26,12 +26,7 @@ FORMAT_VERSION = 1
 
 
 def save_style_model(path: Path, net: TransformNet, *, metadata: Mapping[str, str]) -> None:
-    """Write a style model atomically.
-
-    Args:
-        path: the file, `model.safetensors` in a run directory.
-        net: the network, on any device.
-        metadata: its origin; the keys of the file format are added.
+    """Write a style model atomically, with its origin as `metadata`.
 
     Raises:
         DataError: a weight is not finite, or the storage fails; an older file stays as it was.
@@ -45,14 +40,11 @@ def save_style_model(path: Path, net: TransformNet, *, metadata: Mapping[str, st
 
 
 def load_style_model(path: Path | str, *, device: str | torch.device = "cpu") -> TransformNet:
-    """Load a style model for `stylize`.
+    """Load a style model, in evaluation mode and without gradients.
 
     Args:
         path: a `model.safetensors`, or the run directory that holds one.
         device: `auto`, `cuda`, `cpu` or a PyTorch device.
-
-    Returns:
-        The network in evaluation mode, its parameters without gradients.
 
     Raises:
         DataError: no such file, not a style model, one of a newer version, or damaged weights.
@@ -73,13 +65,8 @@ def load_style_model(path: Path | str, *, device: str | torch.device = "cpu") ->
 
 
 def read_style_metadata(path: Path | str) -> dict[str, str]:
-    """Read the metadata of a style model; `path` as in `load_style_model`.
-
-    Raises:
-        DataError: no such file, not a style model, or one of a newer version.
-    """
-    metadata, _ = _read(_file_of(Path(path)), weights=False)
-    return metadata
+    """Read the metadata of a style model; arguments and errors as in `load_style_model`."""
+    return _read(_file_of(Path(path)), weights=False)[0]
 
 
 def _file_of(path: Path) -> Path:
@@ -89,9 +76,7 @@ def _file_of(path: Path) -> Path:
     if not file.exists():
         if inside := sorted(found.parent for found in path.glob(f"*/{MODEL_NAME}")):
             raise DataError(f"{path} holds {len(inside)} style models, each in a folder; give one, such as {inside[0]}")
-        raise DataError(
-            f"{path} holds no {MODEL_NAME}: no style model was saved there yet; give a finished run or a file"
-        )
+        raise DataError(f"{path} holds no {MODEL_NAME}: no style model was saved there yet; give a finished run")
     return file
 
 

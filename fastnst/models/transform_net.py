@@ -104,11 +104,7 @@ class TransformNet(nn.Module):
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "TransformNet":
-        """Build the network that `metadata` describes, with initial weights; other keys are ignored.
-
-        Raises:
-            DataError: a key is missing or its value is unknown.
-        """
+        """Build the network of `metadata`, with initial weights; DataError for a missing key or unknown value."""
         try:
             return cls(metadata["architecture"], metadata["norm"])
         except KeyError as error:

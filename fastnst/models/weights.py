@@ -121,11 +121,7 @@ def load_vgg19(
 
 
 def describe_source(spec: str) -> str:
-    """Describe the weights that `load_vgg19(spec)` would load, without reading or downloading them.
-
-    Raises:
-        DataError: `spec` is a path without a file.
-    """
+    """Describe the weights that `load_vgg19(spec)` would load, without reading them; DataError for no such file."""
     if spec == "random":
         return "random weights (He initialisation)"
     if spec != "auto":

@@ -1,6 +1,5 @@
 """Check and read what a run needs from outside, before its directory is touched."""
 
-import dataclasses
 import hashlib
 import logging
 import math
@@ -99,14 +98,6 @@ def read_inputs(config: Config, device: torch.device, late: Sequence[ReadFailure
     check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
     return Inputs(config, device, style, style_sha256, manifest, vgg, steps, tuple(late))
-
-
-def with_styles(inputs: Inputs, others: Sequence[tuple[Config, Tensor, str]]) -> list[Inputs]:
-    """Return `inputs`, and a copy for each other style: its configuration, and the result of `read_style`."""
-    return [
-        inputs,
-        *(dataclasses.replace(inputs, config=config, style=style, style_sha256=sha) for config, style, sha in others),
-    ]
 
 
 def read_style(config: Config) -> tuple[Tensor, str]:

@@ -10,6 +10,7 @@
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fastnst.training.distributed.environment import DistEnv, check_divisible
 from fastnst.training.distributed.process_group import ProcessGroup, check_equal, choose_device, open_process_group
 from fastnst.training.distributed.synced_batches import broadcast_failures
 from fastnst.training.divergence import explained_storage_errors
-from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve, with_styles
+from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve
 from fastnst.training.memory.advice import explained_memory_errors
 from fastnst.training.monitoring.profiler import check_steps
 from fastnst.training.run_dir.checkpoint import checkpoint_steps
@@ -111,7 +112,8 @@ def train(
             trainer = Trainer(inputs, runs, out, group, stop=stop, profile=profile)
             with explained_storage_errors(out, runs), trainer.explained_divergence():
                 if resume:
-                    trainer.restore(changes, allow_changes=allow_changes)
+                    for style, differences in zip(trainer.styles, changes, strict=True):
+                        style.restore(differences, allow_changes=allow_changes)
                 return trainer.train()
 
 
@@ -125,8 +127,15 @@ def _read_inputs(
     failures = broadcast_failures(failures, group)
     first, *others = configs.values()
     with group.local_rank_zero_first():
-        styles = [(config, *read_style(config)) for config in others]
-        return with_styles(read_inputs(first, device, failures), styles)
+        styles = [read_style(config) for config in others]  # first, since a mistake in them shows at once
+        inputs = read_inputs(first, device, failures)
+    return [
+        inputs,
+        *(
+            dataclasses.replace(inputs, config=config, style=style, style_sha256=sha256)
+            for config, (style, sha256) in zip(others, styles, strict=True)
+        ),
+    ]
 
 
 def _earliest(failures: Iterable[ReadFailure]) -> list[ReadFailure]:

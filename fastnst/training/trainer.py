@@ -73,21 +73,6 @@ class Trainer:
         )
         self._rejected: list[RejectedImages] = []
 
-    @property
-    def done(self) -> int:
-        """Steps that all styles have made; those ahead of it wait for the others."""
-        return min(style.done for style in self.styles)
-
-    def restore(self, changes: Sequence[list[str]], *, allow_changes: bool) -> None:
-        """Load the newest valid checkpoint of each style.
-
-        Args:
-            changes: for each style, what differs from its run's saved configuration.
-            allow_changes: go on though something differs from what the checkpoint was trained with.
-        """
-        for style, differences in zip(self.styles, changes, strict=True):
-            style.restore(differences, allow_changes=allow_changes)
-
     def train(self) -> list[Path]:
         """Make the remaining steps.
 
@@ -97,7 +82,9 @@ class Trainer:
         Raises:
             StoppedBySignal: after a save, if a signal came on any rank.
         """
-        done, last = self.done, self.num_steps
+        # Styles that are ahead of the others wait for them.
+        done, last = min(style.done for style in self.styles), self.num_steps
+        batch_size = self.config.train.batch_size
         models = [style.out / MODEL_NAME for style in self.styles]
         failures = self._prepare_run_dirs(done)
         if done >= last:
@@ -109,12 +96,14 @@ class Trainer:
             with (
                 self._run_logs(active),
                 self._loader(done, failures) as loader,
-                self._progress(done) as progress,
-                StepProfile(active[0].out, self.profile, done=done, last=last, device=self.device) as profile,
+                ProgressReport(
+                    "train", last, "steps", rate_per_item=batch_size, rate_unit="images", start=done
+                ) as progress,
+                StepProfile(self.styles[0].out, self.profile, done=done, last=last, device=self.device) as profile,
             ):
                 train_step = GraphedStep(self.config.train, self.device, processes=self.group.dist_env.world_size)
                 batches = self._batches(loader, done, failures)
-                meter = ThroughputMeter(self.config.train.batch_size, self.device)
+                meter = ThroughputMeter(batch_size)
                 for step in range(done + 1, last + 1):
                     with meter.waiting(), record_span("data wait"):
                         batch = train_step.fetch(batches)
@@ -123,7 +112,7 @@ class Trainer:
                     # Polled once a step, so that all ranks agree: a later signal ends the next step.
                     signum = self.group.all_reduce_max(self.stop.signum or 0)[0]
                     is_final = step == last or bool(signum)
-                    note = self._log_metrics(step, styles, terms, meter, steps_here=step - done, is_final=is_final)
+                    note = self._log_metrics(step, styles, terms, meter, is_final=is_final)
                     with meter.paused(), record_span("samples and checkpoints"):
                         self._show_and_save(step, styles, is_final=is_final)
                     progress.advance(note=note)
@@ -146,12 +135,11 @@ class Trainer:
         terms: Sequence[LossTerms],
         meter: ThroughputMeter,
         *,
-        steps_here: int,
         is_final: bool,
     ) -> str | None:
         """Log the losses if they are due; return them for the progress bar."""
         if is_final or step == 1 or step % self.config.train.log_every == 0:
-            speed = functools.cache(functools.partial(meter.read, steps_here))
+            speed = functools.cache(meter.read)  # read once, after the first style's loss
             with record_span("logging"):
                 losses = [style.log_metrics(step, own, speed) for style, own in zip(styles, terms, strict=True)]
             return f"loss {' | '.join(losses)}"
@@ -210,12 +198,6 @@ class Trainer:
                 with self.stop.at_once():
                     graph = style.log_start(graph)
             yield
-
-    def _progress(self, done: int) -> ProgressReport:
-        batch_size = self.config.train.batch_size
-        return ProgressReport(
-            "train", self.num_steps, "steps", rate_per_item=batch_size, rate_unit="images", start=done
-        )
 
     def _loader(self, done: int, failures: SyncedFailures) -> Loader:
         return open_loader(

@@ -1,4 +1,4 @@
-"""A folder with anything in it: rejections name their reason, and all loaders read what is accepted alike."""
+"""A folder of bad images: rejections name their reason, and all loaders read the accepted ones alike."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def bad_images(tmp_path: Path, awkward: Path) -> tuple[Path, list[Specimen]]:
 
 
 def check_verdicts(manifest: Manifest, found: Sequence[Specimen], run: Path) -> None:
-    """Each specimen has its verdict, and each rejection stands in the run's list."""
+    """Each specimen has its verdict, and each rejection is in the run's list."""
     accepted = {entry.path for entry in manifest.images}
     reasons = {rejection.path: rejection.reason for rejection in manifest.rejected}
     assert not accepted & set(reasons)
@@ -48,7 +48,7 @@ def check_verdicts(manifest: Manifest, found: Sequence[Specimen], run: Path) -> 
     wrong = [(specimen, specimen.verdict, reasons.get(specimen.name)) for specimen in found if not is_right(specimen)]
     assert not wrong
     for reason in reasons.values():
-        assert "; " in reason, "what to do"
+        assert "; " in reason, "no advice"
         assert reason.isprintable()
     write_rejections(manifest, run / "rejected.jsonl")
     rows = [json.loads(line) for line in (run / "rejected.jsonl").read_text("utf-8").splitlines()]

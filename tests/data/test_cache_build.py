@@ -44,7 +44,7 @@ SMALL_SHARD = 40_000
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No machine crashes here, and a busy disk takes its time to make things durable."""
+    """No test needs durability, and fsync is slow on a busy disk."""
     monkeypatch.setattr(storage.os, "fsync", lambda _: None)
 
 
@@ -55,7 +55,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the images that are decoded for a cache."""
+    """Names of the images that a build decodes."""
     names: list[str] = []
 
     def watched(path: str, *arguments: Any, **options: Any) -> np.ndarray:
@@ -76,7 +76,7 @@ def load(manifest: Manifest, sampler: Sampler, size: int, **options: Any) -> tor
 
 
 def by_pillow(manifest: Manifest, sampler: Sampler, size: int) -> torch.Tensor:
-    """What the Pillow loader delivers, computed image by image."""
+    """The Pillow loader's batches, computed image by image."""
     pixels = pixels_of(manifest.folder)
     return torch.cat([expected_batch(manifest, sampler, step, size, pixels) for step in range(sampler.steps)])
 
@@ -190,7 +190,7 @@ def test_build_cache_rebuild_after_the_folder_changed(photo_folder: Path, tmp_pa
     assert open_cache(out, size=16, fit="random_crop").cache == smaller.cache
 
 
-# A process of its own, which kills itself at a named point.
+# A process that kills itself before the n-th call of a function.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -198,24 +198,17 @@ from fastnst.data.cache import format as cache_format
 from fastnst.data.cache import build as cache_build
 from fastnst.data.manifest import build_manifest
 
-where, count = sys.argv[3].split(":")
+name, count = sys.argv[3].split(":")
 cache_format.SHARD_BYTES = int(sys.argv[4])
-calls = 0
+original, calls = getattr(cache_build, name), []
 
-def deadly(name):
-    original = getattr(cache_build, name)
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == int(count) and where != "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*arguments, **options)
-        if calls == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(cache_build, name, call)
+def kill_at_count(*arguments, **options):
+    calls.append(None)
+    if len(calls) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
 
-deadly("read_crop" if where == "decoding" else "write_atomic")
+setattr(cache_build, name, kill_at_count)
 manifest = build_manifest(Path(sys.argv[1]))
 cache_build.build_cache(
     manifest, Path(sys.argv[2]), size=64, fit="random_crop", workers=1, rebuild="rebuild" in sys.argv
@@ -237,15 +230,15 @@ def kill(folder: Path, out: Path, where: str, *options: str) -> None:
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize(
     ("where", "finished"),
-    # Writes come in pairs, shard and note, and last the manifest.
-    [("decoding:7", 3), ("before:5", 2), ("before:4", 1), ("manifest", None)],
+    # Each shard is followed by its sidecar; the manifest comes last.
+    [("read_crop:7", 3), ("write_atomic:5", 2), ("write_atomic:4", 1), ("manifest", None)],
 )
 def test_build_cache_keeps_finished_shards_after_a_kill(
     where: str, finished: int | None, generated_photos: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     whole = build(generated_photos, tmp_path / "whole").cache
     if finished is None:
-        finished, where = len(whole.shards), f"before:{2 * len(whole.shards) + 1}"
+        finished, where = len(whole.shards), f"write_atomic:{2 * len(whole.shards) + 1}"
     out = tmp_path / "cache"
     kill(generated_photos, out, where)
     assert is_cache(out)
@@ -268,7 +261,7 @@ def test_build_cache_after_a_kill_during_rebuild_and_more_damage(
     cache = build(generated_photos, tmp_path).cache
     whole = contents(tmp_path)
     (tmp_path / "shard_0001.u8").unlink()
-    kill(generated_photos, tmp_path, "decoding:2", "rebuild")
+    kill(generated_photos, tmp_path, "read_crop:2", "rebuild")
     assert not (tmp_path / "manifest.json").exists()
     with (tmp_path / "shard_0002.u8").open("r+b") as file:
         file.write(b"damage")
@@ -313,7 +306,7 @@ def test_build_cache_checks_space_before_it_writes(
     with pytest.raises(StorageError, match=r"needs .* KiB in .*, and .* KiB are free there; free some space"):
         build(generated_photos, tmp_path / "new" / "cache")
     assert not (tmp_path / "new").exists()
-    # What is replaced gives its place; one shard stands beside its successor at a time.
+    # Old shards are removed one by one, each once its replacement is complete.
     usage.free = SMALL_SHARD
     assert build(generated_photos, out, 32, rebuild=True).shards_kept == 0
 
@@ -351,7 +344,7 @@ def test_read_pixels(generated_photos: Path, tmp_path: Path) -> None:
 
 
 def test_cache_loader_replaces_an_image_that_only_the_folder_had(generated_photos: Path, tmp_path: Path) -> None:
-    """A run goes on from its folder to a cache that was made after an image had gone."""
+    """A run started on the folder; the cache was built after an image had vanished."""
     cache = as_manifest(build(generated_photos, tmp_path).cache)
     gone = ImageEntry("image_04a.png", 1, 50, 60, "PNG", True, -1)
     images = [*cache.images[:5], gone, *cache.images[5:]]
@@ -393,7 +386,7 @@ def test_cache_loader_names_a_shard_that_changes(
 
 @pytest.mark.usefixtures("small_shards")
 def test_cache_loader_keeps_reading_a_replaced_shard(generated_photos: Path, tmp_path: Path) -> None:
-    """Mending makes new files; who reads the old ones goes on reading them."""
+    """A rebuild writes new files; an open loader keeps reading the old ones."""
     cache = as_manifest(build(generated_photos, tmp_path).cache)
     sampler, config = Sampler(0, 12, 4, 12), DataConfig(image_size=64, workers=1)
     expected = load(cache, sampler, 64)

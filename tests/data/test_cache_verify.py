@@ -23,7 +23,7 @@ from fastnst.errors import DataError
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No machine crashes here, and a busy disk takes its time to make things durable."""
+    """No test needs durability, and fsync is slow on a busy disk."""
     monkeypatch.setattr(storage.os, "fsync", lambda _: None)
     monkeypatch.setattr(cache_format, "SHARD_BYTES", 40_000)
 
@@ -39,7 +39,7 @@ def use(cache: Cache) -> object:
 
 
 def change(path: Path) -> None:
-    """One bit, and nobody can see from the outside that it was written to, but for the time of the change itself."""
+    """Flip one bit and restore the mtime; only the ctime tells."""
     times = path.stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -104,7 +104,7 @@ def test_open_cache_counts_damaged_shards(cache: Cache) -> None:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards that are read to the end."""
+    """Names of the shards that are hashed."""
     names: list[str] = []
     original = cache_verify.sha256_of_shard
 
@@ -118,7 +118,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_verify_reads_unchanged_shards_once(cache: Cache, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     everything = [shard.name for shard in cache.shards]
-    # It was written just now: who knows what comes in the same tick of the clock.
+    # Written just now, so it may still change within the clock's resolution.
     use(cache)
     assert sorted(hashed) == everything
     monkeypatch.setattr(cache_verify, "_SETTLED_NS", -(10**9))
@@ -255,7 +255,7 @@ def test_read_cache_refuses_a_newer_format_a_large_file_and_a_pipe(
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
 def test_read_cache_one_changed_byte_moves_no_image(cache: Cache, place: float, value: int) -> None:
-    """Whatever is changed, the images stay where they are, or the manifest is refused."""
+    """The manifest is refused, or its images are unchanged."""
     whole = bytearray(manifest_bytes(cache))
     whole[int(place * len(whole))] = value
     (cache.folder / "manifest.json").write_bytes(whole)

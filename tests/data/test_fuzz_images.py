@@ -66,7 +66,7 @@ def _splice(place: float, removed: int, extra: bytes) -> Damage:
     return splice
 
 
-# Most of what steers a reader stands at the beginning.
+# Headers are at the beginning.
 places = st.floats(0, 0.999) | st.floats(0, 0.15)
 numbers = st.sampled_from([b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\x00\x00\x00"])
 damages = st.one_of(
@@ -109,7 +109,7 @@ def check(data: bytes, file: Path) -> bool:
         manifest = build_manifest(file.parent, workers=1, cache=False, min_side=1)
     except DataError:
         return read
-    # What training accepts, it can read.
+    # An image that passes the check must be readable.
     assert read, manifest.images
     return read
 

@@ -1,4 +1,4 @@
-"""The DALI and Pillow loaders: the same images in the same order from any start, whatever breaks."""
+"""The DALI and Pillow loaders: the same images in the same order from any start, even after failures."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Checking a folder: what is found, what is rejected and why, and the cache of results."""
+"""Checking a folder: images found, rejections and their reasons, and the cache of results."""
 
 import json
 import os

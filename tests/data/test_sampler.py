@@ -103,11 +103,8 @@ def test_sampler_fixed_fits_crop_the_center(fit: str) -> None:
     assert (fixed.crop == 0.5).all()
     np.testing.assert_array_equal(fixed.indices, free.indices)
     np.testing.assert_array_equal(fixed.flip, free.flip)
-
-
-def test_sampler_without_flip() -> None:
-    assert not Sampler(0, 50, 50, 1, flip=False).batch(0).flip.any()
-    assert Sampler(0, 50, 50, 1).batch(0).flip.any()
+    assert free.flip.any()
+    assert not Sampler(3, 50, 50, 1, fit=fit, flip=False).batch(0).flip.any()
 
 
 def test_sampler_output_is_pinned() -> None:
@@ -121,7 +118,7 @@ def test_sampler_output_is_pinned() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 5, "world_size": 2}, "train.batch_size 5 cannot be divided evenly among 2"),
+        ({"batch_size": 5, "world_size": 2}, "train.batch_size 5 cannot be shared evenly by 2"),
         ({"num_images": 0}, "0 images"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is"),

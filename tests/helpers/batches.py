@@ -1,4 +1,4 @@
-"""Batches of the real loaders, and what they have to hold."""
+"""Batches of the real loaders, and the expected ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +57,7 @@ def expected_batch(
     pixels: Mapping[str, np.ndarray],
     failed: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
-    """What a loader delivers, computed image by image; `failed` holds the first step, from 1, without an image."""
+    """A loader's batch, computed image by image; `failed`: by path, the first step (from 1) without an image."""
     samples = sampler.batch(step)
     crops = []
     for index, crop, flip in zip(samples.indices.tolist(), samples.crop, samples.flip, strict=True):

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,17 +37,21 @@ class _EndedElsewhere(BaseException):
     """Another process ended the run; no handler may take it for a failure of this one."""
 
 
-class ProcessGroup(Protocol):
-    """The processes of a run, seen from one of them. All ranks make the same calls in the same order."""
+class ProcessGroup:
+    """The processes of a run, seen from one of them; of this class itself, a single process.
 
-    dist_env: DistEnv
+    All ranks make the same calls in the same order.
+    """
+
+    def __init__(self, dist_env: DistEnv) -> None:
+        self.dist_env = dist_env
 
     @property
     def is_rank_zero(self) -> bool:
         """Whether this process prints and writes."""
         return self.dist_env.rank == 0
 
-    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
+    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int) -> nn.Module:  # noqa: ARG002
         """Wrap `net` so that its gradients are averaged over all ranks; its parameters become those of rank 0.
 
         Args:
@@ -55,51 +59,30 @@ class ProcessGroup(Protocol):
             device: of this process.
             image_size: side of the images.
         """
-
-    def all_reduce_max(self, *values: int) -> list[int]:
-        """Return the largest of each value over all ranks."""
-
-    def all_gather_text(self, text: str) -> list[str]:
-        """Return each rank's text; an empty list if all are empty."""
-
-    def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the mean of each value over all ranks; all have the same keys."""
-
-    def broadcast(self, content: bytes) -> bytes:
-        """Return rank 0's bytes."""
-
-    def local_rank_zero_first(self) -> contextlib.AbstractContextManager[None]:
-        """Run this block in one process of each machine first, so that the others find its caches."""
-
-    def exit_unless(self, rank: int = 0) -> None:
-        """Call before raising an error on all ranks: returns on `rank` only, which raises it; ends the others."""
-
-
-class SingleProcess(ProcessGroup):
-    """A run of one process."""
-
-    dist_env = DistEnv()
-
-    def data_parallel(self, net: nn.Module, *_: object) -> nn.Module:
         return net
 
     def all_reduce_max(self, *values: int) -> list[int]:
+        """Return the largest of each value over all ranks."""
         return list(values)
 
     def all_gather_text(self, text: str) -> list[str]:
+        """Return each rank's text; an empty list if all are empty."""
         return [text] if text else []
 
     def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the mean of each value over all ranks; all have the same keys."""
         return dict(values)
 
     def broadcast(self, content: bytes) -> bytes:
+        """Return rank 0's bytes."""
         return content
 
     def local_rank_zero_first(self) -> contextlib.AbstractContextManager[None]:
+        """Run this block in one process of each machine first, so that the others find its caches."""
         return contextlib.nullcontext()
 
-    def exit_unless(self, _rank: int = 0) -> None:
-        pass
+    def exit_unless(self, rank: int = 0) -> None:
+        """Call before raising an error on all ranks: returns on `rank` only, which raises it; ends the others."""
 
 
 class Distributed(ProcessGroup):
@@ -111,7 +94,7 @@ class Distributed(ProcessGroup):
     """
 
     def __init__(self, dist_env: DistEnv, resume_hint: Callable[[], str]) -> None:
-        self.dist_env = dist_env
+        super().__init__(dist_env)
         self._resume_hint = resume_hint
         try:
             store, _, _ = next(
@@ -140,7 +123,7 @@ class Distributed(ProcessGroup):
             self._failure_message,
         )
 
-    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
+    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int) -> nn.Module:
         # Its own group, so that gradients and the numbers of the default group do not wait for each other.
         if self._gradients is None and device.type == "cuda":
             self._gradients = self._nccl = dist.new_group(backend="nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
@@ -274,7 +257,7 @@ def open_process_group(dist_env: DistEnv, stop: StopRequest, resume_hint: Callab
         DeviceError: another process was killed.
     """
     if dist_env.world_size == 1:
-        yield SingleProcess()
+        yield ProcessGroup(dist_env)
         return
     with contextlib.ExitStack() as quiet:
         if dist_env.rank:

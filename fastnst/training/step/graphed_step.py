@@ -18,7 +18,7 @@ A graph repeats launches with the addresses and numbers of its capture. Hence:
 
 Graph memory is private: samples and launched steps in between allocate from PyTorch's ordinary memory.
 
-Not run on a GPU yet; the tests capture and replay PyTorch's operations on a CPU by the same rules.
+The tests capture and replay PyTorch's operations on a CPU by the same rules.
 """
 
 import logging
@@ -32,7 +32,7 @@ from torch import Tensor
 from fastnst.config import TrainConfig
 from fastnst.losses.perceptual import LossTerms
 from fastnst.training.monitoring.profiler import record_span
-from fastnst.training.step.cuda_streams import CudaStreams, Graph, Streams
+from fastnst.training.step.cuda_streams import CudaStreams
 from fastnst.training.step.train_step import NetTrainer, train_step
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class GraphedStep:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, *, processes: int = 1) -> None:
-        self._streams: Streams | None = None
+        self._streams: CudaStreams | None = None
         self._feed: _Feed | None = None
         self._captured: _Captured | None = None
         self._captured_state: object = None
@@ -126,7 +126,7 @@ class GraphedStep:
         with record_span("captured step"):
             return self._captured.replay(step, batch)
 
-    def _capture(self, streams: Streams, batch: Tensor, trainers: Sequence[NetTrainer]) -> "_Captured | None":
+    def _capture(self, streams: CudaStreams, batch: Tensor, trainers: Sequence[NetTrainer]) -> "_Captured | None":
         try:
             return _Captured(streams, batch, trainers)
         except RuntimeError as error:
@@ -173,7 +173,7 @@ class _Captured:
         RuntimeError: the capture failed.
     """
 
-    def __init__(self, streams: Streams, batch: Tensor, trainers: Sequence[NetTrainer]) -> None:
+    def __init__(self, streams: CudaStreams, batch: Tensor, trainers: Sequence[NetTrainer]) -> None:
         self._streams = streams
         self.images = torch.empty_like(batch)
         self._step = torch.zeros((), dtype=torch.int64, device=batch.device)
@@ -187,7 +187,6 @@ class _Captured:
 
         for trainer in trainers:
             trainer.optimizer.zero_grad(set_to_none=True)  # as the step does; now their memory can become the graph's
-        self._graph: Graph
         self._graph, (self._packed, terms) = streams.capture(work)
         self._layers = [list(each.layers) for each in terms]
         parameters = [parameter for trainer in trainers for parameter in trainer.net.parameters()]
@@ -241,7 +240,7 @@ class _Feed:
     of its memory. However far the processor runs ahead, there are two slots and one batch.
     """
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: CudaStreams) -> None:
         self._streams = streams
         self._slots: list[_Slot] = []
         self._lent: _Slot | None = None
