@@ -97,9 +97,5 @@ def _gradient(net: VGG19, images: Tensor, target: Target, *, guided: bool) -> Te
         # Hooks on the ReLUs' outputs vanish with this graph. A ReLU's own backward passes gradients of positive inputs,
         # the hook before it positive gradients.
         for name in relus:
-            outputs[name].register_hook(_positive_part)
+            outputs[name].register_hook(lambda gradient: gradient.clamp(min=0))
         return torch.autograd.grad(total_activation(outputs[target.layer], target).sum(), pixels)[0]
-
-
-def _positive_part(gradient: Tensor) -> Tensor:
-    return gradient.clamp(min=0)

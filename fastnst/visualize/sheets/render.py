@@ -89,7 +89,9 @@ def heat_map(values: Tensor, *, signed: bool = False, scale: float | None = None
         RGB in [0, 1], `[N, 3, H, W]`.
     """
     scale = colour_scale(values) if scale is None else scale
-    ramp = torch.tensor([[int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)] for colour in _ramp(signed)])
+    ramp = torch.tensor(
+        [[int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)] for colour in (_SIGNED if signed else _HEAT)]
+    )
     ramp = ramp.to(values.device, values.dtype)
     position = values / scale
     position = (0.5 + 0.5 * position).clamp(0, 1) if signed else position.clamp(0, 1)
@@ -238,10 +240,6 @@ def drawable(text: str) -> str:
     """Replace letters that Pillow's own font lacks."""
     plain = unicodedata.normalize("NFKC", text).translate(_REPLACEMENTS)
     return "".join(_drawable_letter(letter) for letter in plain)
-
-
-def _ramp(signed: bool) -> tuple[str, ...]:
-    return _SIGNED if signed else _HEAT
 
 
 def _one(image: Tensor) -> Tensor:
