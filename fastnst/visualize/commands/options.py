@@ -123,14 +123,9 @@ def field_of(layer: str) -> int | None:
 def read_crops(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -> list[Tensor]:
     """Read the center crop of each image, resized to `[1, 3, size, size]` in [0, 1] on the CPU.
 
-    Args:
-        paths: the files.
-        size: side of the crops, in pixels.
-        layers: of VGG19; an image must be as large as their receptive fields.
-
     Raises:
         UserError: no image is given.
-        DataError: a file cannot be read as an image, or its short side is smaller than a receptive field.
+        DataError: no image, or its short side is smaller than the receptive field of one of the `layers` of VGG19.
     """
     if not paths:
         raise UserError("no image was given; give one or more files")
@@ -152,11 +147,7 @@ def read_crops(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -> 
 
 
 def load_vgg(spec: str, layers: Sequence[str], device: torch.device) -> VGG19:
-    """Load VGG19 (`auto`, `random` or a file) up to the deepest of `layers`.
-
-    Raises:
-        DataError: no such weights, or they end before the layers.
-    """
+    """Load VGG19 (`auto`, `random` or a file) up to the deepest of `layers`, or raise DataError."""
     return load_vgg19(spec, last_layer=deepest_layer(layers)).to(device)
 
 

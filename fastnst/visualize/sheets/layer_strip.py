@@ -12,12 +12,11 @@ from fastnst.visualize.sheets.render import Row, about_grey, colour_scale, conta
 
 
 def layer_strip(photo: Tensor, projections: Mapping[str, Tensor], output: Tensor | None = None) -> np.ndarray:
-    """Draw the photo, the projections below their layer names, and the stylized image.
+    """Draw the photo, the projections below their layer names, and the stylized image, if any.
 
     Args:
-        photo: RGB in [0, 1], `[1, 3, H, W]`.
+        photo, output: RGB in [0, 1], `[1, 3, H, W]`.
         projections: layer → `[1, 3, H, W]`, in display order.
-        output: the stylized image, like `photo`; None where the network makes none.
 
     Returns:
         uint8 `[H', W', 3]`.

@@ -45,9 +45,8 @@ def write_report(report: Report, out: Path, *, command: str, inputs: Sequence[Pa
     """Write images, arrays and, last, the page. Replaces files of the same names, but never an input.
 
     Args:
-        report: the results.
+        report, command: the results, and the command line for the page.
         out: the folder; created if absent.
-        command: the command line, shown on the page.
         inputs: files that must not be replaced.
 
     Returns:
