@@ -55,8 +55,7 @@ def saliency(
 
     Raises:
         DataError: a class, and the net ends before fc8.
-        UserError: unknown method, layer or map, images that do not fit, a negative or infinite `noise`, or a count
-            below 1.
+        UserError: unknown method, layer or map, images that do not fit, or a number out of range.
     """
     check_choice("saliency method", method, METHODS)
     check_at_least_one("batch_size", batch_size)

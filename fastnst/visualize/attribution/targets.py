@@ -70,8 +70,7 @@ def score(net: "VGG19", target: Target, images: "Tensor") -> "Tensor":
 
     Raises:
         DataError: a class, and the net ends before fc8.
-        UserError: unknown layer, a layer behind the net's last one, a map out of range, images of another shape or
-            type or too small for the layer.
+        UserError: the net has no such layer or map, or the images do not suit it.
     """
     check_target(net, target)
     return total_activation(net(as_input(net, images), [target.layer])[target.layer], target)

@@ -56,7 +56,6 @@ def occlusion_report(
                 )
             )
     settings = {"target": chosen.name, "layer": chosen.layer} | options.size_setting(crops[0])
-    settings |= {"occluder": f"{patch} × {patch} px, {fill}", "stride": f"{stride} px"} | options.weights_setting(
-        vgg, net
-    )
+    occluder = {"occluder": f"{patch} × {patch} px, {fill}", "stride": f"{stride} px"}
+    settings |= occluder | options.weights_setting(vgg, net)
     return Report(f"Occlusion map of {chosen.name}", _HOW_TO_READ, settings, figures)
