@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from fastnst.config import Config
 from fastnst.errors import DataError, StoppedBySignal, UserError
@@ -28,9 +27,6 @@ from helpers.tiny_runs import SmallNet, logged, make_small, small_config, train_
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    # Two event files of one process and second are told apart, and sorted, by a number without leading zeros: a tenth
-    # one would be read before the ninth. Real runs go on in another process.
-    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
 
 
 class Killed(Exception):
