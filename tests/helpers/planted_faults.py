@@ -247,7 +247,7 @@ DURABLE = (
         SIGNALS,
         "if self._deferred and self.signum is None:",
         "if self._deferred:",
-        f"{TRAINING}/test_signals.py::test_deferred_keeps_the_first_signal_and_raises_the_second",
+        f"{TRAINING}/test_signals.py::test_deferred_keeps_the_first_signal_and_raises_the_second[15]",
     ),
 )
 
