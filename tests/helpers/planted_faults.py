@@ -625,7 +625,7 @@ SECURE = (
         DOWNLOAD,
         "if (found := sha256_of(part)) == source.sha256:",
         "if found := sha256_of(part):",
-        "tests/models/test_weights.py::test_download_refuses_wrong_bytes",
+        "tests/models/test_download.py::test_download_refuses_wrong_bytes",
         "whoever sits on the line chooses the weights",
     ),
     Fault(
