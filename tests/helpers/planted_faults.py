@@ -285,7 +285,7 @@ SECURE = (
         "fastnst/models/download.py",
         "if (found := sha256_of(part)) == source.sha256:",
         "if found := sha256_of(part):",
-        "tests/models/test_weights.py::test_download_refuses_wrong_bytes",
+        "tests/models/test_download.py::test_download_refuses_wrong_bytes",
     ),
     Fault(
         "names in pickles not checked",
