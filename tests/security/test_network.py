@@ -95,10 +95,8 @@ def test_train_uses_no_network(guarded: tuple[dict[str, str], Path], photo_folde
     "code",
     [
         "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9', timeout=1)",
-        "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)",
         "import socket; socket.getaddrinfo('example.invalid', 80)",
         "import socket; socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)",
-        "import socket; socket.gethostbyname('localhost')",
     ],
 )
 def test_guard_sees_a_connection(guarded: tuple[dict[str, str], Path], code: str) -> None:

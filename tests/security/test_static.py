@@ -11,38 +11,14 @@ PRODUCT = sorted([*(ROOT / "fastnst").rglob("*.py"), *(ROOT / "kernels" / "fastn
 
 _MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code", "codeop", "pty", "yaml"}
 _CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "builtins.eval",
-    "builtins.exec",
-    "os.system",
-    "os.popen",
-    "subprocess.getoutput",
-    "subprocess.getstatusoutput",
-    "asyncio.create_subprocess_shell",
-    "tempfile.mktemp",
-    "torch.hub.load",
-    "torch.hub.load_state_dict_from_url",
-    "torch.jit.load",
-    "torch.serialization.add_safe_globals",
-    "torch.serialization.safe_globals",
-    "shutil.unpack_archive",
-    "ssl._create_unverified_context",
+    *("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "os.system", "os.popen"),
+    *("subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell", "tempfile.mktemp"),
+    *("torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.jit.load", "shutil.unpack_archive"),
+    *("torch.serialization.add_safe_globals", "torch.serialization.safe_globals", "ssl._create_unverified_context"),
 }
 _METHODS = {"extractall"}
 _NETWORK = {
-    "socket",
-    "socketserver",
-    "ssl",
-    "urllib.request",
-    "http",
-    "ftplib",
-    "smtplib",
-    "requests",
-    "httpx",
-    "aiohttp",
+    *("socket", "socketserver", "ssl", "urllib.request", "http", "ftplib", "smtplib", "requests", "httpx", "aiohttp"),
 }
 
 
