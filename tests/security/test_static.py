@@ -154,7 +154,8 @@ def network_imports(tree: ast.AST) -> set[str]:
     imported = {
         name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for name in _modules(node)
     }
-    uses = {_full_name(node, {}) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = _imported_names(tree)
+    uses = {_full_name(node, names) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     if {use for use in uses if use.startswith("socket.")} == {"socket.gethostname"}:
         imported.discard("socket")
     return {name for name in imported for used in _NETWORK if name == used or name.startswith(used + ".")}
