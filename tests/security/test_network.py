@@ -23,7 +23,7 @@ from fastnst.models.download import DownloadError, Source
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import load_vgg19, torchvision_key
 from fastnst.run_log.writer import RunLog
-from helpers.malformed_files import Call, zipped
+from helpers.malformed.files import Call, zipped
 
 # sitecustomize of every Python process in the test environment, workers included.
 GUARD = """

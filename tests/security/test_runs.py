@@ -20,7 +20,7 @@ from fastnst.images import write_image
 from fastnst.training.run_dir.checkpoint import FOLDER, STATE, TENSORS
 from fastnst.training.trainer import train
 from fastnst.visualize.sheets.report import PAGE_NAME, Report, Sheet, write_report
-from helpers.malformed_files import Call
+from helpers.malformed.files import Call
 
 
 @pytest.fixture(scope="module")
