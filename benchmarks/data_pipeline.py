@@ -1,19 +1,19 @@
-"""Images per second of each source: plain Pillow in one process, both loaders, and a cache of decoded images.
+"""Measure images per second: Pillow in one process, the Pillow and DALI loaders, and a cache.
 
     python benchmarks/data_pipeline.py --folder PHOTOS [--image-size 256] [--batch-size 16] [--workers 2] [--json FILE]
 
-Every row reads the same images with the same crops. Start-up (the first batch, with the warm-up behind it) is
-reported on its own and not part of the rate. The cache is made for this in a temporary folder, of the images that are
-read, and lies in the page cache; the time that making it takes stands in its row of the JSON file. With
-`--step-seconds`, the main thread multiplies matrices that long between batches, as a training step would, and the share
-of time it then waits for images is reported.
+Every row reads the same images with the same crops. The time to the first batch is reported separately; warm-up
+batches are excluded from the rate. The cache holds the images that are read, lies in the page cache, and is built in a
+temporary folder; its row in the JSON file holds the time to build it. With `--step-seconds`, the main thread multiplies
+matrices for that long between batches, as a training step would, and the share of time that it waits is reported.
 
-`--tune` measures the DALI loader alone, for each of several numbers of threads and of batches kept ready, and on a GPU
-for several shares of the JPEGs that go to its decoding engines: what `data.workers`, `data.prefetch` and
-`fastnst.data.loaders.dali.HW_DECODER_LOAD` should be on this machine.
+`--tune` measures the DALI loader alone, with several numbers of threads and of batches kept ready, and on a GPU with
+several shares of the JPEGs for its decoding engines: to find this machine's best `data.workers`, `data.prefetch` and
+`fastnst.data.loaders.dali.HW_DECODER_LOAD`.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -38,7 +38,7 @@ from fastnst.data.sampler import Sampler
 from fastnst.errors import UserError
 from fastnst.storage import write_json
 
-# torch is imported in functions only: the Pillow loader's processes import this file again, and would start late.
+# torch is imported in functions only: the Pillow loader's workers import this file again, and would start late.
 if TYPE_CHECKING:
     import torch
 
@@ -49,17 +49,20 @@ TUNED_THREADS = (1, 2, 4, 8, 16)
 TUNED_PREFETCH = (1, 3, 6)
 TUNED_ENGINE_SHARES = (0.0, 0.35, 0.65, 0.9)
 
+Measure = Callable[[str, Callable[[], Any]], dict[str, Any]]
+"""Name and source → a row; see `_measure`."""
+
 
 @click.command()
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder of images.")
-@click.option("--image-size", default=256, show_default=True, help="Side of the squares, in pixels.")
+@click.option("--image-size", default=256, show_default=True, help="Side of the crops, in pixels.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--batches", default=20, show_default=True, help="Timed batches per repeat.")
 @click.option("--repeats", default=3, show_default=True, help="Fresh starts of each loader.")
 @click.option("--workers", default=2, show_default=True, help="DALI's threads, Pillow's processes.")
 @click.option("--prefetch", default=3, show_default=True, help="Batches kept ready.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--step-seconds", default=0.0, show_default=True, help="Length of a made-up training step.")
+@click.option("--step-seconds", default=0.0, show_default=True, help="Length of a simulated training step.")
 @click.option("--tune", is_flag=True, help="Measure the DALI loader with several settings instead.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write rows and environment here.")
 def main(
@@ -80,67 +83,65 @@ def main(
 
     target = resolve_device(device)
     manifest = build_manifest(folder)
-    order = Sampler(0, len(manifest.images), batch_size, WARM_UP + batches)
-    base = DataConfig(folder=folder, image_size=image_size, workers=workers, prefetch=prefetch)
-
+    sampler = Sampler(0, len(manifest.images), batch_size, WARM_UP + batches)
+    config = DataConfig(folder=folder, image_size=image_size, workers=workers, prefetch=prefetch)
     settings = {
-        "images": len(manifest.images),
+        "pictures": len(manifest.images),
         "image_size": image_size,
         "batch_size": batch_size,
         "batches": batches,
         "repeats": repeats,
         "step_seconds": step_seconds,
     }
+    measure = functools.partial(_measure, sampler=sampler, repeats=repeats, step_seconds=step_seconds, device=target)
     if tune:
-        rows = _tune(manifest, order, base, repeats, step_seconds, target)
-        _write(json_file, rows, target, settings)
-        return
+        rows = _tune(manifest, sampler, config, target, measure)
+    else:
+        settings |= {"workers": workers, "prefetch": prefetch}
+        rows = _compare(manifest, sampler, config, target, measure)
+    if json_file is not None:
+        write_json(json_file, {"settings": settings, "environment": _environment(target), "rows": rows})
+
+
+def _compare(
+    manifest: Manifest, sampler: Sampler, base: DataConfig, device: "torch.device", measure: Measure
+) -> list[dict[str, Any]]:
+    """Measure and print each source."""
 
     def loader(name: str) -> Callable[[], Any]:
         config = base.model_copy(update={"loader": name})
-        return lambda: open_loader(manifest, order, config, device=target)
+        return lambda: open_loader(manifest, sampler, config, device=device)
 
     sources: dict[str, Callable[[], Any]] = {
-        "Pillow, one process, no loader": lambda: _Plain(manifest, order, image_size),
-        f"Pillow loader, {workers} processes": loader("pillow"),
-        f"DALI loader, {workers} threads, {target.type}": loader("dali"),
+        "Pillow, one process, no loader": lambda: _PillowBaseline(manifest, sampler, base.image_size),
+        f"Pillow loader, {base.workers} processes": loader("pillow"),
+        f"DALI loader, {base.workers} threads, {device.type}": loader("dali"),
     }
     rows = []
     with tempfile.TemporaryDirectory() as place:
-        cached, seconds = _make_cache(manifest, order, Path(place) / "cache", base)
-        sources[f"Cache, {workers} threads"] = lambda: open_loader(cached, order, base, device=target)
+        cached, seconds = _make_cache(manifest, sampler, Path(place) / "cache", base)
+        sources[f"Cache, {base.workers} threads"] = lambda: open_loader(cached, sampler, base, device=device)
         for name, open_source in sources.items():
             try:
-                row = _measure(name, open_source, order, repeats, step_seconds, target)
+                row = measure(name, open_source)
             except UserError as error:
                 click.echo(f"{name}: {error}", err=True)
                 continue
             if name.startswith("Cache"):
                 row |= {"seconds_to_make": seconds, "bytes": cached.cache.bytes}
             rows.append(row)
-            waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
             click.echo(
                 f"{name:34} {row['pictures_per_second']:8.1f} images/s "
                 f"({row['slowest']:.1f} … {row['fastest']:.1f})  "
-                f"first batch {row['first_batch_seconds']:.2f} s{waiting}"
+                f"first batch {row['first_batch_seconds']:.2f} s  waits {row['waiting_share']:.1%}"
             )
-    _write(json_file, rows, target, settings | {"workers": workers, "prefetch": prefetch})
-
-
-def _write(file: Path | None, rows: list[dict[str, Any]], device: "torch.device", settings: dict[str, Any]) -> None:
-    if file is not None:
-        write_json(file, {"settings": settings, "environment": _environment(device), "rows": rows})
+    return rows
 
 
 def _tune(
-    manifest: Manifest,
-    order: Sampler,
-    base: DataConfig,
-    repeats: int,
-    step_seconds: float,
-    device: "torch.device",
+    manifest: Manifest, sampler: Sampler, base: DataConfig, device: "torch.device", measure: Measure
 ) -> list[dict[str, Any]]:
-    """A row for each setting of the DALI loader, and the fastest printed last."""
+    """Measure the DALI loader with each setting, and print the fastest last."""
     from fastnst.data.loaders import dali
 
     cores = len(os.sched_getaffinity(0))
@@ -153,17 +154,9 @@ def _tune(
             dali.HW_DECODER_LOAD = share
             engines = f", {share:.0%} to the engines" if device.type == "cuda" else ""
             name = f"{count} threads, {depth} batches ready{engines}"
-            row = _measure(
-                name,
-                lambda config=config: open_loader(manifest, order, config, device=device),
-                order,
-                repeats,
-                step_seconds,
-                device,
-            )
+            row = measure(name, lambda config=config: open_loader(manifest, sampler, config, device=device))
             rows.append(row | {"workers": count, "prefetch": depth, "engines_share": share if engines else None})
-            waiting = f"  waits {row['waiting_share']:.1%}" if step_seconds else ""
-            click.echo(f"{name:48} {row['pictures_per_second']:8.1f} images/s{waiting}")
+            click.echo(f"{name:48} {row['pictures_per_second']:8.1f} images/s  waits {row['waiting_share']:.1%}")
     finally:
         dali.HW_DECODER_LOAD = usual
     best = max(rows, key=lambda row: row["pictures_per_second"])
@@ -171,12 +164,12 @@ def _tune(
     return rows
 
 
-def _make_cache(manifest: Manifest, order: Sampler, out: Path, config: DataConfig) -> "tuple[CachedManifest, float]":
-    """A cache of the images that `order` reads, and the seconds that it took; its progress is not measured here."""
+def _make_cache(manifest: Manifest, sampler: Sampler, out: Path, config: DataConfig) -> "tuple[CachedManifest, float]":
+    """Build a cache of the images that `sampler` draws; return it with the seconds that it took."""
     from fastnst.data.cache.build import build_cache
     from fastnst.data.cache.format import CachedManifest
 
-    read = sorted({int(index) for step in range(order.steps) for index in order.batch(step).indices})
+    read = sorted({int(index) for step in range(sampler.steps) for index in sampler.batch(step).indices})
     some = replace(manifest, images=[manifest.images[index] for index in read])
     started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
@@ -185,34 +178,34 @@ def _make_cache(manifest: Manifest, order: Sampler, out: Path, config: DataConfi
     return CachedManifest(out, manifest.images, [], "", cache=built.cache), seconds
 
 
-class _Plain:
-    """The least that has to be done: file, decode, resize; one image after another, where it is asked for."""
+class _PillowBaseline:
+    """The minimum: read, decode and resize one image after another, in this thread."""
 
-    def __init__(self, manifest: Manifest, order: Sampler, image_size: int) -> None:
-        self._manifest, self._order, self._image_size = manifest, order, image_size
+    def __init__(self, manifest: Manifest, sampler: Sampler, image_size: int) -> None:
+        self._manifest, self._sampler, self._image_size = manifest, sampler, image_size
 
-    def __enter__(self) -> "_Plain":
+    def __enter__(self) -> "_PillowBaseline":
         return self
 
     def __exit__(self, *_: object) -> None:
         return None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for step in range(self._order.steps):
-            samples = self._order.batch(step)
-            squares = []
+        for step in range(self._sampler.steps):
+            samples = self._sampler.batch(step)
+            crops = []
             for index, crop, flip in zip(samples.indices, samples.crop, samples.flip, strict=True):
                 entry = self._manifest.images[index]
-                window = crop_box(entry.width, entry.height, self._order.fit, crop, self._image_size)
+                box = crop_box(entry.width, entry.height, self._sampler.fit, crop, self._image_size)
                 path = str(self._manifest.folder / entry.path)
-                squares.append(read_crop(path, entry, window, self._image_size, bool(flip)))
-            yield np.stack(squares)
+                crops.append(read_crop(path, entry, box, self._image_size, bool(flip)))
+            yield np.stack(crops)
 
 
 def _measure(
     name: str,
     open_source: Callable[[], Any],
-    order: Sampler,
+    sampler: Sampler,
     repeats: int,
     step_seconds: float,
     device: "torch.device",
@@ -230,15 +223,15 @@ def _measure(
                 next(batches)
             waited = 0.0
             begin = time.perf_counter()
-            for _ in range(order.steps - WARM_UP):
+            for _ in range(sampler.steps - WARM_UP):
                 asked = time.perf_counter()
                 next(batches)
                 waited += time.perf_counter() - asked
-                _pretend_to_train(step_seconds)
+                _multiply_matrices(step_seconds)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             elapsed = time.perf_counter() - begin
-        rates.append((order.steps - WARM_UP) * order.batch_size / elapsed)
+        rates.append((sampler.steps - WARM_UP) * sampler.batch_size / elapsed)
         shares.append(waited / elapsed)
     return {
         "name": name,
@@ -250,7 +243,7 @@ def _measure(
     }
 
 
-def _pretend_to_train(seconds: float) -> None:
+def _multiply_matrices(seconds: float) -> None:
     import torch
 
     end = time.perf_counter() + seconds

@@ -1,27 +1,26 @@
-"""Training steps of fastnst beside the plain formulation as users run it: images/s, ms, memory, share of the roofline.
+"""Benchmark training steps of fastnst and of plain PyTorch: images/s, ms, memory, share of the roofline.
 
     python benchmarks/end_to_end.py --device cuda --image-size 256 --batch-size 4,16,32 --steps 200 --json rows.json
     python benchmarks/end_to_end.py --device cpu --image-size 128 --batch-size 4 --steps 10 \\
         --providers fastnst,eager_fp32,eager_channels_last
 
-All have the same networks, weights, style, loss, optimiser and uint8 batches, which lie in the device's memory; weights
-are random, which changes no step's length. Loss, gradients and update of each are checked before it is timed, and its
-loss and gradients again when it is warm: what computes something else is refused, has no row, and the exit code is 1.
+All providers have the same networks, weights, style, loss, optimiser and uint8 batches, which are in device memory;
+weights are random, which changes no step's time. Each provider's loss, gradients and update are checked before it is
+timed, and loss and gradients again after its warm-up: a wrong result has no row, and the exit code is 1.
 
-    fastnst              the product's own training step, as this configuration and --set make it; its row says whether
-                         steps were captured as a CUDA graph (--set train.capture=off launches them)
-    eager_fp32           as the known example codes do it: plain modules, contiguous, TF32 where PyTorch takes it itself
+    fastnst              fastnst's own training step with this configuration and --set; its row says whether steps were
+                         captured as a CUDA graph (--set train.capture=off launches them)
+    eager_fp32           as in published example codes: plain modules, contiguous, TF32 where PyTorch uses it by default
     eager_channels_last  the same in channels_last
-    eager_amp            the same with bf16 autocast; on a CPU without instructions for bf16 each step takes long
+    eager_amp            the same with bf16 autocast; slow on a CPU without bf16 instructions
     compile              torch.compile: of eager_amp in max-autotune on a GPU, of eager_channels_last on a CPU
 
-With --folder, fastnst is measured once more, fed by the loader from JPEG files: the row fastnst_fed. Its loader works
-ahead as it does in training, so it has the machine to itself.
+--folder measures fastnst once more with its loader, which reads JPEG files: the row fastnst_fed. The loader prefetches
+as in training, and nothing else runs meanwhile.
 
 `roofline_percent` is the bound of `benchmarks/roofline.py` (bf16 on a GPU, fp32 on a CPU, for every provider) over the
-median step; the two rates are measured first, or given. The bound counts convolutions in their plain form: with those
-that need fewer products, as on a CPU, a step may come out above 100 %. `benchmarks/step_bench/measure.py` says how time
-and memory are taken.
+median step; the two rates are measured first, or given. The bound counts convolutions in their plain form: algorithms
+with fewer products, as on a CPU, may exceed 100 %. `benchmarks/step_bench/measure.py` defines time and memory.
 """
 
 from __future__ import annotations
@@ -36,22 +35,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# The profiler, which counts memory on a CPU, announces itself on stderr, and takes the limit when torch is imported.
+# Silences the profiler, which counts memory on a CPU; read when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from kernel_bench.environment import environment
 from roofline import Machine, configured
-from step_bench import agreement, measure, results
-from step_bench.fed import FED, measure_fed
+from step_bench import correctness, measure, results
+from step_bench.cost_model import training_step
+from step_bench.machine_rates import measured_machine
 from step_bench.providers import PROVIDERS, Provider, Task, make_task
-from step_bench.rates import measured_machine
-from step_bench.step_model import training_step
+from step_bench.with_loader import WITH_LOADER, measure_with_loader
 from torch import Tensor
 
 from fastnst.config import Config
-from fastnst.device import resolve_device, resolve_precision
+from fastnst.device import resolve_device
 from fastnst.errors import UserError
+from fastnst.models.architectures import ARCHITECTURES
 from fastnst.training import determinism
 
 BATCHES = 2
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if a provider was refused or could not run; 2 or 5 with a message."""
     options = _parser().parse_args(arguments)
     try:
-        return _Run(options).go()
+        return _Run(options).run()
     except UserError as error:
         print(f"end_to_end: {error}", file=sys.stderr)
         return error.exit_code
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_positive, default=20, help="timed steps of each provider; default: 20")
     add("--providers", default=",".join(PROVIDERS), metavar="NAME,…", help="default: all")
     add("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as fastnst train")
-    add("--folder", type=Path, metavar="PHOTOS", help="measure fastnst fed by the loader from this folder, too")
+    add("--folder", type=Path, metavar="PHOTOS", help="measure fastnst with its loader on this folder, too")
     add("--tflops", type=float, help="rate of matrix products; default: measured")
     add("--tb-per-s", type=float, help="rate of a plain copy; default: measured")
     add("--json", type=Path, metavar="FILE", help="write the rows here")
@@ -97,7 +97,7 @@ class _Run:
     rows: list[dict[str, Any]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
-    def go(self) -> int:
+    def run(self) -> int:
         options = self.options
         names = options.providers.split(",")
         if unknown := [name for name in names if name not in PROVIDERS]:
@@ -114,55 +114,55 @@ class _Run:
             with determinism.algorithms(config.train):
                 self._measure(config, names)
                 if options.folder is not None:
-                    self._measure_fed(config)
+                    self._measure_with_loader(config)
             self._write()
         print(results.table(self.rows), end="")
         return 1 if self.refused else 0
 
     def _config(self, batch_size: int) -> Config:
-        config = configured(self.options.preset, self.options.image_size, batch_size, self.options.assignments)
+        options = self.options
+        config = configured(options.preset, options.image_size, batch_size, options.assignments, self.device)
         if config.model.norm != "instance":
             raise UserError(f"model.norm is {config.model.norm!r}; the baselines have instance norm only")
-        if config.model.architecture != "johnson" and config.data.image_size % 4:
-            raise UserError(
-                f"data.image_size is {config.data.image_size}; the plain {config.model.architecture} net takes "
-                "multiples of 4, choose one"
-            )
-        if config.model.architecture == "hwalsuklee" and config.data.image_size <= 40:
-            raise UserError(f"data.image_size is {config.data.image_size}; hwalsuklee reflects 40 pixels, give more")
-        precision = resolve_precision(config.train.precision, self.device)
-        train = config.train.model_copy(update={"precision": precision, "device": self.device.type})
-        return config.model_copy(update={"train": train})
+        architecture, size = config.model.architecture, config.data.image_size
+        spec = ARCHITECTURES[architecture]
+        if spec.padding == "same" and size % 4:
+            raise UserError(f"data.image_size is {size}; the plain {architecture} net takes multiples of 4, choose one")
+        if spec.border and size <= spec.border:
+            raise UserError(f"data.image_size is {size}; {architecture} reflects {spec.border} pixels, give more")
+        return config
 
     def _measure(self, config: Config, names: Sequence[str]) -> None:
         task = make_task(config, self.device)
         batches = _batches(config, self.device)
-        truth = agreement.truth_of(task, batches[0])
+        reference = correctness.reference_step(task, batches[0])
         warm: dict[str, Provider] = {}
-        facts: dict[str, dict[str, Any]] = {}
+        measured: dict[str, dict[str, Any]] = {}
         for name in names:
-            made = self._attempt(name, config, lambda name=name: _warm(name, task, batches, truth))
+            made = self._attempt(name, config, lambda name=name: _warm(name, task, batches, reference))
             if made is not None:
-                warm[name], facts[name] = made
+                warm[name], measured[name] = made
         if warm:
             seconds = measure.time_steps(dict(warm), batches, self.options.steps, self.device)
             for name, provider in warm.items():
                 times = measure.statistics(seconds[name], config.train.batch_size)
-                self._add(name, config, provider, times | facts[name])
+                self._add(name, config, provider, times | measured[name])
         results.compare(self.rows, config.train.batch_size)
         warm.clear()
         _release(self.device)
 
-    def _measure_fed(self, config: Config) -> None:
+    def _measure_with_loader(self, config: Config) -> None:
         task = make_task(config, self.device)
-        made = self._attempt(FED, config, lambda: measure_fed(task, self.options.folder, self.options.steps))
+        made = self._attempt(
+            WITH_LOADER, config, lambda: measure_with_loader(task, self.options.folder, self.options.steps)
+        )
         if made is not None:
-            provider, facts = made
-            self._add(FED, config, provider, facts)
+            provider, measured = made
+            self._add(WITH_LOADER, config, provider, measured)
         _release(self.device)
 
     def _attempt(self, name: str, config: Config, act: Callable[[], Any]) -> Any:
-        """What `act` returns; None, with a message, if it fails: the others' figures are not lost with it."""
+        """Return the result of `act`; None, with a message, if it fails, so that the others go on."""
         try:
             return act()
         except Exception as error:
@@ -173,8 +173,8 @@ class _Run:
             _release(self.device)
             return None
 
-    def _add(self, name: str, config: Config, provider: Provider, facts: dict[str, Any]) -> None:
-        """Note a row; those without a peak of memory were fed."""
+    def _add(self, name: str, config: Config, provider: Provider, measured: dict[str, Any]) -> None:
+        """Append a row."""
         bound = _bound(config, self.machine, self.device)
         row = {
             "provider": name,
@@ -183,9 +183,9 @@ class _Run:
             "batch_size": config.train.batch_size,
             "precision": provider.precision,
             **provider.notes,
-            **facts,
+            **measured,
             "bound_ms": 1000 * bound,
-            "roofline_percent": 100 * 1000 * bound / facts["ms_per_step"],
+            "roofline_percent": 100 * 1000 * bound / measured["ms_per_step"],
             "tflops": self.machine.tflops,
             "tb_per_s": self.machine.tb_per_s,
             "environment": environment(self.device),
@@ -194,7 +194,7 @@ class _Run:
         self._say(f"{name}, batch {config.train.batch_size}: {row['images_per_second']:.2f} images/s")
 
     def _write(self) -> None:
-        """After each batch size, so that a run that is cut off leaves what it had."""
+        """Write all rows so far, after each batch size."""
         if self.options.json is not None:
             self.options.json.write_text(json.dumps(self.rows, indent=1) + "\n", "utf-8")
         if self.options.markdown is not None:
@@ -204,14 +204,16 @@ class _Run:
         print(line, file=sys.stderr, flush=True)
 
 
-def _warm(name: str, task: Task, batches: Sequence[Tensor], truth: agreement.Truth) -> tuple[Provider, dict[str, Any]]:
-    """The provider, checked and ready to be timed, and what was found out on the way."""
-    before = measure.Held.now(task.device)
+def _warm(
+    name: str, task: Task, batches: Sequence[Tensor], reference: correctness.Reference
+) -> tuple[Provider, dict[str, Any]]:
+    """The provider, checked and warm, and its memory and errors."""
+    before = measure.MemoryUse.now(task.device)
     provider = PROVIDERS[name](task)
-    agreement.check(provider, task, truth, batches[0], first=True)
+    correctness.check(provider, task, reference, batches[0], first=True)
     for step in range(8 if task.device.type == "cuda" else 1):
         provider(batches[step % len(batches)])
-    errors = agreement.check(provider, task, truth, batches[0])
+    errors = correctness.check(provider, task, reference, batches[0])
     peak = measure.peak_beyond_weights(provider, batches[0], before)
     return provider, {"peak_memory_bytes": peak, **errors}
 
@@ -228,7 +230,8 @@ def _bound(config: Config, machine: Machine, device: torch.device) -> float:
 
 
 def _release(device: torch.device) -> None:
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,12 +1,12 @@
-"""What a training step costs at least, layer by layer, on any GPU: FLOPs, bytes, and a bound in ms and images/s.
+"""Lower bound of a training step on any GPU, layer by layer: FLOPs, bytes, ms and images/s.
 
     python benchmarks/roofline.py --tflops 790 --tb-per-s 4.3
     python benchmarks/roofline.py --preset johnson --batch-size 32 --precision bf16 --markdown plan.md --json plan.json
 
-A GPU is two numbers: the rate of its matrix products, and of a plain copy (bytes read and written together). A layer
+A GPU is described by two rates: of its matrix products, and of a plain copy (bytes read and written together). A layer
 takes at least its FLOPs over the one or its bytes over the other, whichever is longer, and the step the sum of its
-layers: nothing overlaps. `bound` counts the minimum bytes, `plan` those that we move; what either is, says
-`benchmarks/step_bench/step_model.py`. The default is an H200: 790 TFLOP/s in bf16, 4.3 TB/s.
+layers, without overlap. `bound` counts the minimum bytes, `plan` those that we move; both are defined in
+`benchmarks/step_bench/cost_model.py`. The default is an H200: 790 TFLOP/s in bf16, 4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from step_bench.launches import ARCHITECTURE, can_record
-from step_bench.ledger import PARTS, Operation
-from step_bench.step_model import totals, training_step
+import torch
+from step_bench.cost_model import totals, training_step
+from step_bench.kernel_traffic import ARCHITECTURE, can_record
+from step_bench.operations import PARTS, Operation
 
 from fastnst.config import Config, load_config
+from fastnst.device import resolve_precision
 from fastnst.errors import UserError
 
 H200_TFLOPS, H200_TB_PER_S = 790.0, 4.3
@@ -31,7 +33,7 @@ H200_TFLOPS, H200_TB_PER_S = 790.0, 4.3
 
 @dataclass(frozen=True)
 class Machine:
-    """The two rates of a GPU, or of anything else that computes."""
+    """The two rates of a GPU or CPU."""
 
     tflops: float = H200_TFLOPS
     tb_per_s: float = H200_TB_PER_S
@@ -44,17 +46,16 @@ class Machine:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflops", type=_positive, default=H200_TFLOPS, help="10¹² FLOPs per second; default: 790")
-    parser.add_argument("--tb-per-s", type=_positive, default=H200_TB_PER_S, help="10¹² bytes per second; default: 4.3")
-    parser.add_argument("--preset", help="default: hwalsuklee")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the images; default: 256")
-    parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
-    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write the tables here instead of to the terminal"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every pass and the sums here")
+    add = parser.add_argument
+    add("--tflops", type=_positive, default=H200_TFLOPS, help="10¹² FLOPs per second; default: 790")
+    add("--tb-per-s", type=_positive, default=H200_TB_PER_S, help="10¹² bytes per second; default: 4.3")
+    add("--preset", help="default: hwalsuklee")
+    add("--image-size", type=int, default=256, help="side of the images; default: 256")
+    add("--batch-size", type=int, default=32, help="default: 32")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
+    add("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables here instead of to the terminal")
+    add("--json", type=Path, metavar="FILE", help="write every pass and the sums here")
     options = parser.parse_args(arguments)
     try:
         config = configured(options.preset, options.image_size, options.batch_size, options.assignments)
@@ -74,18 +75,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def configured(preset: str | None, image_size: int, batch_size: int, assignments: Sequence[str] = ()) -> Config:
-    """The configuration of a preset at these sizes; what the environment says of others' runs does not count.
+def configured(
+    preset: str | None,
+    image_size: int,
+    batch_size: int,
+    assignments: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> Config:
+    """Load a preset's configuration at these sizes, without FASTNST_ variables; `device` resolves its precision.
 
     Raises:
-        UserError: something in it is wrong.
+        UserError: a value is wrong.
     """
     sizes = {"data.image_size": image_size, "train.batch_size": batch_size}
-    return load_config(preset=preset, assignments=assignments, options=sizes, environment={})
+    config = load_config(preset=preset, assignments=assignments, options=sizes, environment={})
+    if device is None:
+        return config
+    resolved = {"precision": resolve_precision(config.train.precision, device), "device": device.type}
+    return config.model_copy(update={"train": config.train.model_copy(update=resolved)})
 
 
 def summary(config: Config, machine: Machine, operations: Sequence[Operation]) -> dict[str, Any]:
-    """The step as a whole."""
+    """Sums over the step."""
     batch, sums = config.train.batch_size, totals(operations)
     bound, plan = machine.seconds(operations), machine.seconds(operations, planned=True)
     return {
@@ -109,7 +120,7 @@ def as_json(config: Config, precision: str, machine: Machine, operations: Sequen
 
 
 def markdown(config: Config, precision: str, machine: Machine, operations: Sequence[Operation]) -> str:
-    """The sums, the parts of the step, and its layers."""
+    """Format the sums, the parts of the step, and its layers."""
     settings, whole = _settings(config, precision, machine), summary(config, machine, operations)
     lines = [
         f"# A training step on {machine.tflops:g} TFLOP/s and {machine.tb_per_s:g} TB/s",

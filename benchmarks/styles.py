@@ -1,15 +1,14 @@
-"""Several styles trained in one process beside one process for each: seconds of a step of all.
+"""Benchmark training several styles in one process against one process for each: seconds per step of all styles.
 
     python benchmarks/styles.py --folder PHOTOS --styles 3 --image-size 128 --batch-size 4 --steps 8 --json FILE
 
-Both kinds are the product's own training step on its own loader, fed from image files. Together, each batch is
-decoded once and φ sees its content once; alone, each style has a loader to itself, and its steps are made when those of
-the style before it are done, as runs that follow one another would be. The kinds take turns, and begin alternately.
-Each turn opens its loaders anew; a warm-up that outlasts what a loader keeps ready is not timed, and the order goes on
-as far again behind the timed steps, so that they pay for as many images as they use.
+Both modes run fastnst's own training step with its loader on image files. Together, each batch is decoded once and φ
+sees its content once; alone, each style has its own loader, and the styles run one after the other. The modes take
+turns. Each turn opens its loaders anew, with a warm-up longer than their prefetch, and the order goes on as far after
+the timed steps, so that the loader reads as many images as the timed steps use.
 
-Both kinds see the same images in the same order, so that their weights must be equal to the last bit on a CPU, and
-within the rounding of the type on a GPU. What is not is refused: no row, exit code 1.
+Both modes see the same images in the same order, so their weights must be equal to the last bit on a CPU, and within
+the type's rounding on a GPU. Otherwise there is no result, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -18,33 +17,32 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_bench.environment import environment
 from roofline import configured
+from step_bench.measure import synchronized_time
+from step_bench.with_loader import loader_of, warm_up_steps
 
 from fastnst.config import Config
-from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.sampler import Sampler
-from fastnst.device import resolve_device, resolve_precision
+from fastnst.device import resolve_device
 from fastnst.errors import UserError
 from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training import determinism
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 
 STYLE_SIDE = 256
 TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
-"""Of the weights' relative distance on a GPU, where Adam turns a rounding error of a small gradient into a step."""
+"""Tolerance of the weights' relative distance on a GPU: Adam turns a rounding error of a small gradient into a step."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 1 if both kinds do not train the same; 2, 3 or 5 with a message."""
+    """Returns the exit code: 0; 1 if the two modes train differently; 2, 3 or 5 with a message."""
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
@@ -63,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, default=256, help="side of the images; default: 256")
     add("--batch-size", type=int, default=4, help="default: 4")
     add("--steps", type=int, default=8, help="timed steps of a turn; default: 8")
-    add("--turns", type=int, default=2, help="of each kind; default: 2")
+    add("--turns", type=int, default=2, help="of each mode; default: 2")
     add("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as fastnst train")
     add("--json", type=Path, metavar="FILE", help="write the result here")
     return parser
@@ -73,19 +71,17 @@ def _run(options: argparse.Namespace) -> int:
     if min(options.styles, options.steps, options.turns) < 1:
         raise UserError("--styles, --steps and --turns are at least 1")
     device = resolve_device(options.device)
-    config = configured(options.preset, options.image_size, options.batch_size, options.assignments)
-    precision = resolve_precision(config.train.precision, device)
-    train = config.train.model_copy(update={"precision": precision, "device": device.type})
-    config = config.model_copy(update={"train": train})
+    config = configured(options.preset, options.image_size, options.batch_size, options.assignments, device)
+    precision = config.train.precision
     manifest = build_manifest(options.folder)
     with determinism.algorithms(config.train):
         bench = _Bench(config, manifest, options, device)
         seconds = bench.measure()
         distance = bench.distance()
     if distance > (TOLERANCE[precision] if device.type == "cuda" else 0.0):
-        print(f"styles: the weights of both kinds differ by {distance:.3g} relative; no figures", file=sys.stderr)
+        print(f"styles: the weights of both modes differ by {distance:.3g} relative; no figures", file=sys.stderr)
         return 1
-    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    medians = {mode: statistics.median(values) for mode, values in seconds.items()}
     result = {
         "styles": options.styles,
         "preset": config.preset,
@@ -95,13 +91,13 @@ def _run(options: argparse.Namespace) -> int:
         "loader": config.data.loader,
         "images": len(manifest.images),
         "steps_per_turn": options.steps,
-        "seconds_per_step_of_all": {kind: list(values) for kind, values in seconds.items()},
+        "seconds_per_step_of_all": {mode: list(values) for mode, values in seconds.items()},
         "together_over_alone": medians["together"] / medians["alone"],
         "weights_relative_distance": distance,
         "environment": environment(device),
     }
-    for kind, median in medians.items():
-        print(f"{kind:9} {1000 * median:9.1f} ms a step of {options.styles} styles")
+    for mode, median in medians.items():
+        print(f"{mode:9} {1000 * median:9.1f} ms a step of {options.styles} styles")
     print(f"together / alone = {result['together_over_alone']:.3f}")
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -109,22 +105,22 @@ def _run(options: argparse.Namespace) -> int:
 
 
 class _Bench:
-    """The same styles twice: sharing, and each for itself."""
+    """The training steps of the same styles twice: together and alone."""
 
     def __init__(self, config: Config, manifest: Manifest, options: argparse.Namespace, device: torch.device) -> None:
         self._config, self._manifest, self._device = config, manifest, device
         self._steps, self._turns = options.steps, options.turns
-        self._warm_up = 2 * config.data.prefetch + (8 if device.type == "cuda" else 1)
+        self._warm_up = warm_up_steps(config, device)
         layers = [*config.loss.content_layers, *config.loss.style_layers]
         vgg = VGG19(deepest_layer(layers), generator=torch.Generator().manual_seed(0)).to(device)
-        self._together: list[TrainingStep] = []
-        self._alone: list[TrainingStep] = []
+        self._together: list[NetTrainer] = []
+        self._alone: list[NetTrainer] = []
         for index in range(options.styles):
             for steps, shares in ((self._together, True), (self._alone, False)):
                 beside = steps[0] if shares and steps else None
                 steps.append(self._make(vgg, index, beside))
 
-    def _make(self, vgg: VGG19, index: int, beside: TrainingStep | None) -> TrainingStep:
+    def _make(self, vgg: VGG19, index: int, beside: NetTrainer | None) -> NetTrainer:
         config = self._config
         generator = torch.Generator().manual_seed(config.train.seed)
         net = TransformNet(config.model.architecture, config.model.norm, generator=generator)
@@ -132,40 +128,33 @@ class _Bench:
         loss = PerceptualLoss(vgg, config.loss).to(self._device)
         style = torch.rand(1, 3, STYLE_SIDE, STYLE_SIDE, generator=torch.Generator().manual_seed(index))
         loss.set_style(style.to(self._device))
-        return TrainingStep(net.train(), loss, config.train, self._device, beside=beside)
+        return NetTrainer(net.train(), loss, config.train, self._device, shared_vgg=beside)
 
     def measure(self) -> dict[str, list[float]]:
-        """Seconds of a step of all styles, of each turn."""
+        """Seconds per step of all styles, by mode and turn."""
         seconds: dict[str, list[float]] = {"together": [], "alone": []}
         for turn in range(self._turns):
-            kinds = ["together", "alone"] if turn % 2 == 0 else ["alone", "together"]
-            for kind in kinds:
-                groups = [self._together] if kind == "together" else [[step] for step in self._alone]
-                seconds[kind].append(sum(self._segment(turn, group) for group in groups) / self._steps)
-                print(f"turn {turn + 1}, {kind}: {seconds[kind][-1]:.3f} s", file=sys.stderr, flush=True)
+            modes = ["together", "alone"] if turn % 2 == 0 else ["alone", "together"]
+            for mode in modes:
+                groups = [self._together] if mode == "together" else [[step] for step in self._alone]
+                seconds[mode].append(sum(self._segment(turn, group) for group in groups) / self._steps)
+                print(f"turn {turn + 1}, {mode}: {seconds[mode][-1]:.3f} s", file=sys.stderr, flush=True)
         return seconds
 
-    def _segment(self, turn: int, group: list[TrainingStep]) -> float:
-        """Seconds that the timed steps of a group take, on one loader that has to go on behind them."""
+    def _segment(self, turn: int, group: list[NetTrainer]) -> float:
+        """Seconds of the timed steps of a group on one loader."""
         config = self._config
-        order = Sampler(
-            config.train.seed + turn,
-            len(self._manifest.images),
-            config.train.batch_size,
-            self._warm_up + self._steps + self._warm_up,
-            fit=config.data.fit,
-            flip=config.data.flip,
-        )
+        seed, steps = config.train.seed + turn, self._warm_up + self._steps + self._warm_up
         begin = 0.0
-        with open_loader(self._manifest, order, config.data, device=self._device) as loader:
+        with loader_of(config, self._manifest, seed, steps, self._device) as loader:
             for number, batch in enumerate(loader):
                 if number == self._warm_up:
-                    begin = self._now()
+                    begin = synchronized_time(self._device)
                 if number == self._warm_up + self._steps:
-                    return self._now() - begin
-                content: Any = group[0].content_of(batch) if len(group) > 1 else None
+                    return synchronized_time(self._device) - begin
+                content: Any = group[0].content_features(batch) if len(group) > 1 else None
                 for step in group:
-                    step(number + 1, batch, content)
+                    step.train_step(number + 1, batch, content)
         raise AssertionError("the loader ended before the timed steps did")
 
     def distance(self) -> float:
@@ -177,11 +166,6 @@ class _Bench:
                 difference = float((weight - others[name]).detach().norm())
                 distances.append(difference / max(float(others[name].detach().norm()), 1e-30))
         return max(distances)
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""How long VGG19's projections take, beside what they are measured against: gradients, and a bare forward pass.
+"""Seconds of VGG19's projections, beside input gradients and a bare forward pass.
 
     python benchmarks/visualize.py --folder PHOTOS [--vgg auto|random|FILE] [--size 224] [--json FILE]
 
-First, all maps of relu3_4 on one image, the folder's first: projected from the strongest activation of each, and from
-all activations of each, the forward pass included; beside one input gradient of each map's strongest activation, by
-autograd with the same weights, 16 to a batch. Then the nine strongest activations of all maps in the whole folder
-(`fastnst visualize top`), from reading files to writing sheets; beside a bare forward pass over the same images,
-which are decoded before the clock starts.
+First, all maps of relu3_4 on the folder's first image: projected from each map's strongest activation, and from all its
+activations, including the forward pass; beside the input gradient of each map's strongest activation, by autograd with
+the same weights, 16 to a batch. Then the nine strongest activations of all maps in the folder (`visualize top`), from
+reading files to writing sheets; beside a bare forward pass over the same images, decoded before the clock starts.
 """
 
 import statistics
@@ -21,7 +20,7 @@ import click
 from fastnst.errors import UserError
 from fastnst.storage import write_json
 
-# torch is imported in functions only: the Pillow loader's processes import this file again, and would start late.
+# torch is imported in functions only: the Pillow loader's processes import this file again, and would start slowly.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,33 +28,33 @@ if TYPE_CHECKING:
 
 LAYER = "relu3_4"
 BATCH = 16
-SEVERAL_TIMES_AT_MOST = {"projections / gradients": 1.5, "top / forward pass": 3.0}
+MAX_RATIOS = {"projections / gradients": 1.5, "top / forward pass": 3.0}
 
 
 @click.command()
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder of images.")
 @click.option("--vgg", default="auto", show_default=True, help="auto, random, or a file of VGG19's weights.")
-@click.option("--size", default=224, show_default=True, help="Side of the squares, in pixels.")
+@click.option("--size", default=224, show_default=True, help="Side of the crops, in pixels.")
 @click.option("--threads", default=2, show_default=True, help="PyTorch's threads.")
 @click.option("--repeats", default=1, show_default=True, help="Of each measurement; the median counts.")
-@click.option("--quick", is_flag=True, help="16 maps instead of all: whether it runs, not how fast.")
+@click.option("--quick", is_flag=True, help="16 maps instead of all, to check that it runs.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write rows and environment here.")
 def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: bool, json_file: Path | None) -> None:
-    """Print seconds of projections and of top activations, and how many times longer they take than they may."""
+    """Print seconds of projections and of top activations, and compare their ratios with the allowed ones."""
     import torch
     from kernel_bench.environment import environment
 
     from fastnst.data.manifest import build_manifest
     from fastnst.models.weights import load_vgg19
-    from fastnst.visualize.attribution.folder_batches import squares
+    from fastnst.visualize.attribution.folder_batches import CenterCrops
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
     manifest = build_manifest(folder)
-    net = load_vgg19(vgg, last_layer=LAYER, notify=lambda line: click.echo(line, err=True))
-    decoded = list(squares(manifest, size, batch_size=BATCH, loader="pillow", device=cpu))
+    net = load_vgg19(vgg, last_layer=LAYER)
+    decoded = list(CenterCrops(manifest, size, cpu, batch_size=BATCH))
     maps = list(range(16 if quick else 256))
-    # Batches come in an order of their own; the folder's first image is in one of them.
+    # Batches come in an order of their own.
     first = next(batch[(indices == 0)] for indices, batch in decoded if (indices == 0).any())
     work: dict[str, Callable[[], object]] = {
         f"input gradients, {BATCH} to a batch": lambda: _gradients(net, first, maps),
@@ -102,10 +101,10 @@ def _gradients(net: "VGG19", image: "Tensor", maps: list[int]) -> None:
         assert pixels.grad is not None
 
 
-def _projections(net: "VGG19", image: "Tensor", maps: list[int], seed: str) -> None:
+def _projections(net: "VGG19", image: "Tensor", maps: list[int], activation: str) -> None:
     from fastnst.visualize.deconv.vgg import Deconvnet
 
-    projections = Deconvnet(net)(_to_images(image), LAYER, maps, seed=seed)
+    projections = Deconvnet(net)(_to_images(image), LAYER, maps, activation=activation)
     assert projections.shape[1] == len(maps)
 
 
@@ -117,13 +116,12 @@ def _forward(net: "VGG19", batch: "Tensor") -> None:
 
 
 def _top(folder: Path, maps: list[int], size: int, vgg: str) -> None:
-    """What the command does, but for its start-up."""
-    from fastnst.visualize.commands import commands
+    """Run the command, without its start-up."""
+    from fastnst.visualize.commands.top import top_report
     from fastnst.visualize.sheets.report import write_report
 
     chosen = f"{maps[0]}-{maps[-1]}"
-    options: dict[str, Any] = {"maps": chosen, "count": 9, "size": size, "loader": "pillow", "vgg": vgg}
-    report = commands.top(folder, LAYER, **options, device="cpu", notify=lambda _: None)
+    report = top_report(folder, LAYER, maps=chosen, count=9, size=size, loader="pillow", vgg=vgg, device="cpu")
     with tempfile.TemporaryDirectory() as out:
         write_report(report, Path(out), command="fastnst visualize top", inputs=[])
 
@@ -148,7 +146,7 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def _ratio(name: str, row: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
-    ratio, allowed = row["seconds"] / beside["seconds"], SEVERAL_TIMES_AT_MOST[name]
+    ratio, allowed = row["seconds"] / beside["seconds"], MAX_RATIOS[name]
     word = "met" if ratio <= allowed else "NOT MET"
     click.echo(f"{row['name']}: {ratio:.3f} times as long as {beside['name']}; at most {allowed} asked: {word}")
     return {"name": row["name"], "beside": beside["name"], "ratio": ratio, "at_most": allowed, "met": ratio <= allowed}

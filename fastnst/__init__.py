@@ -3,6 +3,7 @@
 The names below are imported when they are first used: `import fastnst` does not import torch.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from fastnst.visualize.deconv.vgg import Deconvnet
 
 __version__ = "0.1.0"
+
+# A library prints nothing unless the application configures logging.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "VGG19",

@@ -1,8 +1,8 @@
-"""The configuration of a run: frozen sections, presets, and the rules by which sources override one another.
+"""The configuration of a run: frozen sections, presets, and the precedence of sources.
 
 Precedence: command line (`--set` and named options) > environment (`FASTNST_SECTION__KEY`) > TOML file > preset
-> default. The value `unset` takes back an optional key that a lower source has set.
-A part of the program receives its own section only, never the whole.
+> default. The value `unset` removes an optional key's value that a lower source sets.
+Each part of the program receives its own section only.
 """
 
 import os
@@ -30,17 +30,17 @@ from fastnst.config_text import (
     nearest,
     parse_value,
     read_toml,
-    rename_old_keys,
     shown,
     split_assignment,
     toml_value,
+    update_old_keys,
 )
 from fastnst.errors import UserError
 
 DEFAULT_PRESET = "hwalsuklee"
 
-# φ's layers that a loss may tap, and the transform net's. They are spelled out here, and checked against `models` by
-# tests, because reading a configuration must not import torch.
+# Layers of VGG19 and of the transform net. Repeated here, and compared with `models` by tests, because reading a
+# configuration must not import torch.
 LOSS_LAYERS = tuple(
     f"{kind}{block}_{index}"
     for block, count in enumerate((2, 2, 4, 4, 4), start=1)
@@ -51,7 +51,7 @@ TRANSFORM_LAYERS = ("conv1", "conv2", "conv3", *(f"res{index}" for index in rang
 
 
 class Section(BaseModel):
-    """A frozen group of keys; an unknown key is an error."""
+    """Base class of the sections: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -62,55 +62,54 @@ class Section(BaseModel):
         types = {annotation, *get_args(annotation)}
         if value == UNSET and NoneType in types:
             return None
-        # Python counts true as 1; a user who writes `steps = true` means something else.
+        # To Python true is 1; to a user `steps = true` is a mistake.
         items = value if isinstance(value, list | tuple) else (value,)
         if types & {int, float} and any(isinstance(item, bool) for item in items):
             raise ValueError(f"expects {'numbers' if items is value else 'a number'}, got {toml_value(value)}")
-        # What no file system, tensor or event log can hold would fail much later, and worse.
+        # Tensors, event logs and file systems would refuse these much later, with worse messages.
         if any(isinstance(item, int) and abs(item) >= 2**63 for item in items):
             raise ValueError("a number has to fit in 64 bits")
         if any(isinstance(item, str | Path) and "\0" in str(item) for item in items):
-            raise ValueError("a text must not hold a null character")
+            raise ValueError("a text must not contain a null character")
         return value
 
 
 class DataConfig(Section):
-    """Where training images come from and how each becomes a square."""
+    """Training images: source, decoding, cropping."""
 
     folder: Path | None = None
-    """Folder of JPEG, PNG and WebP images, searched with its subfolders, or a cache (`fastnst data cache`)."""
+    """Folder of JPEG, PNG and WebP images, including its subfolders, or a cache (`fastnst data cache`)."""
     image_size: int = Field(default=256, ge=16, le=2048)
-    """Side of the square training images, in pixels."""
+    """Side of the square crops, in pixels."""
     loader: Literal["dali", "pillow"] = "dali"
-    """What decodes and resizes: DALI (on the GPU if there is one) or Pillow in processes; a cache needs neither."""
+    """Decoder: DALI (on the GPU if there is one) or Pillow in worker processes; a cache needs neither."""
     fit: Literal["random_crop", "center_crop", "squash"] = "random_crop"
-    """How an image becomes square: short side resized to `image_size` and cropped, or both sides resized."""
+    """Resize the short side to `image_size` and crop, or resize both sides."""
     flip: bool = True
     """Mirror each image left to right with probability one half."""
     workers: int | None = Field(default=None, ge=1, le=256)
-    """DALI's or a cache's threads, or Pillow's processes; unset: as many as there are cores, at most 16."""
+    """Threads of DALI or the cache, or processes of Pillow; unset: one per core, at most 16."""
     prefetch: int = Field(default=3, ge=1, le=64)
-    """Batches kept ready ahead of the training step."""
+    """Batches loaded ahead of the training step."""
     max_failed_percent: float = Field(default=1.0, ge=0, le=100)
-    """Most images, in percent of those accepted, that may turn unreadable during the run; each is replaced by the
-    next one. Three always may; 0: none."""
+    """Percentage of images that may become unreadable during the run, at least three images; each is replaced by the
+    next one. 0: none."""
 
 
 class StyleConfig(Section):
-    """The painting."""
+    """The style image."""
 
     image: Path | None = None
-    """The style image."""
     size: int | None = Field(default=None, ge=16, le=4096)
-    """Longest side of the style image in pixels while its Gram matrices are taken: larger strokes with smaller
-    numbers. Smaller images are not enlarged. Unset: the image's own size, at most 1024."""
+    """Longest side, in pixels, to which the style image is reduced before its Gram matrices are computed; smaller
+    values give larger strokes. Unset: the image's own size, at most 1024."""
 
 
 class ModelConfig(Section):
     """The transform net."""
 
     architecture: Literal["hwalsuklee", "lengstrom", "johnson"] = "hwalsuklee"
-    """Padding, upsampling, output and initialisation, each as one published implementation has them."""
+    """Padding, upsampling, output and initialisation of one published implementation."""
     norm: Literal["instance", "batch"] = "instance"
     """Statistics per image (Ulyanov et al. 2016) or per batch (Johnson et al. 2016)."""
 
@@ -119,10 +118,10 @@ class LossConfig(Section):
     """The loss network φ and the terms measured on it (paper, equations 1 to 4)."""
 
     vgg: str = "auto"
-    """VGG19 weights: `auto` (cached, else downloaded), `random` (He initialisation, seeded), or a `.pth` or
-    `.safetensors` file with torchvision's key names."""
+    """VGG19 weights: `auto` (cached or downloaded), `random` (He initialisation, seeded), or a `.pth` or `.safetensors`
+    file with torchvision's key names."""
     vgg_flavour: Literal["auto", "torchvision", "caffe"] = "auto"
-    """What the weights expect as input; `auto` finds out from the file."""
+    """Input preprocessing that the weights expect; `auto` detects it from the file."""
     content_layers: tuple[str, ...] = ("relu4_2",)
     style_layers: tuple[str, ...] = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
     style_layer_weights: tuple[float, ...] = ()
@@ -131,12 +130,12 @@ class LossConfig(Section):
     style_weight: float = Field(default=5e2, ge=0)
     tv_weight: float = Field(default=2e2, ge=0)
     style_reduction: Literal["mean", "sum"] = "mean"
-    """Over the C² entries of G - A: `sum` is equation 4, ‖G - A‖²_F; `mean` divides it by C², as the known codes do."""
+    """Over the C² entries of G - A: `sum` is equation 4, ‖G - A‖²_F; `mean` divides it by C², as most codes do."""
     tv_reduction: Literal["mean", "sum"] = "mean"
     """Over the squared differences of each direction of ŷ."""
     feature_scale: Literal["0-255", "unit"] = "0-255"
-    """The scale in which the weights above were tuned: that of φ fed with 0-255 pixels (Caffe) or with pixels of unit
-    variance (torchvision). φ is positively homogeneous, so the other flavour's features are rescaled to it."""
+    """Input scale of φ for which the weights above were tuned: 0-255 pixels (Caffe) or unit variance (torchvision).
+    φ is positively homogeneous, so features of the other flavour are rescaled to it."""
 
     @field_validator("content_layers", "style_layers")
     @classmethod
@@ -168,45 +167,45 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation and what is written while it runs."""
+    """Optimisation, logging and checkpoints."""
 
     batch_size: int = Field(default=4, ge=1, le=4096)
     steps: int | None = Field(default=None, ge=1)
-    """Steps to train; unset: as many as `epochs` needs."""
+    """Training steps; unset: as many as `epochs` needs."""
     epochs: float = Field(default=2.0, gt=0, le=1e9)
     """Passes over the images; used where `steps` is unset."""
     learning_rate: float = Field(default=1e-3, gt=0)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type of the matrix work; sums, losses and statistics stay fp32. `auto`: bf16 on CUDA, fp32 on a CPU."""
+    """Type of matrix products; sums, losses and statistics stay fp32. `auto`: bf16 on CUDA, fp32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     engine: Literal["fused", "autograd"] = "fused"
-    """The loss network's gradient: by passes of its own, or autograd of the plain formula. They round differently."""
+    """Gradient of the loss: hand-written passes, or autograd of the plain formula. They round differently."""
     compile: bool = False
-    """Run both networks and the loss through torch.compile; it takes the plain formula, whatever `engine` says."""
+    """Compile both networks and the loss with torch.compile; uses the plain formula, whatever `engine` says."""
     capture: Literal["auto", "off"] = "auto"
-    """On CUDA, steps of the fused engine in one process are captured once as a CUDA graph and replayed, unless they are
-    to be deterministic. The graph keeps a step's memory between steps, too; `off` launches each operation anew."""
+    """`auto`: on CUDA, in a single process, with the fused engine, unless deterministic, a step is captured as a CUDA
+    graph and replayed. The graph keeps a step's memory between steps; `off` launches each operation anew."""
     max_skipped_steps: int = Field(default=50, ge=1)
-    """fp16: so many steps in a row without finite gradients end the run. Each halves the loss scale, which begins at
-    65536: after 50 it is 6e-11, and gradients that overflow even then are above 1e15, or NaN at any scale."""
+    """fp16: this many consecutive steps with overflowing gradients end the run. Each halves the loss scale from 65536:
+    after 50 it is 6e-11, and gradients that still overflow are above 1e15, or NaN at any scale."""
     deterministic: bool = False
-    """The same bits from each run. PyTorch takes deterministic algorithms only, which a run says the cost of when it
-    begins; an operation that has none is an error. On a CPU this holds for one number of threads (`OMP_NUM_THREADS`).
+    """Bitwise equal runs: deterministic algorithms only, which are slower; an operation without one is an error. On a
+    CPU for one number of threads (`OMP_NUM_THREADS`); on CUDA for one GPU model and one version of torch, CUDA, cuDNN
+    and Triton.
 
-    On CUDA it holds for one model of GPU and one version of each of torch, CUDA, cuDNN and Triton. Not covered: DALI
-    shares JPEGs there between a hardware engine and kernels, which need not round alike (`data.loader = "pillow"`
-    decodes on the CPU); and what torch.compile chooses by timing. Without this key cuDNN's algorithms are chosen by
-    timing, too, and may add floats in any order."""
+    Not covered: DALI on CUDA, which decodes JPEGs with a hardware engine and with kernels, which may round differently
+    (`data.loader = "pillow"` decodes on the CPU), and torch.compile's choices by timing. Without this key cuDNN's
+    algorithms are chosen by timing, too, and may add floats in any order."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     log_every: int = Field(default=20, ge=1)
-    """Steps between two rows of metrics; the first and the last step are always logged."""
+    """Steps between rows of metrics; the first and last step are always logged."""
     sample_every: int = Field(default=500, ge=1)
-    """Steps between two sets of stylised samples and histograms in TensorBoard."""
+    """Steps between sets of stylized samples and histograms in TensorBoard."""
     samples: int = Field(default=4, ge=0, le=64)
-    """Fixed images, the first of the folder, that are stylised for TensorBoard."""
+    """Number of images, the first of the folder, stylized for TensorBoard."""
     checkpoint_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
-    """Newest checkpoints that are kept."""
+    """Number of checkpoints to keep."""
 
     @field_validator("device", mode="before")
     @classmethod
@@ -219,15 +218,13 @@ class VisualizeConfig(Section):
 
     every: int = Field(default=500, ge=0)
     """Steps between two sets of projections, beside those before the first step and after the last; 0: none at all."""
-    max_percent: float = Field(default=2.0, gt=0, le=100)
-    """Most of the training time that projections may take; a set that would take more is left out."""
     images: int = Field(default=2, ge=1, le=64)
     """Fixed images, the first of the folder, on which the networks are watched."""
     vgg_maps: tuple[str, ...] = ()
-    """Maps of VGG19, looking at the stylised image: `relu3_1:17` (that map's strongest activation) or `relu3_1` (all
-    maps at once). Empty: of each layer of the loss, the map that answers the first photo most strongly."""
+    """Maps of VGG19 on the stylized image: `relu3_1:17` (strongest activation of this map) or `relu3_1` (all maps).
+    Empty: in each layer of the loss, the map with the strongest activation on the first image."""
     transform_maps: tuple[str, ...] = ("conv2:0", "conv3:0", "res1:0", "res3:0", "res5:0", "up1:0", "up2:0")
-    """Maps of the transform net, written alike; all activations of a map are projected together."""
+    """Maps of the transform net, in the same notation; all activations of a map are projected together."""
 
     @field_validator("vgg_maps", "transform_maps")
     @classmethod
@@ -243,7 +240,7 @@ class VisualizeConfig(Section):
 
 
 class Config(Section):
-    """Everything that decides the outcome of a run; saved, resolved, as `config.toml` in its directory."""
+    """Everything that determines a run's outcome; saved as `config.toml` in its directory."""
 
     preset: str = DEFAULT_PRESET
     data: DataConfig = DataConfig()
@@ -254,14 +251,16 @@ class Config(Section):
     visualize: VisualizeConfig = VisualizeConfig()
 
 
+SECTIONS: dict[str, type[Section]] = {
+    name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, Section)
+}
+
+
 def preset_names() -> list[str]:
-    """Names of the presets that ship with the package, the default first."""
-    names = sorted(
-        entry.name.removesuffix(".toml")
-        for entry in resources.files("fastnst.presets").iterdir()
-        if entry.name.endswith(".toml")
-    )
-    return sorted(names, key=lambda name: name != DEFAULT_PRESET)
+    """List the presets, the default first."""
+    files = [entry.name for entry in resources.files("fastnst.presets").iterdir()]
+    names = [name.removesuffix(".toml") for name in files if name.endswith(".toml")]
+    return sorted(names, key=lambda name: (name != DEFAULT_PRESET, name))
 
 
 def load_config(
@@ -272,18 +271,18 @@ def load_config(
     options: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Config:
-    """The resolved configuration.
+    """Merge all sources into a validated configuration.
 
     Args:
-        preset: name of a preset; None takes the file's or environment's `preset`, else `hwalsuklee`.
+        preset: name of a preset; None: `preset` of the environment or file, else `hwalsuklee`.
         file: a TOML file with any of the sections.
         assignments: `section.key=value` strings, values in TOML syntax (bare words are strings).
-        options: dotted key → value from named command-line options; None values are left out.
+        options: dotted key → value from named command-line options; None values are ignored.
         environment: `FASTNST_SECTION__KEY` variables; default `os.environ`.
 
     Raises:
         UserError: an unknown preset, section or key, a wrong type, or a value out of range; the message names the key,
-            what it got, what is allowed and the nearest name.
+            the value, what is allowed and the nearest name.
     """
     in_file = {} if file is None else read_toml(file)
     in_environment: dict[str, Any] = {}
@@ -299,7 +298,7 @@ def load_config(
     sources = ((str(file), in_file), ("the environment", in_environment), ("the command line", on_command_line))
     name: Any = DEFAULT_PRESET
     for source, values in sources:
-        rename_old_keys(values, source)
+        update_old_keys(values, source)
         _check_keys(values, source)
         name = values.get("preset", name)
     if name not in preset_names():
@@ -312,15 +311,15 @@ def load_config(
 
 
 def to_toml(config: Config) -> str:
-    """The whole configuration as TOML, which `load_config(file=…)` reads back to an equal one whatever the presets say.
+    """Write all keys as TOML, so that `load_config(file=…)` gives an equal configuration whatever the presets contain.
 
     Raises:
-        UserError: a path in it is not UTF-8.
+        UserError: a path is not UTF-8.
     """
     lines = [f"preset = {toml_value(config.preset)}"]
-    for section, keys in _section_keys().items():
+    for section, model in SECTIONS.items():
         lines += ["", f"[{section}]"]
-        lines += [f"{key} = {toml_value(getattr(getattr(config, section), key))}" for key in keys]
+        lines += [f"{key} = {toml_value(getattr(getattr(config, section), key))}" for key in model.model_fields]
     return "\n".join(lines) + "\n"
 
 
@@ -342,16 +341,16 @@ def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def _check_keys(values: Mapping[str, Any], source: str) -> None:
-    """Refuse unknown names before pydantic does: it would list every field and not say which one is near."""
+    """Refuse unknown names with the nearest known one, which pydantic's message would lack."""
     for section_name, section in values.items():
         if section_name not in Config.model_fields:
-            dotted = [f"{name}.{key}" for name, keys in _section_keys().items() for key in keys]
+            dotted = [f"{name}.{key}" for name, model in SECTIONS.items() for key in model.model_fields]
             raise UserError(
                 f"{source}: unknown key {shown(section_name)}{nearest(section_name, [*Config.model_fields, *dotted])}"
             )
         if section_name == "preset":
             continue
-        keys = _section_keys()[section_name]
+        keys = list(SECTIONS[section_name].model_fields)
         if not isinstance(section, Mapping):
             raise UserError(f"{source}: {section_name!r} is a section; set one of its keys: {', '.join(keys)}")
         for key in section:
@@ -361,14 +360,6 @@ def _check_keys(values: Mapping[str, Any], source: str) -> None:
                     f"{source}: unknown key {shown(f'{section_name}.{key}')}{near}; "
                     f"[{section_name}] has {', '.join(keys)}"
                 )
-
-
-def _section_keys() -> dict[str, list[str]]:
-    return {
-        name: list(field.annotation.model_fields)
-        for name, field in Config.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    }
 
 
 def _validate(values: dict[str, Any]) -> Config:
@@ -392,9 +383,8 @@ def _explain(item: Any) -> str:
 
 
 def _annotation(dotted: str) -> Any:
-    """The type of a key; None for a key that does not exist."""
+    """Return the type of a key; None for an unknown key."""
     section, _, key = dotted.partition(".")
-    field = Config.model_fields.get(section)
-    if field is not None and key and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-        field = field.annotation.model_fields.get(key)
+    fields = SECTIONS[section].model_fields if section in SECTIONS else Config.model_fields
+    field = fields.get(key or section)
     return None if field is None else field.annotation

@@ -1,6 +1,7 @@
-"""How configuration is written down: TOML files, environment variables and `--set` assignments, to values and back."""
+"""Parse and write configuration text: TOML files, environment variables and `--set` assignments."""
 
 import difflib
+import functools
 import logging
 import re
 import tomllib
@@ -14,19 +15,21 @@ from fastnst.storage import read_regular_file
 log = logging.getLogger(__name__)
 
 RENAMED_KEYS = {"style.picture": "style.image", "visualize.pictures": "visualize.images"}
-"""Old name → name; a source that uses the old one is told the new one, and read."""
+"""Old name → name; both are read, the old one with a warning."""
+RETIRED_KEYS = {"visualize.max_percent": "projections are logged every visualize.every steps, however long they take"}
+"""Key that no longer does anything → what holds now; it is read with a warning."""
 ENVIRONMENT_PREFIX = "FASTNST_"
 MAX_FILE_BYTES = 1 << 20
 _MAX_DOTS = 500
 _STRING = re.compile(r"""\"(?:[^"\\]|\\.)*\"|'[^']*'""")
-UNSET = "unset"  # TOML has no null: this word takes back what a preset or a file has set
+UNSET = "unset"  # TOML has no null: this word removes the value that a preset or file sets
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """The content of a TOML file.
+    """Read a TOML file of at most 1 MiB.
 
     Raises:
-        UserError: it cannot be read, is above 1 MiB, or is not TOML.
+        UserError: it cannot be read, is too large, or is not TOML.
     """
     try:
         return _parse_toml(read_regular_file(file, MAX_FILE_BYTES).decode("utf-8"))
@@ -36,17 +39,14 @@ def read_toml(file: Path) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise UserError(f"{file} nests its values too deep; no key needs more than a list") from error
-    except ValueError as error:  # of the decoder, of TOML's parser, or of a number with thousands of digits
+    except ValueError as error:  # not UTF-8, not TOML, or a number with thousands of digits
         raise UserError(
             f"{file} is not TOML: {str(error)[:200]}; write sections like [train] with lines like steps = 100"
         ) from error
 
 
 def environment_texts(environment: Mapping[str, str]) -> dict[str, str]:
-    """Dotted key → text of the variables `FASTNST_SECTION__KEY` and `FASTNST_PRESET`.
-
-    Other variables without the double underscore (`FASTNST_CACHE`, …) are not configuration keys.
-    """
+    """Return dotted key → text of the variables `FASTNST_SECTION__KEY` and `FASTNST_PRESET`, ignoring others."""
     return {
         name.lower().replace("__", ".", 1): text
         for variable, text in environment.items()
@@ -55,16 +55,21 @@ def environment_texts(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def current_keys(values: Mapping[str, str]) -> dict[str, str]:
-    """Return dotted key → value with today's names, of values that an older version may have saved."""
-    return {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
+    """Return dotted key → value with today's keys, of values that an older version may have saved."""
+    return {RENAMED_KEYS.get(key, key): value for key, value in values.items() if key not in RETIRED_KEYS}
 
 
-def rename_old_keys(values: dict[str, Any], source: str) -> None:
-    """Give the keys of a source their new names, and say so.
+def update_old_keys(values: dict[str, Any], source: str) -> None:
+    """Rename the old keys of a source and remove the retired ones, with one warning for each.
 
     Raises:
         UserError: a key is set under both names.
     """
+    for old, instead in RETIRED_KEYS.items():
+        section, _, key = old.partition(".")
+        if isinstance(values.get(section), dict) and key in values[section]:
+            del values[section][key]
+            _warn_once(f"{source}: {old} no longer does anything: {instead}")
     for old, new in RENAMED_KEYS.items():
         (section, old_key), new_key = old.split("."), new.partition(".")[2]
         keys = values.get(section)
@@ -73,14 +78,20 @@ def rename_old_keys(values: dict[str, Any], source: str) -> None:
         if new_key in keys:
             raise UserError(f"{source}: {old} is the old name of {new}, and both are set; remove {old}")
         keys[new_key] = keys.pop(old_key)
-        log.warning("%s: %s is now named %s; the old name still works", source, old, new)
+        _warn_once(f"{source}: {old} is now named {new}; the old name still works")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log a warning; a run reads some of its sources several times."""
+    log.warning("%s", message)
 
 
 def split_assignment(assignment: str) -> tuple[str, str]:
-    """Dotted key and text of a `section.key=value` string.
+    """Split `section.key=value` into key and text.
 
     Raises:
-        UserError: there is no key or no equals sign.
+        UserError: the key or the equals sign is missing.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
@@ -89,11 +100,11 @@ def split_assignment(assignment: str) -> tuple[str, str]:
 
 
 def parse_value(text: str, annotation: Any) -> Any:
-    """The value that `text` stands for: TOML, where words may lack their quotes and lists their brackets.
+    """Parse a typed value: TOML, in which words need no quotes and lists no brackets.
 
     Args:
         text: as typed.
-        annotation: the type of the key; it decides whether `2024` is a number or the name of a folder.
+        annotation: type of the key; decides whether `2024` is a number or the name of a folder.
     """
     value = _parse_toml_value(text)
     if get_origin(annotation) is tuple and not isinstance(value, list):
@@ -106,10 +117,10 @@ def parse_value(text: str, annotation: Any) -> Any:
 
 
 def toml_value(value: object) -> str:
-    """`value` in TOML syntax; None becomes `"unset"`.
+    """Format `value` as TOML; None becomes `"unset"`.
 
     Raises:
-        UserError: a text is not Unicode (a file name in another encoding), which TOML cannot hold.
+        UserError: a file name is not UTF-8, which TOML requires.
     """
     match value:
         case None:
@@ -123,19 +134,19 @@ def toml_value(value: object) -> str:
         case tuple() | list():
             return "[" + ", ".join(toml_value(item) for item in value) + "]"
         case Path() if str(value) == UNSET:
-            return f'"./{UNSET}"'  # a file of that name, not the word
+            return f'"./{UNSET}"'  # a file of this name
         case _:
             return _toml_string(str(value))
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A half-sentence that proposes the known name which looks most like `name`; empty where none does."""
+    """Return `; did you mean 'X'?` with the known name most similar to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {prefix + near[0]!r}?" if near else ""
 
 
 def shown(value: object) -> str:
-    """A value for a message, where a file may hold numbers of thousands of digits, and tables in tables in tables."""
+    """Format a value of any size for a message, in at most 200 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
@@ -144,16 +155,16 @@ def shown(value: object) -> str:
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    """ValueError or RecursionError where it is not TOML, or nobody's configuration."""
-    # The parser's time grows with the square of a key's parts, which one line holds.
+    """Parse TOML; raises ValueError or RecursionError."""
+    # The parser's time is quadratic in the number of parts of a dotted key, which stands on one line.
     if any(_dots(line) > _MAX_DOTS for line in text.splitlines()):
         raise ValueError(f"a line has more than {_MAX_DOTS} dots outside strings")
     return tomllib.loads(text)
 
 
 def _dots(line: str) -> int:
-    """How many dots of a line may part keys: those in strings, paths for instance, do not."""
-    # Where a string of several lines begins or ends, what lies inside and what outside depends on other lines.
+    """Count the dots of a line outside strings."""
+    # With a multi-line string's delimiter, inside and outside depend on other lines: count all dots.
     if line.count(".") > _MAX_DOTS and '"""' not in line and "'''" not in line:
         line = _STRING.sub("", line)
     return line.count(".")
@@ -162,9 +173,9 @@ def _dots(line: str) -> int:
 def _parse_toml_value(text: str) -> Any:
     try:
         match _parse_toml(f"value = {text}"):
-            case {"value": value, **others} if not others:  # a line break in `text` could start another key
+            case {"value": value, **others} if not others:  # a line break in `text` could add a key
                 return value
-    except (ValueError, RecursionError):  # not TOML, a number with thousands of digits, or brackets in thousands
+    except (ValueError, RecursionError):  # not TOML, or a number with thousands of digits, or thousands of brackets
         pass
     return text
 
@@ -173,7 +184,7 @@ def _toml_string(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"the name {text!r} is not UTF-8, which a configuration file has to be; rename it") from error
+        raise UserError(f"the name {text!r} is not UTF-8, and a configuration file must be; rename it") from error
     escaped = "".join(
         {"\\": "\\\\", '"': '\\"'}.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text
     )

@@ -1,11 +1,11 @@
 """`fastnst demo`: a small style from nothing but what is installed, in a few minutes on two CPU cores.
 
 The photos come with scikit-image and are in the public domain (NASA's astronaut and deep field, a rocket, a cat, a
-cup of coffee); the style image is painted here.
+cup of coffee); the style image is drawn here.
 """
 
+import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from fastnst.config import load_config
 from fastnst.errors import UserError
 from fastnst.images import write_image
 from fastnst.training.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
 SHOWN = "chelsea"
@@ -39,27 +41,25 @@ class DemoResult:
     model: Path
 
 
-def run_demo(
-    out: Path, *, vgg: str, steps: int | None, notify: Callable[[str], None], stop: StopRequest | None = None
-) -> DemoResult:
-    """Train a style on crops of a few photos, and paint one of them.
+def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None = None) -> DemoResult:
+    """Train a style on crops of a few photos, and stylize one of them.
 
     Args:
         out: the run directory, new or empty; images are put into `out` with the suffix `-images`.
-        vgg: as `--vgg`; where `auto` finds no weights and cannot download them, the demo says so and takes `random`.
-        steps: training steps; None: as many as show the style.
+        vgg: as `--vgg`; if `auto` finds no weights and cannot download them, the demo says so and uses `random`.
+        steps: training steps; None: enough to show the style.
+        stop: as for `train`.
 
     Raises:
         UserError: scikit-image is not installed, or `out` holds another run.
     """
     from fastnst.inference import stylize_files
     from fastnst.models.weights import WeightsUnavailable, load_vgg19
-    from fastnst.training.run_dir.layout import prepare_run
-    from fastnst.training.trainer import train
+    from fastnst.training.run_dir.layout import validate_run_dir
+    from fastnst.training.train import train
 
-    # A run this short has no two percent to spare for projections, and shall show them nevertheless.
-    looks = ["train.sample_every=50", "train.log_every=10", "visualize.every=50", "visualize.max_percent=100"]
-    assignments = [f"data.image_size={IMAGE_SIZE}", *looks]
+    logged = ["train.sample_every=50", "train.log_every=10", "visualize.every=50"]
+    assignments = [f"data.image_size={IMAGE_SIZE}", *logged]
     images = out.with_name(out.name + "-images")
     style = images / "style.png"
     options = {
@@ -67,25 +67,25 @@ def run_demo(
         "style.image": style.absolute(),
         "data.folder": (images / "photos").absolute(),
     }
-    prepare_run(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
+    validate_run_dir(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
     photos = write_photos(images / "photos")
-    write_image(style, paint_strokes(256))
+    write_image(style, draw_strokes(256))
     if vgg == "auto":
         try:
-            load_vgg19("auto", last_layer="relu3_4", notify=notify)
+            load_vgg19("auto", last_layer="relu3_4")
         except WeightsUnavailable as error:
-            notify(f"{error}\nThe demo goes on with random VGG19 weights: textures and colours still carry over.")
+            log.warning("%s\nThe demo goes on with random VGG19 weights: textures and colours still carry over.", error)
             vgg = "random"
     if vgg == "random":
         assignments += RANDOM_WEIGHTS
     config = load_config(preset="vgg-conv3", assignments=assignments, options=options | {"loss.vgg": vgg})
-    model = train(config, out, notify=notify, stop=stop)
+    (model,) = train(config, out, stop=stop)
     shown = next(path for path in photos if path.stem == SHOWN)
-    return DemoResult(stylize_files(out, [shown], images / f"{SHOWN}-stylised.png", notify=notify)[0], model)
+    return DemoResult(stylize_files(out, [shown], images / f"{SHOWN}-stylised.png")[0], model)
 
 
 def write_photos(folder: Path) -> list[Path]:
-    """The demo's photos as PNG files in `folder`."""
+    """Write the demo's photos as PNG files into `folder`."""
     try:
         from skimage import data
     except ImportError as error:
@@ -98,8 +98,8 @@ def write_photos(folder: Path) -> list[Path]:
     return paths
 
 
-def paint_strokes(side: int, seed: int = 7) -> np.ndarray:
-    """A style image: strokes of paint along a swirling flow, uint8 `[side, side, 3]`."""
+def draw_strokes(side: int, seed: int = 7) -> np.ndarray:
+    """Draw a style image: brush strokes along a swirling flow, uint8 `[side, side, 3]`."""
     rng = np.random.default_rng(seed)
     scale = 3  # drawn larger and reduced, for smooth edges
     canvas = Image.new("RGB", (side * scale, side * scale), _PALETTE[1])

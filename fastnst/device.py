@@ -1,4 +1,4 @@
-"""Which device computes, and in which type: from the names that users give to what PyTorch takes."""
+"""Resolve the names of device and precision."""
 
 import torch
 
@@ -8,11 +8,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cuda` (or `gpu`) or `cpu` as a device that exists.
+    """Return the device for `auto`, `cuda` (or `gpu`) or `cpu`.
 
     Raises:
-        UserError: another name.
-        DeviceError: `cuda` on a machine without one.
+        UserError: unknown name.
+        DeviceError: `cuda` without a usable GPU.
     """
     if name not in ("auto", "cuda", "gpu", "cpu"):
         raise UserError(f"unknown device {name!r}; choose auto, cuda or cpu")
@@ -25,10 +25,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` as `bf16` on a GPU that computes in it and `fp32` elsewhere; other names as they are.
+    """Return `name`, with `auto` resolved: `bf16` (before Ampere: `fp16`) on a GPU, `fp32` on a CPU.
 
     Raises:
-        UserError: another name.
+        UserError: unknown name.
         DeviceError: `bf16` on a GPU older than Ampere.
     """
     if name != "auto" and name not in DTYPES:
@@ -44,8 +44,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device's memory is used up; the CPU's allocator says so by a plain RuntimeError."""
-    said = str(error)
+    """Return whether `error` means out of memory; PyTorch's CPU allocator raises a plain RuntimeError."""
+    message = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in said or "can't allocate memory" in said)
+        isinstance(error, RuntimeError) and ("not enough memory" in message or "can't allocate memory" in message)
     )

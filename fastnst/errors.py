@@ -1,30 +1,29 @@
-"""Errors that users cause and can mend, each with the exit code of the command line.
+"""Errors that users can fix, each with its exit code; the command line prints them without a traceback.
 
-A message names what was given, why it cannot be used and what to do; the command line prints it without a traceback.
-Whatever "cannot happen" is an `assert` instead.
+A message names the given value, why it cannot be used, and the fix. What cannot happen is an `assert`.
 """
 
 
 class UserError(ValueError):
-    """An option, a configuration value or an argument that cannot be used."""
+    """An unusable option, configuration value or argument."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """An image, a folder, a weights file, a model or the storage beneath them cannot be used."""
+    """An unusable image, folder, weights file or model, or failing storage."""
 
     exit_code = 3
 
 
 class DivergedError(UserError):
-    """Training produced a value that is not finite, or skipped too many steps in a row."""
+    """Training produced a NaN or Inf, or skipped too many steps in a row."""
 
     exit_code = 4
 
 
 class DeviceError(UserError):
-    """The device that was asked for is missing, or its memory is too small."""
+    """The requested device is missing, or its memory is too small."""
 
     exit_code = 5
 
@@ -32,7 +31,7 @@ class DeviceError(UserError):
 class StoppedBySignal(BaseException):
     """Work ended early, in good order, because the process received `signum`.
 
-    It may be raised wherever the program stands, also where any `Exception` is taken for a damaged image.
+    A BaseException: code that takes any `Exception` for a damaged image must not catch it.
     """
 
     def __init__(self, signum: int, message: str) -> None:

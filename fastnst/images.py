@@ -1,9 +1,8 @@
-"""One image: read it from a file that may be anything, check it, and write it.
+"""Read, check and write single images.
 
-Reading always ends in upright, 8-bit RGB: the orientation tag is applied; grayscale, palette, CMYK and 16-bit
-images are converted; transparency is dropped, or kept on request. Colour profiles are not applied. Only the formats
-named here are ever tried, and Pillow's limit on the number of pixels is an error, because a file may come from
-anywhere.
+Reading always returns upright, 8-bit RGB: the orientation tag is applied; grayscale, palette, CMYK and 16-bit images
+are converted; transparency is dropped, or kept on request. Colour profiles are not applied. Files are untrusted: only
+the formats listed here are tried, and Pillow's limit on the number of pixels is an error.
 """
 
 import contextlib
@@ -31,10 +30,10 @@ TRAINING_FORMATS = ("JPEG", "PNG", "WEBP")
 READABLE_FORMATS = (*TRAINING_FORMATS, "BMP", "TIFF")
 SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 MIN_SIDE = 16
-"""Pixels of the short side below which neither network has anything to work on."""
+"""Minimum of the short side in pixels; both networks need that much."""
 MAX_FILE_BYTES = 1 << 30
 MAX_WEBP_PIXELS = 50_000_000
-"""Pillow's WebP decoder takes some 20 bytes per pixel, twice as many as others: 34 bytes can ask for 1.7 GB."""
+"""Pillow's WebP decoder needs about 20 bytes per pixel, twice the others: a 34-byte file could take 1.7 GB."""
 
 _CUT_SHORT = "it is cut short; fetch it again"
 _ORIENTATION_TAG = 0x0112
@@ -47,31 +46,31 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Reentrant, because `quietly` nests; a lock at all, because the warning filters belong to the whole process.
+# A lock, since warning filters are global to the process; reentrant, since `ignore_pillow_warnings` nests.
 _filters_lock = threading.RLock()
 
 
 class UnusableImageError(Exception):
-    """Why a file cannot serve as an image, and what to do; without the file's name, which the caller knows."""
+    """Why a file cannot be used as an image, and what to do. The caller adds the file's name."""
 
 
 def read_image(path: Path | str, *, alpha: bool = False, min_side: int = MIN_SIDE) -> np.ndarray:
-    """One image, upright, of any mode, from a JPEG, PNG, WebP, BMP or TIFF file; of an animation, the first frame.
+    """Read a JPEG, PNG, WebP, BMP or TIFF file as an upright image; of an animation, the first frame.
 
     Args:
-        path: the file; its suffix does not matter.
+        path: the file, with any suffix.
         alpha: keep transparency.
-        min_side: pixels that the short side must have.
+        min_side: minimum of the short side, in pixels.
 
     Returns:
         uint8 `[H, W, 3]`; with `alpha`, `[H, W, 4]` if the file has transparency.
 
     Raises:
-        DataError: missing, unreadable, not an image, damaged, cut short, too small or too large.
+        DataError: the file is missing, unreadable, not an image, damaged, truncated, too small or too large.
     """
     path = Path(path)
     try:
-        with quietly():
+        with ignore_pillow_warnings():
             image = decode(read_bytes(path), formats=READABLE_FORMATS, alpha=alpha)
         check_size(image.width, image.height, min_side)
     except UnusableImageError as error:
@@ -80,17 +79,17 @@ def read_image(path: Path | str, *, alpha: bool = False, min_side: int = MIN_SID
 
 
 def write_image(path: Path | str, array: np.ndarray) -> None:
-    """Write an image atomically; its suffix chooses JPEG, PNG or WebP.
+    """Write an image atomically, as JPEG, PNG or WebP by the path's suffix.
 
-    JPEG and WebP are written in quality 95, JPEG with colour at full resolution. JPEG knows no transparency: a
-    image with alpha is laid on white.
+    JPEG and WebP are written with quality 95, JPEG without chroma subsampling. JPEG has no transparency: an image with
+    alpha is composited onto white.
 
     Args:
         path: ends in .jpg, .jpeg, .png or .webp.
         array: uint8 `[H, W, 3]` or `[H, W, 4]`.
 
     Raises:
-        DataError: another suffix or array, a side longer than the format allows, or storage that refuses.
+        DataError: wrong suffix, dtype or shape; a side longer than the format allows; or the file cannot be written.
     """
     path = Path(path)
     check_writable_suffix(path)
@@ -122,16 +121,16 @@ def write_image(path: Path | str, array: np.ndarray) -> None:
 
 
 def check_writable_suffix(path: Path) -> None:
-    """Raise DataError unless `write_image` knows the suffix of `path`: for use before long work, not after it."""
+    """Raise DataError unless `write_image` supports the suffix of `path`; call it before long work."""
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"cannot write {printable(path)}: {path.suffix or 'no suffix'} names no format to write; "
+            f"cannot write {printable(path)}: {path.suffix or 'no suffix'} is not a supported format; "
             f"end the name in {', '.join(SUFFIXES)}"
         )
 
 
 def to_tensor(array: np.ndarray) -> "torch.Tensor":
-    """A uint8 image `[H, W, 3]` as float32 `[1, 3, H, W]` in [0, 1], channels_last."""
+    """Convert a uint8 image `[H, W, 3]` to float32 `[1, 3, H, W]` in [0, 1], channels_last."""
     import torch
 
     assert array.dtype == np.uint8, array.dtype
@@ -142,12 +141,12 @@ def to_tensor(array: np.ndarray) -> "torch.Tensor":
 
 
 def to_array(tensor: "torch.Tensor") -> np.ndarray:
-    """A float image `[3, H, W]` or `[1, 3, H, W]` in [0, 1], on any device, as uint8 `[H, W, 3]`.
+    """Convert a float image `[3, H, W]` or `[1, 3, H, W]` in [0, 1], on any device, to uint8 `[H, W, 3]`.
 
     Values are clamped, then rounded to the nearest of the 256 levels.
 
     Raises:
-        DataError: it holds NaN, which has no colour.
+        DataError: it holds NaN.
     """
     import torch
 
@@ -164,19 +163,19 @@ def to_array(tensor: "torch.Tensor") -> np.ndarray:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """Everything in a regular file.
+    """Read a regular file; see `read_with_mtime`."""
+    return read_with_mtime(path)[0]
+
+
+def read_with_mtime(path: Path | str) -> tuple[bytes, int]:
+    """Read a regular file; return its bytes and its modification time in ns.
 
     Raises:
-        UnusableImageError: it is missing, unreadable, above 1 GiB, or no regular file (a pipe would block).
+        UnusableImageError: it is missing, unreadable, above 1 GiB, or not a regular file (a pipe would block).
     """
-    return read_with_time(path)[0]
-
-
-def read_with_time(path: Path | str) -> tuple[bytes, int]:
-    """Everything in a regular file, and its modification time in ns; see `read_bytes`."""
     try:
-        # Unbuffered, and by descriptor: this runs for every image of every batch.
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+        # Unbuffered and with `fstat`, for speed: this runs for every image of every batch.
+        with open(path, "rb", buffering=0, opener=open_nonblocking) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UnusableImageError("it is not a regular file; give an image's file")
@@ -188,21 +187,21 @@ def read_with_time(path: Path | str) -> tuple[bytes, int]:
 
 
 def decode(data: bytes, *, formats: tuple[str, ...], alpha: bool = False) -> Image.Image:
-    """The upright image in an encoded file's bytes, in mode RGB, or RGBA if it has transparency and `alpha` is set.
+    """Decode a file's bytes to an upright RGB image, or RGBA if it has transparency and `alpha` is set.
 
     Raises:
-        UnusableImageError: another format, damaged, cut short, or above Pillow's limit on the number of pixels.
+        UnusableImageError: another format, damaged, truncated, or above Pillow's limit on the number of pixels.
     """
     image = open_image(data, formats=formats)
     load(image)
     orientation = orientation_of(image)
-    # One name: what it was before each step is given back, where the largest images have 360 MB.
+    # One variable, so that each intermediate image is freed at once: the largest take 360 MB.
     image = _to_rgb(image, alpha=alpha)
-    return _make_upright(image, orientation)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def open_image(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
-    """The image, its pixels not yet decoded, and known to be not too many.
+    """Open an image without decoding it, and check its number of pixels.
 
     Raises:
         UnusableImageError: see `decode`.
@@ -210,14 +209,14 @@ def open_image(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
     if not data:
         raise UnusableImageError("the file is empty; fetch it again")
     try:
-        with quietly():
+        with ignore_pillow_warnings():
             image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise UnusableImageError(_too_many(int(pixels[0]) if pixels else None)) from error
     except UnidentifiedImageError as error:
-        raise UnusableImageError(_what_it_is(data, formats)) from error
-    except Exception as error:  # Pillow's parsers raise whatever a damaged header leads them to.
+        raise UnusableImageError(_explain_unidentified(data, formats)) from error
+    except Exception as error:  # Pillow's parsers raise anything on a damaged header.
         if data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little"):
             raise UnusableImageError(_CUT_SHORT) from error
         raise UnusableImageError(f"its header is damaged ({_brief(error)}); fetch it again") from error
@@ -233,27 +232,27 @@ def load(image: Image.Image) -> None:
     """Decode the pixels.
 
     Raises:
-        UnusableImageError: they are damaged or cut short.
+        UnusableImageError: they are damaged or truncated.
     """
     try:
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # As above: decoders and their plugins raise nearly anything.
+    except Exception as error:  # As above: decoders raise nearly anything.
         if "truncated" in str(error):
             raise UnusableImageError(_CUT_SHORT) from error
         raise UnusableImageError(f"its pixels are damaged ({_brief(error)}); fetch it again") from error
 
 
 def orientation_of(image: Image.Image) -> int:
-    """How an image, already loaded, still has to be turned, as its tag says: 1 (not at all) to 8.
+    """Return the orientation tag (1 to 8) that still has to be applied to a loaded image; 1: none.
 
-    Before loading, the tag may not be known (PNG), or not yet heeded by Pillow itself (TIFF).
+    Only valid after loading: PNG may store the tag after the pixels, and TIFF is turned by Pillow while loading.
     """
     try:
-        with quietly():
+        with ignore_pillow_warnings():
             value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # A damaged tag block says nothing about the pixels, which may be whole.
+    except Exception:  # The tags are damaged, but the pixels may be intact.
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -265,12 +264,12 @@ def check_size(width: int, height: int, min_side: int) -> None:
 
 
 def printable(path: Path | str) -> str:
-    """A path that can be printed and written as UTF-8 even if its name's bytes are not."""
+    """Return a path as text that can be encoded as UTF-8, with other bytes escaped."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def explain_os_error(error: OSError) -> str:
-    """What the operating system said, and what to do."""
+    """Return the operating system's message, with advice."""
     advice = {
         errno.ENOENT: "check the path",
         errno.EACCES: "check its permissions",
@@ -281,8 +280,8 @@ def explain_os_error(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Silence Pillow's warnings: what matters among them (size, damage) is checked, and is an error, here."""
+def ignore_pillow_warnings() -> Iterator[None]:
+    """Suppress Pillow's warnings: this module checks size and damage itself, and raises."""
     with _filters_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -294,7 +293,7 @@ def _to_rgb(image: Image.Image, *, alpha: bool) -> Image.Image:
     if image.mode == target:
         return image
     if image.mode.startswith("I"):
-        # 16 bits per sample, which `convert` would clip at 255. 65535 / 257 = 255.
+        # 16 bits per sample, which `convert` would clip at 255; so divide by 257 = 65535 / 255.
         gray = np.empty((image.height, image.width), np.uint8)
         for rows, strip in _strips(image):
             gray[rows] = (np.clip(strip.astype(np.int64), 0, 65535) + 128) // 257
@@ -317,16 +316,11 @@ def _to_array(image: Image.Image) -> np.ndarray:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
-    """Rows and their samples, a few megabytes at a time: whole, the largest images would take gigabytes of copies."""
+    """Yield rows and their samples, a few MB at a time; copies of the largest images take gigabytes."""
     height = max(1, (1 << 20) // image.width)
     for top in range(0, image.height, height):
         bottom = min(top + height, image.height)
         yield slice(top, bottom), np.asarray(image.crop((0, top, image.width, bottom)))
-
-
-def _make_upright(image: Image.Image, orientation: int) -> Image.Image:
-    """The image as the camera was held, given its orientation tag."""
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _too_many(pixels: int | None, size: tuple[int, int] | None = None, limit: int | None = None) -> str:
@@ -335,8 +329,8 @@ def _too_many(pixels: int | None, size: tuple[int, int] | None = None, limit: in
     return f"{count} is above the limit of {limit / 1e6:.0f} million pixels; scale it down" if limit else count
 
 
-def _what_it_is(data: bytes, formats: tuple[str, ...]) -> str:
-    """Why Pillow knows nothing of a file, from its first bytes."""
+def _explain_unidentified(data: bytes, formats: tuple[str, ...]) -> str:
+    """Explain from the first bytes of a file why Pillow cannot identify it."""
     names = [name.replace("WEBP", "WebP") for name in formats]
     allowed = f"{', '.join(names[:-1])} or {names[-1]}"
     if data.startswith(b"\xff\xd8"):
@@ -366,5 +360,6 @@ def _brief(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:100] or type(error).__name__
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
+def open_nonblocking(path: str, flags: int) -> int:
+    """Opener for `open` that does not block on a pipe."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,10 +1,11 @@
-"""Painting images with a trained transform net: tensors with `stylize`, files with `stylize_files`."""
+"""Stylize images with a trained transform net: tensors with `stylize`, files with `stylize_files`."""
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,43 +14,46 @@ from torch import Tensor
 from fastnst.device import DTYPES, ran_out_of_memory, resolve_device, resolve_precision
 from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.images import SUFFIXES, check_writable_suffix, read_image, to_array, to_tensor, write_image
+from fastnst.models.architectures import ARCHITECTURES
 from fastnst.models.style_model import load_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
 
-# What a folder is searched for, and the format of the result where the source's own is not written.
+log = logging.getLogger(__name__)
+
+# Suffixes searched for in a folder, and the suffix of the result: the same if that format can be written.
 _RESULT_SUFFIX = {
     **{suffix: suffix for suffix in SUFFIXES},
     **{".jpe": ".jpg", ".jfif": ".jpg", ".bmp": ".png", ".tif": ".png", ".tiff": ".png"},
 }
-# Most bytes that a forward pass was seen to hold per pixel. On a CPU, PyTorch has no half-precision kernels of its own
-# for some of the layers and unfolds them.
+# Measured peak of a forward pass per pixel. On a CPU, PyTorch has no half-precision kernels for some of the layers and
+# unfolds them.
 _BYTES_PER_PIXEL = 520
 _BYTES_PER_PIXEL_HALF_ON_CPU = 5400
-_BORDER = 80  # pixels that the widest padding adds to a side
+_BORDER = 2 * max(spec.border for spec in ARCHITECTURES.values())
 
 
 def stylize(model: TransformNet, images: Tensor, *, precision: str = "auto") -> Tensor:
-    """Paint images.
+    """Stylize images.
 
     Args:
-        model: the network, on the device where it is to work; whatever its mode, it runs in evaluation mode.
+        model: the network; it runs on its device, in evaluation mode, and returns to its mode.
         images: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
-        precision: type of the matrix work, `bf16`, `fp16` or `fp32`; `auto` is `fp32`.
+        precision: type of convolutions, `bf16`, `fp16` or `fp32`; `auto` is `fp32`.
 
     Returns:
         RGB in [0, 1], fp32 `[N, 3, H, W]`, channels_last, on the device of `images`, without gradient.
 
     Raises:
-        UserError: another shape, whole numbers instead of floats, or an unknown precision.
-        DeviceError: the device lacks the memory, or the precision.
+        UserError: another shape, integers instead of floats, or an unknown precision.
+        DeviceError: too little memory, or the device lacks the precision.
     """
     if not images.is_floating_point():
         raise UserError(f"images are floats in [0, 1], got {images.dtype}; divide by 255 first")
     device = next(model.parameters()).device
     dtype = DTYPES[_resolve(precision, device)]
     was_training = model.training
-    model.eval()  # batch norm: the statistics of training, which stay as they are
+    model.eval()  # batch norm: running statistics, unchanged
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return model(images.to(device, torch.float32)).clamp_(0, 1).to(images.device)
@@ -58,7 +62,7 @@ def stylize(model: TransformNet, images: Tensor, *, precision: str = "auto") -> 
             raise
     finally:
         model.train(was_training)
-    # Here the failed pass has been let go, with all that it held.
+    # Outside the except block, so that the failed pass has freed its memory.
     count, _, height, width = images.shape
     raise _too_large(count, height, width, device, precision)
 
@@ -70,31 +74,28 @@ def stylize_files(
     *,
     device: str = "auto",
     precision: str = "auto",
-    notify: Callable[[str], None],
     written: Callable[[Path], None] = lambda _: None,
 ) -> list[Path]:
-    """Paint image files with a style model.
+    """Stylize image files with a style model.
 
-    The result has the size of its source as it is seen (orientation tags are applied) and keeps its transparency; JPEG
-    has none, there the image is laid on white. An image that cannot be used is named, and the others go on.
+    The result has the size of its source (after its orientation tag) and keeps its transparency; for JPEG, which has
+    none, the image is composited on white. An image that fails is logged, and the others go on.
 
     Args:
         model: a `model.safetensors`, or the run directory that holds one.
-        images: files, and folders whose images (not those of subfolders) are all taken.
-        out: for one image its result, whose suffix chooses JPEG, PNG or WebP; for several, or where the name has no
-            suffix, a folder, in which each keeps its name. Files in it are replaced, inputs never.
+        images: files, and folders of images (without subfolders).
+        out: for one image the output file, with a suffix of JPEG, PNG or WebP; for several, or without a suffix, a
+            folder in which each keeps its name. Files in it are replaced, inputs never.
         device: `auto`, `cuda` or `cpu`.
         precision: `auto` (fp32), `bf16`, `fp16` or `fp32`.
-        notify: told of each image that is passed over.
-        written: told of each result as soon as it is there.
+        written: called with each output file once it is complete.
 
     Returns:
-        The results, in the order of their sources.
+        The output files, in the order of their sources.
 
     Raises:
-        UserError: a result would replace an input or another result, or `out` is no folder where one is needed.
-        DataError: the model cannot be used, the storage refuses, or, after all others are done, some image could
-            not be painted.
+        UserError: an output would replace an input or another output, or `out` must be a folder and is none.
+        DataError: the model cannot be used, the storage fails, or, after all others are done, some image failed.
         DeviceError: no such device, or it lacks the memory for some image.
     """
     jobs = _plan(images, out)
@@ -103,16 +104,15 @@ def stylize_files(
     net = load_style_model(model, device=where)
     results: list[Path] = []
     failures: list[UserError] = []
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(ProgressReport("stylize", len(jobs), "images")) if len(jobs) > 1 else None
+    with ProgressReport("stylize", len(jobs), "images") if len(jobs) > 1 else contextlib.nullcontext() as progress:
         for job in jobs:
             try:
-                _paint(net, job, precision)
+                _stylize_file(net, job, precision)
             except UserError as error:
                 if len(jobs) == 1 or _storage_refuses(error):
                     raise
                 failures.append(error)
-                notify(str(error))
+                log.warning("%s", error)
             else:
                 results.append(job.result)
                 written(job.result)
@@ -120,18 +120,17 @@ def stylize_files(
                 progress.advance()
     if failures:
         kind = DeviceError if all(isinstance(error, DeviceError) for error in failures) else DataError
-        raise kind(f"{len(failures)} of {len(jobs)} images could not be painted, see above; the others are in {out}")
+        raise kind(f"{len(failures)} of {len(jobs)} images could not be stylized, see above; the others are in {out}")
     return results
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     source: Path
     result: Path
 
 
 def _plan(images: Sequence[Path], out: Path) -> list[_Job]:
-    """Which file becomes which, refused as a whole before the first is touched."""
+    """Assign an output to every source, or refuse them all."""
     sources = list(dict.fromkeys(file for image in images for file in _files_of(image)))
     if not sources:
         raise UserError("no image was named; give one or more files or folders")
@@ -156,20 +155,16 @@ def _files_of(image: Path) -> list[Path]:
         entries = sorted(image.iterdir())
     except OSError as error:
         raise DataError(f"cannot read the folder {image}: {error.strerror}; check its permissions") from error
-    files = [
-        entry
-        for entry in entries
-        if entry.suffix.lower() in _RESULT_SUFFIX and not entry.name.startswith(".") and entry.is_file()
-    ]
+    visible = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+    files = [entry for entry in visible if entry.suffix.lower() in _RESULT_SUFFIX]
     if not files:
         raise DataError(f"the folder {image} holds no image ({', '.join(_RESULT_SUFFIX)}); give another")
     return files
 
 
 def _result_name(source: Path) -> str:
-    return source.stem + (
-        source.suffix if source.suffix.lower() in SUFFIXES else _RESULT_SUFFIX.get(source.suffix.lower(), ".png")
-    )
+    suffix = source.suffix.lower()
+    return source.name if suffix in SUFFIXES else source.stem + _RESULT_SUFFIX.get(suffix, ".png")
 
 
 def _refuse_overwriting(jobs: Sequence[_Job]) -> None:
@@ -178,19 +173,18 @@ def _refuse_overwriting(jobs: Sequence[_Job]) -> None:
     for job in jobs:
         identity = _identity(job.result)
         if identity in inputs:
-            raise UserError(
-                f"{job.result} would replace the input {inputs[identity]}; choose another --out, inputs are kept"
-            )
+            replaced = inputs[identity]
+            raise UserError(f"{job.result} would replace the input {replaced}; choose another --out, inputs are kept")
         if identity in results:
             raise UserError(
-                f"{results[identity]} and {job.source} would both become {job.result}; rename one, or paint them into "
+                f"{results[identity]} and {job.source} would both become {job.result}; rename one, or write them to "
                 "different folders"
             )
         results[identity] = job.source
 
 
 def _identity(path: Path) -> object:
-    """Equal for two names of one file, links included."""
+    """Equal for two paths of one file, links included."""
     try:
         found = path.stat()
     except OSError:
@@ -198,19 +192,19 @@ def _identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def _paint(net: TransformNet, job: _Job, precision: str) -> None:
+def _stylize_file(net: TransformNet, job: _Job, precision: str) -> None:
     pixels = read_image(job.source, alpha=True)
     height, width = pixels.shape[:2]
     device = next(net.parameters()).device
     free = _free_bytes(device)
-    # A CPU's memory is promised freely and taken back by ending the process: ask before.
+    # The operating system overcommits a CPU's memory and kills the process later: check first.
     if device.type == "cpu" and free is not None and _needed_bytes(1, height, width, device, precision) > free:
-        raise DeviceError(f"cannot paint {job.source}: {_too_large(1, height, width, device, precision)}")
+        raise DeviceError(f"cannot stylize {job.source}: {_too_large(1, height, width, device, precision)}")
     try:
-        painted = to_array(stylize(net, to_tensor(pixels[..., :3]), precision=precision))
+        stylized = to_array(stylize(net, to_tensor(pixels[..., :3]), precision=precision))
     except (DataError, DeviceError) as error:
-        raise type(error)(f"cannot paint {job.source}: {error}") from error
-    write_image(job.result, np.concatenate([painted, pixels[..., 3:]], axis=2))
+        raise type(error)(f"cannot stylize {job.source}: {error}") from error
+    write_image(job.result, np.concatenate([stylized, pixels[..., 3:]], axis=2))
 
 
 def _resolve(precision: str, device: torch.device) -> str:
@@ -218,7 +212,7 @@ def _resolve(precision: str, device: torch.device) -> str:
 
 
 def _storage_refuses(error: UserError) -> bool:
-    """Whether `error` is the operating system's, met while writing: it would meet every other image, too."""
+    """Whether `error` came from the operating system while writing, and would stop every other image, too."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
 
 
@@ -242,7 +236,7 @@ def _needed_bytes(count: int, height: int, width: int, device: torch.device, pre
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Memory that a forward pass could have; None where nobody says."""
+    """Memory available to a forward pass; None if unknown."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Show the progress of long work on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 import contextlib
 import io
@@ -10,7 +10,6 @@ from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -18,7 +17,7 @@ _is_silent = False
 
 
 class ProgressReport:
-    """Counts `total` items of work; a context manager.
+    """Counts items of work and shows the speed; a context manager.
 
     Args:
         label: what is being done, for example `train`.
@@ -75,7 +74,7 @@ class ProgressReport:
             self._print_line()
 
     def advance(self, items: int = 1, note: str | None = None) -> None:
-        """Count `items` as done; `note` (a loss, say) is shown at the end of the line until the next one comes."""
+        """Count `items` as done; `note` (a loss, say) stays at the end of the line until the next one."""
         self.done += items
         self._note = self._note if note is None else note
         if self._bar is not None and self._task is not None:
@@ -83,16 +82,9 @@ class ProgressReport:
         elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
             self._print_line()
 
-    def message(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(Text(text))
-        else:
-            print(text, file=self._stream, flush=True)
-
     @property
     def rate(self) -> float:
-        """`rate_unit` per second, over the whole of this process's share."""
+        """`rate_unit` per second since this process began."""
         elapsed = time.monotonic() - self._started
         return (self.done - self._start) * self.rate_per_item / elapsed if elapsed > 0 else 0.0
 
@@ -112,7 +104,7 @@ class ProgressReport:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Within this block no report is shown: another process shows the same."""
+    """Show no progress within this block: another process shows the same."""
     global _is_silent
     before, _is_silent = _is_silent, True
     try:
@@ -123,7 +115,7 @@ def silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def counted(label: str, unit: str, *, scale: float = 1.0) -> Iterator[Callable[[int, int], None]]:
-    """A callback that receives how much is done and how much there is in all, again and again, and reports it.
+    """Yield a callback that shows progress; call it with the amount done and the total.
 
     Args:
         label: what is being done.
@@ -137,7 +129,7 @@ def counted(label: str, unit: str, *, scale: float = 1.0) -> Iterator[Callable[[
             nonlocal report
             done, total = int(done / scale), int(total / scale)
             if report is None:
-                # What was done before came from a cache or an earlier try, and says nothing of the speed.
+                # The first amount came from a cache or an earlier try, and is no measure of speed.
                 report = stack.enter_context(ProgressReport(label, total, unit, start=done))
             report.advance(done - report.done)
 
@@ -145,14 +137,14 @@ def counted(label: str, unit: str, *, scale: float = 1.0) -> Iterator[Callable[[
 
 
 def duration(seconds: float) -> str:
-    """`h:mm:ss`, or `m:ss` below an hour."""
+    """Format as `h:mm:ss`, or `m:ss` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def byte_count(count: float) -> str:
-    """A number of bytes in binary units, for people."""
+    """Format a number of bytes in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

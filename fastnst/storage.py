@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, the cache folder, and the run directory with its lock."""
+"""Atomic writes, checksums, the cache folder, and the lock of a run directory."""
 
 import contextlib
 import errno
@@ -21,14 +21,11 @@ _TEMPORARY_SUFFIX = ".part"
 
 
 class StorageError(DataError):
-    """The storage refuses: no space, read-only, a broken disk."""
+    """Writing failed: no space, read-only, a broken disk."""
 
 
 def cache_folder() -> Path:
-    """Where downloads and manifests are kept.
-
-    `$FASTNST_CACHE`, else `$XDG_CACHE_HOME/fastnst`, else `~/.cache/fastnst`.
-    """
+    """Return `$FASTNST_CACHE`, else `$XDG_CACHE_HOME/fastnst`, else `~/.cache/fastnst`."""
     if own := os.environ.get("FASTNST_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -36,17 +33,17 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part.
+    """Write a file so that readers, and crashes at any moment, leave the old content or the new, never a part.
 
-    Content first, made durable under a temporary name in the same folder; then the name, made durable as well.
+    Writes and fsyncs a temporary file in the same folder, renames it, and fsyncs the folder.
 
     Args:
-        path: the file; its folder is made if need be.
-        content: the bytes, or a function that writes them into the open file it is given.
+        path: the file; its folder is created if missing.
+        content: the bytes, or a function that writes them into the given open file.
 
     Raises:
-        StorageError: no space, read-only, no permission; the old file, if any, is untouched. Where only the last step
-            failed, making the new name durable, the new file is there, whole.
+        StorageError: no space, read-only, no permission. The old file is intact, or, if only the last fsync failed, the
+            new one is complete.
     """
     try:
         make_folder(path.parent)
@@ -68,36 +65,32 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
-        # Where even that is refused, the next owner tidies up; the error worth hearing of is the first one.
+        # On failure `remove_leftovers` does it later; the first error is the one to report.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed in `write_atomic(path, …)` left; for the only writer of `path`."""
+    """Remove temporary files of processes killed in `write_atomic(path, …)`; only for the single writer of `path`."""
     with contextlib.suppress(OSError):
         for leftover in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}*{_TEMPORARY_SUFFIX}"):
             leftover.unlink(missing_ok=True)
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name is one that `write_atomic` had not finished."""
+    """Return whether `write_atomic` names its temporary files like this."""
     return name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, its parents too if need be, and their names durable.
-
-    Raises:
-        OSError: the storage refuses.
-    """
+    """Create a folder and its missing parents durably; raises OSError."""
     missing, above = [], folder
     while not above.exists():
         missing.append(above)
         above = above.parent
     for new in reversed(missing):
         new.mkdir(exist_ok=True)
-        # A folder that one may write and not read cannot be synced.
+        # A folder with write but no read permission cannot be fsynced.
         with contextlib.suppress(PermissionError):
             sync_folder(new.parent)
     if not folder.is_dir():
@@ -105,20 +98,16 @@ def make_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:
-    """Everything in a regular file.
-
-    Args:
-        path: the file.
-        limit: bytes it may have; whoever exchanges a file may choose its size.
+    """Read a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: it cannot be read, is larger, or is no regular file: a pipe would block, a device never end.
-        ValueError: the path holds a null character.
+        OSError: it cannot be read, is larger, or is not a regular file: a pipe would block, a device never end.
+        ValueError: the path contains a null character.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
         status = os.fstat(file.fileno())
@@ -130,17 +119,17 @@ def read_regular_file(path: Path, limit: int) -> bytes:
 
 
 def sync_file(path: Path) -> None:
-    """Make durable what was handed to the operating system for a file, by whatever handle."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Fsync a file's content, whichever handle wrote it."""
+    _fsync(path, os.O_RDONLY)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Fsync a folder, so that renames inside it are durable."""
+    _fsync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -148,7 +137,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Hexadecimal SHA-256 of a file's content; `progress` receives the number of bytes of each block read."""
+    """Return the hexadecimal SHA-256 of a file; `progress` receives the size of each block read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -159,7 +148,7 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """What a user can do about `error`, met while writing `path`."""
+    """Return a StorageError for `error`, raised while writing `path`, with advice."""
     advice = {
         errno.ENOSPC: "free some space there, or choose another folder",
         errno.EDQUOT: "the disk quota is used up; free some space there, or choose another folder",
@@ -175,11 +164,11 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 @contextlib.contextmanager
 def lock_run(directory: Path) -> Iterator[None]:
-    """Own a run directory: one process at a time. The lock ends with the process, however that ends.
+    """Lock a run directory, one process at a time; the lock ends with the process, even if it is killed.
 
     Raises:
-        UserError: another process holds it.
-        DataError: the directory cannot be made or written.
+        UserError: another process holds the lock.
+        DataError: the directory cannot be created or written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -202,7 +191,7 @@ def _temporary_prefix(path: Path) -> str:
 
 
 def _umask() -> int:
-    # There is no call that only reads it.
+    # No call only reads it.
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -1,10 +1,7 @@
-"""One image: what is read from any file, what is refused and why, what is written."""
+"""Reading, refusing and writing single images."""
 
-import io
 import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from PIL import Image
 from fastnst import images
 from fastnst.errors import DataError
 from fastnst.images import read_image, to_array, to_tensor, write_image
+from helpers.bad_image_fixtures import Specimen, specimens
 
 HEIGHT, WIDTH = 20, 30
 RAMP_Y, RAMP_X = np.mgrid[0:HEIGHT, 0:WIDTH]
@@ -24,7 +22,7 @@ RGB = np.stack([RAMP_X * 8, RAMP_Y * 12, RAMP_X + RAMP_Y], -1).astype(np.uint8)
 ALPHA = (RAMP_X * 8).astype(np.uint8)
 GRAY = RGB[..., 0]
 
-# What a camera held in each way stores, so that the image, turned as its tag says, is the one that was seen.
+# By orientation tag: the stored pixels of an image that is upright once the tag is applied.
 STORED = {
     1: lambda seen: seen,
     2: lambda seen: seen[:, ::-1],
@@ -43,24 +41,8 @@ def save(path: Path, array: np.ndarray, mode: str | None = None, **options: obje
     return path
 
 
-def png(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
-    """A PNG written by hand: what encoders refuse to make. `pixels` is the zlib stream."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def zeros(count: int) -> bytes:
-    compressor = zlib.compressobj(9)
-    parts = [compressor.compress(bytes(min(1 << 20, count - done))) for done in range(0, count, 1 << 20)]
-    return b"".join(parts) + compressor.flush()
-
-
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tif"])
-def test_lossless_formats_are_read_exactly(tmp_path: Path, suffix: str) -> None:
+def test_read_image_is_exact_for_lossless_formats(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", RGB, **({"lossless": True} if suffix == ".webp" else {}))
     image = read_image(path)
     assert image.dtype == np.uint8
@@ -68,12 +50,7 @@ def test_lossless_formats_are_read_exactly(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(image, RGB)
 
 
-def test_format_is_told_by_content_not_by_name(tmp_path: Path) -> None:
-    save(tmp_path / "a.png", RGB).rename(tmp_path / "a.jpg")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), RGB)
-
-
-def test_grayscale_and_one_bit_repeat_in_all_channels(tmp_path: Path) -> None:
+def test_read_image_repeats_gray_in_all_channels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(save(tmp_path / "gray.png", GRAY)), np.dstack([GRAY] * 3))
     black_or_white = np.where(GRAY > 99, 255, 0).astype(np.uint8)
     np.testing.assert_array_equal(
@@ -81,7 +58,7 @@ def test_grayscale_and_one_bit_repeat_in_all_channels(tmp_path: Path) -> None:
     )
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+def test_read_image_scales_16_bits(tmp_path: Path) -> None:
     deep = np.full((HEIGHT, WIDTH), 128 * 257, np.uint16)
     deep[0, :3] = 0, 65535, 300  # 300 / 257 = 1.17
     image = read_image(save(tmp_path / "a.png", deep))
@@ -89,7 +66,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert (image[1:] == 128).all()
 
 
-def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
+def test_read_image_palette(tmp_path: Path) -> None:
     palette = Image.fromarray(RGB).quantize(32)
     expected = np.asarray(palette.convert("RGB"))
     palette.save(tmp_path / "a.png")
@@ -104,21 +81,21 @@ def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
-def test_transparency_is_dropped_or_kept(tmp_path: Path, suffix: str) -> None:
+def test_read_image_alpha(tmp_path: Path, suffix: str) -> None:
     rgba = np.dstack([RGB, ALPHA])
     path = save(tmp_path / f"a{suffix}", rgba, **({"lossless": True, "exact": True} if suffix == ".webp" else {}))
     np.testing.assert_array_equal(read_image(path), RGB)
     np.testing.assert_array_equal(read_image(path, alpha=True), rgba)
 
 
-def test_gray_with_alpha_and_a_transparent_colour(tmp_path: Path) -> None:
+def test_read_image_alpha_of_gray_and_colour_key(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", np.dstack([GRAY, GRAY, GRAY, ALPHA]), "LA")
     np.testing.assert_array_equal(read_image(path, alpha=True)[..., 3], ALPHA)
     path = save(tmp_path / "b.png", RGB, transparency=(0, 0, 0))
     np.testing.assert_array_equal(read_image(path, alpha=True)[..., 3], np.where((RGB == 0).all(-1), 0, 255))
 
 
-def test_cmyk(tmp_path: Path) -> None:
+def test_read_image_cmyk(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", RGB, "CMYK", quality=95)
     with Image.open(path) as image:
         assert image.mode == "CMYK"
@@ -127,7 +104,7 @@ def test_cmyk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_orientation_tag_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_read_image_applies_the_orientation_tag(tmp_path: Path, orientation: int, suffix: str) -> None:
     tags = Image.Exif()
     tags[0x0112] = orientation
     path = save(tmp_path / f"a{suffix}", STORED[orientation](RGB), exif=tags)
@@ -135,56 +112,37 @@ def test_orientation_tag_is_applied(tmp_path: Path, orientation: int, suffix: st
 
 
 @pytest.mark.parametrize("tags", [b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12", b"Exif\0\0rubbish", b"Exif\0\0"])
-def test_damaged_tags_are_no_reason_to_refuse_nor_to_warn(tmp_path: Path, tags: bytes) -> None:
+def test_read_image_ignores_damaged_tags(tmp_path: Path, tags: bytes) -> None:
     path = save(tmp_path / "a.jpg", RGB, exif=tags)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_image(path).shape == RGB.shape
 
 
-def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+def test_read_image_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), RGB)
 
 
-def broken_files() -> dict[str, tuple[bytes, str]]:
-    """Content, and a word of the reason."""
-    jpeg, gif, webp = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    large = Image.fromarray(RGB).resize((300, 200))
-    large.save(jpeg, "JPEG")
-    large.save(gif, "GIF")
-    large.save(webp, "WEBP")
-    half = len(jpeg.getvalue()) // 2
-    return {
-        "text.jpg": (b"This is a letter.\n" * 20, "text"),
-        "empty.jpg": (b"", "empty"),
-        "half.jpg": (jpeg.getvalue()[:half], "cut short"),
-        "without_end.jpg": (jpeg.getvalue()[:-2], "cut short"),
-        "half.webp": (webp.getvalue()[: len(webp.getvalue()) // 2], "cut short"),
-        "moving.gif": (gif.getvalue(), "a GIF"),
-        "bytes.png": (bytes(range(256)) * 4, "no image"),
-        "paper.jpg": (b"%PDF-1.7\n\xff", "a PDF"),
-        "phone.heic": (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIF"),
-        "head.jpg": (jpeg.getvalue()[:40], "header is damaged"),
-        "signature.png": (b"\x89PNG\r\n\x1a\n", "damaged"),
-        "pixel.png": (png(1, 1, 8, 2, zlib.compress(bytes(4))), "1 × 1 px is too small"),
-        "line.png": (png(400, 15, 8, 0, zlib.compress(bytes(401 * 15))), "at least 16 px"),
-        # 400 million pixels in 49 kB, which would take 400 MB and more to decode.
-        "bomb.png": (png(20000, 20000, 1, 0, zeros(20000 * 2501)), "400 million pixels"),
-        # Pillow itself only warns of this one.
-        "large.png": (png(10000, 9500, 1, 0, b""), "10000 × 9500 px"),
-    }
+@pytest.fixture(scope="module")
+def bad_images() -> dict[str, Specimen]:
+    return {specimen.name: specimen for specimen in specimens()}
 
 
-BROKEN = broken_files()
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_what_is_refused_names_file_reason_and_remedy(tmp_path: Path, name: str) -> None:
-    content, reason = BROKEN[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=reason) as caught:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("letter.jpg", "empty.jpg", "zeros.jpg", "paper.jpg", "phone.heic", "moving.gif", "pixel.png", "fifteen.png"),
+        *("cut_00020.jpg", "cut_08.png", "cut_50_percent.jpg", "cut_end.jpg", "cut_half.webp", "bomb.png", "large.png"),
+        *("dangling.jpg", "pipe.jpg"),
+    ],
+)
+def test_read_image_error_names_file_reason_and_remedy(
+    bad_images: dict[str, Specimen], tmp_path: Path, name: str
+) -> None:
+    bad_images[name].make(tmp_path / name)
+    with pytest.raises(DataError, match=bad_images[name].verdict) as caught:
         read_image(tmp_path / name)
     message = str(caught.value)
     assert str(tmp_path / name) in message
@@ -192,28 +150,18 @@ def test_what_is_refused_names_file_reason_and_remedy(tmp_path: Path, name: str)
     assert "; " in message
 
 
-def test_pillows_limit_on_pixels_stays_on() -> None:
+def test_pillow_pixel_limit_stays_on() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None
 
 
-def test_missing_file_folder_and_pipe(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        read_image(tmp_path / "absent.jpg")
-    with pytest.raises(DataError, match=r"directory; give a file|not a regular file"):
-        read_image(tmp_path)
-    os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(DataError, match="not a regular file"):
-        read_image(tmp_path / "pipe.jpg")
-
-
-def test_smallest_side_can_be_chosen(tmp_path: Path) -> None:
+def test_read_image_min_side(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", RGB[:4, :5])
     assert read_image(path, min_side=4).shape == (4, 5, 3)
     with pytest.raises(DataError, match="5 × 4 px"):
         read_image(path)
 
 
-def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
+def test_read_image_error_escapes_names_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.jpg")
     with pytest.raises(DataError) as caught:
         read_image(path)
@@ -223,12 +171,12 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "largest_error"), [(".png", 0), (".PNG", 0), (".jpg", 6), (".jpeg", 6), (".webp", 12)]
 )
-def test_written_images_read_back(tmp_path: Path, suffix: str, largest_error: int) -> None:
+def test_write_image_round_trip(tmp_path: Path, suffix: str, largest_error: int) -> None:
     write_image(tmp_path / f"new/a{suffix}", RGB)
     assert np.abs(read_image(tmp_path / f"new/a{suffix}").astype(int) - RGB).max() <= largest_error
 
 
-def test_alpha_is_written_or_laid_on_white(tmp_path: Path) -> None:
+def test_write_image_alpha(tmp_path: Path) -> None:
     rgba = np.zeros((32, 32, 4), np.uint8)
     rgba[:16, :, 3] = 255
     write_image(tmp_path / "a.png", rgba)
@@ -239,7 +187,7 @@ def test_alpha_is_written_or_laid_on_white(tmp_path: Path) -> None:
     assert on_white[20:].min() > 245
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+def test_write_image_keeps_the_old_file_on_error(tmp_path: Path) -> None:
     write_image(tmp_path / "a.webp", RGB)
     before = (tmp_path / "a.webp").read_bytes()
     with pytest.raises(DataError, match="17000 × 1 px"):
@@ -249,18 +197,18 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a", "a.jpg.txt"])
-def test_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
+def test_write_image_refuses_an_unknown_suffix(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"\.jpg, \.jpeg, \.png, \.webp"):
         write_image(tmp_path / name, RGB)
 
 
 @pytest.mark.parametrize("array", [RGB.astype(np.float32), GRAY, RGB[..., :2], RGB[:0]])
-def test_only_uint8_images_are_written(tmp_path: Path, array: np.ndarray) -> None:
+def test_write_image_refuses_other_arrays(tmp_path: Path, array: np.ndarray) -> None:
     with pytest.raises(DataError, match="uint8 array"):
         write_image(tmp_path / "a.png", array)
 
 
-def test_tensor_has_the_layout_of_the_program() -> None:
+def test_to_tensor_layout() -> None:
     tensor = to_tensor(RGB)
     assert tensor.shape == (1, 3, HEIGHT, WIDTH)
     assert tensor.dtype == torch.float32
@@ -268,7 +216,7 @@ def test_tensor_has_the_layout_of_the_program() -> None:
     assert tensor[0, 1, 2, 3].item() == pytest.approx(RGB[2, 3, 1] / 255)
 
 
-def test_array_is_clamped_and_rounded() -> None:
+def test_to_array_clamps_and_rounds() -> None:
     levels = torch.tensor([-1.0, 0.0, 0.49 / 255, 0.51 / 255, 1.0, 2.0, float("inf")]).expand(3, 1, 7)
     assert to_array(levels)[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255, 255]
     with pytest.raises(DataError, match="NaN"):
@@ -276,11 +224,11 @@ def test_array_is_clamped_and_rounded() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_array_undoes_tensor(height: int, width: int, seed: int) -> None:
+def test_to_array_inverts_to_tensor(height: int, width: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     np.testing.assert_array_equal(to_array(to_tensor(image)), image)
     np.testing.assert_array_equal(to_array(to_tensor(image)[0].double()), image)
 
 
-def test_importing_needs_no_torch() -> None:
+def test_import_needs_no_torch() -> None:
     assert "torch" not in vars(images)

@@ -1,4 +1,4 @@
-"""Painting files: any size, transparency, orientation, folders, names that clash, and what goes wrong."""
+"""stylize_files: any size, transparency, orientation, folders, clashing names, and failures."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     net = TransformNet("johnson", generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        net.out.weight.mul_(40)  # fresh weights paint nearly black: every error would look alike
+        net.out.weight.mul_(40)  # new weights give nearly black images, which hide errors
         net.out.bias.fill_(127.0)
     save_style_model(run / "model.safetensors", net, metadata={})
     return run
@@ -33,11 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def net(model: Path) -> TransformNet:
     return load_style_model(model)
-
-
-class Calls(list[object]):
-    def __call__(self, value: object) -> None:
-        self.append(value)
 
 
 def image(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -50,8 +45,8 @@ def write(path: Path, array: np.ndarray, **options: object) -> Path:
     return path
 
 
-def paint(model: Path, *images: Path, out: Path, **options: object) -> list[Path]:
-    return stylize_files(model, images, out, device="cpu", notify=Calls(), **options)
+def run(model: Path, *images: Path, out: Path, **options: object) -> list[Path]:
+    return stylize_files(model, images, out, device="cpu", **options)
 
 
 def expected(net: TransformNet, array: np.ndarray) -> np.ndarray:
@@ -59,117 +54,100 @@ def expected(net: TransformNet, array: np.ndarray) -> np.ndarray:
         return to_array(net(to_tensor(array)))
 
 
-# Files.
-
-
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (37, 53), (64, 49)])
-def test_one_image_of_any_size(model: Path, net: TransformNet, tmp_path: Path, height: int, width: int) -> None:
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (37, 53)])
+def test_stylize_files_writes_an_image_of_any_size(
+    model: Path, net: TransformNet, tmp_path: Path, height: int, width: int
+) -> None:
     array = image(height, width)
     out = tmp_path / "new folder" / "out.png"
-    assert paint(model, write(tmp_path / "in.png", array), out=out) == [out]
+    assert run(model, write(tmp_path / "in.png", array), out=out) == [out]
     assert np.array_equal(read_image(out), expected(net, array))
 
 
-def test_the_model_may_be_named_by_its_file(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.png", image(20, 20))
-    one, two = tmp_path / "one.png", tmp_path / "two.png"
-    paint(model, source, out=one)
-    paint(model / "model.safetensors", source, out=two)
-    assert one.read_bytes() == two.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "image_format"), [("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.png", "PNG"), ("a.webp", "WEBP")]
-)
-def test_the_suffix_chooses_the_format(model: Path, tmp_path: Path, name: str, image_format: str) -> None:
+def test_stylize_files_writes_the_format_of_the_suffix(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.png", image(20, 24))
-    paint(model, source, out=tmp_path / name)
-    with Image.open(tmp_path / name) as painted:
-        assert (painted.format, painted.size) == (image_format, (24, 20))
+    for name, image_format in (("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.png", "PNG"), ("a.webp", "WEBP")):
+        run(model, source, out=tmp_path / name)
+        with Image.open(tmp_path / name) as stylized:
+            assert (stylized.format, stylized.size) == (image_format, (24, 20))
 
 
-def test_transparency_passes_through_unchanged(model: Path, net: TransformNet, tmp_path: Path) -> None:
+def test_stylize_files_keeps_transparency(model: Path, net: TransformNet, tmp_path: Path) -> None:
     array = image(33, 40, 4)
     source = write(tmp_path / "in.png", array)
     for name in ("out.png", "out.webp"):
-        paint(model, source, out=tmp_path / name)
-        with Image.open(tmp_path / name) as painted:
-            assert painted.mode == "RGBA"
-            assert np.array_equal(np.asarray(painted)[..., 3], array[..., 3])
-    painted_rgb = read_image(tmp_path / "out.png", alpha=True)[..., :3]
-    assert np.array_equal(painted_rgb, expected(net, array[..., :3]))
+        run(model, source, out=tmp_path / name)
+        with Image.open(tmp_path / name) as stylized:
+            assert stylized.mode == "RGBA"
+            assert np.array_equal(np.asarray(stylized)[..., 3], array[..., 3])
+    rgb = read_image(tmp_path / "out.png", alpha=True)[..., :3]
+    assert np.array_equal(rgb, expected(net, array[..., :3]))
 
 
-def test_jpeg_has_no_transparency_and_lies_on_white(model: Path, tmp_path: Path) -> None:
+def test_stylize_files_composites_jpeg_on_white(model: Path, tmp_path: Path) -> None:
     array = image(32, 32, 4)
     array[:16, :, 3], array[16:, :, 3] = 0, 255
     out = tmp_path / "out.jpg"
-    paint(model, write(tmp_path / "in.png", array), out=out)
-    painted = read_image(out)
-    assert painted.shape == (32, 32, 3)
-    assert painted[:12].min() > 240
-    assert painted[20:].mean() < 230
+    run(model, write(tmp_path / "in.png", array), out=out)
+    stylized = read_image(out)
+    assert stylized.shape == (32, 32, 3)
+    assert stylized[:12].min() > 240
+    assert stylized[20:].mean() < 230
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_tags_are_applied(model: Path, net: TransformNet, tmp_path: Path, orientation: int) -> None:
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_stylize_files_applies_orientation_tags(
+    model: Path, net: TransformNet, tmp_path: Path, orientation: int
+) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     source = write(tmp_path / "in.png", image(20, 36), exif=exif)
     upright = read_image(source)
     assert upright.shape[:2] == ((20, 36) if orientation < 5 else (36, 20))
-    paint(model, source, out=tmp_path / "out.png")
-    with Image.open(tmp_path / "out.png") as painted:
-        assert painted.getexif().get(ORIENTATION, 1) == 1
-        assert np.array_equal(np.asarray(painted), expected(net, upright))
+    run(model, source, out=tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as stylized:
+        assert stylized.getexif().get(ORIENTATION, 1) == 1
+        assert np.array_equal(np.asarray(stylized), expected(net, upright))
 
 
-def test_several_images_keep_their_names(model: Path, net: TransformNet, tmp_path: Path) -> None:
+def test_stylize_files_keeps_the_names_of_several_images(model: Path, net: TransformNet, tmp_path: Path) -> None:
     sources = [write(tmp_path / name, image(18 + seed, 20, seed=seed)) for seed, name in enumerate(("b.png", "a.png"))]
-    done = Calls()
-    results = paint(model, *sources, out=tmp_path / "out", written=done)
+    done: list[Path] = []
+    results = run(model, *sources, out=tmp_path / "out", written=done.append)
     assert results == [tmp_path / "out" / "b.png", tmp_path / "out" / "a.png"]
     assert done == results
     for source, result in zip(sources, results, strict=True):
         assert np.array_equal(read_image(result), expected(net, read_image(source)))
 
 
-def test_a_folder_is_painted_image_by_image(model: Path, photo_folder: Path, tmp_path: Path) -> None:
+def test_stylize_files_takes_the_images_of_a_folder(model: Path, photo_folder: Path, tmp_path: Path) -> None:
     write(photo_folder / "scan.TIF", image(20, 20))
     write(photo_folder / "screen.bmp", image(20, 20))
     write(photo_folder / "camera.jpe", image(20, 20), format="JPEG")
     write(photo_folder / ".hidden.png", image(20, 20))
     write(photo_folder / "below" / "deeper.png", image(20, 20))
     (photo_folder / "notes.txt").write_text("no image")
-    results = paint(model, photo_folder, out=tmp_path / "out")
+    results = run(model, photo_folder, out=tmp_path / "out")
     names = [path.name for path in photo_folder.glob("image_*")] + ["scan.png", "screen.png", "camera.jpg"]
     assert sorted(path.name for path in results) == sorted(names)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
 
 
-def test_a_folder_of_one_image_makes_a_folder_of_one(model: Path, tmp_path: Path) -> None:
-    write(tmp_path / "in" / "a.png", image(20, 20))
-    assert paint(model, tmp_path / "in", out=tmp_path / "out") == [tmp_path / "out" / "a.png"]
-
-
-def test_one_image_into_a_folder(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", image(20, 20))
-    (tmp_path / "v1.0").mkdir()
-    assert paint(model, source, out=tmp_path / "v1.0") == [tmp_path / "v1.0" / "a.png"]
-    assert paint(model, source, out=tmp_path / "new") == [tmp_path / "new" / "a.png"]
-
-
-def test_results_of_an_earlier_run_are_replaced(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", image(20, 20))
-    out = tmp_path / "out.png"
-    out.write_text("old")
-    paint(model, source, out=out)
-    assert read_image(out).shape == (20, 20, 3)
-
-
-def test_the_same_image_named_twice_is_painted_once(model: Path, tmp_path: Path) -> None:
+def test_stylize_files_chooses_the_output_path(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in" / "a.png", image(20, 20))
-    assert paint(model, source, source.parent, out=tmp_path / "out") == [tmp_path / "out" / "a.png"]
+    (tmp_path / "v1.0").mkdir()
+    old = tmp_path / "old.png"
+    old.write_text("replaced")
+    for out, result in (
+        (tmp_path / "v1.0", tmp_path / "v1.0" / "a.png"),
+        (tmp_path / "new", tmp_path / "new" / "a.png"),
+        (old, old),
+    ):
+        assert run(model / "model.safetensors", source, out=out) == [result]
+        assert read_image(result).shape == (20, 20, 3)
+    # A folder of one image gives a folder; an image named twice is stylized once.
+    assert run(model, source.parent, out=tmp_path / "of-folder") == [tmp_path / "of-folder" / "a.png"]
+    assert run(model, source, source.parent, out=tmp_path / "twice") == [tmp_path / "twice" / "a.png"]
 
 
 # Names that clash: nothing is written at all.
@@ -177,12 +155,12 @@ def test_the_same_image_named_twice_is_painted_once(model: Path, tmp_path: Path)
 
 def refused(model: Path, *images: Path, out: Path) -> str:
     with pytest.raises(UserError) as caught:
-        paint(model, *images, out=out)
+        run(model, *images, out=out)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
-def test_an_input_is_never_replaced(model: Path, tmp_path: Path) -> None:
+def test_stylize_files_never_replaces_an_input(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.png", image(20, 20))
     other = write(tmp_path / "b.png", image(20, 20))
     link = tmp_path / "link.png"
@@ -196,7 +174,7 @@ def test_an_input_is_never_replaced(model: Path, tmp_path: Path) -> None:
     assert source.read_bytes() == before
 
 
-def test_two_images_of_one_name(model: Path, tmp_path: Path) -> None:
+def test_stylize_files_refuses_two_images_of_one_name(model: Path, tmp_path: Path) -> None:
     one, two = write(tmp_path / "x" / "a.png", image(20, 20)), write(tmp_path / "y" / "a.png", image(20, 20))
     text = refused(model, one, two, out=tmp_path / "out")
     assert f"{one} and {two} would both become {tmp_path / 'out' / 'a.png'}" in text
@@ -205,119 +183,113 @@ def test_two_images_of_one_name(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_several_images_need_a_folder(model: Path, photo_folder: Path, tmp_path: Path) -> None:
+def test_stylize_files_needs_a_folder_for_several_images(model: Path, photo_folder: Path, tmp_path: Path) -> None:
     assert "there are 12 to write; name a folder" in refused(model, photo_folder, out=tmp_path / "out.png")
     (tmp_path / "file").write_text("in the way")
     assert "is a file" in refused(model, photo_folder, out=tmp_path / "file")
     assert "no image was named" in refused(model, out=tmp_path / "out")
 
 
-def test_an_unknown_suffix_is_refused_before_any_work(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", image(20, 20))
+def test_stylize_files_refuses_wrong_arguments_before_reading_the_model(tmp_path: Path) -> None:
+    source, model, out = write(tmp_path / "a.png", image(20, 20)), tmp_path / "no model", tmp_path / "out.png"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match=r"\.gif names no format to write"):
-        paint(tmp_path / "no model is looked for", source, out=tmp_path / "out.gif")
+        run(model, source, out=tmp_path / "out.gif")
+    with pytest.raises(DataError, match="holds no image"):
+        run(model, tmp_path / "empty", out=tmp_path / "out")
+    with pytest.raises(UserError, match="unknown device 'tpu'; choose auto, cuda or cpu"):
+        stylize_files(model, [source], out, device="tpu")
+    with pytest.raises(UserError, match="unknown precision 'fp8'; choose auto, bf16, fp16, fp32"):
+        run(model, source, out=out, precision="fp8")
 
 
-# What goes wrong.
+# Failures.
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("absent.png", "no such file"), ("text.png", "holds text"), ("small.png", "too small"), ("cut.png", "cut short")],
 )
-def test_a_image_that_cannot_be_used(model: Path, tmp_path: Path, name: str, reason: str) -> None:
+def test_stylize_files_names_an_unusable_image(model: Path, tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "text.png").write_text("no image")
     write(tmp_path / "small.png", image(15, 40))
     whole = write(tmp_path / "whole.png", image(64, 64)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=reason) as caught:
-        paint(model, tmp_path / name, out=tmp_path / "out.png")
+        run(model, tmp_path / name, out=tmp_path / "out.png")
     assert str(tmp_path / name) in str(caught.value)
     assert not (tmp_path / "out.png").exists()
 
 
-def test_among_many_a_bad_one_is_named_and_the_others_go_on(model: Path, photo_folder: Path, tmp_path: Path) -> None:
+def test_stylize_files_goes_on_after_a_bad_image(
+    model: Path, photo_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (photo_folder / "image_00a.png").write_text("no image")
     (photo_folder / "image_02a.jpg").write_bytes(b"")
-    notes, done = Calls(), Calls()
-    with pytest.raises(DataError, match=r"2 of 14 images could not be painted, see above; the others are in") as caught:
-        stylize_files(model, [photo_folder], tmp_path / "out", device="cpu", notify=notes, written=done)
+    done: list[Path] = []
+    with pytest.raises(
+        DataError, match=r"2 of 14 images could not be stylized, see above; the others are in"
+    ) as caught:
+        stylize_files(model, [photo_folder], tmp_path / "out", device="cpu", written=done.append)
     assert caught.value.exit_code == 3
-    assert [name in str(note) for name, note in zip(("00a.png", "02a.jpg"), notes, strict=True)] == [True, True]
+    assert [name in note for name, note in zip(("00a.png", "02a.jpg"), caplog.messages, strict=True)] == [True, True]
     assert len(done) == 12
     assert sorted(done) == sorted((tmp_path / "out").iterdir())
 
 
-def test_no_space_left_stops_at_once(
+def test_stylize_files_stops_when_the_disk_is_full(
     model: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = Calls()
+    calls: list[int] = []
 
     def full(descriptor: int) -> None:
-        calls(descriptor)
+        calls.append(descriptor)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match="No space left on device; free some space"):
-        paint(model, photo_folder, out=tmp_path / "out")
+        run(model, photo_folder, out=tmp_path / "out")
     assert len(calls) == 1
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_folder_without_images(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match="holds no image"):
-        paint(model, tmp_path / "in", out=tmp_path / "out")
-
-
-def test_a_model_that_paints_no_numbers_is_named_with_the_image(
+def test_stylize_files_names_the_image_of_nonfinite_results(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TransformNet, "forward", lambda _, x: torch.full_like(x, float("nan")))
     source = write(tmp_path / "a.png", image(20, 20))
-    with pytest.raises(DataError, match=f"cannot paint {source}: "):
-        paint(model, source, out=tmp_path / "out.png")
+    with pytest.raises(DataError, match=f"cannot stylize {source}: "):
+        run(model, source, out=tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
 
-def test_too_little_memory_is_said_beforehand_with_a_size_that_fits(
+def test_stylize_files_checks_memory_and_names_a_size_that_fits(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
-    module = sys.modules["fastnst.inference"]
-    monkeypatch.setattr(module, "_free_bytes", lambda _: 20_000_000)
+    monkeypatch.setattr("fastnst.inference._free_bytes", lambda _: 20_000_000)
     large, small = write(tmp_path / "large.png", image(300, 400)), write(tmp_path / "small.png", image(20, 20))
     with pytest.raises(DeviceError, match=r"large.png: cpu has too little memory for 400 × 300 px; about") as caught:
-        paint(model, large, out=tmp_path / "out.png")
+        run(model, large, out=tmp_path / "out.png")
     assert caught.value.exit_code == 5
     assert "scale it down" in str(caught.value)
     with pytest.raises(DeviceError, match="1 of 2 images"):
-        paint(model, large, small, out=tmp_path / "out")
+        run(model, large, small, out=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["small.png"]
 
 
-def test_unknown_devices_and_precisions(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.png", image(20, 20))
-    with pytest.raises(UserError, match="unknown device 'tpu'; choose auto, cuda or cpu"):
-        stylize_files(model, [source], tmp_path / "out.png", device="tpu", notify=Calls())
-    with pytest.raises(UserError, match="unknown precision 'fp8'; choose auto, bf16, fp16, fp32"):
-        paint(model, source, out=tmp_path / "out.png", precision="fp8")
-
-
 @pytest.mark.parametrize("name", ["cmyk_pil_sample.jpg", "misnamed_png.jpg"])
-def test_awkward_images_that_are_whole(model: Path, awkward: Path, tmp_path: Path, name: str) -> None:
-    paint(model, awkward / name, out=tmp_path / "out.png")
+def test_stylize_files_reads_unusual_images(model: Path, awkward: Path, tmp_path: Path, name: str) -> None:
+    run(model, awkward / name, out=tmp_path / "out.png")
     assert read_image(tmp_path / "out.png").shape == read_image(awkward / name).shape
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_a_gpu_paints_the_same(model: Path, tmp_path: Path, precision: str) -> None:
+def test_stylize_files_on_a_gpu_agrees_with_the_cpu(model: Path, tmp_path: Path, precision: str) -> None:
     source = write(tmp_path / "a.png", np.asarray(Image.fromarray(image(8, 8)).resize((97, 70))))
     cpu, gpu = tmp_path / "cpu.png", tmp_path / "gpu.png"
-    paint(model, source, out=cpu)
-    stylize_files(model, [source], gpu, device="cuda", precision=precision, notify=Calls())
+    run(model, source, out=cpu)
+    stylize_files(model, [source], gpu, device="cuda", precision=precision)
     difference = np.abs(read_image(cpu).astype(int) - read_image(gpu).astype(int))
     assert difference.mean() < (0.5 if precision == "fp32" else 4)

@@ -1,1 +1,1 @@
-"""What `benchmarks/end_to_end.py` and `roofline.py` are made of: baselines, their check, time, memory, a model."""
+"""Parts of `benchmarks/end_to_end.py` and `roofline.py`: baselines, their check, time, memory, a cost model."""

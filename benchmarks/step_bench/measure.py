@@ -1,20 +1,17 @@
 """Time and memory of training steps.
 
-Time. Providers take turns; each round begins with the next of them, so that whatever drifts drifts for all. On a CPU a
-turn is one step. On a GPU it is `CUDA_TURN` + 1 steps, queued back to back without a synchronisation, as training
-queues them, with an event between any two; the first does not count, because the device waits for its launches.
-A step counts in full, whichever of host and device holds it up.
+Time. Providers take turns; each round begins with the next of them, so that drift affects all alike. On a CPU a turn is
+one step. On a GPU it is `CUDA_TURN` + 1 steps, queued back to back without a synchronisation, as in training, with an
+event between any two; the first does not count, because the device waits for its launches.
 
-Memory. "Beyond the weights" is what a provider needs beside the weights of both networks, Adam's state, the style's
-Gram matrices and the batch that it is given: gradients, activations, temporaries, and buffers that it keeps between
-steps. It is the sum of
+Memory. "Beyond the weights" means without the weights of both networks, Adam's state, the style's Gram matrices and the
+batch: gradients, activations, temporaries, and buffers kept between steps. It is the sum of
 
-- what the provider holds when a step begins, beyond the weights, state and Grams: tensors on a CPU, where the gradients
-  are given up before, and bytes of the allocator on a GPU, gradients included;
-- the largest amount allocated at any moment of the step, over what was allocated when it began. On a CPU PyTorch's
-  profiler reports each allocation and release of the allocator, inside operations, too; oneDNN's own scratch memory,
-  which is nobody's tensor, is not seen. On a GPU it is the caching allocator's peak;
-- on a GPU, what the private pools of CUDA graphs hold beside tensors, for replayed kernels allocate nothing.
+- the bytes held when a step begins: tensors on a CPU, after freeing the gradients; bytes of the allocator on a GPU,
+  gradients included;
+- the peak allocated during the step over the amount at its begin. On a CPU PyTorch's profiler reports each allocation
+  and release, inside operations, too, but not oneDNN's scratch memory. On a GPU it is the caching allocator's peak;
+- on a GPU, the memory of CUDA graphs' private pools beside tensors, since replayed kernels allocate nothing.
 """
 
 from __future__ import annotations
@@ -36,10 +33,17 @@ from step_bench.providers import Provider
 CUDA_TURN = 10
 
 
+def synchronized_time(device: torch.device) -> float:
+    """Seconds of the clock, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def time_steps(
     providers: dict[str, Callable[[Tensor], object]], batches: Sequence[Tensor], steps: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of `steps` steps of each provider, in turns; they are warm already."""
+    """Seconds of `steps` steps of each provider, in turns, after their warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     names = list(providers)
     round_ = 0
@@ -71,7 +75,7 @@ def _cuda_turn(step: Callable[[Tensor], object], batches: Sequence[Tensor], left
 
 
 def statistics(seconds: Sequence[float], batch_size: int) -> dict[str, Any]:
-    """What a row says of its times; images per second are those of the median step."""
+    """The columns of a row about time; images per second are those of the median step."""
     timing = Timing(list(seconds))
     median = timing.percentile(50)
     near = sum(abs(second - median) <= 0.05 * median for second in seconds)
@@ -89,15 +93,15 @@ def statistics(seconds: Sequence[float], batch_size: int) -> dict[str, Any]:
 
 
 @dataclass
-class Held:
-    """Bytes that are held now; `held_beyond` says by how much they have grown beside what may be kept."""
+class MemoryUse:
+    """Bytes allocated now, and idle bytes in private pools of CUDA graphs."""
 
     device: torch.device
     bytes: int
     idle_in_pools: int
 
     @classmethod
-    def now(cls, device: torch.device) -> Held:
+    def now(cls, device: torch.device) -> MemoryUse:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -105,19 +109,19 @@ class Held:
         return cls(device, _bytes(obj for obj in gc.get_objects() if _is_tensor(obj)), 0)
 
 
-def peak_beyond_weights(provider: Provider, batch: Tensor, before: Held) -> int:
-    """Bytes, as the module's text defines them.
+def peak_beyond_weights(provider: Provider, batch: Tensor, before: MemoryUse) -> int:
+    """Peak memory of a step in bytes, as defined above.
 
     Args:
         provider: warm.
-        batch: was there when `before` was taken.
-        before: taken before the provider was built.
+        batch: existed when `before` was taken.
+        before: memory before the provider was built.
     """
-    if not batch.is_cuda:  # a captured step on a GPU needs its own
+    if not batch.is_cuda:  # a captured step on a GPU needs its gradients
         for parameter in provider.parameters().values():
             parameter.grad = None
-    held = Held.now(before.device)
-    kept = held.bytes - before.bytes - _bytes(provider.kept())
+    held = MemoryUse.now(before.device)
+    kept = held.bytes - before.bytes - _bytes(provider.persistent_tensors())
     in_step = _cuda_peak(provider, batch) if batch.is_cuda else _cpu_peak(lambda: provider(batch))
     return max(kept, 0) + in_step + max(held.idle_in_pools - before.idle_in_pools, 0)
 
@@ -131,14 +135,14 @@ def _cuda_peak(provider: Provider, batch: Tensor) -> int:
 
 
 def _idle_in_private_pools() -> int:
-    """Bytes that the allocator keeps for graphs, where no tensor lives between replays."""
+    """Bytes that the allocator reserves for graphs beside live tensors."""
     segments = torch.cuda.memory_snapshot()
     private = [segment for segment in segments if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)]
     return sum(segment["total_size"] - segment["allocated_size"] for segment in private)
 
 
 def _cpu_peak(act: Callable[[], object]) -> int:
-    """Most bytes that were allocated in `act` and alive at the same time."""
+    """Peak of the bytes allocated in `act`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         act()
     changes = [
@@ -155,21 +159,21 @@ def _cpu_peak(act: Callable[[], object]) -> int:
 
 
 def _is_tensor(thing: object) -> bool:
-    # By its type: asking a lazy or broken proxy for its class would run its code.
+    # By its type: `isinstance` would run code of lazy proxies.
     return issubclass(type(thing), Tensor)
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
-    """Of the storages beneath, each once."""
+    """Bytes of the storages, each counted once."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
             continue
         if isinstance(tensor, FakeTensor):
-            continue  # it has no memory, and warns whoever asks where that is
+            continue  # it has no memory, and warns when asked for its address
         try:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
         except (NotImplementedError, RuntimeError):
-            continue  # nor have others
+            continue  # other tensors without memory
     return sum(size for address, size in sizes.items() if address)

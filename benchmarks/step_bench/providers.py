@@ -1,12 +1,11 @@
-"""Who makes a training step: `fastnst` itself, and the plain formulation as users run it.
+"""Providers of a training step: `fastnst` itself, and the baselines as users run them.
 
 Each provider owns a transform net with the same initial weights, the same VGG19, the style's Gram matrices, Adam. A
-call takes one uint8 batch `[N, S, S, 3]` on the device and makes one step.
+call takes one uint8 batch `[N, S, S, 3]` on the device and runs one step.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,18 +19,18 @@ from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training.step.graphed_step import GraphedStep
-from fastnst.training.step.train_step import TrainingStep
-from step_bench.plain import PlainLoss, PlainTransformNet, PlainVGG19, common_name
+from fastnst.training.step.train_step import NetTrainer
+from step_bench.baseline import BaselineLoss, BaselineTransformNet, BaselineVGG19, common_name
 
 STYLE_SIDE = 256
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all providers are to do: the same networks, weights, style and loss."""
+    """Networks, weights, style and loss for all providers."""
 
     config: Config
-    """Resolved: device and precision are named."""
+    """With device and precision resolved."""
     device: torch.device
     transform: dict[str, Tensor]
     """Initial weights of the transform net, on the CPU."""
@@ -47,24 +46,24 @@ class Task:
 
 
 class Provider(Protocol):
-    """One contender."""
+    """One implementation of the training step."""
 
     precision: str
     notes: dict[str, Any]
     net: nn.Module
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Make a step; the loss before it, 0-d, detached."""
+        """Run a step; return the loss before it, 0-d, detached."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The transform net's, by `fastnst`'s names."""
+        """The transform net's parameters by `fastnst`'s names."""
 
-    def kept(self) -> Iterator[Tensor]:
-        """Weights of both networks, the optimiser's state and the style's Grams: what "beyond the weights" excludes."""
+    def persistent_tensors(self) -> Iterator[Tensor]:
+        """Weights of both networks, the optimiser's state and the style's Grams: not "beyond the weights"."""
 
 
 def make_task(config: Config, device: torch.device) -> Task:
-    """Seeded weights and a style of noise. How long a step takes does not depend on what they hold."""
+    """Make seeded weights and a style of noise; a step's time does not depend on the values."""
     generator = torch.Generator().manual_seed(config.train.seed)
     net = TransformNet(config.model.architecture, config.model.norm, generator=generator)
     loss = config.loss
@@ -74,9 +73,9 @@ def make_task(config: Config, device: torch.device) -> Task:
 
 
 class Fastnst:
-    """The product's own `TrainingStep`, captured or launched as `fastnst train` would from this configuration.
+    """fastnst's own `NetTrainer`, captured or launched as by `fastnst train` with this configuration.
 
-    `notes` says whether the newest step was captured.
+    `notes` holds whether the newest step was captured.
     """
 
     def __init__(self, task: Task) -> None:
@@ -91,8 +90,8 @@ class Fastnst:
         vgg.load_state_dict(task.vgg)
         self._loss = PerceptualLoss(vgg, config.loss).to(device=device)
         self._loss.set_style(task.style.to(device))
-        self._step = TrainingStep(self.net, self._loss, config.train, device)
-        self._steps = GraphedStep(config.train, device, notify=_say)
+        self._step = NetTrainer(self.net, self._loss, config.train, device)
+        self._steps = GraphedStep(config.train, device)
         self._made = 0
 
     def __call__(self, batch: Tensor) -> Tensor:
@@ -102,23 +101,23 @@ class Fastnst:
         return terms.total
 
     def fetch(self, batches: Iterator[Tensor]) -> Tensor:
-        """A loader's next batch, brought as in training; good for the next step."""
+        """Fetch a loader's next batch as in training, for the next step."""
         return self._steps.fetch(batches)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.net.named_parameters())
 
-    def kept(self) -> Iterator[Tensor]:
+    def persistent_tensors(self) -> Iterator[Tensor]:
         yield from (*self._loss.parameters(), *self._loss.buffers())
         yield from self._step.state_tensors().values()
 
 
-class Plain:
-    """The plain formulation.
+class Baseline:
+    """The plain formulation of `step_bench.baseline` with Adam.
 
     Args:
         task: networks, weights, style, loss.
-        precision: `fp32`, `bf16` or `fp16` by autocast, or `fp64`. VGG19, which nobody trains, is held in it.
+        precision: `fp32`, `bf16` or `fp16` by autocast, or `fp64`; VGG19, which is frozen, is cast to it.
         channels_last: the layout of weights and images; else contiguous.
         compiled: None, or the options of `torch.compile`.
     """
@@ -132,15 +131,15 @@ class Plain:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         dtype = torch.float64 if precision == "fp64" else DTYPES[precision]
         kept_dtype = torch.float64 if precision == "fp64" else torch.float32
-        self.net = PlainTransformNet(config.model.architecture)
-        self.net.take(task.transform)
+        self.net = BaselineTransformNet(config.model.architecture)
+        self.net.load_fastnst_state(task.transform)
         self.net.to(device=device, dtype=kept_dtype, memory_format=layout)
         loss = config.loss
-        vgg = PlainVGG19(tuple(dict.fromkeys((*loss.content_layers, *loss.style_layers))))
+        vgg = BaselineVGG19(tuple(dict.fromkeys((*loss.content_layers, *loss.style_layers))))
         vgg.load_state_dict(task.vgg)
         vgg.to(device=device, dtype=kept_dtype, memory_format=layout)
-        self._loss = PlainLoss(vgg, loss)
-        # The Grams are taken once, in full precision, before VGG19 is cast.
+        self._loss = BaselineLoss(vgg, loss)
+        # The Grams in full precision, before VGG19 is cast.
         self._loss.set_style(255.0 * task.style.to(device=device, dtype=kept_dtype).contiguous(memory_format=layout))
         for convolution in vgg.children():
             convolution.to(dtype)
@@ -164,7 +163,7 @@ class Plain:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {common_name(name): parameter for name, parameter in self.net.named_parameters()}
 
-    def kept(self) -> Iterator[Tensor]:
+    def persistent_tensors(self) -> Iterator[Tensor]:
         yield from (*self._loss.parameters(), *self._loss.buffers(), *self._loss.grams.values())
         yield from (*self.net.parameters(), *self.net.buffers())
         for moments in self.optimizer.state.values():
@@ -177,10 +176,6 @@ class Plain:
             return self._loss(self.net(pixels), pixels)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _amp(task: Task) -> str:
     """bf16, or fp16 with loss scaling on GPUs that lack it."""
     on_gpu = task.device.type == "cuda"
@@ -188,17 +183,17 @@ def _amp(task: Task) -> str:
 
 
 def _compile(task: Task) -> Provider:
-    # Without a GPU there is nothing to tune by trial, and bf16 is slower than fp32 on most CPUs.
+    # max-autotune needs a GPU, and bf16 is slower than fp32 on most CPUs.
     if task.device.type == "cpu":
-        return Plain(task, "fp32", channels_last=True, compiled={})
-    return Plain(task, _amp(task), channels_last=True, compiled={"mode": "max-autotune"})
+        return Baseline(task, "fp32", channels_last=True, compiled={})
+    return Baseline(task, _amp(task), channels_last=True, compiled={"mode": "max-autotune"})
 
 
 PROVIDERS: dict[str, Callable[[Task], Provider]] = {
     "fastnst": Fastnst,
-    "eager_fp32": lambda task: Plain(task, "fp32", channels_last=False),
-    "eager_channels_last": lambda task: Plain(task, "fp32", channels_last=True),
-    "eager_amp": lambda task: Plain(task, _amp(task), channels_last=True),
+    "eager_fp32": lambda task: Baseline(task, "fp32", channels_last=False),
+    "eager_channels_last": lambda task: Baseline(task, "fp32", channels_last=True),
+    "eager_amp": lambda task: Baseline(task, _amp(task), channels_last=True),
     "compile": _compile,
 }
 EAGER = ("eager_fp32", "eager_channels_last", "eager_amp")

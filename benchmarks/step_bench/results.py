@@ -1,4 +1,4 @@
-"""Rows as a table, and fastnst held against the baselines."""
+"""Format rows as a table, and compare fastnst with the baselines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEAD = "| provider | precision | batch | images/s | ms/step | p20–p80 | withi
 
 
 def compare(rows: Sequence[Row], batch_size: int) -> None:
-    """Note in fastnst's row of this batch size how it stands to the eager baseline that is fastest."""
+    """Add to fastnst's row of this batch size its ratios to the fastest eager baseline."""
     own = [row for row in rows if row["batch_size"] == batch_size]
     eager = [row for row in own if row["provider"] in EAGER]
     for row in own:
@@ -45,7 +45,7 @@ def table(rows: Sequence[Row]) -> str:
             for other in others
             if not other["provider"].startswith("fastnst")
         ]
-        line = f"\nbatch {row['batch_size']}: fastnst makes {', '.join(ratios)} images/s"
+        line = f"\nbatch {row['batch_size']}: fastnst processes {', '.join(ratios)} images/s"
         if "best_eager" in row:
             line += f", and needs {row['memory_over_best_eager']:.2f}× the memory of {row['best_eager']}"
         lines.append(line)

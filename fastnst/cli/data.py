@@ -1,4 +1,4 @@
-"""`fastnst data …`: images are checked, or decoded once; NumPy and torch are imported inside the commands."""
+"""`fastnst data …`; NumPy and torch are imported inside the commands."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from fastnst.data.manifest import Rejection
+    from fastnst.data.manifest import Manifest, Rejection
 
 _folder = click.argument("folder", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -25,15 +25,13 @@ def data() -> None:
 @_folder
 @_json
 def check(folder: Path, as_json: bool) -> None:
-    """Check every image of FOLDER as training does; say which are refused, and why. Of a cache, verify every byte."""
-    from fastnst.config import Config, DataConfig
+    """Check every image of FOLDER as training does, and list rejected ones. Of a cache, verify all bytes."""
     from fastnst.data.cache.format import is_cache
-    from fastnst.training.inputs import read_manifest
 
     if is_cache(folder):
         _check_cache(folder, as_json)
         return
-    manifest = read_manifest(Config(data=DataConfig(folder=folder)), lambda _: None)
+    manifest = _check_folder(folder)
     formats = Counter(entry.format for entry in manifest.images)
     if as_json:
         result = {"folder": str(folder), "accepted": len(manifest.images), "formats": formats}
@@ -57,31 +55,29 @@ def check(folder: Path, as_json: bool) -> None:
     help="As data.fit.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="CACHE", help="Default: caches/FOLDER-SIZE.")
-@click.option("--rebuild", is_flag=True, help="Make again what is damaged, or was made of other images.")
+@click.option("--rebuild", is_flag=True, help="Replace shards that are damaged, or made from other images.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode; default: one for each core.")
 @_json
 def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Decode and resize the images of FOLDER once, for `fastnst train --data CACHE` to read at the speed of memory.
+    """Decode and resize the images of FOLDER once, for `fastnst train --data CACHE` to read fast.
 
-    What is finished outlives an interruption: the same command goes on.
+    After an interruption, the same command continues.
     """
     from fastnst.data.cache.build import build_cache
     from fastnst.data.cache.format import is_cache
-    from fastnst.data.manifest import build_manifest
     from fastnst.errors import DataError
-    from fastnst.progress import byte_count, counted
+    from fastnst.progress import byte_count
 
     if is_cache(folder):
         raise DataError(f"{folder} is a cache already; give the folder that its images are in")
-    with counted("check images", "images") as progress:
-        manifest = build_manifest(folder, progress=progress, flat=False)
+    manifest = _check_folder(folder)
     if out is None:
         out = Path("caches") / f"{Path(os.path.abspath(folder)).name}-{size}"  # noqa: PTH100
-    built = build_cache(manifest, out, size=size, notify=lambda text: click.echo(text, err=True), **options)
+    built = build_cache(manifest, out, size=size, **options)
     made = built.cache
     if as_json:
-        result = {"cache": str(out), "size": size, "fit": made.fit, "images": len(made.images), "bytes": made.bytes}
-        result |= {"shards": len(made.shards), "shards_kept": built.kept, "rejected": _rejected(made.rejected)}
+        result = {"cache": str(out), "size": size, "fit": made.fit, "pictures": len(made.images), "bytes": made.bytes}
+        result |= {"shards": len(made.shards), "shards_kept": built.shards_kept, "rejected": _rejected(made.rejected)}
         click.echo(json.dumps(result, indent=2))
         return
     click.echo(out)
@@ -93,6 +89,14 @@ def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: A
     )
 
 
+def _check_folder(folder: Path) -> "Manifest":
+    from fastnst.data.manifest import build_manifest
+    from fastnst.progress import counted
+
+    with counted("check images", "images") as progress:
+        return build_manifest(folder, progress=progress, allow_uniform=False)
+
+
 def _check_cache(folder: Path, as_json: bool) -> None:
     from fastnst.data.cache.format import read_cache
     from fastnst.data.cache.verify import describe_damage, verify
@@ -101,9 +105,9 @@ def _check_cache(folder: Path, as_json: bool) -> None:
 
     cache = read_cache(folder)
     with counted("verify cache", "MB", scale=1e6) as progress:
-        damaged = verify(cache, known=False, progress=progress)
+        damaged = verify(cache, skip_verified=False, progress=progress)
     if as_json:
-        formats = Counter(stored.entry.format for stored in cache.images)
+        formats = Counter(image.entry.format for image in cache.images)
         result = {"folder": str(folder), "accepted": len(cache.images), "formats": formats}
         result |= {"size": cache.size, "fit": cache.fit, "shards": len(cache.shards), "damaged": damaged}
         click.echo(json.dumps(result | {"rejected": _rejected(cache.rejected)}, indent=2))
@@ -111,8 +115,8 @@ def _check_cache(folder: Path, as_json: bool) -> None:
         raise DataError(describe_damage(cache, damaged))
     if not as_json:
         click.echo(
-            f"{len(cache.images)} images of {cache.size} px ({cache.fit}) in {len(cache.shards)} shards, all as "
-            f"they were written; {len(cache.rejected)} were refused"
+            f"{len(cache.images)} images of {cache.size} px ({cache.fit}) in {len(cache.shards)} shards, all "
+            f"intact; {len(cache.rejected)} were refused"
         )
 
 

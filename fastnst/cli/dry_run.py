@@ -1,6 +1,6 @@
-"""`fastnst train --dry-run`: configuration, data, memory and disk of a run that is not begun."""
+"""`fastnst train --dry-run`: print configuration, data, memory and disk of a run without starting it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,33 +13,33 @@ if TYPE_CHECKING:
 
 def print_plan(
     config: "Config",
-    styles: Mapping[str, Path],
+    styles: Mapping[str, Path] | None,
     out: Path,
     dist_env: "DistEnv",
+    *,
     resume: bool,
     allow_changes: bool,
-    notify: Callable[[str], None],
 ) -> None:
-    """Print what a run would be, and make nothing.
+    """Print what a run would need, and write nothing.
 
     Args:
-        config: of the run; of several styles, of all.
+        config: as for `train`, like the others.
         styles: name → image, if there are several.
         out: what --out names.
         dist_env: the processes that share the run.
-        resume: whether it is one that goes on.
-        allow_changes: with another configuration, too.
-        notify: receives messages.
+        resume: whether a run is continued.
+        allow_changes: with `resume`, even with another configuration.
 
     Raises:
-        UserError: what would keep the run from beginning.
+        UserError: what would keep the run from starting.
     """
     from fastnst.config import to_toml
     from fastnst.models.weights import describe_source
     from fastnst.progress import byte_count
     from fastnst.training.distributed.environment import check_divisible, local_config
-    from fastnst.training.inputs import check_batch, read_manifest, read_style, resolve, total_steps
-    from fastnst.training.memory.available import describe_shortage, room_of_one_process
+    from fastnst.training.inputs import check_batch, log_rejected, read_manifest, read_style, resolve, total_steps
+    from fastnst.training.memory.advice import describe_shortage
+    from fastnst.training.memory.available import available_memory_per_process
     from fastnst.training.memory.estimate import estimate
     from fastnst.training.run_dir.style_folder import MultiStyleDir, run_configs, validate_run_dirs
 
@@ -50,7 +50,8 @@ def print_plan(
     check_divisible(config, dist_env)
     changes = validate_run_dirs(configs, folder, resume=resume, allow_changes=allow_changes)
     images = [(own.style.image, read_style(own)[0]) for own in configs.values()]
-    manifest = read_manifest(config, notify)
+    manifest = read_manifest(config.data)
+    log_rejected(manifest)
     check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
     share, processes = local_config(config, dist_env), dist_env.world_size
@@ -74,7 +75,7 @@ def print_plan(
         f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
         f"activations {byte_count(need.activations)}; workspaces come on top"
     )
-    room = room_of_one_process(device, dist_env)
+    room = available_memory_per_process(device, dist_env)
     shortage = describe_shortage(share, need, room, device_type=device.type, processes=processes, styles=len(configs))
     if shortage:
         click.echo(f"# warning    memory: {shortage}")

@@ -1,1 +1,1 @@
-"""Training images: the manifest, the sampler, the loaders and the cache."""
+"""Training images: `manifest` checks, `sampler` orders, `loaders` load, `cache` decodes them once."""

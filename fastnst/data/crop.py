@@ -1,10 +1,9 @@
-"""From an image of any size to a training square, the same for all loaders.
+"""Crop and resize an image of any size to a training square, identically for all loaders.
 
-Resizing the short side to `image_size` and then cropping is the same as resizing a square window of the image, as
-wide as its short side; so each image is resampled once, and only where it is seen. A random crop begins at a whole
-pixel of the resized image, so that what `fastnst.data.cache` has resized already gives the same squares. The filter
-is the triangle (bilinear, widened by the scale when shrinking, which is what keeps it free of aliasing); beyond the
-image's border the border pixel goes on.
+Resizing the short side to `image_size` and then cropping equals resizing a square box of the image, as wide as its
+short side; so each image is resampled once, inside the box only. A random crop starts at a whole pixel of the resized
+image, so that `fastnst.data.cache`, which stores resized images, yields the same crops. The filter is the triangle
+(bilinear, widened by the scale when shrinking, which avoids aliasing), with the border pixel repeated beyond the edge.
 """
 
 import math
@@ -12,9 +11,9 @@ import math
 import numpy as np
 from PIL import Image
 
-from fastnst.data.manifest import Entry, examine
+from fastnst.data.manifest import ImageEntry, check_image
 from fastnst.data.sampler import Fit
-from fastnst.images import TRAINING_FORMATS, UnusableImageError, decode, read_with_time
+from fastnst.images import TRAINING_FORMATS, UnusableImageError, decode, read_with_mtime
 
 _FILTER = Image.Resampling.BILINEAR
 
@@ -23,7 +22,7 @@ CropBox = tuple[float, float, float, float]
 
 
 def crop_box(width: int, height: int, fit: Fit, crop: np.ndarray, size: int) -> CropBox:
-    """The part of an image that becomes the square of `size` pixels; `crop` is its row of `SampleBatch.crop`."""
+    """Return the box that is resized to `size` × `size`; `crop` is a row of `SampleBatch.crop`."""
     if fit == "squash":
         return 0.0, 0.0, float(width), float(height)
     side = min(width, height)
@@ -38,66 +37,66 @@ def crop_box(width: int, height: int, fit: Fit, crop: np.ndarray, size: int) -> 
 
 
 def resized_length(length: int, side: int, size: int) -> int:
-    """Whole pixels that a side of `length` has when the short one, `side`, is resized to `size`."""
+    """Return the pixels of a side of `length` after the short side, `side`, is resized to `size`."""
     return length * size // side
 
 
 def crop_offset(length: int, side: int, size: int, fraction: float) -> int:
-    """Where a random crop begins on a side of `length`, in pixels of the resized image; `fraction` in [0, 1)."""
+    """Return where a random crop starts on a side of `length`, in resized pixels; `fraction` in [0, 1)."""
     return int(fraction * (resized_length(length, side, size) - size + 1))
 
 
 def resize_crop(
-    image: Image.Image, window: CropBox, size: int, flip: bool, shape: tuple[int, int] | None = None
+    image: Image.Image, box: CropBox, size: int, flip: bool, shape: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """The window of an RGB image as uint8 `[size, size, 3]`, mirrored left to right if `flip` is set.
+    """Resize a box of an RGB image to uint8 `[size, size, 3]`, mirrored left to right if `flip` is set.
 
-    With `shape`, pixels in x and y, as `[y, x, 3]` instead of a square of `size`.
+    With `shape` (width, height), return uint8 `[height, width, 3]` instead of a square.
     """
     shape = shape or (size, size)
-    left, top, right, bottom = window
-    # Pillow leaves pixels beyond the border out of the mean instead of repeating the border; a margin makes it repeat.
+    left, top, right, bottom = box
+    # Pillow omits pixels beyond the border from the mean instead of repeating the border; so pad by a margin.
     margins = [
         math.ceil((end - start) / pixels) if end - start > pixels else 0
         for start, end, pixels in ((left, right, shape[0]), (top, bottom, shape[1]))
     ]
     x0, y0 = math.floor(left) - margins[0], math.floor(top) - margins[1]
     x1, y1 = math.ceil(right) + margins[0], math.ceil(bottom) + margins[1]
-    lacking = ((max(-y0, 0), max(y1 - image.height, 0)), (max(-x0, 0), max(x1 - image.width, 0)))
-    if any(map(any, lacking)):
+    padding = ((max(-y0, 0), max(y1 - image.height, 0)), (max(-x0, 0), max(x1 - image.width, 0)))
+    if any(map(any, padding)):
         inside = image.crop((max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)))
-        image = Image.fromarray(np.pad(np.asarray(inside), (*lacking, (0, 0)), mode="edge"))
+        image = Image.fromarray(np.pad(np.asarray(inside), (*padding, (0, 0)), mode="edge"))
         left, top, right, bottom = left - x0, top - y0, right - x0, bottom - y0
     elif y0 > 1 or y1 < image.height - 1:
-        # One more row than the margin, which is none where an image is enlarged.
+        # Keep one more row than the margin, which is 0 for an image that is enlarged.
         y0, y1 = max(y0 - 1, 0), min(y1 + 1, image.height)
         image = image.crop((0, y0, image.width, y1))
         top, bottom = top - y0, bottom - y0
-    # Left to itself, Pillow begins with the direction that it takes to be quicker, and rounds in between: then a pixel
-    # would depend on the shape of the window that it is cut out with.
-    square = image.resize((shape[0], image.height), _FILTER, box=(left, 0, right, image.height))
-    square = square.resize(shape, _FILTER, box=(0, top, shape[0], bottom))
+    # In one call, Pillow picks the faster of the two directions first and rounds in between, so that a pixel's value
+    # would depend on the shape of the box.
+    crop = image.resize((shape[0], image.height), _FILTER, box=(left, 0, right, image.height))
+    crop = crop.resize(shape, _FILTER, box=(0, top, shape[0], bottom))
     if flip:
-        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(square)
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(crop)
 
 
-def read_image(path: str, entry: Entry) -> bytes:
-    """An image's file, if it is still the one that was checked.
+def read_checked(path: str, entry: ImageEntry) -> bytes:
+    """Return the bytes of an image's file if it still is the file that was checked.
 
-    A file with another modification time is checked again, wholly, so that both loaders refuse the same ones: DALI
-    would take damaged pixels without a word.
+    A file with another modification time is checked again in full, so that all loaders reject the same files: DALI
+    would silently accept damaged pixels.
 
     Raises:
-        UnusableImageError: it changed or went away since the folder was checked.
+        UnusableImageError: the file changed or vanished since the folder was checked.
     """
-    data, mtime = read_with_time(path)
+    data, mtime = read_with_mtime(path)
     if len(data) != entry.size:
         raise UnusableImageError(
             f"it has {len(data)} bytes, and had {entry.size} when the folder was checked; restore it"
         )
     if mtime != entry.mtime:
-        now = examine(entry.path, data, mtime=entry.mtime)
+        now = check_image(entry.path, data, mtime=entry.mtime)
         if now != entry:
             raise UnusableImageError(
                 f"it is {_describe(now)}, and was {_describe(entry)} when the folder was checked; restore it"
@@ -106,22 +105,22 @@ def read_image(path: str, entry: Entry) -> bytes:
 
 
 def read_crop(
-    path: str, entry: Entry, window: CropBox, size: int, flip: bool, shape: tuple[int, int] | None = None
+    path: str, entry: ImageEntry, box: CropBox, size: int, flip: bool, shape: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """One image by Pillow, from file to uint8 `[size, size, 3]`, or as `shape` says; see `resize_crop`.
+    """Read, decode and crop one image with Pillow; see `resize_crop`.
 
     Raises:
-        UnusableImageError: see `read_image`.
+        UnusableImageError: see `read_checked`.
     """
-    image = decode(read_image(path, entry), formats=TRAINING_FORMATS)
+    image = decode(read_checked(path, entry), formats=TRAINING_FORMATS)
     if image.size != (entry.width, entry.height):
         raise UnusableImageError(
             f"it is {image.width} × {image.height} px, and was {entry.width} × {entry.height} px "
             "when the folder was checked; restore it"
         )
-    return resize_crop(image, window, size, flip, shape)
+    return resize_crop(image, box, size, flip, shape)
 
 
-def _describe(entry: Entry) -> str:
-    kind = "" if entry.plain else " of an unusual kind"
+def _describe(entry: ImageEntry) -> str:
+    kind = "" if entry.dali_safe else " of an unusual kind"
     return f"a {entry.format} of {entry.width} × {entry.height} px{kind}"

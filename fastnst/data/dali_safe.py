@@ -1,8 +1,8 @@
-"""Which encoded images every decoder reads alike, and which are whole.
+"""Which encoded images DALI decodes exactly as Pillow does, and which are damaged.
 
-DALI stops for good at a file that it cannot read, and where formats leave room (orientation tags of the wrong type,
-CMYK, 16 bits, junk between segments) it and Pillow read differently. Files without such oddities are called plain;
-DALI is given only those. The others are decoded by Pillow for both loaders, so they cannot come out differently.
+A file that DALI cannot read breaks its whole pipeline; and DALI and Pillow disagree wherever formats are ambiguous
+(orientation tags of the wrong type, CMYK, 16 bits, junk between segments). Files without such oddities are DALI-safe,
+and DALI gets no others: Pillow decodes the rest for both loaders, so they cannot differ.
 """
 
 import struct
@@ -19,32 +19,32 @@ _EXIF = b"Exif\0\0"
 _TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
 
-def check_whole(data: bytes, image: Image.Image) -> None:
-    """Raise UnusableImageError for damage that Pillow overlooks: a PNG's checksums and its end."""
+def check_integrity(data: bytes, image: Image.Image) -> None:
+    """Raise UnusableImageError for damage that Pillow ignores: a PNG with a wrong checksum or no end."""
     if image.format == "PNG":
         _check_png(data)
 
 
 def is_dali_safe(data: bytes, image: Image.Image, orientation: int) -> bool:
-    """Whether DALI decodes these bytes to what Pillow makes of them.
+    """Whether DALI and Pillow decode these bytes to the same pixels.
 
     Args:
         data: the whole file.
-        image: the same, opened by Pillow.
-        orientation: as Pillow found it, 1 to 8.
+        image: the same file, opened by Pillow.
+        orientation: EXIF orientation that Pillow found, 1 to 8.
     """
     if image.format in ("JPEG", "MPO"):
-        return _is_plain_jpeg(data, orientation)
+        return _is_safe_jpeg(data, orientation)
     if orientation != 1:
         return False
     if image.format == "PNG":
-        return _is_plain_png(data)
-    # A WebP file with more than one chunk's worth (animation, metadata, a separate alpha plane) starts with VP8X.
+        return _is_safe_png(data)
+    # A WebP file with animation, metadata or a separate alpha plane starts with VP8X.
     return data[12:16] in (b"VP8 ", b"VP8L")
 
 
-def _is_plain_jpeg(data: bytes, orientation: int) -> bool:
-    """8-bit Huffman-coded grayscale or YCbCr, clean segments, and an orientation that leaves no doubt."""
+def _is_safe_jpeg(data: bytes, orientation: int) -> bool:
+    """Accept 8-bit Huffman-coded grayscale or YCbCr, clean segments, and an unambiguous orientation."""
     at, frame, adobe_transform, tags = 2, None, None, []
     while True:
         if len(data) < at + 4 or data[at] != 0xFF:
@@ -64,11 +64,11 @@ def _is_plain_jpeg(data: bytes, orientation: int) -> bool:
         at += 2 + length
     if frame is None or len(tags) > 1 or (_orientation(tags[0]) if tags else 1) != orientation:
         return False
-    return _is_plain_frame(frame, adobe_transform)
+    return _is_safe_frame(frame, adobe_transform)
 
 
-def _is_plain_frame(frame: bytes, adobe_transform: int | None) -> bool:
-    """Precision, height, width, then per component: identifier, sampling factors, table."""
+def _is_safe_frame(frame: bytes, adobe_transform: int | None) -> bool:
+    """Check precision, height, width; then identifier, sampling factors and table per component."""
     if len(frame) < 6 or frame[0] != 8 or len(frame) != 6 + 3 * frame[5]:
         return False
     identifiers, sampling = frame[6::3], frame[7::3]
@@ -80,9 +80,9 @@ def _is_plain_frame(frame: bytes, adobe_transform: int | None) -> bool:
 
 
 def _orientation(tags: bytes) -> int | None:
-    """The orientation in a TIFF block, 1 if absent; None if the first directory leaves any doubt.
+    """Return the orientation in a TIFF block: 1 if absent, None if its first directory is malformed.
 
-    Readers differ in what they make of a directory with one bad entry, so all of its entries have to be sound.
+    Decoders differ on a directory with one bad entry, so all its entries must be valid.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tags[:4])
     if order is None or len(tags) < 8:
@@ -107,8 +107,8 @@ def _orientation(tags: bytes) -> int | None:
     return value if len(found) == 1 and (kind, length) == (3, 1) and 1 <= value <= 8 else None
 
 
-def _is_plain_png(data: bytes) -> bool:
-    """8 bits per sample, not interlaced, not animated, without colour-key or palette transparency."""
+def _is_safe_png(data: bytes) -> bool:
+    """Accept 8 bits per sample, not interlaced, not animated, without colour-key or palette transparency."""
     depth, interlace = data[24], data[28]
     names = {name for name, _, _ in _png_chunks(data)}
     return depth == 8 and interlace == 0 and not names & {b"acTL", b"tRNS", b"eXIf"}
@@ -125,7 +125,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
-    """Name, start (at the name) and end (behind the checksum) of each whole chunk."""
+    """Return name, start (at the name) and end (after the checksum) of each complete chunk."""
     chunks = []
     at = len(PNG_SIGNATURE)
     while at + 12 <= len(data):

@@ -1,9 +1,10 @@
-"""Which files of a folder training may read, and why not the others.
+"""Check which files of a folder training can read, and why it rejects the others.
 
-Every candidate is decoded once, before training, because a damaged image must not end a run hours later. The
-outcome is kept in the cache folder and used again for each file whose size and modification time still stand.
+Every image is decoded once before training, so that a damaged one does not end a run hours later. Results are kept in
+the cache folder and reused for each file with the same size and modification time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,11 +16,12 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import PIL
 from PIL import Image
 
-from fastnst.data.dali_safe import check_whole, is_dali_safe
+from fastnst.data.dali_safe import check_integrity, is_dali_safe
 from fastnst.errors import DataError
 from fastnst.images import (
     MIN_SIDE,
@@ -40,19 +42,22 @@ TRAINING_SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"
 OTHER_SUFFIXES = frozenset(
     [".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".tga", ".psd"]
 )
-"""Images that training does not read: named as refused, unless their content is a JPEG, PNG or WebP after all. Files
-with any further suffix are passed over."""
+"""Suffixes of other image formats: rejected unless the content is a JPEG, PNG or WebP. Files with any other suffix are
+ignored."""
 
 _CACHE_VERSION = 2
 _CHUNK = 16
 
+_File = tuple[str, int, int]
+"""Path relative to the folder, size in bytes, modification time in ns."""
+
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """An image that training reads."""
+class ImageEntry:
+    """An image that passed the check."""
 
     path: str
-    """Relative to the folder; a name that is not UTF-8 holds surrogates, as `os.fsdecode` makes them."""
+    """Relative to the folder; decoded by `os.fsdecode`, so a name that is not UTF-8 holds surrogates."""
     size: int
     """Bytes."""
     width: int
@@ -60,15 +65,15 @@ class Entry:
     height: int
     format: str
     """`JPEG`, `PNG` or `WEBP`, by content."""
-    plain: bool
-    """Whether DALI decodes the file itself; the other images are decoded by Pillow for both loaders."""
+    dali_safe: bool
+    """Whether DALI may decode the file; if not, Pillow decodes it for both loaders. See `fastnst.data.dali_safe`."""
     mtime: int
-    """Modification time in ns; a file that has another one is checked again before it is used."""
+    """Modification time in ns; a file with another one is checked again before it is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A file that was refused."""
+    """A file that failed the check."""
 
     path: str
     """Relative to the folder."""
@@ -78,16 +83,16 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `build_manifest` found."""
+    """The checked images of a folder."""
 
     folder: Path
-    images: list[Entry]
-    """Sorted by the bytes of their path, so that the order does not depend on the file system or the locale."""
+    images: list[ImageEntry]
+    """Sorted by the bytes of their path, independent of file system and locale."""
     rejected: list[Rejection]
     fingerprint: str
-    """SHA-256 over path, size and dimensions of the accepted images: equal folders train alike."""
-    passed_over: int = 0
-    """Files without an image's suffix, and hidden ones."""
+    """SHA-256 over path, size and dimensions of `images`; the same for equal folders."""
+    ignored: int = 0
+    """Number of files that are hidden or lack an image suffix."""
 
 
 def build_manifest(
@@ -97,72 +102,54 @@ def build_manifest(
     progress: Callable[[int, int], None] | None = None,
     cache: bool = True,
     min_side: int = MIN_SIDE,
-    flat: bool = True,
+    allow_uniform: bool = True,
 ) -> Manifest:
-    """Check every image of a folder and its subfolders; links are followed, hidden files and folders are not entered.
+    """Check every image of a folder and its subfolders.
+
+    Links are followed; hidden files and folders are skipped.
 
     Args:
-        folder: where the images are.
-        workers: threads that decode; default: one for each core that this process may use.
-        progress: receives the number of files done and of all files, again and again.
-        cache: use, and write, the outcome of earlier checks.
-        min_side: pixels that the short side must have.
-        flat: take images of one colour, too. Training must not: where nothing varies, each instance norm multiplies
-            the gradient by 1/√ε, and sixteen of them in a row are beyond fp32.
+        folder: folder of images.
+        workers: decoding threads; default: one per core available to this process.
+        progress: called with (files done, files in total) after each file.
+        cache: reuse and store results of earlier checks.
+        min_side: minimum of the short side, in pixels.
+        allow_uniform: accept images of a single colour. Training must not: with zero variance, each instance norm
+            multiplies the gradient by 1/√ε, and sixteen of them in a row overflow fp32.
 
     Raises:
-        DataError: the folder is missing, unreadable or empty, or not one of its images can be used.
+        DataError: the folder is missing, unreadable or empty, or none of its images can be used.
     """
     folder = Path(folder)
-    unreadable, candidates, passed_over = _walk(folder)
+    unreadable, candidates, ignored = _list_files(folder)
     if not candidates and not unreadable:
         raise DataError(
-            f"{printable(folder)} holds no images, only {passed_over} other files; give a folder of JPEG, PNG or WebP"
+            f"{printable(folder)} holds no images, only {ignored} other files; give a folder of JPEG, PNG or WebP"
         )
-    cache_file = _cache_file(folder)
-    rules = _Rules(min_side, flat)
-    known = _read_cache(cache_file, rules) if cache else {}
-    results: dict[str, _Checked] = {}
-    pending: list[tuple[str, int, int]] = []
-    for path, size, mtime in candidates:
-        earlier = known.get(path)
-        if earlier is not None and (earlier.size, earlier.mtime) == (size, mtime):
-            results[path] = earlier
-        else:
-            pending.append((path, size, mtime))
-    report = progress or (lambda _done, _total: None)
-    report(len(results), len(candidates))
-    try:
-        for checked in _check_all(folder, pending, rules, workers or _cores()):
-            results[checked.path] = checked
-            report(len(results), len(candidates))
-    finally:
-        # Also when interrupted: the next start goes on from here.
-        if cache and pending:
-            _write_cache(cache_file, rules, results.values())
-    ordered = [results[path] for path, _, _ in candidates]
+    rules = _Rules(min_side, allow_uniform)
+    ordered = _check_all(folder, candidates, rules, workers or len(os.sched_getaffinity(0)), progress, cache)
     images = [checked.entry for checked in ordered if checked.entry is not None]
     rejected = [Rejection(checked.path, checked.reason) for checked in ordered if checked.entry is None]
     rejected = sorted([*rejected, *unreadable], key=lambda rejection: os.fsencode(rejection.path))
     if not images:
         first = rejected[0]
         raise DataError(
-            f"not one of the {len(rejected)} images in {printable(folder)} can be used; "
+            f"none of the {len(rejected)} images in {printable(folder)} can be used; "
             f"the first, {printable(first.path)}: {first.reason}"
         )
-    return Manifest(folder, images, rejected, fingerprint_of(images), passed_over)
+    return Manifest(folder, images, rejected, compute_fingerprint(images), ignored)
 
 
 def write_rejections(manifest: Manifest, path: Path, more: Iterable[str] = ()) -> None:
-    """Write one JSON object per refused file, `{"path": …, "reason": …}`, atomically; no lines if none was refused.
+    """Write one JSON object per rejected file, `{"path": …, "reason": …}`, atomically.
 
     Args:
-        manifest: what the check found.
-        path: the file.
-        more: further lines, with their ends.
+        manifest: result of the check.
+        path: file to write; empty if nothing was rejected.
+        more: further lines to append, each with its newline.
 
     Raises:
-        DataError: the storage refuses.
+        DataError: the file cannot be written.
     """
     rows = (
         json.dumps({"path": printable(rejection.path), "reason": rejection.reason}, ensure_ascii=False) + "\n"
@@ -171,67 +158,85 @@ def write_rejections(manifest: Manifest, path: Path, more: Iterable[str] = ()) -
     write_atomic(path, "".join([*rows, *more]).encode())
 
 
-def examine(path: str, data: bytes, *, mtime: int, min_side: int = 1, flat: bool = True) -> Entry:
-    """Check one image, wholly.
+def check_image(path: str, data: bytes, *, mtime: int, min_side: int = 1, allow_uniform: bool = True) -> ImageEntry:
+    """Check one image completely, and describe it.
 
     Args:
-        path: relative to its folder; only put into the entry, like `mtime`.
-        data: all bytes of its file.
-        mtime: of the file, in ns.
-        min_side: pixels that the short side must have.
-        flat: take an image of one colour, too.
+        path: relative to the folder; only copied into the entry.
+        data: all bytes of the file.
+        mtime: modification time in ns; only copied into the entry.
+        min_side, allow_uniform: see `build_manifest`.
 
     Raises:
-        UnusableImageError: it cannot serve.
+        UnusableImageError: the image fails the check.
     """
     image = open_image(data, formats=TRAINING_FORMATS)
     width, height = image.size
     check_size(width, height, min_side)
-    check_whole(data, image)
-    # Entropy decoding is what finds damage; the rest of JPEG's inverse transform, which scale 1/8 skips, finds none.
+    check_integrity(data, image)
+    # Damage shows in JPEG's entropy decoding. Scale 1/8 does that in full and skips most of the inverse transform.
     image.draft("L", (1, 1))
     load(image)
-    if not flat and _is_flat(image, data):
+    if not allow_uniform and _is_uniform(image, data):
         raise UnusableImageError("all of it has one colour, which makes gradients overflow; remove it")
     orientation = orientation_of(image)
     if orientation >= 5:
         width, height = height, width
-    plain = is_dali_safe(data, image, orientation)
-    if not plain:
+    dali_safe = is_dali_safe(data, image, orientation)
+    if not dali_safe:
         decode(data, formats=TRAINING_FORMATS)
     image_format = "JPEG" if image.format in ("JPEG", "MPO") else str(image.format)
-    return Entry(path, len(data), width, height, image_format, plain, mtime)
+    return ImageEntry(path, len(data), width, height, image_format, dali_safe, mtime)
 
 
-def fingerprint_of(images: Iterable[Entry]) -> str:
-    """`Manifest.fingerprint` of these images."""
+def compute_fingerprint(images: Iterable[ImageEntry]) -> str:
+    """Return `Manifest.fingerprint` for these images."""
     digest = hashlib.sha256()
     for entry in images:
         digest.update(os.fsencode(entry.path) + f"\0{entry.size} {entry.width} {entry.height}\0".encode())
     return digest.hexdigest()
 
 
+def quote_path(path: str) -> str:
+    """Percent-encode a path, since JSON cannot hold names that are not UTF-8."""
+    return quote_from_bytes(os.fsencode(path))
+
+
+def unquote_path(quoted: str) -> str:
+    """Undo `quote_path`.
+
+    Raises:
+        ValueError: the path leads out of its folder, or is none.
+    """
+    name = unquote_to_bytes(quoted)
+    if not name or name.startswith(b"/") or b".." in name.split(b"/") or b"\0" in name:
+        raise ValueError("not a path inside the folder")
+    return os.fsdecode(name)
+
+
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What a check asks for; see `build_manifest`."""
+    """Options that decide the result of a check; see `build_manifest`."""
 
     min_side: int
-    flat: bool
+    allow_uniform: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
+    """Result of checking one file."""
+
     path: str
     size: int
     mtime: int
-    entry: Entry | None
+    entry: ImageEntry | None
     reason: str = ""
-    lasting: bool = True
-    """Whether the outcome follows from the file's content alone."""
+    cacheable: bool = True
+    """Whether the result depends on the file's content alone."""
 
 
-def _walk(folder: Path) -> tuple[list[Rejection], list[tuple[str, int, int]], int]:
-    """Files that cannot be looked at; path, size and modification time in ns of the candidates, sorted; other files."""
+def _list_files(folder: Path) -> tuple[list[Rejection], list[_File], int]:
+    """Return unreadable files, image files sorted by path, and the number of other files."""
     try:
         next(folder.iterdir(), None)
     except NotADirectoryError as error:
@@ -239,9 +244,9 @@ def _walk(folder: Path) -> tuple[list[Rejection], list[tuple[str, int, int]], in
     except OSError as error:
         raise DataError(f"cannot read the folder {printable(folder)}: {explain_os_error(error)}") from error
     unreadable: list[Rejection] = []
-    candidates: list[tuple[str, int, int]] = []
+    candidates: list[_File] = []
     suffixes = TRAINING_SUFFIXES | OTHER_SUFFIXES
-    passed_over = 0
+    ignored = 0
     visited: set[tuple[int, int]] = set()
 
     def refuse(error: OSError) -> None:
@@ -249,14 +254,14 @@ def _walk(folder: Path) -> tuple[list[Rejection], list[tuple[str, int, int]], in
 
     for directory, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = Path(directory).stat()
-        if (status.st_dev, status.st_ino) in visited:  # A link led back; its files have been seen.
+        if (status.st_dev, status.st_ino) in visited:  # A link back to a folder seen before.
             subfolders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:  # noqa: PTH122
-                passed_over += 1
+                ignored += 1
                 continue
             path = os.path.join(directory, name)  # noqa: PTH118
             try:
@@ -270,11 +275,43 @@ def _walk(folder: Path) -> tuple[list[Rejection], list[tuple[str, int, int]], in
             else:
                 unreadable.append(Rejection(relative, "it is not a regular file; remove it"))
     candidates.sort(key=lambda candidate: os.fsencode(candidate[0]))
-    return unreadable, candidates, passed_over
+    return unreadable, candidates, ignored
 
 
-def _check_all(folder: Path, pending: list[tuple[str, int, int]], rules: _Rules, workers: int) -> Iterator[_Checked]:
-    """Threads, not processes: decoding and reading release the interpreter's lock, and nothing has to be started."""
+def _check_all(
+    folder: Path,
+    candidates: list[_File],
+    rules: _Rules,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+    cache: bool,
+) -> list[_Checked]:
+    """Check the candidates, in order, reusing cached results."""
+    cache_file = _cache_file(folder)
+    known = _read_cache(cache_file, rules) if cache else {}
+    results: dict[str, _Checked] = {}
+    pending: list[_File] = []
+    for path, size, mtime in candidates:
+        earlier = known.get(path)
+        if earlier is not None and (earlier.size, earlier.mtime) == (size, mtime):
+            results[path] = earlier
+        else:
+            pending.append((path, size, mtime))
+    report = progress or (lambda _done, _total: None)
+    report(len(results), len(candidates))
+    try:
+        for checked in _check_in_threads(folder, pending, rules, workers):
+            results[checked.path] = checked
+            report(len(results), len(candidates))
+    finally:
+        # Also when interrupted: the next check continues from here.
+        if cache and pending:
+            _write_cache(cache_file, rules, results.values())
+    return [results[path] for path, _, _ in candidates]
+
+
+def _check_in_threads(folder: Path, pending: list[_File], rules: _Rules, workers: int) -> Iterator[_Checked]:
+    """Check files in threads, which suffice: reading and decoding release the GIL."""
     rest = iter(pending)
     running: deque[Future[list[_Checked]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="check")
@@ -293,24 +330,20 @@ def _check(folder: Path, path: str, size: int, mtime: int, rules: _Rules) -> _Ch
     try:
         data = read_bytes(os.path.join(folder, path))  # noqa: PTH118
     except UnusableImageError as error:
-        return _Checked(path, size, mtime, None, str(error), lasting=False)
+        return _Checked(path, size, mtime, None, str(error), cacheable=False)
     try:
-        return _Checked(path, size, mtime, examine(path, data, mtime=mtime, **asdict(rules)))
+        return _Checked(path, size, mtime, check_image(path, data, mtime=mtime, **asdict(rules)))
     except UnusableImageError as error:
         return _Checked(path, size, mtime, None, str(error))
 
 
-def _is_flat(image: Image.Image, data: bytes) -> bool:
-    """Whether all pixels have one colour; `image` is loaded, perhaps in a coarser version."""
+def _is_uniform(image: Image.Image, data: bytes) -> bool:
+    """Whether all pixels have the same colour; `image` is loaded, possibly at reduced scale."""
     extrema: Any = image.getextrema()
     low, high = extrema if len(image.getbands()) == 1 else extrema[0]
     if low != high:
         return False
     return all(low == high for low, high in decode(data, formats=TRAINING_FORMATS).getextrema())  # type: ignore[misc]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cache_file(folder: Path) -> Path:
@@ -319,12 +352,12 @@ def _cache_file(folder: Path) -> Path:
 
 
 def _cache_key(rules: _Rules) -> list[Any]:
-    """What else decides the outcome of a check."""
-    return [_CACHE_VERSION, PIL.__version__, rules.min_side, rules.flat]
+    """Return all that decides the result of a check, besides the file."""
+    return [_CACHE_VERSION, PIL.__version__, *asdict(rules).values()]
 
 
 def _read_cache(file: Path, rules: _Rules) -> dict[str, _Checked]:
-    """Earlier outcomes by path; nothing if the file is absent, damaged or of another version."""
+    """Return earlier results by path; empty if the cache file is absent, damaged or of another version."""
     try:
         content = json.loads(file.read_bytes())
         if content["key"] != _cache_key(rules):
@@ -335,15 +368,13 @@ def _read_cache(file: Path, rules: _Rules) -> dict[str, _Checked]:
 
 
 def _write_cache(file: Path, rules: _Rules, results: Iterable[_Checked]) -> None:
-    # ASCII, because names that are not UTF-8 hold lone surrogates.
+    # ASCII, since names that are not UTF-8 hold lone surrogates.
     content = json.dumps(
-        {"key": _cache_key(rules), "files": [_to_row(checked) for checked in results if checked.lasting]}
+        {"key": _cache_key(rules), "files": [_to_row(checked) for checked in results if checked.cacheable]}
     )
-    try:
+    # In a full or read-only home folder, the next check only takes longer.
+    with contextlib.suppress(DataError):
         write_atomic(file, content.encode("ascii"))
-    except DataError:
-        # A full or read-only home folder costs the next start some time, and this one nothing.
-        return
 
 
 def _to_row(checked: _Checked) -> list[Any]:
@@ -358,8 +389,10 @@ def _from_row(row: list[Any]) -> _Checked:
     return _Checked(path, size, mtime, None if entry is None else _to_entry(path, mtime, *entry), reason)
 
 
-def _to_entry(path: str, mtime: int, size: int, width: int, height: int, image_format: str, plain: bool) -> Entry:
-    whole = all(isinstance(number, int) and number > 0 for number in (size, width, height))
-    if not whole or image_format not in TRAINING_FORMATS or not isinstance(plain, bool):
+def _to_entry(
+    path: str, mtime: int, size: int, width: int, height: int, image_format: str, dali_safe: bool
+) -> ImageEntry:
+    positive = all(isinstance(number, int) and number > 0 for number in (size, width, height))
+    if not positive or image_format not in TRAINING_FORMATS or not isinstance(dali_safe, bool):
         raise TypeError(f"not an entry of a manifest: {path!r}")
-    return Entry(path, size, width, height, image_format, plain, mtime)
+    return ImageEntry(path, size, width, height, image_format, dali_safe, mtime)

@@ -1,10 +1,10 @@
-"""What stands in for an image that fails during training, though the check had accepted it.
+"""Replace images that passed the check but cannot be read during training.
 
-The rule: from the step in which an image cannot be read on, each of its places in the run takes the next image of
-the manifest (after the last comes the first) that has not failed by that step, with the place's own crop and flip.
+The rule: from the step in which an image cannot be read, the sampler's index is replaced by the next index (modulo the
+number of images) that has not failed by that step; crop and flip stay.
 
-So what a batch holds follows from the run's order, the list of failures with their steps, and the files; not from the
-loader, nor from how far it reads ahead. The list itself depends on one thing only: when a file went bad.
+So a batch depends on the sampler, the list of failures with their steps, and the files; not on the loader or on how
+far it reads ahead. The list itself depends only on when a file became unreadable.
 """
 
 import dataclasses
@@ -14,41 +14,40 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 
-from fastnst.data.crop import read_image
-from fastnst.data.manifest import Entry, Manifest, fingerprint_of
+from fastnst.data.crop import read_checked
+from fastnst.data.manifest import ImageEntry, Manifest, compute_fingerprint, quote_path, unquote_path
 from fastnst.errors import DataError
 from fastnst.images import TRAINING_FORMATS, UnusableImageError, explain_os_error, printable
 
 ALWAYS_ALLOWED = 3
-"""Images that may fail in a folder of any size, unless none may: one percent of a small folder is no image."""
-_NAMED = 3
-_NEVER = -1
+"""Failures allowed in a folder of any size unless `max_percent` is 0: 1 % of a small folder is less than one image."""
+_MAX_NAMED = 3
+_UNKNOWN_MTIME = -1
 
 
 @dataclass(frozen=True, slots=True)
 class ReadFailure:
-    """An image that the check accepted and that could not be read later."""
+    """An image that passed the check and could not be read later."""
 
-    entry: Entry
-    """As it was accepted: with it the manifest can be restored though the file is gone."""
+    entry: ImageEntry
+    """As checked; restores the manifest even if the file is gone."""
     reason: str
     """What is wrong with it, and what to do."""
     step: int
-    """The first step of the run, counted from 1, that does without it."""
+    """First step of the run, counted from 1, that replaces it."""
 
 
 class ImageReplacer:
-    """Which images failed since the check, from which step on, and which take their places.
+    """Records images that failed since the check, and replaces them from the step of their failure.
 
     Args:
-        manifest: of the folder.
-        max_percent: of the manifest's images that may fail (`data.max_failed_percent`); 0: none.
-        earlier: failures that this run knows already.
-        on_failure: told of each new one, at once, in the thread that iterates the loader; what it raises ends training.
+        manifest: images of the run.
+        max_percent: percentage of the images that may fail (`data.max_failed_percent`); 0: none.
+        earlier: failures from before a resume.
+        on_failure: called with each new failure, in the thread that iterates the loader; if it raises, training ends.
     """
 
     def __init__(
@@ -60,27 +59,22 @@ class ImageReplacer:
         on_failure: Callable[[ReadFailure], None] = lambda _: None,
     ) -> None:
         self._manifest, self._max_percent, self._on_failure = manifest, max_percent, on_failure
-        self._allowed = most_failures(len(manifest.images), max_percent)
-        self._failed: dict[int, ReadFailure] = {}
-        earlier = list(earlier)
-        positions = {entry.path: index for index, entry in enumerate(manifest.images)} if earlier else {}
-        for failure in earlier:
-            if failure.entry.path in positions:
-                self._failed[positions[failure.entry.path]] = failure
-        if earlier:
-            self._check_count()
+        self._allowed = max_failures(len(manifest.images), max_percent)
+        index_of = {entry.path: index for index, entry in enumerate(manifest.images)}
+        self._failed = {index_of[each.entry.path]: each for each in earlier if each.entry.path in index_of}
+        self._check_count()
 
-    def indices(self, step: int, indices: np.ndarray) -> np.ndarray:
-        """What to read in `step` (from 0, as loaders count) where the order says `indices`; both int64 `[B]`."""
+    def replace(self, step: int, indices: np.ndarray) -> np.ndarray:
+        """Replace failed images among the sampler's indices, int64 `[B]`, of `step` (from 0)."""
         if not self._failed:
             return indices
-        return np.array([self._stand_in(step, int(index)) for index in indices], dtype=np.int64)
+        return np.array([self._replacement(step, int(index)) for index in indices], dtype=np.int64)
 
     def fail(self, step: int, reasons: Sequence[tuple[int, str]]) -> None:
-        """Note that in `step` (from 0) images could not be read: index and reason of each.
+        """Record the index and reason of images that could not be read in `step` (from 0).
 
         Raises:
-            DataError: more failed than may fail.
+            DataError: more images failed than allowed.
         """
         for index, reason in dict(reversed(reasons)).items():
             if self._has_failed(step, index):
@@ -94,8 +88,8 @@ class ImageReplacer:
         failure = self._failed.get(index)
         return failure is not None and failure.step <= step + 1
 
-    def _stand_in(self, step: int, index: int) -> int:
-        # Ends, because `_check_count` ends the run when the last image has failed.
+    def _replacement(self, step: int, index: int) -> int:
+        # Terminates: `_check_count` raises before the last image fails.
         while self._has_failed(step, index):
             index = (index + 1) % len(self._manifest.images)
         return index
@@ -104,7 +98,7 @@ class ImageReplacer:
         failed, total = len(self._failed), len(self._manifest.images)
         if failed <= self._allowed:
             return
-        first = list(self._failed.values())[:_NAMED]
+        first = list(self._failed.values())[:_MAX_NAMED]
         if not self._max_percent:
             path = os.path.join(self._manifest.folder, first[0].entry.path)  # noqa: PTH118
             raise DataError(f"cannot read {printable(path)}: {first[0].reason}")
@@ -116,17 +110,17 @@ class ImageReplacer:
         )
 
 
-def most_failures(images: int, max_percent: float) -> int:
-    """How many of a folder's images may fail during a run: the percentage, but at least 3, and never all."""
+def max_failures(images: int, max_percent: float) -> int:
+    """Return how many images may fail during a run: the percentage, but at least 3 and never all."""
     if not max_percent:
         return 0
     return min(max(ALWAYS_ALLOWED, int(images * max_percent / 100)), images - 1)
 
 
 def with_failed(manifest: Manifest, failures: Iterable[ReadFailure]) -> Manifest:
-    """The manifest of a folder as it was when the run began: images that failed since are put back into it.
+    """Restore the manifest as of the run's start, by putting back images that failed since.
 
-    Positions in the manifest are what the order of a run consists of, so they must not shift when a file is gone.
+    The sampler draws indices into the manifest, so they must not shift when a file is gone.
     """
     recorded = {failure.entry.path: failure.entry for failure in failures}
     if not recorded:
@@ -137,42 +131,41 @@ def with_failed(manifest: Manifest, failures: Iterable[ReadFailure]) -> Manifest
     images.sort(key=lambda entry: os.fsencode(entry.path))
     paths = {entry.path for entry in images}
     rejected = [rejection for rejection in manifest.rejected if rejection.path not in paths]
-    return dataclasses.replace(manifest, images=images, rejected=rejected, fingerprint=fingerprint_of(images))
+    return dataclasses.replace(manifest, images=images, rejected=rejected, fingerprint=compute_fingerprint(images))
 
 
 def still_failed(folder: Path, failures: Iterable[ReadFailure], done: int) -> list[ReadFailure]:
-    """Those failures that still hold when a run is resumed after `done` steps.
+    """Return the failures that remain in force when a run resumes after `done` steps.
 
-    What failed in a step that is done stays out, as it would have without the interruption. What failed in a step that
-    is to be repeated is tried again if the file has come back.
+    An image that failed in a completed step stays replaced, as in an uninterrupted run. One that failed in a step to be
+    repeated is read again if its file is readable now.
     """
     return [failure for failure in failures if failure.step <= done or not _readable(folder, failure.entry)]
 
 
-def late_row(failure: ReadFailure) -> str:
-    """The line of `rejected.jsonl`; beside path and reason it holds what `read_failures` needs."""
+def failure_row(failure: ReadFailure) -> str:
+    """Format a failure as a line of `rejected.jsonl`, with all that `read_failures` needs."""
     entry = failure.entry
     row = {
         "path": printable(entry.path),
         "reason": failure.reason,
         "step": failure.step,
         "checked": {
-            # A name that is not UTF-8 cannot stand in JSON, and must come back exactly.
-            "name": quote_from_bytes(os.fsencode(entry.path)),
+            "name": quote_path(entry.path),
             "size": entry.size,
             "width": entry.width,
             "height": entry.height,
             "format": entry.format,
-            "plain": entry.plain,
+            "plain": entry.dali_safe,
         },
     }
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_failures(path: Path) -> list[ReadFailure]:
-    """The failures noted in a `rejected.jsonl`, in their order; of an image noted twice, the earlier step counts.
+    """Read the failures in a `rejected.jsonl`, in order.
 
-    A last line that was not finished, because the process was killed in the middle, does not count.
+    An image listed twice counts from its earlier step. An incomplete last line, left by a killed process, is ignored.
 
     Raises:
         DataError: the file is damaged or cannot be read.
@@ -187,7 +180,7 @@ def read_failures(path: Path) -> list[ReadFailure]:
 
 
 def parse_failures(content: bytes, path: Path) -> list[ReadFailure]:
-    """The same from the content of the file, which is that of `path`."""
+    """Parse the content of a `rejected.jsonl`; `path` is for error messages. See `read_failures`."""
     found: dict[str, ReadFailure] = {}
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
@@ -197,7 +190,7 @@ def parse_failures(content: bytes, path: Path) -> list[ReadFailure]:
             failure = _from_row(row) if "step" in row else None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(
-                f"line {number} of {printable(path)} is damaged; remove that line to resume without what it says"
+                f"line {number} of {printable(path)} is damaged; remove that line to resume without it"
             ) from error
         if failure is not None:
             known = found.get(failure.entry.path)
@@ -207,10 +200,10 @@ def parse_failures(content: bytes, path: Path) -> list[ReadFailure]:
 
 
 def append_row(path: Path, row: str) -> None:
-    """Add a line to a file, whole and durable.
+    """Append a line to a file and make it durable (fsync).
 
     Raises:
-        OSError: the storage refuses.
+        OSError: the file cannot be written.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -222,15 +215,15 @@ def append_row(path: Path, row: str) -> None:
         os.close(descriptor)
 
 
-def _changed(entry: Entry, recorded: dict[str, Entry]) -> bool:
-    """Whether an image is another now than the one that failed under its name."""
+def _changed(entry: ImageEntry, recorded: dict[str, ImageEntry]) -> bool:
+    """Whether an image differs now from the one that failed under its name."""
     then = recorded.get(entry.path)
-    return then is not None and dataclasses.replace(entry, mtime=_NEVER) != then
+    return then is not None and dataclasses.replace(entry, mtime=_UNKNOWN_MTIME) != then
 
 
-def _readable(folder: Path, entry: Entry) -> bool:
+def _readable(folder: Path, entry: ImageEntry) -> bool:
     try:
-        read_image(os.path.join(folder, entry.path), dataclasses.replace(entry, mtime=_NEVER))  # noqa: PTH118
+        read_checked(os.path.join(folder, entry.path), dataclasses.replace(entry, mtime=_UNKNOWN_MTIME))  # noqa: PTH118
     except UnusableImageError:
         return False
     return True
@@ -238,15 +231,13 @@ def _readable(folder: Path, entry: Entry) -> bool:
 
 def _from_row(row: dict[str, Any]) -> ReadFailure:
     checked, reason = row["checked"], row["reason"]
-    name = unquote_to_bytes(checked["name"])
+    path = unquote_path(checked["name"])
     numbers = [checked["size"], checked["width"], checked["height"], row["step"]]
     if not all(type(number) is int and number > 0 for number in numbers):
-        raise TypeError("sizes and steps are whole numbers above 0")
+        raise TypeError("sizes and steps must be positive integers")
     if not isinstance(reason, str) or checked["format"] not in TRAINING_FORMATS or type(checked["plain"]) is not bool:
-        raise TypeError("not an image that a check accepted")
-    if not name or name.startswith(b"/") or b".." in name.split(b"/") or b"\0" in name:
-        raise ValueError("not a path inside the folder")
-    # No file has this time: whoever reads the image checks it again first.
+        raise TypeError("not an image that passed the check")
+    # No file has this mtime, so reading the image checks it again.
     size, width, height, step = numbers
-    entry = Entry(os.fsdecode(name), size, width, height, checked["format"], checked["plain"], _NEVER)
+    entry = ImageEntry(path, size, width, height, checked["format"], checked["plain"], _UNKNOWN_MTIME)
     return ReadFailure(entry, reason, step)

@@ -1,4 +1,4 @@
-"""The loss network and its losses as one function that takes its own gradient: no graph, and no weight gradients.
+"""The perceptual loss with its own hand-written gradient: no autograd graph, and no weight gradients.
 
 Legend: φ the frozen VGG19 up to the deepest layer in use; L the loss. A stage is a convolution, its ReLU and, where a
 block ends, the pooling, whose switches are a 0/1 matrix S:
@@ -7,11 +7,11 @@ block ends, the pooling, whose switches are a 0/1 matrix S:
 
 Backward, a stage from ∂L/∂p or ∂L/∂y to ∂L/∂x, Wᵀ ∗ being the transposed convolution:
 
-    ∂L/∂y = Sᵀ ∂L/∂p     ∂L/∂z = [y > 0]·(∂L/∂y + what losses on y add)     ∂L/∂x = Wᵀ ∗ ∂L/∂z
+    ∂L/∂y = Sᵀ ∂L/∂p     ∂L/∂z = [y > 0]·(∂L/∂y + gradient of the losses on y)     ∂L/∂x = Wᵀ ∗ ∂L/∂z
 
-p holds values of y, so that the mask may be taken there, on a quarter of the elements: ∂L/∂z = Sᵀ([p > 0]·∂L/∂p). A
-stage therefore leaves y for the backward, or p and the switches instead, and both only where a loss is measured on
-both. A loss before a ReLU needs z as well. Whatever the backward has used is freed before it goes on.
+p holds values of y, so the mask can be applied to p, a quarter of the elements: ∂L/∂z = Sᵀ([p > 0]·∂L/∂p). A stage
+therefore saves y, or p and the switches, and both only if both have a loss. A loss before a ReLU needs z as well. The
+backward frees each stage's activations as soon as it has used them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,47 +22,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnst.losses.conv_ops import convolve, convolve_backward, convolve_relu, pool, unpool
-from fastnst.losses.fused_terms import Taps
+from fastnst.losses.fused_terms import FusedLossTerms
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import OutputMapping
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES, deepest_layer
-from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
+from fastnst_kernels import output_to_vgg_input, output_to_vgg_input_backward, uint8_to_input
 
 
-class LossEngine:
-    """What `PerceptualLoss` computes, and its gradient with respect to the stylised images.
+class FusedPerceptualLoss:
+    """Computes `PerceptualLoss` and its gradient with respect to the stylized images.
 
     φ's convolutions run in `dtype`, whatever autocast says; Grams, losses and sums of gradients in fp32, or fp64.
-
-    `fused_ops.convolve_relu` may turn NaN into 0. A NaN or an infinity in the stylised images is therefore looked for
-    there, and makes the total and the whole gradient NaN.
+    `convolve_relu` may turn NaN into 0, so the stylized images are checked first: a NaN or infinity in them makes the
+    total and the whole gradient NaN.
 
     Args:
-        loss: on the device. Its φ's weights are taken now, its style whenever it is called.
+        loss: on the device. φ's weights are copied now; the style is read at each call.
         dtype: type of φ's convolutions; None: that of its weights.
-        beside: an engine of another loss on the same φ and layers, in the same type: its weights are shared.
+        shared_vgg: the fused loss of another style on the same φ, layers and type, to share its copy of the weights.
     """
 
     def __init__(
-        self, loss: PerceptualLoss, dtype: torch.dtype | None = None, *, beside: "LossEngine | None" = None
+        self, loss: PerceptualLoss, dtype: torch.dtype | None = None, *, shared_vgg: "FusedPerceptualLoss | None" = None
     ) -> None:
         self._loss = loss
         self._dtype = dtype or loss.vgg.mean.dtype
-        # RGB, as the images are; see `_stages`.
+        # In RGB, as the images; see `_stages`.
         self._mean, self._gain = loss.vgg.mean.flatten(), loss.vgg.gain.flatten()
         self._shift = -self._mean * self._gain
-        if beside is None:
+        if shared_vgg is None:
             self._stages = _stages(loss.vgg, deepest_layer(loss.layers), self._dtype)
         else:
-            assert (beside._loss.vgg, beside._loss.layers, beside._dtype) == (loss.vgg, loss.layers, self._dtype)
-            self._stages = beside._stages
+            shared = (shared_vgg._loss.vgg, shared_vgg._loss.layers, shared_vgg._dtype)
+            assert shared == (loss.vgg, loss.layers, self._dtype)
+            self._stages = shared_vgg._stages
 
     @torch.no_grad()
     def content_targets(self, content: Tensor) -> dict[str, Tensor]:
-        """φ of the content images at the content layers, for any number of calls.
-
-        Args:
-            content: `[N, 3, H, W]`, RGB, floating in [0, 1] or uint8.
+        """Compute φ at the content layers of images `[N, 3, H, W]`, RGB, floating in [0, 1] or uint8.
 
         Raises:
             UserError: the images are too small for a layer.
@@ -71,130 +68,130 @@ class LossEngine:
         targets: dict[str, Tensor] = {}
         if layers:
             self._loss.vgg.check(content, layers)
-            for kept in self._forward(self._input_of(content), layers, for_backward=False):
-                targets |= {name: x for name, x in kept.outputs().items() if name in layers}
+            for saved in self._forward(self._input_of(content), layers, for_backward=False):
+                targets |= {name: x for name, x in saved.outputs().items() if name in layers}
         return targets
 
     def __call__(
-        self, stylized: Tensor, targets: Mapping[str, Tensor], d_total: Tensor | None = None
+        self, stylized: Tensor, targets: Mapping[str, Tensor], grad_output: Tensor | None = None
     ) -> tuple[LossTerms, Tensor]:
-        """The loss of a batch and its gradient.
+        """Compute the loss of a batch and its gradient.
 
         Args:
             stylized: `[N, 3, H, W]`, RGB in [0, 1].
-            targets: `content_targets` of the images that were stylised.
-            d_total: what the gradient is multiplied by, 0-d on the device, such as a loss scale; None: 1.
+            targets: `content_targets` of the original images.
+            grad_output: factor of the gradient, 0-d on the device, such as a loss scale; None: 1.
 
         Returns:
-            The terms, and d_total · ∂total/∂stylized `[N, 3, H, W]` in the type of `stylized`.
+            The terms, and grad_output · ∂total/∂stylized `[N, 3, H, W]` in the type of `stylized`.
 
         Raises:
-            ValueError: the loss has no style, or the targets are those of images of another size.
+            ValueError: the loss has no style, or the targets belong to images of another size.
             UserError: the images are too small for a layer.
         """
         self._loss.vgg.check(stylized, self._loss.layers)
-        as_it_is = OutputMapping((0, 0, *stylized.shape[2:]), False, 1.0, 0.0)
-        return self.loss_and_grad(stylized, as_it_is, targets, d_total)
+        identity = OutputMapping((0, 0, *stylized.shape[2:]), False, 1.0, 0.0)
+        return self.loss_and_grad(stylized, identity, targets, grad_output)
 
     @torch.no_grad()
     def loss_and_grad(
-        self, raw: Tensor, painted: OutputMapping, targets: Mapping[str, Tensor], d_total: Tensor | None = None
+        self,
+        pre_activation: Tensor,
+        output_mapping: OutputMapping,
+        targets: Mapping[str, Tensor],
+        grad_output: Tensor | None = None,
     ) -> tuple[LossTerms, Tensor]:
-        """As a call with the stylised images, from what the transform net's last layer put out, and back to there.
+        """Compute the loss and its gradient at the transform net's last layer, before its output mapping.
 
         Args:
-            raw: `[N, 3, H', W']`.
-            painted: what of it are the images.
-            targets: as above.
-            d_total: as above.
+            pre_activation: `[N, 3, H', W']`, the last layer's output.
+            output_mapping: maps it to the stylized images.
+            targets: as in a call, like the errors.
+            grad_output: as in a call.
 
         Returns:
-            The terms, and d_total · ∂total/∂raw, of raw's shape and type.
-
-        Raises:
-            ValueError: as above.
-            UserError: as above.
+            The terms, and grad_output · ∂total/∂pre_activation, of its shape and type.
         """
-        loss = self._loss
-        loss.vgg.check(raw[:, :, : painted.window[2], : painted.window[3]], loss.layers)
-        taps = Taps(loss, targets, d_total)
-        u, sums = self.preprocess(raw, painted)
-        vertical, horizontal, watch = sums.sum(0)
+        loss, window = self._loss, output_mapping.window
+        loss.vgg.check(pre_activation[:, :, : window[2], : window[3]], loss.layers)
+        fused_terms = FusedLossTerms(loss, targets, grad_output)
+        u, sums = self.preprocess(pre_activation, output_mapping)
+        vertical, horizontal, nonfinite = sums.sum(0)
         variation = loss.tv.weights(u.shape) if loss.tv.factor else (0.0, 0.0)
-        kept = self.forward(u)
+        saved = self.forward(u)
         del u
-        gradient = self._backward(kept, taps)
-        raw_gradient = network_boundary_backward(
-            *(raw, gradient, self._gain),
-            window=painted.window,
-            tanh=painted.tanh,
-            factor=painted.factor,
+        gradient = output_to_vgg_input_backward(
+            *(pre_activation, self._backward(saved, fused_terms), self._gain),
+            window=window,
+            tanh=output_mapping.tanh,
+            factor=output_mapping.factor,
             variation=variation,
-            d_variation=d_total,
-            watch=watch,
+            d_variation=grad_output,
+            watch=nonfinite,
         )
-        tv = torch.zeros_like(watch)
+        tv = torch.zeros_like(nonfinite)
         if loss.tv.factor:
             tv = variation[0] * vertical + variation[1] * horizontal
-        return taps.terms(tv, watch), raw_gradient
+        return fused_terms.terms(tv, nonfinite), gradient
 
-    def preprocess(self, raw: Tensor, painted: OutputMapping) -> tuple[Tensor, Tensor]:
-        """φ's input `[N, 3, H, W]` for the images in `raw`, and the sums that `network_boundary` gives."""
-        return network_boundary(raw, self._mean, self._gain, **painted._asdict(), dtype=self._dtype)
+    def preprocess(self, pre_activation: Tensor, output_mapping: OutputMapping) -> tuple[Tensor, Tensor]:
+        """φ's input `[N, 3, H, W]` for the stylized images, and the sums of `output_to_vgg_input`."""
+        mapping = output_mapping._asdict()
+        return output_to_vgg_input(pre_activation, self._mean, self._gain, **mapping, dtype=self._dtype)
 
     @torch.no_grad()
-    def forward(self, u: Tensor) -> list["Kept"]:
-        """What the backward of a batch needs, front to back; `u` is what `entered` gives."""
+    def forward(self, u: Tensor) -> list["SavedActivations"]:
+        """Run φ on the result of `preprocess`; return the activations that the backward needs, front to back."""
         return list(self._forward(u, self._loss.layers, for_backward=True))
 
     def _input_of(self, images: Tensor) -> Tensor:
         """φ's input for `images` `[N, 3, H, W]`, floating or uint8, in `dtype`."""
         if images.dtype == torch.uint8:
-            return picture_input(images, 1 / 255, self._gain, self._shift, dtype=self._dtype)
+            return uint8_to_input(images, 1 / 255, self._gain, self._shift, dtype=self._dtype)
         u = images.contiguous(memory_format=torch.channels_last) - self._mean.view(3, 1, 1)
         return u.mul_(self._gain.view(3, 1, 1)).to(self._dtype)
 
-    def _forward(self, x: Tensor, taps: tuple[str, ...], *, for_backward: bool) -> Iterator["Kept"]:
-        """Each stage, up to the deepest of `taps`, and what it leaves; x is the first convolution's input, RGB."""
-        last = deepest_layer(taps)
+    def _forward(self, x: Tensor, layers: tuple[str, ...], *, for_backward: bool) -> Iterator["SavedActivations"]:
+        """Run φ on `x`, RGB, stage by stage up to the deepest of `layers`."""
+        last = deepest_layer(layers)
         for stage in self._stages:
-            kept = Kept(stage)
-            if stage.conv in taps:
-                x = kept.conv_out = convolve(x, stage.weight, stage.bias)
+            saved = SavedActivations(stage)
+            if stage.conv in layers:
+                x = saved.conv_out = convolve(x, stage.weight, stage.bias)
                 x = x if stage.conv == last else F.relu(x)
             else:
                 x = convolve_relu(x, stage.weight, stage.bias)
             pools = stage.pool is not None and last not in (stage.conv, stage.relu)
-            if stage.relu in taps or not (pools or stage.conv == last):
-                kept.relu_out = x
+            if stage.relu in layers or not (pools or stage.conv == last):
+                saved.relu_out = x
             if pools:
-                kept.size = (x.shape[2], x.shape[3])
-                x, kept.switches = pool(x, switches=for_backward)
-                if stage.pool in taps or kept.relu_out is None:
-                    kept.pool_out = x
-            yield kept
+                saved.size = (x.shape[2], x.shape[3])
+                x, saved.switches = pool(x, switches=for_backward)
+                if stage.pool in layers or saved.relu_out is None:
+                    saved.pool_out = x
+            yield saved
             if last in (stage.conv, stage.relu, stage.pool):
                 return
 
-    def _backward(self, kept: list["Kept"], taps: Taps) -> Tensor:
-        """∂L/∂x of what the first convolution was fed with; empties `kept`."""
+    def _backward(self, saved: list["SavedActivations"], terms: FusedLossTerms) -> Tensor:
+        """∂L/∂(φ's input); empties `saved`."""
         gradient: Tensor | None = None
-        while kept:
-            done = kept.pop()
-            stage = done.stage
-            if done.pool_out is not None:
-                gradient = taps.through_relu(stage.pool, done.pool_out, gradient)
-                done.pool_out = None
-            if done.switches is not None:
+        while saved:
+            of_stage = saved.pop()
+            stage = of_stage.stage
+            if of_stage.pool_out is not None:
+                gradient = terms.relu_grad(stage.pool, of_stage.pool_out, gradient)
+                of_stage.pool_out = None
+            if of_stage.switches is not None:
                 assert gradient is not None
-                gradient = unpool(gradient, done.switches, done.size)
-                done.switches = None
-            if done.relu_out is not None:
-                gradient = taps.through_relu(stage.relu, done.relu_out, gradient)
-                done.relu_out = None
-            if done.conv_out is not None:
-                gradient = taps.without_relu(stage.conv, done.conv_out, gradient)
-                done.conv_out = None
+                gradient = unpool(gradient, of_stage.switches, of_stage.size)
+                of_stage.switches = None
+            if of_stage.relu_out is not None:
+                gradient = terms.relu_grad(stage.relu, of_stage.relu_out, gradient)
+                of_stage.relu_out = None
+            if of_stage.conv_out is not None:
+                gradient = terms.grad(stage.conv, of_stage.conv_out, gradient)
+                of_stage.conv_out = None
             assert gradient is not None
             gradient = convolve_backward(gradient, stage.weight)
         assert gradient is not None
@@ -203,7 +200,7 @@ class LossEngine:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Names of a convolution and of what follows it, and its weights, ready for use."""
+    """A convolution of φ with the ReLU and pooling after it, weights ready for use."""
 
     conv: str
     relu: str
@@ -213,8 +210,8 @@ class _Stage:
 
 
 @dataclass
-class Kept:
-    """What a stage leaves for the backward, `[N, C, H, W]` each: z, y, p and the switches, as far as needed."""
+class SavedActivations:
+    """A stage's z, y, p `[N, C, H, W]` and switches, as far as the backward needs them."""
 
     stage: _Stage
     conv_out: Tensor | None = None
@@ -222,10 +219,10 @@ class Kept:
     pool_out: Tensor | None = None
     switches: Tensor | None = None
     size: tuple[int, int] = (0, 0)
-    """Height and width of y, where it is pooled."""
+    """Height and width of y, if it is pooled."""
 
     def outputs(self) -> dict[str, Tensor]:
-        """Layer → what it put out."""
+        """Saved outputs by layer."""
         named = {self.stage.conv: self.conv_out, self.stage.relu: self.relu_out, self.stage.pool: self.pool_out}
         return {name: x for name, x in named.items() if name is not None and x is not None}
 
@@ -235,16 +232,15 @@ def _stages(vgg: VGG19, last: str, dtype: torch.dtype) -> list[_Stage]:
     stages = []
     for conv in (name for name in names if name.startswith("conv")):
         block, index = conv.removeprefix("conv").split("_")
-        following = f"pool{block}"
-        is_last_of_block = f"conv{block}_{int(index) + 1}" not in WEIGHT_SHAPES
+        ends_block = f"conv{block}_{int(index) + 1}" not in WEIGHT_SHAPES
         weight, bias = (vgg.get_parameter(f"{conv}.{name}").detach() for name in ("weight", "bias"))
         if conv == "conv1_1" and vgg.flavour == "caffe":
-            weight = weight.flip(1)  # it takes BGR, and is given RGB
+            weight = weight.flip(1)  # it takes BGR, and gets RGB
         stages.append(
             _Stage(
                 conv,
                 conv.replace("conv", "relu"),
-                following if is_last_of_block else None,
+                f"pool{block}" if ends_block else None,
                 weight.to(dtype).contiguous(memory_format=torch.channels_last),
                 bias.to(dtype),
             )

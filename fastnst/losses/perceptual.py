@@ -1,6 +1,6 @@
 """The perceptual loss (Johnson, Alahi, Fei-Fei 2016, equations 1 to 4) and total variation.
 
-For a stylised image ŷ, its content x and the style image s, φ_j a layer of VGG19 with C·H·W outputs:
+For a stylized image ŷ, its content x and the style image s, φ_j a layer of VGG19 with C·H·W outputs:
 
     content  ‖φ_j(ŷ) − φ_j(x)‖² / (C·H·W)                        eq. 2
     Gram     G_j = φ_jᵀ φ_j / (C·H·W)                            eq. 3
@@ -9,7 +9,7 @@ For a stylised image ŷ, its content x and the style image s, φ_j a layer of VG
 
 Each is averaged over the batch, weighted, and summed over its layers.
 
-Scale. Weights are tuned to the size of the features, and that differs: Caffe's VGG is fed with 0-255 pixels,
+Scale. Loss weights fit the size of the features, which differs: Caffe's VGG is fed with 0-255 pixels,
 torchvision's with pixels divided by their standard deviation σ, in [0, 1] scale about 0.226, so that its input is
 smaller by s = 255·σ ≈ 57.6. Convolution, ReLU and pooling are positively homogeneous if the biases grow with the input:
 fed with s·x and given s·biases, φ yields s·φ(x). Hence s·φ is torchvision's net re-expressed for 0-255 pixels, and a
@@ -27,16 +27,17 @@ from torch import Tensor, nn
 
 from fastnst.config import LossConfig
 from fastnst.errors import UserError
+from fastnst.models.transform_net import at_least_fp32
 from fastnst.models.vgg19 import VGG19
 from fastnst_kernels import gram_matrix, style_loss
 
 UNIT_TO_255 = 255.0 * (0.229 + 0.224 + 0.225) / 3.0
-"""s: how much larger Caffe's 0-255 input is than torchvision's normalised one, ≈ 57.6."""
+"""s: how much larger Caffe's 0-255 input is than torchvision's normalized one, ≈ 57.6."""
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss of one batch and what it is made of: weighted 0-d tensors, fp32 or the images' wider type."""
+    """The loss of one batch by term: weighted 0-d tensors, fp32 or the images' wider type."""
 
     total: Tensor
     """content + style + tv"""
@@ -53,10 +54,10 @@ class LossTerms:
 
 
 class PerceptualLoss(nn.Module):
-    """What a stylised batch costs; `set_style` first.
+    """The perceptual loss of a stylized batch; call `set_style` first.
 
-    Runs under autocast: the matrix work of φ in its type, Grams, sums and losses in fp32. Each term is a module:
-    `content` and `style` hold one per layer (`loss.style["relu1_1"]`, its Gram the buffer `gram`), `tv`, and `total`.
+    Works under autocast: φ in its type, Grams, sums and losses in fp32. Each term is a module: `content` and `style`
+    hold one per layer (`loss.style["relu1_1"]`, its Gram the buffer `gram`), then `tv` and `total`.
 
     Args:
         vgg: the frozen loss network, at least as deep as the deepest layer of `config`.
@@ -95,10 +96,10 @@ class PerceptualLoss(nn.Module):
 
     @torch.no_grad()
     def set_style(self, style: Tensor) -> None:
-        """Take the style image's Grams, in fp32 whatever autocast says.
+        """Compute the style image's Grams, in fp32 whatever autocast says.
 
         Args:
-            style: `[1, 3, H, W]`, RGB in [0, 1], any size that reaches the deepest style layer.
+            style: `[1, 3, H, W]`, RGB in [0, 1], large enough for the deepest style layer.
 
         Raises:
             UserError: another shape, or too small an image.
@@ -108,14 +109,14 @@ class PerceptualLoss(nn.Module):
         if not self.style:
             return
         with torch.autocast(style.device.type, enabled=False):
-            for layer, activation in self.vgg(_at_least_fp32(style), tuple(self.style)).items():
+            for layer, activation in self.vgg(at_least_fp32(style), tuple(self.style)).items():
                 self.style[layer].gram = gram_matrix(activation)[0]
 
     def forward(self, stylized: Tensor, content: Tensor) -> LossTerms:
-        """The loss of a batch; differentiable with respect to `stylized`.
+        """Compute the loss of a batch, differentiable with respect to `stylized`.
 
-        φ sees `stylized` once, up to the deepest layer in use, and `content`, without gradient, only as far as the
-        content layers go.
+        φ runs on `stylized` up to the deepest layer in use, and on `content`, without gradient, up to the deepest
+        content layer.
 
         Args:
             stylized: `[N, 3, H, W]`, RGB in [0, 1].
@@ -126,10 +127,8 @@ class PerceptualLoss(nn.Module):
             UserError: the images are too small for a layer.
         """
         if stylized.shape != content.shape:
-            raise ValueError(
-                f"stylized {list(stylized.shape)} and content {list(content.shape)} differ in shape; "
-                "give the images that were stylised"
-            )
+            shapes = f"stylized {list(stylized.shape)} and content {list(content.shape)}"
+            raise ValueError(f"{shapes} differ in shape; give the same images")
         features = self.vgg(stylized, self.layers)
         with torch.no_grad():
             targets = self.vgg(content, self.config.content_layers) if self.content else {}
@@ -137,23 +136,20 @@ class PerceptualLoss(nn.Module):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers of φ that the stylised images pass on to the loss."""
+        """The layers of φ with a content or style term."""
         return tuple(dict.fromkeys((*self.config.content_layers, *self.config.style_layers)))
 
     def terms(self, stylized: Tensor, features: dict[str, Tensor], targets: dict[str, Tensor]) -> LossTerms:
-        """The loss from activations that are there already.
+        """Compute the loss from given features.
 
         Args:
             stylized: `[N, 3, H, W]`, RGB in [0, 1].
             features: φ of `stylized`, by layer: all of `layers`.
             targets: φ of the content, by layer: all content layers.
-
-        Raises:
-            ValueError: `set_style` was not called.
         """
         # On a CPU autocast would take squared errors, too, in its low precision.
         with torch.autocast(stylized.device.type, enabled=False):
-            zero = torch.zeros((), dtype=_at_least_fp32(stylized).dtype, device=stylized.device)
+            zero = torch.zeros((), dtype=at_least_fp32(stylized).dtype, device=stylized.device)
             content, content_layers = self.content(zero, features, targets)
             style, style_layers = self.style(zero, features)
             tv = self.tv(stylized) if self.tv.factor else zero
@@ -166,7 +162,7 @@ class LayerTerms(nn.ModuleDict):
     """One term per layer of φ, and their sum."""
 
     def forward(self, zero: Tensor, *features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`zero` plus the terms, and the terms by layer; each takes its own layer out of each of `features`."""
+        """`zero` plus the terms, and the terms by layer; each term gets its layer of each of `features`."""
         terms = {layer: term(*(activations[layer] for activations in features)) for layer, term in self.items()}
         return sum(terms.values(), zero), terms
 
@@ -179,7 +175,7 @@ class ContentTerm(nn.Module):
         self.factor = factor
 
     def forward(self, activation: Tensor, target: Tensor) -> Tensor:
-        return self.factor * F.mse_loss(_at_least_fp32(activation), _at_least_fp32(target))
+        return self.factor * F.mse_loss(at_least_fp32(activation), at_least_fp32(target))
 
 
 class StyleTerm(nn.Module):
@@ -190,7 +186,7 @@ class StyleTerm(nn.Module):
     def __init__(self, factor: float, reduction: str) -> None:
         super().__init__()
         self.factor, self.reduction = factor, reduction
-        # Not persistent: it follows from the style image, which a run takes anew whenever it starts.
+        # Not persistent: a run computes it from the style image whenever it starts.
         self.register_buffer("gram", None, persistent=False)
 
     def forward(self, activation: Tensor) -> Tensor:
@@ -198,17 +194,13 @@ class StyleTerm(nn.Module):
 
     @property
     def target(self) -> Tensor:
-        """G(s) `[C, C]`.
-
-        Raises:
-            ValueError: `set_style` was not called.
-        """
+        """G(s) `[C, C]`; ValueError before `set_style`."""
         if self.gram is None:
             raise ValueError("the loss has no style yet; call set_style with the style image first")
         return self.gram
 
     def weighted(self, losses: Tensor) -> Tensor:
-        """The term of ‖G(ŷ) − G(s)‖²_F `[N]`, which is linear in it."""
+        """The term from `losses` ‖G(ŷ) − G(s)‖²_F `[N]`, in which it is linear."""
         term = self.factor * losses.mean()
         return term / self.target.numel() if self.reduction == "mean" else term
 
@@ -224,11 +216,7 @@ class TotalVariationTerm(nn.Module):
         return self.factor * total_variation(stylized, self.reduction)
 
     def weights(self, shape: Sequence[int]) -> tuple[float, float]:
-        """What the batch's squared differences along the height and along the width, each summed up, count in the term.
-
-        Args:
-            shape: `[N, 3, H, W]` of the images.
-        """
+        """Weights of the summed squared differences along height and width for images of `shape` `[N, 3, H, W]`."""
         n, c, h, w = shape
         counts = (n * c * (h - 1) * w, n * c * h * (w - 1)) if self.reduction == "mean" else (n, n)
         vertical, horizontal = (self.factor / count if count else math.nan for count in counts)  # no mean of nothing
@@ -250,12 +238,8 @@ def total_variation(images: Tensor, reduction: str = "mean") -> Tensor:
         reduction: `mean`: the mean over each direction's differences, vertical plus horizontal; `sum`: their sum per
             image, averaged over the batch.
     """
-    images = _at_least_fp32(images)
+    images = at_least_fp32(images)
     vertical = F.mse_loss(images[:, :, 1:], images[:, :, :-1], reduction=reduction)
     horizontal = F.mse_loss(images[..., 1:], images[..., :-1], reduction=reduction)
     total = vertical + horizontal
     return total / images.shape[0] if reduction == "sum" else total
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,4 +1,4 @@
-"""One large file over HTTP: resumed where it was cut, checked by its full SHA-256, shared by parallel processes."""
+"""Download one large file over HTTP: resumable, checked by SHA-256, once for parallel processes."""
 
 import http.client
 import re
@@ -16,14 +16,14 @@ from fastnst.errors import DataError
 from fastnst.storage import sha256_of, storage_error, sync_folder
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are there and the bytes there will be."""
+"""Called with the bytes done and the bytes in all."""
 
 _BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file that the internet has: where, how long, and what it must hold."""
+class RemoteFile:
+    """A file on a server, with the size and SHA-256 that it must have."""
 
     url: str
     sha256: str
@@ -32,15 +32,15 @@ class Source:
 
 
 class DownloadError(DataError):
-    """The file could not be had; the message is the reason alone."""
+    """The download failed; the message is the reason alone."""
 
 
-class _CutError(Exception):
-    """The connection failed in a way that may pass; what came so far stays in the `.part` file."""
+class _RetryableError(Exception):
+    """The connection failed in a way that may pass; the `.part` file keeps the bytes so far."""
 
 
-def fetch(
-    source: Source,
+def download_file(
+    source: RemoteFile,
     target: Path,
     *,
     progress: Progress | None = None,
@@ -48,25 +48,24 @@ def fetch(
     attempts: int = 4,
     pause: float = 1.0,
 ) -> None:
-    """Have `source` at `target`, whole and checked, or raise.
+    """Download `source` to `target`, complete and checked, or raise.
 
-    Bytes gather in `target` + `.part`, which survives a failure: the next call asks the server for the rest (HTTP
-    Range). A server that sends the whole file again is read from the start. A file lock lets one process download while
-    others wait for its result.
+    Bytes gather in `target` + `.part`, which survives a failure: the next call requests the rest (HTTP Range), or reads
+    from the start if the server ignores that. A file lock lets one process download while others wait for its result.
 
     Args:
         source: the file.
-        target: where it shall lie; replaced in one step, only by bytes with the right checksum.
-        progress: told after each block.
+        target: replaced atomically, only by bytes with the right checksum.
+        progress: called after each block.
         timeout: seconds without a byte after which a connection counts as cut.
-        attempts: tries in a row that bring no byte before giving up.
+        attempts: tries in a row without a new byte before giving up.
         pause: seconds before the second try, doubled for each further one.
 
     Raises:
         DownloadError: no connection, a refusal, wrong bytes, or no room on the disk.
     """
     if not re.match(r"https?://[^/]", source.url):
-        raise DownloadError("the address is none of the form http://… or https://…")
+        raise DownloadError("the address does not begin with http://… or https://…")
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,39 +80,38 @@ def fetch(
 
 
 def _download(
-    source: Source, part: Path, progress: Progress | None, timeout: float, attempts: int, pause: float
+    source: RemoteFile, part: Path, progress: Progress | None, timeout: float, attempts: int, pause: float
 ) -> None:
-    began_with = _size_of(part)
+    resumed = _size_of(part) > 0
     fruitless = 0
     while True:
         before = _size_of(part)
         try:
-            _continue(source, part, progress, timeout)
-        except _CutError as cut:
+            _request_rest(source, part, progress, timeout)
+        except _RetryableError as cut:
             fruitless = 0 if _size_of(part) > before else fruitless + 1
             if fruitless >= attempts:
-                kept = f"; {before:,} bytes are kept and the next try goes on from there" if before else ""
+                kept = f"; {before:,} bytes are kept and the next try resumes there" if before else ""
                 raise DownloadError(f"{cut}, after {attempts} tries{kept}") from cut
             time.sleep(min(pause * 2 ** max(fruitless - 1, 0), 30.0))
             continue
         if (found := sha256_of(part)) == source.sha256:
             return
         part.unlink()
-        if not began_with:
+        if not resumed:
             raise DownloadError(f"the server sent other bytes: SHA-256 is {found}, must be {source.sha256}")
-        # An older `.part` may have begun with something else: once more, from the start.
-        began_with = 0
+        resumed = False  # the `.part` of an earlier call may have held other bytes: again from the start
 
 
-def _continue(source: Source, part: Path, progress: Progress | None, timeout: float) -> None:
-    """One request for what `part` lacks; returns when it has the full size."""
+def _request_rest(source: RemoteFile, part: Path, progress: Progress | None, timeout: float) -> None:
+    """Request the bytes that `part` lacks, once; returns when it has the full size."""
     offset = _size_of(part)
     if offset > source.size:
         part.unlink()
         offset = 0
     if offset == source.size:
         return
-    # The bytes themselves are wanted, not a compressed form of them, or offsets would mean something else.
+    # Uncompressed, so that offsets are those of the file.
     headers = {"User-Agent": "fastnst", "Accept-Encoding": "identity"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -123,14 +121,14 @@ def _continue(source: Source, part: Path, progress: Progress | None, timeout: fl
         error.close()
         if error.code == 416:
             part.unlink(missing_ok=True)
-            raise _CutError("the server refused to go on from where the download was cut") from error
+            raise _RetryableError("the server refused to resume the download") from error
         if error.code >= 500 or error.code in (408, 429):
-            raise _CutError(f"the server answered {error.code} {error.reason}") from error
+            raise _RetryableError(f"the server answered {error.code} {error.reason}") from error
         raise DownloadError(f"the server answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise _CutError(f"no connection: {getattr(error, 'reason', None) or error}") from error
+        raise _RetryableError(f"no connection: {getattr(error, 'reason', None) or error}") from error
     except ValueError as error:
-        raise DownloadError(f"the address cannot be used: {error}") from error
+        raise DownloadError(f"the address is invalid: {error}") from error
     with response:
         start = _start_of(response, offset, source.size)
         with part.open("r+b" if start else "wb") as file:
@@ -139,7 +137,7 @@ def _continue(source: Source, part: Path, progress: Progress | None, timeout: fl
 
 
 def _start_of(response: http.client.HTTPResponse, offset: int, size: int) -> int:
-    """Where in the file the answer begins; DownloadError where it is part of another file."""
+    """Offset of the response in the file; DownloadError if it belongs to another file."""
     if response.status != 206:
         length = response.headers.get("Content-Length")
         if length is not None and length.isdigit() and int(length) != size:
@@ -159,7 +157,7 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, done: int, size: i
         try:
             block = response.read(min(_BLOCK, size - done + 1))
         except (OSError, http.client.HTTPException) as error:
-            raise _CutError(f"the connection was cut after {done:,} of {size:,} bytes: {error}") from error
+            raise _RetryableError(f"the connection was cut after {done:,} of {size:,} bytes: {error}") from error
         if not block:
             break
         done += len(block)
@@ -170,7 +168,7 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, done: int, size: i
         if progress is not None:
             progress(done, size)
     if done < size:
-        raise _CutError(f"the connection was cut after {done:,} of {size:,} bytes")
+        raise _RetryableError(f"the connection was cut after {done:,} of {size:,} bytes")
 
 
 def _size_of(path: Path) -> int:

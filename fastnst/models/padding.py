@@ -1,7 +1,7 @@
-"""Padding of images by mirroring, in channels_last, with a deterministic backward.
+"""Reflection padding in channels_last, with a deterministic backward.
 
-PyTorch's own reflection padding gives up channels_last on CUDA and under torch.compile (pytorch#179442), and its CUDA
-backward adds floats in no fixed order. Between layers no padding runs by itself: the norms write it.
+PyTorch's reflection padding loses channels_last on CUDA and under torch.compile (pytorch#179442), and its CUDA backward
+adds floats in no fixed order. Only images are padded here; between layers the norms write the padding.
 """
 
 from typing import Any
@@ -9,45 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnst_kernels.placement import Placement, place, place_adjoint
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, upsample_pad, upsample_pad_adjoint
 
 
 def reflect_pad(x: Tensor, pad: int) -> Tensor:
-    """`[N, C, H, W]` → `[N, C, H + 2·pad, W + 2·pad]`, mirrored about the border pixel, which is not repeated.
+    """Pad `[N, C, H, W]` → `[N, C, H + 2·pad, W + 2·pad]`, mirrored about the border pixel, which is not repeated.
 
-    Where `pad` exceeds H - 1 or W - 1 the reflection is repeated, as in `numpy.pad(mode="reflect")`.
+    Beyond H - 1 or W - 1 the reflection repeats, as in `numpy.pad(mode="reflect")`.
     """
-    height, width = x.shape[-2:]
-    if pad == 0:
-        return x.contiguous(memory_format=torch.channels_last)
-    if pad < min(height, width):
-        return _mirror(x, pad, pad)
-    # The extension of a side of n pixels has a mirror point every n - 1: steps of n - 1 continue it, others would not.
-    return _reflect_direction(_reflect_direction(x, pad, vertical=True), pad, vertical=False)
-
-
-def _reflect_direction(x: Tensor, pad: int, *, vertical: bool) -> Tensor:
-    while pad > 0:
-        step = min(pad, x.shape[-2 if vertical else -1] - 1)
-        x = _mirror(x, step if vertical else 0, 0 if vertical else step)
-        pad -= step
+    x = x.contiguous(memory_format=torch.channels_last)
+    if pad < min(x.shape[2:]):
+        return _mirror(x, pad, pad) if pad else x
+    for axis in (2, 3):
+        left = pad
+        while left > 0:
+            # The repeated reflection of n pixels has a mirror point every n - 1, hence steps of n - 1.
+            step = min(left, x.shape[axis] - 1)
+            x = _mirror(x, step, 0) if axis == 2 else _mirror(x, 0, step)
+            left -= step
     return x
 
 
-# An op of its own, not an autograd.Function, so that torch.compile takes it as one node instead of turning each strip
-# that is written in place into a copy of the whole.
+# A custom op, not an autograd.Function: torch.compile would turn each strip written in place into a copy of the whole.
 @torch.library.custom_op("fastnst::mirror_pad", mutates_args=())
 def _mirror(x: Tensor, rows: int, columns: int) -> Tensor:
-    return place(x.contiguous(memory_format=torch.channels_last), _border(rows, columns))
+    return upsample_pad(x.contiguous(memory_format=torch.channels_last), _border(rows, columns))
 
 
 @torch.library.custom_op("fastnst::mirror_pad_backward", mutates_args=())
 def _mirror_backward(grad: Tensor, rows: int, columns: int) -> Tensor:
-    return place_adjoint(grad.contiguous(memory_format=torch.channels_last), _border(rows, columns))
+    return upsample_pad_adjoint(grad.contiguous(memory_format=torch.channels_last), _border(rows, columns))
 
 
-def _border(rows: int, columns: int) -> Placement:
-    return Placement(1, (columns, columns, rows, rows), "reflect")
+def _border(rows: int, columns: int) -> UpsamplePad:
+    return UpsamplePad(1, (columns, columns, rows, rows), "reflect")
 
 
 def _allocate(x: Tensor, more_rows: int, more_columns: int) -> Tensor:

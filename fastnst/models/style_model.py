@@ -1,8 +1,7 @@
-"""The style model: a trained transform net in one safetensors file that says itself what it is.
+"""Style models: a trained transform net in one self-describing safetensors file.
 
-Its metadata, all strings: `kind` and `format_version`; `architecture` and `norm`, from which the network is built; and
-for people and logs `preset`, `style`, `style_sha256`, `steps`, `image_size` and `fastnst_version`, as far as they are
-known.
+Metadata, all strings: `kind` and `format_version`; `architecture` and `norm`, to build the network; and, where known,
+`preset`, `style`, `style_sha256`, `steps`, `image_size` and `fastnst_version` for people and logs.
 """
 
 import re
@@ -17,8 +16,8 @@ from torch import Tensor
 from fastnst import __version__
 from fastnst.device import resolve_device
 from fastnst.errors import DataError
+from fastnst.models.file_checks import UnsafeFileError, check_safetensors_file, excerpt
 from fastnst.models.transform_net import TransformNet
-from fastnst.models.vetting import VettingError, check_safetensors_file, shown
 from fastnst.storage import write_atomic
 
 MODEL_NAME = "model.safetensors"
@@ -27,15 +26,10 @@ FORMAT_VERSION = 1
 
 
 def save_style_model(path: Path, net: TransformNet, *, metadata: Mapping[str, str]) -> None:
-    """Write a style model, whole or not at all.
-
-    Args:
-        path: the file, `model.safetensors` in a run directory.
-        net: the network, on any device; it is not changed.
-        metadata: what is known of its origin. What the file format itself needs is added.
+    """Write a style model atomically, with its origin as `metadata`.
 
     Raises:
-        DataError: a weight is not finite, or the storage refuses; an older file stays as it was.
+        DataError: a weight is not finite, or the storage fails; an older file stays as it was.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     if bad := _not_finite(tensors):
@@ -46,14 +40,11 @@ def save_style_model(path: Path, net: TransformNet, *, metadata: Mapping[str, st
 
 
 def load_style_model(path: Path | str, *, device: str | torch.device = "cpu") -> TransformNet:
-    """Read a style model, ready to stylise.
+    """Load a style model, in evaluation mode and without gradients.
 
     Args:
         path: a `model.safetensors`, or the run directory that holds one.
-        device: where it is to work: `auto`, `cuda`, `cpu` or a PyTorch device.
-
-    Returns:
-        The network in evaluation mode, its parameters without gradients.
+        device: `auto`, `cuda`, `cpu` or a PyTorch device.
 
     Raises:
         DataError: no such file, not a style model, one of a newer version, or damaged weights.
@@ -63,24 +54,19 @@ def load_style_model(path: Path | str, *, device: str | torch.device = "cpu") ->
     file = _file_of(Path(path))
     metadata, tensors = _read(file)
     try:
-        # The weights to be replaced are drawn at random, which must not disturb anybody's seed.
+        # Drawing the initial weights must not change the global random state.
         with torch.random.fork_rng(devices=[]):
             net = TransformNet.from_metadata(metadata)
     except DataError as error:
-        raise DataError(f"{file}: {shown(str(error), 400)}") from error
+        raise DataError(f"{file}: {excerpt(str(error), 400)}") from error
     _check(file, net, tensors)
     net.load_state_dict(tensors)
     return net.to(where).eval().requires_grad_(False)
 
 
 def read_style_metadata(path: Path | str) -> dict[str, str]:
-    """What a style model says of itself; `path` as in `load_style_model`.
-
-    Raises:
-        DataError: no such file, not a style model, or one of a newer version.
-    """
-    metadata, _ = _read(_file_of(Path(path)), weights=False)
-    return metadata
+    """Read the metadata of a style model; arguments and errors as in `load_style_model`."""
+    return _read(_file_of(Path(path)), weights=False)[0]
 
 
 def _file_of(path: Path) -> Path:
@@ -90,9 +76,7 @@ def _file_of(path: Path) -> Path:
     if not file.exists():
         if inside := sorted(found.parent for found in path.glob(f"*/{MODEL_NAME}")):
             raise DataError(f"{path} holds {len(inside)} style models, each in a folder; give one, such as {inside[0]}")
-        raise DataError(
-            f"{path} holds no {MODEL_NAME}: no style model was saved there yet; give a finished run or a file"
-        )
+        raise DataError(f"{path} holds no {MODEL_NAME}: no style model was saved there yet; give a finished run")
     return file
 
 
@@ -109,9 +93,7 @@ def _read(file: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str
             return metadata, {name: content.get_tensor(name) for name in names} if weights else {}
     except OSError as error:
         raise DataError(f"cannot read the style model {file}: {error.strerror or error}; {advice}") from error
-    except VettingError as error:
-        raise DataError(f"{file} is not a safetensors file, or it is cut short ({error}); {advice}") from error
-    except SafetensorError as error:
+    except (UnsafeFileError, SafetensorError) as error:
         raise DataError(f"{file} is not a safetensors file, or it is cut short ({error}); {advice}") from error
 
 
@@ -122,7 +104,7 @@ def _check_kind(file: Path, metadata: Mapping[str, str], names: Iterable[str], a
     if not re.fullmatch(r"[0-9]{1,18}", version):
         raise DataError(f"{file} is damaged: its format version is {version[:80]!r}; {advice}")
     if int(version) > FORMAT_VERSION:
-        writer = shown(metadata.get("fastnst_version", "of a later version"))
+        writer = excerpt(metadata.get("fastnst_version", "of a later version"))
         raise DataError(
             f"{file} was written by fastnst {writer} in format {version}, and fastnst {__version__} reads up to "
             f"format {FORMAT_VERSION}; install a newer fastnst"
@@ -153,4 +135,4 @@ def _some(names: Iterable[str]) -> str:
     listed = list(names)
     if not listed:
         return "nothing"
-    return ", ".join(map(shown, listed[:3])) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+    return ", ".join(map(excerpt, listed[:3])) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,4 +1,4 @@
-"""VGG19 (Simonyan & Zisserman 2014, configuration E), the frozen loss network φ, with every layer within reach."""
+"""VGG19 (Simonyan & Zisserman 2014, configuration E), the frozen loss network φ, with access to every layer."""
 
 import difflib
 import math
@@ -16,19 +16,13 @@ BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 
 FLAVOURS = ("torchvision", "caffe")
 
-# RGB in [0, 1]: what is taken away, and by how much it is multiplied then.
-_MEAN = {
-    "torchvision": (0.485, 0.456, 0.406),
-    "caffe": (123.68 / 255.0, 116.779 / 255.0, 103.939 / 255.0),
-}
-_GAIN = {
-    "torchvision": (1 / 0.229, 1 / 0.224, 1 / 0.225),
-    "caffe": (255.0, 255.0, 255.0),
-}
+# Preprocessing of RGB in [0, 1]: (x - mean) · gain.
+_MEAN = {"torchvision": (0.485, 0.456, 0.406), "caffe": (123.68 / 255.0, 116.779 / 255.0, 103.939 / 255.0)}
+_GAIN = {"torchvision": (1 / 0.229, 1 / 0.224, 1 / 0.225), "caffe": (255.0, 255.0, 255.0)}
 
 
 def _layers() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name of each layer and the shape of its weight, `()` where it has none, front to back."""
+    """Name and weight shape of each layer, `()` without weights, front to back."""
     inputs = 3
     for block, (channels, convolutions) in enumerate(BLOCKS, start=1):
         for index in range(1, convolutions + 1):
@@ -46,25 +40,25 @@ def _layers() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 WEIGHT_SHAPES = {name: shape for name, shape in _layers() if shape}
-"""Layers that have weights, with the weight's shape; the bias has as many entries as the first dimension."""
+"""Layer → shape of its weight; the bias has the size of the first dimension."""
 
 LAYERS = tuple(name for name, _ in _layers())
-"""All layers in the order in which they run."""
+"""All layers in order of execution."""
 
 
 class VGG19(nn.Module):
-    """VGG19 up to `last_layer`; the layers behind it do not exist.
+    """VGG19 up to `last_layer`, without the layers after it.
 
-    Each layer is a module by its own name (`net.conv1_1`, `net.relu1_1`, …, `net.fc8`), which may be hooked or applied
-    by itself. All parameters are frozen. A new network has He-initialised weights (He et al. 2015);
-    `models.weights.load_vgg19` loads trained ones.
+    Each layer is a module of its own name (`net.conv1_1`, `net.relu1_1`, …, `net.fc8`) that can be hooked or called.
+    All parameters are frozen. A new network has He-initialised weights (He et al. 2015); `models.weights.load_vgg19`
+    loads trained ones.
 
     Args:
-        last_layer: the deepest layer that will be asked for.
-        flavour: what the weights expect as input. `torchvision`: RGB in [0, 1] minus the mean, divided by the standard
+        last_layer: the deepest layer.
+        flavour: input format of the weights. `torchvision`: RGB in [0, 1] minus the mean, divided by the standard
             deviation of ImageNet's channels. `caffe`: BGR in 0-255 minus (103.939, 116.779, 123.68).
-        generator: source of the initial weights; None takes PyTorch's global one. A shallower network gets the same
-            first layers from the same seed.
+        generator: source of the initial weights; None: PyTorch's global one. A shallower network gets the same first
+            layers from the same seed.
 
     Raises:
         UserError: unknown layer or flavour.
@@ -74,11 +68,7 @@ class VGG19(nn.Module):
     gain: Tensor
 
     def __init__(
-        self,
-        last_layer: str = "pool5",
-        flavour: str = "torchvision",
-        *,
-        generator: torch.Generator | None = None,
+        self, last_layer: str = "pool5", flavour: str = "torchvision", *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         check_layer(last_layer)
@@ -87,7 +77,7 @@ class VGG19(nn.Module):
         self.last_layer = last_layer
         self.flavour = flavour
         self.layers = LAYERS[: LAYERS.index(last_layer) + 1]
-        # Not persistent: they follow from the flavour, and state_dict shall hold weights only.
+        # Not persistent: they follow from the flavour.
         self.register_buffer("mean", torch.tensor(_MEAN[flavour]).reshape(3, 1, 1), persistent=False)
         self.register_buffer("gain", torch.tensor(_GAIN[flavour]).reshape(3, 1, 1), persistent=False)
         for name in self.layers:
@@ -97,24 +87,24 @@ class VGG19(nn.Module):
         self.eval()
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """RGB in [0, 1], `[N, 3, H, W]`, to what conv1_1 expects, channels_last."""
+        """RGB in [0, 1], `[N, 3, H, W]`, to the input of conv1_1, channels_last."""
         x = (x.contiguous(memory_format=torch.channels_last) - self.mean) * self.gain
         return x.flip(1) if self.flavour == "caffe" else x
 
     def forward(self, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """The asked layers' outputs; nothing behind the deepest of them is computed.
+        """Compute the outputs of `layers`, and nothing beyond the deepest of them.
 
-        A ReLU overwrites its convolution's output in place unless that one is asked for as well.
+        A ReLU overwrites its convolution's output in place unless that is in `layers`, too.
 
         Args:
             x: `[N, 3, H, W]`, RGB in [0, 1].
-            layers: names out of `LAYERS`, at least one.
+            layers: names from `LAYERS`, at least one.
 
         Returns:
             name → `[N, C, H', W']` channels_last, or `[N, C]` from fc6 on, front to back.
 
         Raises:
-            UserError: a layer is unknown or lies behind `last_layer`, or the image is too small for the deepest.
+            UserError: a layer is unknown or deeper than `last_layer`, or the image is too small for the deepest.
         """
         depth = self.check(x, layers)
         wanted = set(layers)
@@ -131,9 +121,9 @@ class VGG19(nn.Module):
         return outputs
 
     def check(self, x: Tensor, layers: Sequence[str]) -> int:
-        """Index of the deepest asked layer; UserError, as `forward` raises it, where it cannot be had from x."""
+        """Index of the deepest of `layers`; UserError, as in `forward`, if x cannot reach it."""
         if not layers:
-            raise UserError("no VGG19 layer is asked for; name at least one")
+            raise UserError("no VGG19 layer was given; name at least one")
         deepest = deepest_layer(layers)
         for name in layers:
             if name not in self.layers:
@@ -153,11 +143,7 @@ class VGG19(nn.Module):
 
 
 def deepest_layer(layers: Iterable[str]) -> str:
-    """The one of `layers`, at least one, that runs last.
-
-    Raises:
-        UserError: a layer is unknown.
-    """
+    """Return the deepest of `layers`, at least one; UserError for an unknown one."""
     names = list(layers)
     for name in names:
         check_layer(name)
@@ -165,7 +151,7 @@ def deepest_layer(layers: Iterable[str]) -> str:
 
 
 def check_layer(name: str) -> None:
-    """UserError, with the nearest name, unless VGG19 has the layer."""
+    """Raise UserError, with the nearest name, unless VGG19 has the layer."""
     if name not in LAYERS:
         near = difflib.get_close_matches(name, LAYERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; the layers are {LAYERS[0]} … {LAYERS[-1]}"
@@ -176,7 +162,7 @@ class ReLU(nn.Module):
     """max(x, 0)."""
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """`inplace` overwrites x, for callers that know that nobody else wants it."""
+        """`inplace` overwrites x."""
         return F.relu_(x) if inplace else F.relu(x)
 
 
@@ -184,10 +170,10 @@ class MaxPool(nn.Module):
     """2×2 windows at stride 2; an odd side loses its last row or column."""
 
     def forward(self, x: Tensor, switches: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """`switches` gives those as well, as `max_pool2d_switches` does."""
+        """With `switches`, return those, too, as `max_pool2d_switches` does."""
         if switches:
             return max_pool2d_switches(x)
-        # On a GPU the backward takes the switches, a byte each, instead of PyTorch's 64-bit indices.
+        # On a GPU the backward reads the switches, a byte each, instead of PyTorch's 64-bit indices.
         return max_pool2d_switches(x)[0] if x.is_cuda else F.max_pool2d(x, 2)
 
 
@@ -204,7 +190,7 @@ def _layer(name: str, generator: torch.Generator | None) -> nn.Module:
         return ReLU()
     if name.startswith("pool"):
         return MaxPool()
-    # Built without PyTorch's own initialisation, which would draw from the global generator.
+    # Without PyTorch's own initialisation, which would draw from the global generator.
     layer: nn.Conv2d | nn.Linear
     shape = WEIGHT_SHAPES[name]
     if name.startswith("conv"):

@@ -1,9 +1,9 @@
-"""Weights for VGG19: found, downloaded, drawn or read from a file, checked, and told to the user."""
+"""Find, download, generate or read the weights of VGG19, and check them."""
 
-import contextlib
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from fastnst.errors import DataError, UserError
-from fastnst.models.download import DownloadError, Progress, Source, fetch
-from fastnst.models.vetting import VettingError, check_regular_file, check_safetensors_file, check_torch_file, shown
+from fastnst.models.download import DownloadError, RemoteFile, download_file
+from fastnst.models.file_checks import (
+    UnsafeFileError,
+    check_regular_file,
+    check_safetensors_file,
+    check_torch_file,
+    excerpt,
+)
 from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
-from fastnst.progress import ProgressReport
+from fastnst.progress import counted
 from fastnst.storage import cache_folder, sha256_of
 
-TORCHVISION = Source(
+log = logging.getLogger(__name__)
+
+TORCHVISION = RemoteFile(
     url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
     sha256="dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
     size=574_673_361,
@@ -31,25 +39,18 @@ URL_VARIABLE = "FASTNST_VGG19_URL"
 # Names of released files carry the first digits of their SHA-256.
 _KNOWN_DIGESTS = {TORCHVISION.sha256: "torchvision", "d01eb7cb": "caffe"}
 
-# The two trainings of VGG19 that are in circulation, known by the first kernel of conv1_1 on its first input channel.
-# Statistics of the weights do not tell them apart: both grow alike from layer to layer, only their input differs.
+# The two published trainings of VGG19, told apart by the first kernel of conv1_1 on its first input channel. Statistics
+# of the weights would not do: both grow alike from layer to layer, only their input differs.
 _FIRST_KERNELS = {
     "torchvision": (-0.053474, -0.049257, -0.067942, 0.015314, 0.045068, 0.0021444, 0.036226, 0.019999, 0.019864),
     "caffe": (0.341195, 0.339992, -0.044844, 0.232221, 0.089821, -0.303323, -0.072638, -0.246743, -0.336831),
 }
-# A file in half precision moves a weight by 0.0005 of its size, bfloat16 by 0.004; another training by far more.
+# fp16 rounds a weight by 0.0005 of its size, bf16 by 0.004; another training differs by far more.
 _KERNEL_TOLERANCE = 0.002
 
-_KEYS = dict(
-    zip(
-        WEIGHT_SHAPES,
-        (
-            *(f"features.{n}" for n in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)),
-            *(f"classifier.{n}" for n in (0, 3, 6)),
-        ),
-        strict=True,
-    )
-)
+# torchvision numbers the layers before the classifier in order of execution.
+_KEYS = {layer: f"features.{LAYERS.index(layer)}" for layer in WEIGHT_SHAPES}
+_KEYS |= {"fc6": "classifier.0", "fc7": "classifier.3", "fc8": "classifier.6"}
 
 
 class WeightsUnavailable(DataError):
@@ -57,11 +58,7 @@ class WeightsUnavailable(DataError):
 
 
 def torchvision_key(layer: str) -> str:
-    """The prefix of a layer's keys in torchvision's files: `conv1_1` → `features.0`.
-
-    Raises:
-        KeyError: the layer has no weights.
-    """
+    """Prefix of a layer's keys in torchvision's files: `conv1_1` → `features.0`; KeyError without weights."""
     return _KEYS[layer]
 
 
@@ -71,70 +68,60 @@ def load_vgg19(
     last_layer: str,
     flavour: str = "auto",
     seed: int = 0,
-    notify: Callable[[str], None],
-    progress: Progress | None = None,
-    source: Source = TORCHVISION,
+    source: RemoteFile = TORCHVISION,
     pause: float = 1.0,
 ) -> VGG19:
-    """VGG19 up to `last_layer`, frozen, on the CPU.
+    """Load VGG19 up to `last_layer`, frozen, on the CPU; log its source.
 
     Args:
-        spec: `auto`: the cached file, that of torch.hub, else a download; its full SHA-256 is checked at every load.
-            `random`: He initialisation; such a network does carry style transfer (He, Wang, Hopcroft 2016), yet less
-            well. Otherwise the path of a `.pth` or `.safetensors` file with torchvision's key names, which may hold the
-            first layers only.
-        last_layer: the deepest layer that will be asked for.
-        flavour: `torchvision` or `caffe`; `auto` finds out: by the metadata `flavour` of a safetensors file, by the
-            first kernel of conv1_1, by the file's SHA-256.
-        seed: of the random weights; PyTorch's global generator stays untouched.
-        notify: receives one line saying what was taken and why, more where something is amiss.
-        progress: told about a download, in bytes (done, all); None shows a bar on stderr.
-        source: what `auto` downloads; the environment variable FASTNST_VGG19_URL overrides its address, not its hash.
+        spec: `auto`: the cached file, that of torch.hub, or a download; its full SHA-256 is checked at every load.
+            `random`: He initialisation; style transfer works with it (He, Wang, Hopcroft 2016), but less well.
+            Otherwise the path of a `.pth` or `.safetensors` file with torchvision's key names, possibly of the first
+            layers only.
+        last_layer: the deepest layer needed.
+        flavour: `torchvision` or `caffe`; `auto` detects it: by the metadata `flavour` of a safetensors file, by the
+            first kernel of conv1_1, or by the file's SHA-256.
+        seed: of the random weights; PyTorch's global generator is not used.
+        source: the download of `auto`; the environment variable FASTNST_VGG19_URL overrides its address, not its hash.
         pause: seconds between tries of a download, growing.
 
     Raises:
         UserError: unknown layer or flavour.
         WeightsUnavailable: `auto` failed.
         DataError: the file is missing, unreadable, of another network, or ends before `last_layer`; or its flavour
-            cannot be told.
+            is unknown.
     """
     check_layer(last_layer)
     if flavour not in ("auto", *FLAVOURS):
         raise UserError(f"unknown loss.vgg_flavour {flavour!r}; choose one of auto, {', '.join(FLAVOURS)}")
     if spec == "random":
-        notify(
-            f"VGG19: RANDOM weights (He initialisation, seed {seed}), not trained: they carry texture and palette, but "
-            "trained weights (--vgg auto or --vgg FILE) give far better images"
+        log.warning(
+            "VGG19: RANDOM weights (He initialisation, seed %d), not trained: they carry texture and palette, but "
+            "trained weights (--vgg auto or --vgg FILE) give far better images",
+            seed,
         )
         generator = torch.Generator().manual_seed(seed)
         return VGG19(last_layer, "torchvision" if flavour == "auto" else flavour, generator=generator)
     if spec == "auto":
-        path = _find_or_download(source, notify, progress, pause)
-        if flavour == "auto":
-            flavour, reason = "torchvision", "its SHA-256 is right"
-        else:
-            reason = "as loss.vgg_flavour says"
-        # The checksum vouches for every byte; other files have to stand a closer look.
-        tensors, _ = _read(path, known=True)
+        path = _find_or_download(source, pause)
+        tensors, metadata = _read(path, trusted=True)  # by its checksum
     else:
         path = Path(spec).expanduser()
         tensors, metadata = _read(path)
     _check(path, tensors, last_layer)
-    if flavour == "auto":
-        flavour, reason = _find_flavour(path, tensors, metadata)
-    elif spec != "auto":
+    if flavour != "auto":
         reason = "as loss.vgg_flavour says"
+    elif spec == "auto":
+        flavour, reason = "torchvision", "its SHA-256 is right"
+    else:
+        flavour, reason = _find_flavour(path, tensors, metadata)
     net = _build(path, tensors, last_layer, flavour)
-    notify(f"VGG19: {path} up to {last_layer}, {flavour} flavour ({reason})")
+    log.info("VGG19: %s up to %s, %s flavour (%s)", path, last_layer, flavour, reason)
     return net
 
 
 def describe_source(spec: str) -> str:
-    """Where `load_vgg19(spec)` would take the weights from, in words, without reading or downloading them.
-
-    Raises:
-        DataError: `spec` is a path, and no file is there.
-    """
+    """Describe the weights that `load_vgg19(spec)` would load, without reading them; DataError for no such file."""
     if spec == "random":
         return "random weights (He initialisation)"
     if spec != "auto":
@@ -147,13 +134,13 @@ def describe_source(spec: str) -> str:
     return f"to be downloaded from {os.environ.get(URL_VARIABLE) or TORCHVISION.url}, {TORCHVISION.size / 1e6:,.1f} MB"
 
 
-def cached_files(source: Source) -> tuple[Path, Path]:
-    """Our own copy and that of torch.hub."""
+def cached_files(source: RemoteFile) -> tuple[Path, Path]:
+    """Paths of our own copy and of torch.hub's."""
     own = cache_folder() / "weights" / source.file_name
     return own, Path(torch.hub.get_dir()) / "checkpoints" / source.file_name
 
 
-def _find_or_download(source: Source, notify: Callable[[str], None], progress: Progress | None, pause: float) -> Path:
+def _find_or_download(source: RemoteFile, pause: float) -> Path:
     if url := os.environ.get(URL_VARIABLE):
         source = replace(source, url=url)
     own, hub = cached_files(source)
@@ -163,17 +150,16 @@ def _find_or_download(source: Source, notify: Callable[[str], None], progress: P
         try:
             digest = sha256_of(path)
         except OSError as error:
-            notify(f"VGG19: {path} cannot be read ({error.strerror}) and is not used")
+            log.warning("VGG19: %s cannot be read (%s) and is not used", path, error.strerror)
             continue
         if digest == source.sha256:
             return path
-        notify(f"VGG19: {path} is damaged (SHA-256 {digest[:8]}…, must be {source.sha256[:8]}…) and is not used")
-    notify(f"VGG19: downloading {source.url} ({source.size / 1e6:,.1f} MB) to {own}")
+        reason = f"SHA-256 {digest[:8]}…, must be {source.sha256[:8]}…"
+        log.warning("VGG19: %s is damaged (%s) and is not used", path, reason)
+    log.info("VGG19: downloading %s (%s MB) to %s", source.url, f"{source.size / 1e6:,.1f}", own)
     try:
-        with contextlib.ExitStack() as stack:
-            if progress is None:
-                progress = _bar(stack.enter_context(ProgressReport("download VGG19", source.size, "bytes")))
-            fetch(source, own, progress=progress, pause=pause)
+        with counted("download VGG19", "MB", scale=1e6) as progress:
+            download_file(source, own, progress=progress, pause=pause)
     except DownloadError as error:
         raise WeightsUnavailable(
             f"cannot download VGG19 from {source.url}: {error}.\n"
@@ -182,13 +168,8 @@ def _find_or_download(source: Source, notify: Callable[[str], None], progress: P
     return own
 
 
-def _bar(report: ProgressReport) -> Progress:
-    return lambda done, _: report.advance(done - report.done)
-
-
-def _read(path: Path, *, known: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """All tensors of a file by name, and its metadata; DataError for anything else, and for an unusual `.pth` file
-    unless its content is `known`."""
+def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """All tensors of a file by name, and its metadata; a `.pth` file is checked unless `trusted`."""
     _check_file(path)
     metadata: Mapping[str, str] = {}
     try:
@@ -198,28 +179,25 @@ def _read(path: Path, *, known: bool = False) -> tuple[dict[str, Tensor], Mappin
                 metadata = archive.metadata() or {}
                 loaded: Any = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         else:
-            if not known:
+            if not trusted:
                 check_torch_file(path)
-            # Memory mapping reads only the layers that are used, but knows the newer, zipped format alone.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zipped(path))
-    except VettingError as error:
+            # Memory mapping reads only the layers in use, but works with the newer, zipped format only.
+            with path.open("rb") as file:
+                zipped = file.read(4) == b"PK\3\4"
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UnsafeFileError as error:
         raise DataError(f"{path} is damaged or no weights file: {error}; {_ADVICE}") from error
     except Exception as error:
-        # A damaged file makes the readers raise nearly anything; none of it is a fault of this program.
+        # Readers raise nearly anything on a damaged file.
         reason = re.split(r"[\n.]", str(error).strip(), maxsplit=1)[0][:160] or type(error).__name__
         raise DataError(f"{path} is damaged or no weights file: {reason}; {_ADVICE}") from error
     if isinstance(loaded, dict):
         inner = dict.get(loaded, "state_dict")
-        # By the type's own method: a file may give an OrderedDict attributes that hide its methods.
+        # By the type's own method: a file may give an OrderedDict attributes that shadow its methods.
         items = list(dict.items(inner if isinstance(inner, dict) else loaded))
         if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
             return dict(items), metadata
     raise DataError(f"{path} holds no dictionary of tensors; {_ADVICE}")
-
-
-def _is_zipped(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\3\4"
 
 
 def _check_file(path: Path) -> None:
@@ -229,7 +207,7 @@ def _check_file(path: Path) -> None:
         check_regular_file(path)
         with path.open("rb") as file:
             file.read(1)
-    except VettingError as error:
+    except UnsafeFileError as error:
         raise DataError(f"cannot use the VGG19 weights {path}: {error}; {_ADVICE}") from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = (isinstance(error, OSError) and error.strerror) or error
@@ -237,13 +215,11 @@ def _check_file(path: Path) -> None:
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
-    """DataError unless `tensors` are VGG19's, as far as they go, and go as far as `last_layer`."""
-    expected = {}
-    for layer, shape in WEIGHT_SHAPES.items():
-        expected[f"{_KEYS[layer]}.weight"] = shape
-        expected[f"{_KEYS[layer]}.bias"] = shape[:1]
+    """Raise DataError unless all `tensors` are VGG19's and reach `last_layer`."""
+    expected = {f"{_KEYS[layer]}.weight": shape for layer, shape in WEIGHT_SHAPES.items()}
+    expected |= {f"{_KEYS[layer]}.bias": shape[:1] for layer, shape in WEIGHT_SHAPES.items()}
     if not any(name in expected for name in tensors):
-        found = ", ".join(map(shown, list(tensors)[:3])) or "nothing"
+        found = ", ".join(map(excerpt, list(tensors)[:3])) or "nothing"
         raise DataError(
             f"{path} holds no VGG19 with torchvision's key names (features.0.weight, …) but {found}; give another file"
         )
@@ -251,8 +227,8 @@ def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
         if name not in expected or tuple(tensor.shape) != expected[name]:
             wanted = f"VGG19 has {list(expected[name])} there" if name in expected else "VGG19 has no such tensor"
             raise DataError(
-                f"{path} holds another network than VGG19: {shown(name)} is {list(tensor.shape)}, and {wanted}; "
-                "give VGG19's weights"
+                f"{path} holds another network than VGG19: {excerpt(name)} is {list(tensor.shape)}, "
+                f"and {wanted}; give VGG19's weights"
             )
     layers = list(WEIGHT_SHAPES)
     absent = [layer for layer in layers if not {f"{_KEYS[layer]}.weight", f"{_KEYS[layer]}.bias"} <= tensors.keys()]
@@ -266,7 +242,7 @@ def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
 
 
 def _find_flavour(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """The flavour of the weights, and how it is known."""
+    """The flavour of the weights, and the reason."""
     if (stated := metadata.get("flavour")) is not None:
         if stated not in FLAVOURS:
             raise DataError(f"{path}: its metadata names the flavour {stated[:80]!r}; known are {', '.join(FLAVOURS)}")
@@ -281,13 +257,13 @@ def _find_flavour(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if digest.startswith(known_digest):
             return flavour, f"its SHA-256 begins with {known_digest[:8]}"
     raise DataError(
-        f"{path}: whether these weights expect torchvision's or Caffe's input cannot be told (conv1_1 is of neither "
-        "known training); say it with --set loss.vgg_flavour=torchvision or --set loss.vgg_flavour=caffe"
+        f"{path}: cannot tell whether these weights expect torchvision's or Caffe's input (conv1_1 is of neither known "
+        "training); say it with --set loss.vgg_flavour=torchvision or --set loss.vgg_flavour=caffe"
     )
 
 
 def _build(path: Path, tensors: Mapping[str, Tensor], last_layer: str, flavour: str) -> VGG19:
-    # A generator of its own, so that loading leaves PyTorch's global one where it was.
+    # With its own generator, to leave PyTorch's global one unchanged.
     net = VGG19(last_layer, flavour, generator=torch.Generator())
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -295,7 +271,7 @@ def _build(path: Path, tensors: Mapping[str, Tensor], last_layer: str, flavour: 
             tensor = tensors[f"{_KEYS[layer]}.{kind}"]
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise DataError(
-                    f"{path} is damaged: {_KEYS[layer]}.{kind} ({layer}) holds values that are no finite numbers; "
+                    f"{path} is damaged: {_KEYS[layer]}.{kind} ({layer}) holds values that are not finite numbers; "
                     "give another copy"
                 )
             parameter.copy_(tensor)

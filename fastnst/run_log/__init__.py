@@ -1,1 +1,1 @@
-"""What a run writes down: metrics.jsonl and TensorBoard's event files."""
+"""The log of a run: metrics.jsonl and TensorBoard event files."""

@@ -1,8 +1,8 @@
 """The graph of a computation for TensorBoard's graph page: blocks, layers, operators, and the tensors between them.
 
-A recorder watches PyTorch's dispatcher while the computation runs on fake tensors, which have a shape and no values:
-nothing is computed and no memory is taken, whatever the sizes. It gives for a PyTorch program what the paper's Figures
-4 and 5 show of a TensorFlow graph: each operator a node within the scopes in which it ran, each edge a tensor.
+A dispatch mode records the operators while the computation runs on fake tensors, which have a shape but no values, so
+nothing is computed and no memory is used. As in the paper's Figures 4 and 5, each operator is a node within the scopes
+in which it ran, each edge a tensor.
 """
 
 import contextlib
@@ -45,12 +45,12 @@ class _Node:
     arguments: dict[str, Any] = field(default_factory=dict)
     path: str = ""
     since: int = -1
-    """Outside modules: the operator whose parameter put this one into `path`; -1 where none did."""
+    """Outside modules: number of the operator that opened `path` by using a parameter; -1 if none did."""
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """An open scope: an explicit one, or the call of the module at `name`, slashes for dots, in the tree `root`."""
+    """An open scope: an explicit one, or the call of module `name` (slashes for dots) of the tree `root`."""
 
     path: str
     root: int | None = None
@@ -59,7 +59,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Owned:
-    """A parameter or buffer, and where its module stands."""
+    """A parameter or buffer and its module."""
 
     root: int
     module: str
@@ -69,21 +69,19 @@ class _Owned:
 
 
 class GraphRecorder:
-    """Records what runs inside its `with` block, without computing it.
+    """Records the operators inside its `with` block, without computing them.
 
-    Each call of a module opens a scope with its name (`res1/conv1`), below the scope that was open before; its
-    parameters and buffers are nodes beside its operators. A module that is used in two blocks is drawn in both, with
-    its parameters: edges of shared weights would tie blocks together between which no image flows. Outside the calls
-    of modules, an operator that takes a parameter is drawn in a scope with its module's name, and so is what follows.
-    What was computed before from the same tensors is not drawn again, and views (slices, transpositions) never: an edge
-    shows the size of what they look at.
+    Each call of a module opens a scope with its name (`res1/conv1`) below the current one; parameters and buffers are
+    nodes beside its operators. A module used in two blocks is drawn in both, with its parameters: edges of shared
+    weights would tie together blocks between which no image flows. Outside modules, an operator that uses a parameter
+    opens a scope with the name of that module. A repeated computation is drawn once, and views (slices, transpositions)
+    never: an edge shows the size of their base.
 
-    Stated limits: no gradients, no autocast, no compiled code, no random numbers, and no step may depend on the values
-    of tensors.
+    Limits: no gradients, autocast, compiled code or random numbers, and no step may depend on the values of tensors.
 
     Args:
-        roots: networks whose modules give scopes. One that lies inside another is named before it, and is then a tree
-            of its own, whose names begin at itself.
+        roots: networks whose modules open scopes. Pass a network inside another before that one; its names then begin
+            at itself.
     """
 
     def __init__(self, *roots: nn.Module) -> None:
@@ -113,9 +111,9 @@ class GraphRecorder:
                 stack.callback(module.register_forward_pre_hook(self._begin).remove)
                 stack.callback(module.register_forward_hook(self._end).remove)
             stack.enter_context(torch.no_grad())
-            # Parameters stay the real tensors that they are; the operators get fakes in their place.
+            # Parameters stay real tensors; the operators get fakes in their place.
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(_Watch(self))
+            stack.enter_context(_DispatchMode(self))
             self._stack = stack.pop_all()
         return self
 
@@ -124,17 +122,17 @@ class GraphRecorder:
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Draw what runs inside below `name`, which may hold slashes."""
+        """Draw operators inside below `name`, which may hold slashes."""
         depth = len(self._frames)
         self._frames.append(_Frame(_join(self._frames[-1].path, name)))
         try:
             yield
         finally:
-            # Modules that an error left have not said so.
+            # After an error, modules have not closed their scopes.
             del self._frames[depth:]
 
     def placeholder(self, name: str, shape: Sequence[int], *, like: Tensor) -> Tensor:
-        """A node for images that come from outside: a tensor of that shape and of `like`'s type, channels_last."""
+        """Add an input node: a tensor of that shape and of `like`'s type, channels_last."""
         self._paused = True
         tensor = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
         self._paused = False
@@ -142,7 +140,7 @@ class GraphRecorder:
         return tensor
 
     def graph_def(self) -> "GraphDef":
-        """What was recorded so far, in TensorFlow's format; equal computations give equal bytes."""
+        """Convert to TensorFlow's format; equal computations give equal graphs."""
         from tensorboard.compat.proto.graph_pb2 import GraphDef
         from tensorboard.compat.proto.versions_pb2 import VersionDef
 
@@ -152,13 +150,13 @@ class GraphRecorder:
         return graph
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Take down one operator that has run; what PyTorch's dispatcher calls."""
+        """Record one operator that has run."""
         taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if self._paused or not given:
             return
         namespace, _, name = func._schema.name.partition("::")
-        name = name.strip("_")  # relu_ and relu differ in where the result lies, not in what it is
+        name = name.strip("_")  # relu_ is drawn like relu
         sources = [self._source(tensor) for tensor in taken]
         views = [self._views.get(id(tensor), "") for tensor in taken]
         key = repr((namespace, name, sources, views, tree_map(_without_tensors, (args, kwargs))))
@@ -189,14 +187,14 @@ class GraphRecorder:
         assert (ended.root, ended.name) == self._modules[module]
 
     def _base(self, root: int) -> str:
-        """The path at which the names of a tree begin: where the innermost scope is, less the module's own name."""
+        """Return the path where a tree's names begin: the innermost scope without the module's own name."""
         top = self._frames[-1]
         if top.root != root or not top.name:
             return top.path
         return top.path[: -len(top.name)].rstrip("/")
 
     def _source(self, tensor: Tensor) -> str | _Owned:
-        """What a tensor is: an output of a node, or a parameter or buffer; a tensor from nowhere becomes a node."""
+        """Find the node output, parameter or buffer that a tensor is; an unknown tensor becomes a constant."""
         owned = self._owned.get(id(tensor))
         if owned is not None:
             return owned
@@ -205,7 +203,7 @@ class GraphRecorder:
             node = self._add(_join(self._frames[-1].path, "constant"), "Const", [], [tensor])
             self._remember(tensor, node.name)
             return node.name
-        # Somebody may have written into the same memory through another view since.
+        # Another view may have written into the same memory since.
         writer = self._writers.get(_memory(tensor))
         if writer is not None and (isinstance(source, _Owned) or self._number(writer) > self._number(source)):
             return writer
@@ -214,14 +212,14 @@ class GraphRecorder:
     def _add_operator(self, namespace: str, name: str, sources: Sequence[str | _Owned], outputs: list[Tensor]) -> _Node:
         path, since = self._path(sources)
         inputs = [self._node_of(source) if isinstance(source, _Owned) else source for source in sources]
-        # TensorBoard draws a Const as a dot beside what reads it.
+        # TensorBoard draws a Const as a dot beside its consumer.
         op = "Const" if not inputs else name if namespace == "aten" else f"{namespace}::{name}"
         node = self._add(_join(path, name), op, list(dict.fromkeys(inputs)), outputs)
         node.path, node.since = path, since
         return node
 
     def _path(self, sources: Sequence[str | _Owned]) -> tuple[str, int]:
-        """The scope of an operator that takes these, and since which operator things go there."""
+        """Return the scope of an operator with these inputs, and the number of the operator that opened it."""
         top = self._frames[-1]
         if top.root is not None:
             return top.path, -1
@@ -234,7 +232,7 @@ class GraphRecorder:
         return (top.path, -1) if latest is None else (latest.path, latest.since)
 
     def _node_of(self, owned: _Owned) -> str:
-        """The node of a parameter or buffer in the block that is open."""
+        """Return the node of a parameter or buffer in the current block."""
         name = _join(self._base(owned.root), owned.module, owned.leaf)
         if name not in self._nodes:
             self._add(name, owned.op, [], [owned.tensor])
@@ -253,11 +251,11 @@ class GraphRecorder:
 
     def _remember(self, tensor: Tensor, source: str | _Owned) -> None:
         self._sources[id(tensor)] = source
-        # A tensor that is gone would leave its id to another one.
+        # Keep it alive, or another tensor may get its id.
         self._alive.append(tensor)
 
 
-class _Watch(TorchDispatchMode):
+class _DispatchMode(TorchDispatchMode):
     def __init__(self, recorder: GraphRecorder) -> None:
         super().__init__()
         self._recorder = recorder
@@ -273,7 +271,7 @@ def _join(*parts: str) -> str:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Names the memory that a tensor shares with its views."""
+    """Identify the memory that a tensor shares with its views."""
     return tensor.untyped_storage()._cdata
 
 
@@ -282,7 +280,7 @@ def _without_tensors(leaf: Any) -> Any:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The arguments that the operator overwrites."""
+    """Return the arguments that the operator overwrites."""
     names = {argument.name for argument in func._schema.arguments if argument.is_write}
     given = zip((argument.name for argument in func._schema.arguments), args, strict=False)
     values = [value for name, value in [*given, *kwargs.items()] if name in names]
@@ -290,7 +288,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 
 def _plain_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The numbers, switches and words that an operator was called with, by name."""
+    """Return an operator's arguments that are numbers, bools or strings, by name."""
     names = [argument.name for argument in func._schema.arguments]
     named = dict(zip(names, args, strict=False)) | kwargs
     return {
@@ -302,7 +300,7 @@ def _plain_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _describe(written: "NodeDef", node: _Node) -> None:
-    """Put shapes, type and arguments where TensorBoard looks for them."""
+    """Write shapes, type and arguments where TensorBoard looks for them."""
     shapes = written.attr["_output_shapes"].list
     for tensor in node.outputs:
         shape = shapes.shape.add()

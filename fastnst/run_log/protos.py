@@ -1,4 +1,4 @@
-"""What TensorBoard's pages for histograms, hyper-parameters and custom scalars read, made from plain values."""
+"""Protocol buffers for TensorBoard's histograms, hyper-parameters and custom scalars, from plain values."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
 METRICS = ("loss/total", "loss/content", "loss/style", "loss/tv")
-"""What runs are compared by, and what one chart shows together."""
+"""The metrics of the hyper-parameters page, and of the first custom chart."""
 
 BINS = 80
 
-# They say where a run found its things and how often it reported, not what it learned from.
+# Paths, devices and reporting intervals, which do not change the result.
 _NO_HYPER_PARAMETERS = frozenset(
     f"{section}.{key}"
     for section, keys in {
@@ -31,16 +31,16 @@ _NO_HYPER_PARAMETERS = frozenset(
 
 
 def histogram(values: "np.ndarray", bins: int = BINS) -> dict[str, Any] | None:
-    """Arguments of `SummaryWriter.add_histogram_raw`: `bins` equal bins over the range of the values.
+    """Compute the arguments of PyTorch's `histogram_raw`: `bins` equal bins over the range of the values.
 
-    TensorBoard's own bins each end at 1.1 times their beginning: two dozen of them hold all weights between 0.1 and 1.
+    TensorBoard's default bins grow by a factor of 1.1 each: two dozen hold all weights between 0.1 and 1.
 
     Args:
-        values: any shape, fp32. What is not finite is left out.
-        bins: how many; values that are all equal get one.
+        values: any shape, fp32; NaN and Inf are left out.
+        bins: number of bins; equal values get one.
 
     Returns:
-        None where nothing is finite: TensorBoard refuses a histogram with nothing in it.
+        None if no value is finite: TensorBoard refuses an empty histogram.
     """
     import numpy as np
 
@@ -65,9 +65,9 @@ def histogram(values: "np.ndarray", bins: int = BINS) -> dict[str, Any] | None:
 
 
 def hyper_parameters(config: Config) -> dict[str, bool | float | str]:
-    """The keys of a resolved configuration that decide what is learned, `loss.style_weight` and the like.
+    """Collect the configuration keys that change the result, such as `loss.style_weight`.
 
-    Lists become texts, images and files their names; keys that are unset are left out.
+    Lists become texts, paths become file names; unset keys are left out.
     """
     flat: dict[str, Any] = {"preset": config.preset}
     for name in ("data", "style", "model", "loss", "train"):
@@ -77,9 +77,9 @@ def hyper_parameters(config: Config) -> dict[str, bool | float | str]:
 
 
 def session_start(values: dict[str, bool | float | str], started: float) -> "list[Summary]":
-    """Which hyper-parameters and metrics there are, and this run's values; `started` in seconds since 1970.
+    """Describe the hyper-parameters and metrics, and this run's values; `started` in seconds since 1970.
 
-    They belong into the run's own log: `SummaryWriter.add_hparams` would make a second run of them.
+    For the run's own log: PyTorch's `add_hparams` would show them as a second run.
     """
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
@@ -103,7 +103,7 @@ def session_start(values: dict[str, bool | float | str], started: float) -> "lis
 
 
 def session_end(ended: float) -> "Summary":
-    """The run has come to its end; `ended` in seconds since 1970."""
+    """Mark the run as finished; `ended` in seconds since 1970."""
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=ended)
@@ -111,14 +111,14 @@ def session_end(ended: float) -> "Summary":
 
 
 def chart_layout(layers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """The custom-scalars page, as `SummaryWriter.add_custom_scalars` takes it.
+    """Lay out the custom-scalars page, for PyTorch's `custom_scalars`.
 
     Args:
-        layers: those of the loss, front to back.
+        layers: of the loss, front to back.
     """
 
     def chart(*tags: str) -> list[Any]:
-        # TensorBoard takes tags for regular expressions, and looks at beginnings only.
+        # TensorBoard reads tags as regular expressions, matched at the beginning only.
         return ["Multiline", [f"^{tag}$" for tag in tags]]
 
     return {
@@ -129,7 +129,7 @@ def chart_layout(layers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         },
         "speed": {
             "images per second": chart("speed/images_per_second"),
-            "percent of the time": chart("speed/data_wait_percent", "speed/projections_percent"),
+            "percent of the time": chart("speed/data_wait_percent"),
         },
     }
 

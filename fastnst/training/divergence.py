@@ -1,8 +1,12 @@
-"""What ends a run that has gone wrong, and what of it is safe: values that are not finite, storage that refuses."""
+"""End a run that diverged or ran out of storage, and name the last good checkpoint.
+
+Loss, gradients, weights and running statistics are checked in every step; a NaN or Inf stops the run and is never
+checkpointed.
+"""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,63 +18,61 @@ from fastnst.storage import StorageError
 from fastnst.training.distributed.process_group import ProcessGroup
 from fastnst.training.run_dir.checkpoint import latest_checkpoint
 from fastnst.training.run_dir.layout import CONFIG_NAME
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 
 
 class DivergenceMonitor:
-    """Looks whether training is still sound; all processes of a run ask at the same steps.
+    """Stops a run whose numbers are not finite; all ranks ask at the same steps.
 
     Args:
-        step: what is watched.
-        config: limits, and what the message names.
+        trainer: what is watched.
+        config: limits, and values that the message names.
         group: the processes that share the run.
         out: the run directory.
-        notify: told of checkpoints that are passed over in search of the last good one.
     """
 
-    def __init__(
-        self, step: TrainingStep, config: TrainConfig, group: ProcessGroup, out: Path, notify: Callable[[str], None]
-    ) -> None:
-        self._step, self._config, self._group, self._out, self._notify = step, config, group, out, notify
+    def __init__(self, trainer: NetTrainer, config: TrainConfig, group: ProcessGroup, out: Path) -> None:
+        self._trainer, self._config, self._group, self._out = trainer, config, group, out
 
-    def check_health(self, step: int) -> None:
-        """Stop if a step went wrong. On a GPU asked only when something is logged or saved: late by `train.log_every`.
+    def check_steps(self, step: int) -> None:
+        """Stop if any step so far went wrong on any rank.
 
-        So many skipped steps in a row that all were between two of these moments go unnoticed there: training mended
-        itself.
+        On a GPU this runs only when something is logged or saved, so it may be late by `train.log_every` steps. A
+        series of skipped steps that begins and ends in between goes unnoticed there: training mended itself.
 
         Raises:
-            DivergedError: something was not finite in any process, or too many steps in a row were skipped.
+            DivergedError: a value was not finite, or too many steps in a row were skipped.
         """
-        found = self._group.all_gather_text(json.dumps(bad) if (bad := self._step.health.first_nonfinite()) else "")
-        if found:
+        bad = self._trainer.finite_check.first_nonfinite()
+        if found := self._group.all_gather_text(json.dumps(bad) if bad else ""):
             first_nonfinite, names = min(json.loads(each) for each in found if each)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            self._diverged(f"not finite since step {first_nonfinite}: {', '.join(names[:3])}{more}")
-        if self._step.scaler.is_enabled():
-            # The scaler sees gradients that are the same in all processes.
-            _, in_a_row = self._step.skipped.read()
+            self._raise(f"not finite since step {first_nonfinite}: {', '.join(names[:3])}{more}")
+        if self._trainer.scaler.is_enabled():
+            # The scaler sees gradients that are the same on all ranks.
+            _, in_a_row = self._trainer.skipped_steps.read()
             limit = self._config.max_skipped_steps
             if in_a_row >= limit:
-                self._diverged(
+                self._raise(
                     f"the {in_a_row} steps up to step {step} were skipped, since their fp16 gradients were not finite "
-                    f"at any loss scale down to {self._step.scaler.get_scale():.3g}; train.max_skipped_steps = {limit}"
+                    f"at any loss scale down to {self._trainer.scaler.get_scale():.3g}; "
+                    f"train.max_skipped_steps = {limit}"
                 )
 
-    def check_weights(self, step: int) -> None:
-        """Nothing that is not finite is shown or saved, even where the loss has not shown it yet.
+    def check_state(self, step: int) -> None:
+        """Stop before anything that is not finite is shown or saved, even if no loss shows it yet.
 
         Raises:
-            DivergedError: as `check_health`, or a weight, a statistic or a moment of Adam is not finite.
+            DivergedError: as `check_steps`, or a weight, a running statistic or a moment of Adam is not finite.
         """
-        self.check_health(step)
-        for name, tensor in self._step.state_tensors().items():
+        self.check_steps(step)
+        for name, tensor in self._trainer.state_tensors().items():
             if not bool(torch.isfinite(tensor).all()):
-                self._diverged(f"{name} holds a value that is not finite after step {step}")
+                self._raise(f"{name} holds a value that is not finite after step {step}")
 
-    def _diverged(self, what: str) -> NoReturn:
+    def _raise(self, what: str) -> NoReturn:
         self._group.exit_unless()
-        checkpoint = latest_checkpoint(self._out, self._notify)
+        checkpoint = latest_checkpoint(self._out)
         kept = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "no checkpoint was written before"
         precision = " or --precision fp32" if self._config.precision != "fp32" else ""
         raise DivergedError(
@@ -80,23 +82,22 @@ class DivergenceMonitor:
 
 
 @contextlib.contextmanager
-def explained_storage_errors(out: Path, runs: Sequence[Path], notify: Callable[[str], None]) -> Iterator[None]:
-    """Where the storage refuses, say how much of the run is safe.
+def explained_storage_errors(out: Path, runs: Sequence[Path]) -> Iterator[None]:
+    """Add to a storage error which step is saved and how to go on.
 
     Args:
         out: what `--out` names.
-        runs: the run directories: `out` itself, or of several styles those below it.
-        notify: told of checkpoints that are passed over.
+        runs: the run directories: `out` itself, or those of several styles below it.
 
     Raises:
-        StorageError: the same, with what is saved and how to go on.
+        StorageError: the same error with a longer message.
     """
     try:
         yield
     except StorageError as error:
-        # Whatever the disk says to this search, the first error is the one to tell.
+        # The first error is the one to report, whatever the disk answers to this search.
         try:
-            checkpoints = [latest_checkpoint(run, notify) for run in runs]
+            checkpoints = [latest_checkpoint(run) for run in runs]
         except (OSError, DataError):
             raise error from None
         steps = [checkpoint.step if checkpoint else 0 for checkpoint in checkpoints]

@@ -1,9 +1,9 @@
-"""What a run needs from outside, checked and read before its directory is touched."""
+"""Check and read what a run needs from outside, before its directory is touched."""
 
-import dataclasses
 import hashlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastnst.config import Config, TrainConfig
+from fastnst.config import Config, DataConfig, TrainConfig
 from fastnst.data.cache.format import is_cache
 from fastnst.data.cache.verify import open_cache
 from fastnst.data.manifest import Manifest, build_manifest
@@ -27,12 +27,14 @@ from fastnst.progress import counted
 from fastnst.storage import sha256_of
 from fastnst.training.run_dir.layout import REJECTED_NAME
 
+log = logging.getLogger(__name__)
+
 LARGEST_STYLE_SIDE = 1024
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything read from outside before a run directory is touched."""
+    """Everything that a run reads from outside."""
 
     config: Config
     device: torch.device
@@ -46,12 +48,12 @@ class Inputs:
     """Images of the manifest that failed in the run that is resumed."""
 
     def fingerprints(self) -> dict[str, str]:
-        """What must be the same when the run is resumed, beside the configuration."""
+        """Return SHA-256s that must be the same when the run is resumed: of images, style and VGG19."""
         return {"data": self.manifest.fingerprint, "style": self.style_sha256, "vgg": self._vgg_sha256}
 
     @cached_property
     def _vgg_sha256(self) -> str:
-        # Of the layers that the loss needs: more are there, or fewer, with what is watched.
+        # Only the layers that the loss needs: projections may need more.
         loss = self.config.loss
         needed = self.vgg.layers[: self.vgg.layers.index(deepest_layer([*loss.content_layers, *loss.style_layers])) + 1]
         digest = hashlib.sha256(self.vgg.flavour.encode())
@@ -63,7 +65,7 @@ class Inputs:
 
 
 def resolve(config: Config) -> tuple[Config, torch.device]:
-    """The configuration with `auto` replaced by this machine's precision, and the device.
+    """Return the configuration with `auto` replaced by this machine's precision, and the device.
 
     Raises:
         DeviceError: no such device, or it does not compute in that precision.
@@ -73,45 +75,33 @@ def resolve(config: Config) -> tuple[Config, torch.device]:
     return config.model_copy(update={"train": train_config}), device
 
 
-def read_inputs(
-    config: Config, device: torch.device, notify: Callable[[str], None], late: Sequence[ReadFailure] = ()
-) -> Inputs:
+def read_inputs(config: Config, device: torch.device, late: Sequence[ReadFailure] = ()) -> Inputs:
     """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins.
 
     Args:
         config: resolved.
         device: where training runs.
-        notify: receives one line per event that a user should know of.
         late: images that failed in the run that is resumed; they keep their places in the manifest.
     """
     style, style_sha256 = read_style(config)
     check_folder(config.data.folder)
     watched_layers = [name.partition(":")[0] for name in config.visualize.vgg_maps]
-    with counted("download VGG19", "MB", scale=1e6) as progress:
-        vgg = load_vgg19(
-            config.loss.vgg,
-            last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers, *watched_layers]),
-            flavour=config.loss.vgg_flavour,
-            seed=config.train.seed,
-            notify=notify,
-            progress=progress,
-        )
-    manifest = with_failed(read_manifest(config, notify), late)
+    vgg = load_vgg19(
+        config.loss.vgg,
+        last_layer=deepest_layer([*config.loss.content_layers, *config.loss.style_layers, *watched_layers]),
+        flavour=config.loss.vgg_flavour,
+        seed=config.train.seed,
+    )
+    manifest = read_manifest(config.data)
+    log_rejected(manifest)
+    manifest = with_failed(manifest, late)
     check_batch(config, len(manifest.images))
     steps = total_steps(config.train, len(manifest.images))
     return Inputs(config, device, style, style_sha256, manifest, vgg, steps, tuple(late))
 
 
-def with_styles(inputs: Inputs, others: Sequence[tuple[Config, Tensor, str]]) -> list[Inputs]:
-    """`inputs`, and the same with each of the other styles: configuration, and what `read_style` gives of it."""
-    return [
-        inputs,
-        *(dataclasses.replace(inputs, config=config, style=style, style_sha256=sha) for config, style, sha in others),
-    ]
-
-
 def read_style(config: Config) -> tuple[Tensor, str]:
-    """The style image at the configured size, `[1, 3, H, W]` in [0, 1], and the SHA-256 of its file."""
+    """Return the style image at the configured size, `[1, 3, H, W]` in [0, 1], and the SHA-256 of its file."""
     if config.style.image is None:
         raise UserError("no style image; give one with --style IMAGE")
     pixels = Image.fromarray(read_image(config.style.image))
@@ -124,7 +114,7 @@ def read_style(config: Config) -> tuple[Tensor, str]:
 
 
 def check_folder(folder: Path | None) -> Path:
-    """`folder`, which is there; whether it holds images shows later, after longer work."""
+    """Return `folder` if it exists; whether it holds images shows later, after longer work."""
     if folder is None:
         raise UserError("no training images; give a folder with --data FOLDER")
     if not folder.is_dir():
@@ -133,26 +123,34 @@ def check_folder(folder: Path | None) -> Path:
     return folder
 
 
-def read_manifest(config: Config, notify: Callable[[str], None]) -> Manifest:
-    """The checked images of the data folder, or of a cache; says how many were refused."""
-    folder = check_folder(config.data.folder)
+def read_manifest(config: DataConfig) -> Manifest:
+    """Return the checked images of the data folder, or of a cache."""
+    folder = check_folder(config.folder)
     if is_cache(folder):
         with counted("verify cache", "MB", scale=1e6) as progress:
-            manifest: Manifest = open_cache(folder, size=config.data.image_size, fit=config.data.fit, progress=progress)
+            manifest: Manifest = open_cache(folder, size=config.image_size, fit=config.fit, progress=progress)
     else:
         with counted("check images", "images") as progress:
-            manifest = build_manifest(folder, progress=progress, flat=False)
-    if manifest.rejected:
-        first = manifest.rejected[0]
-        notify(
-            f"{len(manifest.rejected)} of {len(manifest.rejected) + len(manifest.images)} images refused "
-            f"(the first: {printable(first.path)}: {first.reason}); all are listed in {REJECTED_NAME}"
-        )
+            manifest = build_manifest(folder, progress=progress, allow_uniform=False)
     return manifest
 
 
+def log_rejected(manifest: Manifest) -> None:
+    """Warn of images that the check refused."""
+    if manifest.rejected:
+        first = manifest.rejected[0]
+        log.warning(
+            "%d of %d images refused (the first: %s: %s); all are listed in %s",
+            len(manifest.rejected),
+            len(manifest.rejected) + len(manifest.images),
+            printable(first.path),
+            first.reason,
+            REJECTED_NAME,
+        )
+
+
 def check_batch(config: Config, num_images: int) -> None:
-    """UserError if a step would read more images than there are: it would see some of them twice."""
+    """Raise UserError if a step would read more images than there are: it would see some of them twice."""
     if num_images < config.train.batch_size:
         raise UserError(
             f"train.batch_size is {config.train.batch_size}, and {printable(str(config.data.folder))} holds "
@@ -161,5 +159,5 @@ def check_batch(config: Config, num_images: int) -> None:
 
 
 def total_steps(config: TrainConfig, num_images: int) -> int:
-    """Steps of the whole run: `train.steps`, else what `train.epochs` passes over the images need."""
+    """Return the steps of the whole run: `train.steps`, else enough for `train.epochs` passes over the images."""
     return config.steps or max(1, math.ceil(config.epochs * num_images / config.batch_size))

@@ -1,4 +1,7 @@
-"""Stop requests: SIGINT, SIGTERM and SIGHUP end a run in good order."""
+"""SIGINT, SIGTERM and SIGHUP finish the step, save a checkpoint and print the resume command.
+
+A second signal exits without a save.
+"""
 
 import contextlib
 import os
@@ -13,11 +16,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """What the training loop polls between steps.
+    """A stop signal, if one came; the training loop polls it between steps.
 
-    Outside `deferred()` a signal raises `StoppedBySignal` where the program stands: nothing needs saving there. Inside
-    it the first signal only sets `signum`, so that the step is finished and saved; a second one raises. A signal that
-    comes after one that has raised ends the process at once, without cleaning up.
+    | signal                         | outside `deferred()`     | inside `deferred()`              |
+    |--------------------------------|--------------------------|----------------------------------|
+    | the first                      | raises `StoppedBySignal` | sets `signum`: the loop saves    |
+    | the next                       | ends the process at once | raises `StoppedBySignal`         |
+    | any after one that has raised  | ends the process at once | ends the process at once         |
     """
 
     def __init__(self) -> None:
@@ -31,8 +36,8 @@ class StopRequest:
     def installed(self) -> Iterator["StopRequest"]:
         """Handle the stop signals within this block (in the main thread; elsewhere Python allows no handlers).
 
-        A signal that the process was started to ignore, as `nohup` does with SIGHUP and a shell's `&` may do with
-        SIGINT, stays ignored.
+        A signal that was ignored when the process started stays ignored: `nohup` does so with SIGHUP, a shell's `&`
+        may do so with SIGINT.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self
@@ -49,8 +54,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this block a first signal waits until the loop asks for it."""
-        # Code that swallows whatever is raised in it must not make a signal go unheard.
+        """Within this block a first signal waits until the loop polls it."""
+        # A signal may have raised inside code that swallows every exception.
         self.signum = self.signum or self._raised
         before, self._deferred = self._deferred, True
         try:
@@ -60,7 +65,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this block, inside `deferred()`, a signal raises after all; so does one that has come before."""
+        """Within this block, inside `deferred()`, a signal raises; so does one that came before."""
         before, self._deferred = self._deferred, False
         try:
             if self.signum is not None:
@@ -70,14 +75,14 @@ class StopRequest:
             self._deferred = before
 
     def disregard(self) -> None:
-        """Ignore all further signals, also behind `installed`: this process is ending, and how is decided."""
+        """Ignore all further signals, also after `installed`: this process is ending already."""
         for signum in self._heeded:
             signal.signal(signum, signal.SIG_IGN)
         self._is_disregarded = True
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self._raised is not None:
-            # Not by `print`: the signal may have come in the middle of one.
+            # Not `print`, which is not reentrant.
             os.write(2, f"fastnst: stopped at once by {signal.Signals(signum).name}\n".encode())
             os._exit(128 + signum)
         if self._deferred and self.signum is None:
@@ -90,5 +95,5 @@ class StopRequest:
 
 
 def stopped_by(signum: int, circumstance: str = "") -> StoppedBySignal:
-    """The exception for a signal; `circumstance` follows its name in the message."""
+    """Return the exception for a signal; `circumstance` follows its name in the message."""
     return StoppedBySignal(signum, f"stopped by {signal.Signals(signum).name}{circumstance}")

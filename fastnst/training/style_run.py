@@ -1,9 +1,12 @@
-"""One style of a run: its transform net and loss, and its run directory."""
+"""One style of a run: its net and loss, its run directory and its log."""
 
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 
 from fastnst import __version__
@@ -24,18 +27,30 @@ from fastnst.training.run_dir.checkpoint import Checkpoint, remove_old_checkpoin
 from fastnst.training.run_dir.layout import CONFIG_NAME, REJECTED_NAME
 from fastnst.training.run_dir.load_net import steps_of_run
 from fastnst.training.run_dir.rejected_images import RejectedImages
-from fastnst.training.run_dir.resume import (
-    check_fits,
-    checkpoint_to_resume,
-    diff_provenance,
-    provenance,
-    shared_checkpoint,
-    tell_changes,
-)
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.run_dir.resume import check_fits, checkpoint_to_resume, diff_provenance, provenance
+from fastnst.training.step.train_step import NetTrainer
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.graph_pb2 import GraphDef
+
+log = logging.getLogger(__name__)
+
+# Each changes which image stands at which place of the run.
+_ORDER_CHANGES = ("train.seed was", "train.batch_size was", "the images in")
+
+
+class StyleLog(logging.LoggerAdapter[logging.Logger]):
+    """Begins each message with the style's name, in a run of several."""
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__(log)
+        self._name = name
+
+    def log(self, level: int, msg: object, *args: object, **options: Any) -> None:
+        if self._name is None:
+            self.logger.log(level, msg, *args, **options)
+        else:
+            self.logger.log(level, f"%s: {msg}", self._name, *args, **options)
 
 
 class StyleRun:
@@ -43,133 +58,140 @@ class StyleRun:
 
     Args:
         inputs: configuration, style image, training images and VGG19.
-        out: the run directory, locked by this process if it leads.
-        notify: receives one line per event that a user should know of.
+        out: the run directory, locked by rank 0.
         group: the processes that share the run.
-        beside: another style of the run; both have all in common but the style image.
-        share: of `visualize.max_percent`, what this style's projections may take.
+        name: of the style, in a run of several.
+        shared_vgg: the trainer of another style of the run; φ's prepared weights are kept once.
     """
 
     def __init__(
         self,
         inputs: Inputs,
         out: Path,
-        notify: Callable[[str], None],
         group: ProcessGroup,
         *,
-        beside: "StyleRun | None" = None,
-        share: float = 1.0,
+        name: str | None = None,
+        shared_vgg: NetTrainer | None = None,
     ) -> None:
-        self.inputs, self.out, self.notify, self.group = inputs, out, notify, group
-        config, device = inputs.config, inputs.device
-        self.config, self.device = config, device
-        # Before each: a style's weights begin as they would in a run of its own.
+        self.inputs, self.out, self.group = inputs, out, group
+        self.messages = StyleLog(name)
+        self.config, self.device = inputs.config, inputs.device
+        config, device = self.config, self.device
+        # Before each net: a style's weights begin as they would in a run of its own.
         torch.manual_seed(config.train.seed)
         self.net = TransformNet(config.model.architecture, config.model.norm)
         self.net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net.train()
-        loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
-        loss.set_style(inputs.style.to(device))
-        self.loss = loss
+        self.loss = PerceptualLoss(inputs.vgg, config.loss).to(device=device)
+        self.loss.set_style(inputs.style.to(device))
         parallel = group.data_parallel(self.net, device, config.data.image_size)
-        other = beside.step if beside is not None else None
-        self.step: TrainingStep = TrainingStep(self.net, loss, config.train, device, parallel=parallel, beside=other)
-        self.guard = DivergenceMonitor(self.step, config.train, group, out, notify)
-        self.looks = SampleLogger(inputs, self.net, loss, share=share) if group.is_rank_zero else None
-        self.log: RunLog | None = None
+        self.net_trainer = NetTrainer(
+            self.net, self.loss, config.train, device, parallel=parallel, shared_vgg=shared_vgg
+        )
+        self.monitor = DivergenceMonitor(self.net_trainer, config.train, group, out)
+        self.samples = SampleLogger(inputs, self.net, self.loss) if group.is_rank_zero else None
+        self.run_log: RunLog | None = None
         self.done = 0
         """Steps that are done already."""
 
-    def restore(self, changes: list[str], *, allow: bool) -> None:
-        """Take over the newest valid checkpoint, if there is one.
+    def restore(self, changes: list[str], *, allow_changes: bool) -> None:
+        """Load the newest valid checkpoint, if there is one.
 
         Args:
             changes: what is known to differ from the run's saved configuration.
-            allow: go on though something differs from what the checkpoint was trained with.
+            allow_changes: go on though something differs from what the checkpoint was trained with.
         """
         if not self.group.is_rank_zero:
-            self._take_over(None)
+            self._load(None)
             return
-        checkpoint = checkpoint_to_resume(self.out, self.notify)
+        checkpoint = checkpoint_to_resume(self.out)
         if checkpoint is None:
-            tell_changes(changes, 0, self.notify)
-            self.notify(f"{self.out} holds no checkpoint yet; starting at step 0")
-            self._take_over(None)
+            self._log_changes(changes, 0)
+            self.messages.info("%s holds no checkpoint yet; starting at step 0", self.out)
+            self._load(None)
             return
-        origin = provenance(self.inputs, world_size=self.group.dist_env.world_size)
-        changes = diff_provenance(checkpoint, origin, allow=allow)
+        now = provenance(self.inputs, world_size=self.group.dist_env.world_size)
+        changes = diff_provenance(checkpoint, now, allow=allow_changes)
         check_fits(checkpoint, self.net)
-        self._take_over(checkpoint)
-        tell_changes(changes, checkpoint.step, self.notify)
-        # The style model is written behind its checkpoint, and a process may have been killed in between. What was
-        # allowed to change is recorded, so that it need not be allowed again.
+        self._load(checkpoint)
+        self._log_changes(changes, checkpoint.step)
+        # A process may have been killed between the checkpoint and the style model, which is written after it. Allowed
+        # changes are saved, so that they need not be allowed again.
         if changes:
             self._save_checkpoint(checkpoint.step)
         if changes or steps_of_run(self.out) != checkpoint.step:
             self._save_model(checkpoint.step)
         remove_old_checkpoints(self.out, checkpoint.step, keep=self.config.train.keep_checkpoints)
 
-    def prepare(self, late: Sequence[ReadFailure], notify: Callable[[str], None]) -> RejectedImages:
-        """Write down the configuration and which images are not used; returns what takes down further ones."""
+    def prepare(self, failures: Sequence[ReadFailure], *, quiet: bool = False) -> RejectedImages:
+        """Write the configuration and the list of rejected images; return the list, for further ones.
+
+        Args:
+            failures: images that are known to have failed in training.
+            quiet: do not log further ones; another style of the run does.
+        """
         for name in (CONFIG_NAME, REJECTED_NAME, METRICS_NAME):
             remove_leftovers(self.out / name)
         write_atomic(self.out / CONFIG_NAME, to_toml(self.config).encode())
-        return RejectedImages(self.out, self.inputs.manifest, late, notify)
+        return RejectedImages(self.out, self.inputs.manifest, failures, quiet=quiet)
 
-    def begin(self, graph: "GraphDef | None") -> "GraphDef | None":
-        """Log what does not change, of a run that begins; `graph` is another style's, which is the same."""
-        if self.looks is None or self.log is None or self.done:
+    def log_start(self, graph: "GraphDef | None") -> "GraphDef | None":
+        """Log what does not change, in a run that begins.
+
+        Args:
+            graph: of another style's networks, which are alike, if it is known.
+
+        Returns:
+            The graph.
+        """
+        if self.samples is None or self.run_log is None or self.done:
             return graph
-        return self.looks.begin(self.log, graph)
+        return self.samples.log_start(self.run_log, graph)
 
-    def report(self) -> None:
-        """At the end, say what was spent on projections, and what was skipped."""
-        if self.looks is not None:
-            self.looks.report(self.notify)
-        if self.step.scaler.is_enabled():
-            skipped, scale = self.step.skipped.read()[0], self.step.scaler.get_scale()
-            self.notify(
-                f"fp16: {skipped} of {self.inputs.steps} steps skipped, since a gradient overflowed; "
-                f"the loss scale is now {scale:g}"
+    def log_summary(self) -> None:
+        """At the end of a run in fp16, log how many steps were skipped."""
+        if self.net_trainer.scaler.is_enabled():
+            self.messages.info(
+                "fp16: %d of %d steps skipped, since a gradient overflowed; the loss scale is now %g",
+                self.net_trainer.skipped_steps.read()[0],
+                self.inputs.steps,
+                self.net_trainer.scaler.get_scale(),
             )
 
-    def projections_due(self, step: int) -> bool:
-        """Whether this process wants to project after `step`."""
-        return self.looks is not None and self.looks.projections_due(step, self.inputs.steps)
-
     def log_metrics(self, step: int, terms: LossTerms, speed: Callable[[], Mapping[str, float]]) -> str:
-        """Log a step of which each process has its `terms`; returns the loss for the progress bar."""
+        """Log a step's terms, averaged over all ranks; return the loss for the progress bar."""
         scalars = self.group.all_reduce_mean(loss_scalars(terms))
-        self.guard.check_health(step)
-        if self.log is not None and self.looks is not None:
-            self.log.metrics(step, scalars | self._training_scalars() | dict(speed()) | self.looks.cost())
-        return f"{scalars['loss/total']:.4g}{self._skipped_note()}"
+        self.monitor.check_steps(step)
+        if self.run_log is not None:
+            self.run_log.metrics(step, scalars | self._training_scalars() | dict(speed()))
+        skipped = self.net_trainer.skipped_steps.read()[0] if self.net_trainer.scaler.is_enabled() else 0
+        return f"{scalars['loss/total']:.4g}" + (f", {skipped} skipped" if skipped else "")
 
-    def look_and_save(self, step: int, *, looks: bool, projects: bool, saves: bool) -> None:
-        """What is due after `step`."""
-        if looks or projects or saves:
-            self.guard.check_weights(step)
-        if self.log is not None and self.looks is not None:
-            if looks:
-                self.looks.look(self.log, step)
-            if projects:
-                self.looks.project(self.log, step)
-            if saves:
-                self._save(self.log, step)
+    def show_and_save(self, step: int, *, samples: bool, projections: bool, checkpoint: bool) -> None:
+        """Log and save what is due after `step`."""
+        if samples or projections or checkpoint:
+            self.monitor.check_state(step)
+        if self.run_log is not None and self.samples is not None:
+            if samples:
+                self.samples.log_samples(self.run_log, step)
+            if projections:
+                self.samples.log_projections(self.run_log, step)
+            if checkpoint:
+                self._save(self.run_log, step)
 
-    def _save(self, log: RunLog, step: int) -> None:
-        # In this order: what a checkpoint knows of has been logged, and a style model has a checkpoint to go on from.
-        log.flush()
+    def _save(self, run_log: RunLog, step: int) -> None:
+        # In this order: a checkpoint follows the log of its steps, and a style model follows its checkpoint.
+        run_log.flush()
         self._save_checkpoint(step)
         self._save_model(step)
 
     def _save_checkpoint(self, step: int) -> None:
-        tensors = self.step.state_tensors()
+        tensors = self.net_trainer.state_tensors()
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         origin = provenance(self.inputs, world_size=self.group.dist_env.world_size)
-        state = {"scaler": self.step.state_values(), **origin}
+        state = {"scaler": self.net_trainer.state_values(), **origin}
         save_checkpoint(self.out, step, tensors=tensors, state=state, keep=self.config.train.keep_checkpoints)
 
     def _save_model(self, step: int) -> None:
@@ -185,18 +207,18 @@ class StyleRun:
         remove_leftovers(self.out / MODEL_NAME)
         save_style_model(self.out / MODEL_NAME, self.net, metadata=metadata)
 
-    def _take_over(self, checkpoint: Checkpoint | None) -> None:
-        """Go on with rank 0's `checkpoint`, in all processes."""
-        checkpoint = shared_checkpoint(checkpoint, self.group)
+    def _load(self, checkpoint: Checkpoint | None) -> None:
+        """Load rank 0's checkpoint on every rank."""
+        checkpoint = _broadcast_checkpoint(checkpoint, self.group)
         if checkpoint is None:
             return
         try:
-            self.step.load_state(checkpoint.tensors, checkpoint.state["scaler"])
+            self.net_trainer.load_state(checkpoint.tensors, checkpoint.state["scaler"])
             torch.set_rng_state(checkpoint.tensors["rng.cpu"])
             if self.device.type == "cuda" and "rng.cuda" in checkpoint.tensors:
                 torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"], self.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            # The bytes are as they were written, by something else than this.
+            # The file is intact, but something else wrote it.
             if ran_out_of_memory(error):
                 raise
             raise DataError(
@@ -205,15 +227,35 @@ class StyleRun:
             ) from error
         self.done = checkpoint.step
 
+    def _log_changes(self, changes: list[str], step: int) -> None:
+        """List what was allowed to change, and what that means for the order of images."""
+        for change in changes:
+            self.messages.warning("goes on, though %s", change)
+        if any(change.startswith(_ORDER_CHANGES) for change in changes):
+            self.messages.warning(
+                "the order of the images is from now on that of the new values, starting after step %d: in the current "
+                "pass some images may come twice, and others not at all",
+                step,
+            )
+
     def _training_scalars(self) -> dict[str, float]:
         scalars = {"train/learning_rate": self.config.train.learning_rate}
-        if self.step.scaler.is_enabled():
-            scalars["train/loss_scale"] = float(self.step.scaler.get_scale())
-            scalars["train/skipped_steps"] = self.step.skipped.read()[0]
+        if self.net_trainer.scaler.is_enabled():
+            scalars["train/loss_scale"] = float(self.net_trainer.scaler.get_scale())
+            scalars["train/skipped_steps"] = self.net_trainer.skipped_steps.read()[0]
         if self.device.type == "cuda":
             scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return scalars
 
-    def _skipped_note(self) -> str:
-        skipped = self.step.skipped.read()[0] if self.step.scaler.is_enabled() else 0
-        return f", {skipped} skipped" if skipped else ""
+
+def _broadcast_checkpoint(checkpoint: Checkpoint | None, group: ProcessGroup) -> Checkpoint | None:
+    """Return rank 0's `checkpoint` on all ranks: others need not see its files."""
+    if group.dist_env.world_size == 1:
+        return checkpoint
+    head = json.dumps([str(checkpoint.path), checkpoint.step, checkpoint.state]) if checkpoint else ""
+    head = group.broadcast(head.encode()).decode()
+    if not head:
+        return None
+    tensors = safetensors.torch.load(group.broadcast(safetensors.torch.save(checkpoint.tensors) if checkpoint else b""))
+    path, step, state = json.loads(head)
+    return Checkpoint(Path(path), step, tensors, state)

@@ -1,4 +1,4 @@
-"""The model of a training step: its FLOPs against PyTorch's own count, its bytes against its minimum, its tables."""
+"""The cost model of a training step: FLOPs against PyTorch's count, bytes against the minimum, tables."""
 
 import json
 import os
@@ -12,18 +12,17 @@ import pytest
 import roofline
 import torch
 from roofline import Machine, configured
-from step_bench import launches, ledger
-from step_bench.ledger import Operation
-from step_bench.plain import PlainLoss, PlainTransformNet, PlainVGG19
-from step_bench.shapes import transform_convs, vgg_layers
-from step_bench.step_model import totals, training_step
+from step_bench import kernel_traffic, operations
+from step_bench.baseline import BaselineLoss, BaselineTransformNet, BaselineVGG19
+from step_bench.cost_model import totals, training_step
+from step_bench.layer_shapes import transform_convs, vgg_layers
+from step_bench.operations import Operation
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastnst.config import Config, preset_names
 from fastnst.models.transform_net import TransformNet
-from fastnst_kernels import cost
-from fastnst_kernels.gram import StyleMatrix, gram_product_reference
+from fastnst_kernels.gram.style_loss import StyleMatrix, gram_product_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, BATCH = 64, 2
@@ -31,14 +30,14 @@ DEEP = ('loss.content_layers=["relu4_2"]', 'loss.style_layers=["relu1_1","relu2_
 
 
 class Whole(nn.Module):
-    """The plain formulation as one module, on no device."""
+    """The baseline as one module, on the meta device."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         loss = config.loss
-        self.net = PlainTransformNet(config.model.architecture).to("meta")
-        vgg = PlainVGG19(tuple(dict.fromkeys((*loss.content_layers, *loss.style_layers)))).to("meta")
-        self.loss = PlainLoss(vgg, loss)
+        self.net = BaselineTransformNet(config.model.architecture).to("meta")
+        vgg = BaselineVGG19(tuple(dict.fromkeys((*loss.content_layers, *loss.style_layers)))).to("meta")
+        self.loss = BaselineLoss(vgg, loss)
         self.loss.set_style(torch.empty(1, 3, 64, 64, device="meta"))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -79,7 +78,7 @@ def by_layer(operations: list[Operation]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_flops_are_those_that_torch_counts(preset: str) -> None:
+def test_training_step_flops_are_torchs(preset: str) -> None:
     config = configured(preset, SIZE, BATCH)
     counted, modelled = counted_by_torch(config), by_layer(training_step(config, "fp32"))
     assert modelled.keys() == counted.keys()
@@ -89,7 +88,7 @@ def test_flops_are_those_that_torch_counts(preset: str) -> None:
     assert totals(training_step(config, "bf16"))["flops"] == sum(modelled.values())
 
 
-def test_one_image_of_the_deep_loss_takes_192_gflop() -> None:
+def test_training_step_of_the_deep_loss_takes_192_gflop() -> None:
     operations = training_step(configured("johnson", 256, 1, DEEP), "bf16")
     convolutions = [op.flops for op in operations if op.kind not in ("style", "tap")]
     # 2·47.3 + 36.5 + 3·20.2, without the gradient of conv1's input, which nobody wants: 1.0.
@@ -98,7 +97,7 @@ def test_one_image_of_the_deep_loss_takes_192_gflop() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("preset", preset_names())
-def test_the_step_moves_at_most_a_third_more_than_it_must(preset: str, precision: str) -> None:
+def test_training_step_moves_at_most_1_3_times_the_minimum(preset: str, precision: str) -> None:
     operations = training_step(configured(preset, 256, 16), precision)
     sums = totals(operations)
     assert 1 <= sums["moved_bytes"] / sums["minimum_bytes"] <= 1.3
@@ -107,7 +106,7 @@ def test_the_step_moves_at_most_a_third_more_than_it_must(preset: str, precision
         assert operation.moved_bytes >= 0.95 * operation.minimum_bytes, operation
 
 
-def test_shapes_are_those_of_the_networks() -> None:
+def test_transform_convs_have_the_shapes_of_the_networks() -> None:
     for architecture, sizes in (("hwalsuklee", (48, 50)), ("lengstrom", (48, 50, 51)), ("johnson", (48,))):
         for size in sizes:
             config = configured(architecture, size, 1)
@@ -123,34 +122,22 @@ def test_shapes_are_those_of_the_networks() -> None:
             for conv in convs:
                 # Nearest neighbours are doubled inside the up layers on a CPU, in the norm before them on a GPU.
                 doubles = architecture == "johnson" and conv.upsample == 2
-                assert found[conv.name] == (conv.out + 2 if doubles else conv.placed), (architecture, size, conv)
+                assert found[conv.name] == (conv.out + 2 if doubles else conv.laid_out), (architecture, size, conv)
 
 
-def test_operands_of_an_op_are_what_its_cost_counts() -> None:
-    """Where no tensor is shared, a pass moves at least what the cost model of its kernel says, and hardly more."""
-    config = configured("johnson", 64, 2)
-    for operation in training_step(config, "bf16"):
-        if operation.kind == "pool" and operation.part == ledger.VGG:
-            block = int(operation.layer[-1])
-            channels, side = (64, 128, 256, 512)[block - 1], 64 >> (block - 1)
-            least = cost.max_pool2d_switches((2, channels, side, side), torch.bfloat16).minimum_bytes
-            assert least == operation.minimum_bytes
-            assert least <= operation.moved_bytes <= 1.01 * least
-
-
-def test_a_tensor_that_two_passes_read_counts_once_and_moves_twice() -> None:
-    operations = {(op.part, op.layer, op.kind): op for op in training_step(configured("johnson", 64, 2), "fp32")}
+def test_training_step_counts_a_shared_tensor_once() -> None:
+    by_name = {(op.part, op.layer, op.kind): op for op in training_step(configured("johnson", 64, 2), "fp32")}
     size, weight = 4 * 2 * 64 * 64 * 64, 4 * 9 * 64 * 64
-    style = operations[ledger.LOSS, "relu1_2", "style"]
+    style = by_name[operations.LOSS, "relu1_2", "style"]
     assert style.minimum_bytes == 2 * 4 * 64 * 64 // 2 + 2 * 64 * 64 * 4 + 0  # target in, matrices out; no features
     assert style.moved_bytes > size
-    gradient = operations[ledger.VGG_BACK, "conv1_2", "input gradient"]
+    gradient = by_name[operations.VGG_BACK, "conv1_2", "input gradient"]
     assert gradient.minimum_bytes == gradient.moved_bytes == 2 * size + weight
-    mask = operations[ledger.VGG_BACK, "relu1_1", "mask"]
+    mask = by_name[operations.VGG_BACK, "relu1_1", "mask"]
     assert (mask.minimum_bytes, mask.moved_bytes) == (size, 3 * size)
 
 
-def test_a_layer_takes_the_longer_of_its_flops_and_its_bytes() -> None:
+def test_operation_takes_the_longer_of_flops_and_bytes() -> None:
     operation = Operation("part", "layer", "kind", flops=10**12, minimum_bytes=10**9, moved_bytes=3 * 10**9)
     assert operation.seconds(1e12, 1e9) == 1.0
     assert operation.seconds(1e13, 1e9) == 1.0
@@ -160,20 +147,20 @@ def test_a_layer_takes_the_longer_of_its_flops_and_its_bytes() -> None:
 
 @pytest.fixture
 def _without_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launches, "can_record", lambda: False)
-    launches.launched_bytes.cache_clear()
+    monkeypatch.setattr(kernel_traffic, "can_record", lambda: False)
+    kernel_traffic.launched_bytes.cache_clear()
     yield
-    launches.launched_bytes.cache_clear()
+    kernel_traffic.launched_bytes.cache_clear()
 
 
 @pytest.mark.usefixtures("_without_launches")
 @pytest.mark.parametrize("assignments", [(), ("model.norm=batch",)])
-def test_without_triton_the_cost_model_stands_in(assignments: tuple[str, ...]) -> None:
+def test_training_step_without_triton(assignments: tuple[str, ...]) -> None:
     sums = totals(training_step(configured("johnson", 256, 16, assignments), "bf16"))
     assert 1 <= sums["moved_bytes"] / sums["minimum_bytes"] <= 1.3
 
 
-def test_the_script_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--preset johnson --image-size 64 --batch-size 2 --tflops 100 --tb-per-s 2".split()  # noqa: SIM905
     assert roofline.main([*arguments, "--json", str(tmp_path / "plan.json")]) == 0
     printed = capsys.readouterr().out
@@ -190,7 +177,7 @@ def test_the_script_writes_what_it_prints(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "plan.md").read_text("utf-8") == printed
 
 
-def test_the_script_refuses_what_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_refuses_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline.main(["--preset", "jonson"]) == 2
     assert "unknown preset 'jonson'; did you mean 'johnson'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -198,7 +185,7 @@ def test_the_script_refuses_what_makes_no_sense(capsys: pytest.CaptureFixture[st
     assert "0 is not a rate; give a number above 0" in capsys.readouterr().err
 
 
-def test_the_script_runs_by_itself() -> None:
+def test_roofline_runs_as_a_script() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "benchmarks" / "roofline.py", "--image-size", "64", "--batch-size", "1"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))},

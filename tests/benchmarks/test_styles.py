@@ -1,4 +1,4 @@
-"""The benchmark of several styles: what it measures, and that it refuses to compare what differs."""
+"""The benchmark of several styles: its result, and its refusal to compare different trainings."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,13 @@ import pytest
 import styles
 import torch
 
-from fastnst.training.step.train_step import ContentFeatures, TrainingStep
-
-TINY = ["--device", "cpu", "--preset", "johnson", "--image-size", "16", "--steps", "2", "--turns", "1"]
+TINY = ["--device", "cpu", "--preset", "johnson", "--image-size", "16", "--steps", "1", "--turns", "1"]
 TINY += ["--set", 'loss.content_layers=["relu1_2"]', "--set", 'loss.style_layers=["relu1_2","relu2_2"]']
 TINY += ["--set", "loss.style_layer_weights=[]", "--set", "data.loader=pillow", "--set", "data.workers=1"]
 TINY += ["--set", "data.prefetch=1"]
 
 
-def test_both_kinds_train_the_same(few_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_modes_train_the_same(few_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "styles.json"
     assert styles.main([*TINY, "--folder", str(few_photos), "--styles", "2", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
@@ -28,37 +26,22 @@ def test_both_kinds_train_the_same(few_photos: Path, tmp_path: Path, capsys: pyt
     assert "together / alone = " in capsys.readouterr().out
 
 
-def test_kinds_that_train_otherwise_are_refused(
+def test_modes_with_different_weights_are_refused(
     few_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content_of = TrainingStep.content_of
+    def train_otherwise(self: styles._Bench) -> dict[str, list[float]]:
+        with torch.no_grad():
+            next(self._together[0].net.parameters()).mul_(1.001)
+        return {"together": [1.0], "alone": [1.0]}
 
-    def wrong(self: TrainingStep, batch: torch.Tensor) -> ContentFeatures | None:
-        content = content_of(self, batch)
-        assert content is not None
-        return ContentFeatures(content.images, {name: 1.01 * target for name, target in content.targets.items()})
-
-    monkeypatch.setattr(styles._Bench, "_segment", _with_wrong_sharing(wrong))
+    monkeypatch.setattr(styles._Bench, "measure", train_otherwise)
     file = tmp_path / "styles.json"
-    assert styles.main([*TINY, "--folder", str(few_photos), "--styles", "2", "--json", str(file)]) == 1
+    assert styles.main([*TINY, "--folder", str(few_photos), "--styles", "1", "--json", str(file)]) == 1
     assert not file.exists()
-    assert "the weights of both kinds differ" in capsys.readouterr().err
+    assert "the weights of both modes differ" in capsys.readouterr().err
 
 
-def _with_wrong_sharing(wrong: object) -> object:
-    original = styles._Bench._segment
-
-    def segment(self: styles._Bench, turn: int, group: list[TrainingStep]) -> float:
-        if len(group) == 1:
-            return original(self, turn, group)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(TrainingStep, "content_of", wrong)
-            return original(self, turn, group)
-
-    return segment
-
-
-def test_what_it_cannot_measure(few_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_refuses_wrong_options(few_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert styles.main([*TINY, "--folder", str(tmp_path / "none")]) == 3
     assert styles.main([*TINY, "--folder", str(few_photos), "--styles", "0"]) == 2
     assert "--styles, --steps and --turns are at least 1" in capsys.readouterr().err

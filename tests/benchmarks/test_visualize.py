@@ -1,29 +1,31 @@
-"""The benchmark of the projections runs, and reports what it says it reports."""
+"""The benchmark of the projections: its rows, ratios and errors."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+import torch
+import visualize
+from click.testing import CliRunner
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", PROJECT / "benchmarks" / "visualize.py", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(PROJECT), str(PROJECT / "kernels")))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def test_benchmark_prints_all_rows_and_ratios_and_writes_json(generated_photos: Path, tmp_path: Path) -> None:
-    options = ["--vgg", "random", "--size", "48", "--threads", "1", "--quick", "--json", tmp_path / "out.json"]
-    result = _run("--folder", generated_photos, *options)
-    assert result.returncode == 0, result.stderr
+def test_visualize_benchmark_prints_rows_and_ratios_and_writes_json(generated_photos: Path, tmp_path: Path) -> None:
+    options = ["--vgg", "random", "--size", "48", "--threads", "1", "--quick", "--json", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(visualize.main, ["--folder", str(generated_photos), *options], catch_exceptions=False)
+    assert result.exit_code == 0
     report = json.loads((tmp_path / "out.json").read_text("utf-8"))
     assert report["settings"]["images"] == 12
     assert (report["settings"]["maps"], report["settings"]["weights"]) == (16, "random")
@@ -43,8 +45,15 @@ def test_benchmark_prints_all_rows_and_ratios_and_writes_json(generated_photos: 
         assert line.endswith("NOT MET") == (not ratio["met"])
 
 
-def test_benchmark_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
-    result = _run("--folder", tmp_path, "--vgg", "random")
-    assert result.returncode != 0
-    assert "holds no images" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_visualize_benchmark_reports_errors_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", PROJECT / "benchmarks" / "visualize.py", "--folder", tmp_path, "--vgg=random"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(PROJECT), str(PROJECT / "kernels")))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "holds no images" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Configurations without end, from files, the environment and the command line: each is one, or a UserError."""
+"""Random files, variables and assignments: each gives a configuration or a UserError."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastnst.config import Config, Section, load_config, to_toml
+from fastnst.config import SECTIONS, load_config, to_toml
 from fastnst.errors import UserError
 
-KEYS = [
-    f"{name}.{key}"
-    for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    for key in field.annotation.model_fields
-]
+KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 words = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 keys = st.sampled_from([*KEYS, "preset", "train", "train.steps.a"]) | words
 plain = st.one_of(
@@ -58,20 +53,20 @@ def check(back: Path, **sources: Any) -> None:
 
 
 @given(assignments)
-@settings(max_examples=200)
+@settings(max_examples=100)
 @example([("train.steps", "9" * 5000)])
 @example([("style.image", '"\\u0000"')])
 @example([("train.steps" + ".a" * 3000, "1")])
 @example([("train.epochs", "1e308")])
-def test_assignments(file: Path, pairs: list[tuple[str, str]]) -> None:
+def test_load_config_of_random_assignments(file: Path, pairs: list[tuple[str, str]]) -> None:
     check(file, assignments=[f"{key}={value}" for key, value in pairs])
 
 
 @given(assignments | st.lists(st.tuples(st.sampled_from(KEYS), st.just("\udcff")), max_size=1))
-@settings(max_examples=150)
+@settings(max_examples=100)
 @example([("loss.vgg", "\udcff")])
 @example([("data.folder", "a" + ".a" * 2000)])
-def test_environment(file: Path, pairs: list[tuple[str, str]]) -> None:
+def test_load_config_of_random_variables(file: Path, pairs: list[tuple[str, str]]) -> None:
     environment = {f"FASTNST_{key.upper().replace('.', '__', 1)}": value for key, value in pairs}
     check(file, environment=environment)
 
@@ -79,13 +74,13 @@ def test_environment(file: Path, pairs: list[tuple[str, str]]) -> None:
 @given(
     st.lists(st.one_of(st.tuples(keys, values).map(" = ".join), keys.map(lambda key: f"[{key}]"), words), max_size=6)
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 @example(["train.steps = 0x" + "f" * 5000])
 @example(["preset = 0x" + "f" * 5000])
 @example(["a" + ".a" * 100_000 + " = 1"])
 @example(['x = ["""', '""", {a' + ".a" * 100_000 + ' = 1}, ""]'])
 @example(["""x = ['\"', {a""" + ".a" * 100_000 + """ = 1}, '\"']"""])
-def test_files_of_lines(file: Path, lines: list[str]) -> None:
+def test_load_config_of_files_of_random_lines(file: Path, lines: list[str]) -> None:
     given_file = file.with_name("given.toml")
     given_file.write_text("\n".join(lines), "utf-8")
     check(file, file=given_file)
@@ -93,7 +88,7 @@ def test_files_of_lines(file: Path, lines: list[str]) -> None:
 
 @given(st.binary(max_size=300))
 @settings(max_examples=100)
-def test_files_of_bytes(file: Path, data: bytes) -> None:
+def test_load_config_of_files_of_random_bytes(file: Path, data: bytes) -> None:
     given_file = file.with_name("given.toml")
     given_file.write_bytes(data)
     check(file, file=given_file)
@@ -102,7 +97,7 @@ def test_files_of_bytes(file: Path, data: bytes) -> None:
 @pytest.mark.campaign
 @given(assignments, assignments, assignments)
 @settings(max_examples=50_000)
-def test_all_sources_by_the_ten_thousand(file: Path, one: Any, two: Any, three: Any) -> None:
+def test_load_config_of_random_sources_by_the_ten_thousand(file: Path, one: Any, two: Any, three: Any) -> None:
     """A quarter of an hour: `pytest -m campaign tests/config/test_fuzz_config.py`."""
     given_file = file.with_name("given.toml")
     given_file.write_text("\n".join(f"{key} = {value}" for key, value in one), "utf-8")

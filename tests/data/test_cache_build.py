@@ -1,4 +1,4 @@
-"""Caches: what is stored, that runs see what the Pillow loader would have made, and what outlives a kill."""
+"""Building a cache: its bytes, batches from it, repair, and what survives a kill."""
 
 import os
 import signal
@@ -10,37 +10,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from fastnst import storage
 from fastnst.config import DataConfig
 from fastnst.data.cache import build as cache_build
 from fastnst.data.cache import format as cache_format
-from fastnst.data.cache.build import Built, build_cache
+from fastnst.data.cache.build import BuildResult, build_cache
 from fastnst.data.cache.format import (
-    Cache,
     CachedManifest,
     as_manifest,
-    in_shards,
+    cached_shape,
     is_cache,
-    layout,
     manifest_bytes,
     read_cache,
-    stored_shape,
 )
 from fastnst.data.cache.verify import open_cache
-from fastnst.data.crop import crop_box, read_crop, resize_crop
+from fastnst.data.crop import read_crop
 from fastnst.data.loaders import open_loader
-from fastnst.data.loaders.cache import Shards, read_pixels
-from fastnst.data.manifest import Entry, Manifest, build_manifest
+from fastnst.data.loaders.cache import read_pixels
+from fastnst.data.manifest import ImageEntry, Manifest, build_manifest
 from fastnst.data.replacements import ImageReplacer
 from fastnst.data.sampler import Fit, Sampler
 from fastnst.errors import DataError, UserError
 from fastnst.storage import StorageError, lock_run
+from helpers import batches
+from helpers.batches import CPU, expected_batch, pixels_of
 
-CPU = torch.device("cpu")
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL_SHARD = 40_000
 """Bytes; two or three of the generated images at 64 px."""
@@ -48,7 +44,7 @@ SMALL_SHARD = 40_000
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No machine crashes here, and a busy disk takes its time to make things durable."""
+    """No test needs durability, and fsync is slow on a busy disk."""
     monkeypatch.setattr(storage.os, "fsync", lambda _: None)
 
 
@@ -59,7 +55,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the images that are decoded for a cache."""
+    """Names of the images that a build decodes."""
     names: list[str] = []
 
     def watched(path: str, *arguments: Any, **options: Any) -> np.ndarray:
@@ -70,27 +66,24 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def build(folder: Path | Manifest, out: Path, size: int = 64, fit: Fit = "random_crop", **options: Any) -> Built:
-    manifest = folder if isinstance(folder, Manifest) else build_manifest(folder, flat=False)
+def build(folder: Path | Manifest, out: Path, size: int = 64, fit: Fit = "random_crop", **options: Any) -> BuildResult:
+    manifest = folder if isinstance(folder, Manifest) else build_manifest(folder, allow_uniform=False)
     return build_cache(manifest, out, size=size, fit=fit, **options)
 
 
-def load(manifest: Manifest, order: Sampler, size: int, loader: str = "pillow", **options: Any) -> torch.Tensor:
-    config = DataConfig(loader=loader, image_size=size, workers=2, prefetch=2)
-    with open_loader(manifest, order, config, device=CPU, **options) as batches:
-        return torch.cat(list(batches))
+def load(manifest: Manifest, sampler: Sampler, size: int, **options: Any) -> torch.Tensor:
+    return torch.cat(batches.load(manifest, sampler, "dali", size, workers=2, **options))
 
 
-def by_pillow(manifest: Manifest, order: Sampler, size: int) -> torch.Tensor:
-    """What the Pillow loader makes, in this process."""
-    squares = []
-    for step in range(order.steps):
-        samples = order.batch(step)
-        for index, crop, flip in zip(samples.indices, samples.crop, samples.flip, strict=True):
-            entry = manifest.images[index]
-            window = crop_box(entry.width, entry.height, order.fit, crop, size)
-            squares.append(read_crop(str(manifest.folder / entry.path), entry, window, size, bool(flip)))
-    return torch.from_numpy(np.stack(squares))
+def by_pillow(manifest: Manifest, sampler: Sampler, size: int) -> torch.Tensor:
+    """The Pillow loader's batches, computed image by image."""
+    pixels = pixels_of(manifest.folder)
+    return torch.cat([expected_batch(manifest, sampler, step, size, pixels) for step in range(sampler.steps)])
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(bytes(100))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,31 +94,27 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("fit", "size"), [("random_crop", 32), ("random_crop", 64), ("center_crop", 50), ("squash", 50)]
 )
-def test_a_run_sees_what_the_pillow_loader_makes_to_the_bit(
-    fit: Fit, size: int, generated_photos: Path, tmp_path: Path
-) -> None:
+def test_cache_loader_equals_the_pillow_loader(fit: Fit, size: int, generated_photos: Path, tmp_path: Path) -> None:
     folder = build_manifest(generated_photos)
     cache = open_cache(build(generated_photos, tmp_path / "cache", size, fit).cache.folder, size=size, fit=fit)
     assert cache.images == folder.images
     assert len(cache.cache.shards) > 1
-    order = Sampler(1, 12, 5, 6, fit=fit)
-    from_cache = load(cache, order, size, loader="dali")
+    sampler = Sampler(1, 12, 5, 6, fit=fit)
+    from_cache = load(cache, sampler, size)
     assert from_cache.dtype == torch.uint8
     assert from_cache.shape == (30, size, size, 3)
-    assert torch.equal(from_cache, by_pillow(folder, order, size))
-    if size == 32:
-        assert torch.equal(from_cache, load(folder, order, size))
+    assert torch.equal(from_cache, by_pillow(folder, sampler, size))
 
 
-def test_other_sizes_differ_by_rounding(generated_photos: Path, tmp_path: Path) -> None:
+def test_cache_loader_other_sizes_differ_by_rounding(generated_photos: Path, tmp_path: Path) -> None:
     cache = as_manifest(build(generated_photos, tmp_path / "cache", 50).cache)
-    order = Sampler(1, 12, 6, 8)
-    difference = (load(cache, order, 50).int() - by_pillow(build_manifest(generated_photos), order, 50).int()).abs()
+    sampler = Sampler(1, 12, 6, 8)
+    difference = (load(cache, sampler, 50).int() - by_pillow(build_manifest(generated_photos), sampler, 50).int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).double().mean() < 0.01
 
 
-def test_starting_in_the_middle_and_sharing_change_nothing(generated_photos: Path, tmp_path: Path) -> None:
+def test_cache_loader_start_step_and_ranks_do_not_change_batches(generated_photos: Path, tmp_path: Path) -> None:
     cache = as_manifest(build(generated_photos, tmp_path / "cache").cache)
     alone = load(cache, Sampler(3, 12, 6, 6), 64)
     shared = Sampler(3, 12, 6, 6, world_size=2)
@@ -133,63 +122,8 @@ def test_starting_in_the_middle_and_sharing_change_nothing(generated_photos: Pat
     assert torch.equal(torch.cat([first, second], 1), alone[24:].unflatten(0, (2, 6)))
 
 
-@settings(max_examples=40)
-@given(
-    sides=st.tuples(st.integers(16, 90), st.integers(16, 90)),
-    size=st.sampled_from([16, 32, 64, 128, 17, 48]),
-    crop=st.tuples(st.integers(0, 2**24 - 1), st.integers(0, 2**24 - 1)),
-    flip=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-def test_a_stored_image_holds_every_crop(
-    sides: tuple[int, int], size: int, crop: tuple[int, int], flip: bool, seed: int, tmp_path_factory: Any
-) -> None:
-    """Cut out of what is stored, or resized out of the file: the same."""
-    width, height = sides
-    folder = tmp_path_factory.mktemp("crops")
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    (folder / "photos").mkdir()
-    Image.fromarray(pixels).save(folder / "photos" / "a.png")
-    cache = build(folder / "photos", folder / "cache", size).cache
-    place = (np.array(crop) / 2**24).astype(np.float32)
-    window = crop_box(width, height, "random_crop", place, size)
-    left, top, right, bottom = window
-    assert left >= 0
-    assert top >= 0
-    assert right <= width * (1 + 1e-6)
-    assert bottom <= height * (1 + 1e-6)
-    expected = resize_crop(Image.fromarray(pixels), window, size, flip)
-    square = np.zeros((size, size, 3), np.uint8)
-    with Shards(cache) as shards:
-        shards.read_crop(cache.images[0], "random_crop", place, flip, square)
-    difference = np.abs(square.astype(int) - expected.astype(int))
-    assert difference.max() <= (0 if size & (size - 1) == 0 else 1)
-
-
-@settings(max_examples=40)
-@given(
-    sides=st.lists(st.tuples(st.integers(16, 4000), st.integers(16, 4000)), min_size=1, max_size=40),
-    size=st.integers(16, 2048),
-    fit=st.sampled_from(["random_crop", "center_crop", "squash"]),
-)
-def test_images_lie_one_behind_the_other(sides: list[tuple[int, int]], size: int, fit: Fit) -> None:
-    entries = [Entry(f"{i:03d}.jpg", 1, w, h, "JPEG", True, 1) for i, (w, h) in enumerate(sides)]
-    entries = [entry for entry in entries if max(entry.width, entry.height) <= 32 * min(entry.width, entry.height)]
-    images = layout(entries, fit, size)
-    groups = in_shards(images)
-    assert [stored.entry for group in groups for stored in group] == entries
-    for number, group in enumerate(groups):
-        end = 0
-        for stored in group:
-            assert (stored.shard, stored.offset) == (number, end)
-            assert (stored.rows, stored.columns) == stored_shape(stored.entry.width, stored.entry.height, fit, size)
-            assert min(stored.rows, stored.columns) == size
-            end += stored.rows * stored.columns * 3
-        assert 0 < end <= cache_format.SHARD_BYTES
-
-
 @pytest.mark.usefixtures("small_shards")
-def test_the_manifest_comes_back_as_it_was(photo_folder: Path, tmp_path: Path) -> None:
+def test_read_cache_returns_what_was_built(photo_folder: Path, tmp_path: Path) -> None:
     (photo_folder / "image_03.jpg").rename(photo_folder / os.fsdecode(b"caf\xe9 \xff.jpg"))
     (photo_folder / "broken.png").write_bytes(b"no image")
     Image.new("RGB", (20, 30)).save(photo_folder / "flat.png")
@@ -201,30 +135,28 @@ def test_the_manifest_comes_back_as_it_was(photo_folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_bytes_do_not_depend_on_the_number_of_threads(generated_photos: Path, tmp_path: Path) -> None:
+def test_build_cache_bytes_do_not_depend_on_workers(generated_photos: Path, tmp_path: Path) -> None:
     results = []
     for workers in (1, 2, 5):
         out = tmp_path / str(workers)
-        assert build(generated_photos, out, workers=workers).kept == 0
+        assert build(generated_photos, out, workers=workers).shards_kept == 0
         results.append(contents(out))
     assert results[0] == results[1] == results[2]
     assert len(results[0]) > 4
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_finished_cache_is_verified_and_left_alone(
-    generated_photos: Path, tmp_path: Path, decoded: list[str]
-) -> None:
+def test_build_cache_keeps_a_finished_cache(generated_photos: Path, tmp_path: Path, decoded: list[str]) -> None:
     first = build(generated_photos, tmp_path)
     decoded.clear()
     again = build(generated_photos, tmp_path)
     assert not decoded
-    assert again == Built(first.cache, len(first.cache.shards))
+    assert again == BuildResult(first.cache, len(first.cache.shards))
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_only_what_is_damaged_is_made_again_and_only_on_request(
-    generated_photos: Path, tmp_path: Path, decoded: list[str]
+def test_build_cache_rebuild_replaces_damaged_shards_only(
+    generated_photos: Path, tmp_path: Path, decoded: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = build(generated_photos, tmp_path).cache
     whole = contents(tmp_path)
@@ -234,17 +166,16 @@ def test_only_what_is_damaged_is_made_again_and_only_on_request(
     with pytest.raises(DataError, match=r"shard_0001.u8 is damaged: its SHA-256.*shard_0003.u8 is missing.*--rebuild"):
         build(generated_photos, tmp_path)
     decoded.clear()
-    told: list[str] = []
-    built = build(generated_photos, tmp_path, rebuild=True, notify=told.append)
-    damaged = {stored.entry.path for stored in cache.images if stored.shard in (1, 3)}
+    built = build(generated_photos, tmp_path, rebuild=True)
+    damaged = {image.entry.path for image in cache.images if image.shard in (1, 3)}
     assert set(decoded) == damaged
-    assert built == Built(cache, len(cache.shards) - 2)
+    assert built == BuildResult(cache, len(cache.shards) - 2)
     assert contents(tmp_path) == whole
-    assert sum("is made again" in text for text in told) == 2
+    assert sum("is made again" in text for text in caplog.messages) == 2
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_folder_that_changed_is_cached_again_on_request(photo_folder: Path, tmp_path: Path) -> None:
+def test_build_cache_rebuild_after_the_folder_changed(photo_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     before = build(photo_folder, out).cache
     (photo_folder / "image_11.webp").unlink()
@@ -252,14 +183,14 @@ def test_a_folder_that_changed_is_cached_again_on_request(photo_folder: Path, tm
         build(photo_folder, out)
     assert "choose another --out" in str(caught.value)
     built = build(photo_folder, out, rebuild=True)
-    assert (len(built.cache.images), built.kept) == (11, len(before.shards) - 1)
+    assert (len(built.cache.images), built.shards_kept) == (11, len(before.shards) - 1)
     smaller = build(photo_folder, out, 16, rebuild=True)
     assert set(contents(out)) == {"manifest.json", *(shard.name for shard in smaller.cache.shards)}
     assert len(smaller.cache.shards) < len(before.shards)
     assert open_cache(out, size=16, fit="random_crop").cache == smaller.cache
 
 
-# A process of its own, which kills itself at a named point.
+# A process that kills itself before the n-th call of a function.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -267,24 +198,17 @@ from fastnst.data.cache import format as cache_format
 from fastnst.data.cache import build as cache_build
 from fastnst.data.manifest import build_manifest
 
-where, count = sys.argv[3].split(":")
+name, count = sys.argv[3].split(":")
 cache_format.SHARD_BYTES = int(sys.argv[4])
-calls = 0
+original, calls = getattr(cache_build, name), []
 
-def deadly(name):
-    original = getattr(cache_build, name)
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == int(count) and where != "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*arguments, **options)
-        if calls == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(cache_build, name, call)
+def kill_at_count(*arguments, **options):
+    calls.append(None)
+    if len(calls) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
 
-deadly("read_crop" if where == "decoding" else "write_atomic")
+setattr(cache_build, name, kill_at_count)
 manifest = build_manifest(Path(sys.argv[1]))
 cache_build.build_cache(
     manifest, Path(sys.argv[2]), size=64, fit="random_crop", workers=1, rebuild="rebuild" in sys.argv
@@ -306,47 +230,48 @@ def kill(folder: Path, out: Path, where: str, *options: str) -> None:
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize(
     ("where", "finished"),
-    # Writes come in pairs, shard and note, and last the manifest.
-    [("decoding:7", 3), ("before:5", 2), ("before:4", 1), ("manifest", None)],
+    # Each shard is followed by its sidecar; the manifest comes last.
+    [("read_crop:7", 3), ("write_atomic:5", 2), ("write_atomic:4", 1), ("manifest", None)],
 )
-def test_what_is_finished_outlives_a_kill(
+def test_build_cache_keeps_finished_shards_after_a_kill(
     where: str, finished: int | None, generated_photos: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     whole = build(generated_photos, tmp_path / "whole").cache
     if finished is None:
-        finished, where = len(whole.shards), f"before:{2 * len(whole.shards) + 1}"
+        finished, where = len(whole.shards), f"write_atomic:{2 * len(whole.shards) + 1}"
     out = tmp_path / "cache"
     kill(generated_photos, out, where)
     assert is_cache(out)
     assert not (out / "manifest.json").exists()
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="unfinished"):
         open_cache(out, size=64, fit="random_crop")
     decoded.clear()
     built = build(generated_photos, out)
-    assert built.kept == finished
-    assert len(decoded) == sum(stored.shard >= finished for stored in whole.images)
+    assert built.shards_kept == finished
+    assert len(decoded) == sum(image.shard >= finished for image in whole.images)
     assert contents(out).keys() == contents(tmp_path / "whole").keys()
     for shard in whole.shards:
         assert (out / shard.name).read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_kill_while_mending_and_damage_behind_it(generated_photos: Path, tmp_path: Path) -> None:
+def test_build_cache_after_a_kill_during_rebuild_and_more_damage(
+    generated_photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = build(generated_photos, tmp_path).cache
     whole = contents(tmp_path)
     (tmp_path / "shard_0001.u8").unlink()
-    kill(generated_photos, tmp_path, "decoding:2", "rebuild")
+    kill(generated_photos, tmp_path, "read_crop:2", "rebuild")
     assert not (tmp_path / "manifest.json").exists()
     with (tmp_path / "shard_0002.u8").open("r+b") as file:
         file.write(b"damage")
-    told: list[str] = []
-    # Unfinished, it needs no request: there is no cache yet that could be taken for a good one.
-    assert build(generated_photos, tmp_path, notify=told.append).kept == len(cache.shards) - 2
-    assert "shard_0002.u8 is damaged or missing, and is made again" in told[0]
+    # Unfinished, it needs no `rebuild`: no cache exists yet that could be mistaken for an intact one.
+    assert build(generated_photos, tmp_path).shards_kept == len(cache.shards) - 2
+    assert "shard_0002.u8 is damaged or missing, and is made again" in caplog.messages[0]
     assert contents(tmp_path) == whole
 
 
-def test_a_image_that_changes_meanwhile_is_named(photo_folder: Path, tmp_path: Path) -> None:
+def test_build_cache_names_an_image_that_vanished(photo_folder: Path, tmp_path: Path) -> None:
     manifest = build_manifest(photo_folder)
     (photo_folder / "image_05.webp").unlink()
     with pytest.raises(DataError, match=r"image_05.webp cannot be read any more: no such file.*same command again"):
@@ -354,7 +279,7 @@ def test_a_image_that_changes_meanwhile_is_named(photo_folder: Path, tmp_path: P
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
-def test_thin_images_are_refused_by_name(photo_folder: Path, tmp_path: Path) -> None:
+def test_build_cache_rejects_elongated_images(photo_folder: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for width, name in ((16 * 32, "long.png"), (16 * 32 + 1, "longer.png")):
         Image.fromarray(rng.integers(0, 256, (16, width, 3), np.uint8)).save(photo_folder / name)
@@ -366,12 +291,12 @@ def test_thin_images_are_refused_by_name(photo_folder: Path, tmp_path: Path) -> 
     for file in photo_folder.glob("*"):
         if file.name != "longer.png":
             file.unlink()
-    with pytest.raises(DataError, match="not one image"):
+    with pytest.raises(DataError, match="none of the images"):
         build(photo_folder, tmp_path / "other")
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_space_is_checked_before_anything_is_written(
+def test_build_cache_checks_space_before_it_writes(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "deep" / "cache"
@@ -381,12 +306,14 @@ def test_space_is_checked_before_anything_is_written(
     with pytest.raises(StorageError, match=r"needs .* KiB in .*, and .* KiB are free there; free some space"):
         build(generated_photos, tmp_path / "new" / "cache")
     assert not (tmp_path / "new").exists()
-    # What is replaced gives its place; one shard stands beside its successor at a time.
+    # Old shards are removed one by one, each once its replacement is complete.
     usage.free = SMALL_SHARD
-    assert build(generated_photos, out, 32, rebuild=True).kept == 0
+    assert build(generated_photos, out, 32, rebuild=True).shards_kept == 0
 
 
-def test_a_folder_of_something_else_is_left_alone(photo_folder: Path, generated_photos: Path, tmp_path: Path) -> None:
+def test_build_cache_refuses_a_folder_with_other_files(
+    photo_folder: Path, generated_photos: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"holds 'image_00.jpg', which is no part of a cache; choose another --out"):
         build(generated_photos, photo_folder)
     (tmp_path / "other").mkdir()
@@ -400,43 +327,37 @@ def test_a_folder_of_something_else_is_left_alone(photo_folder: Path, generated_
         build(generated_photos, tmp_path / "locked")
 
 
-def test_a_page_manifest_beside_images_makes_no_cache(photo_folder: Path) -> None:
+def test_is_cache_ignores_a_foreign_manifest(photo_folder: Path) -> None:
     (photo_folder / "manifest.json").write_text('{"name": "a page"}')
     assert not is_cache(photo_folder)
 
 
-def test_images_to_look_at(generated_photos: Path, tmp_path: Path) -> None:
+def test_read_pixels(generated_photos: Path, tmp_path: Path) -> None:
     cache = as_manifest(build(generated_photos, tmp_path).cache)
     folder = build_manifest(generated_photos)
     for entry in (folder.images[0], folder.images[-1]):
         height, width = read_pixels(cache, entry).shape[:2]
-        assert (height, width) == stored_shape(entry.width, entry.height, "random_crop", 64)
+        assert (height, width) == cached_shape(entry.width, entry.height, "random_crop", 64)
         assert read_pixels(folder, entry).shape[:2] == (entry.height, entry.width)
     with pytest.raises(DataError, match="not in the cache"):
-        read_pixels(cache, Entry("other.jpg", 1, 20, 20, "JPEG", True, 1))
+        read_pixels(cache, ImageEntry("other.jpg", 1, 20, 20, "JPEG", True, 1))
 
 
-def test_a_image_that_only_the_folder_had_is_replaced(generated_photos: Path, tmp_path: Path) -> None:
-    """A run goes on from its folder to a cache that was made after an image had gone."""
-    folder = build_manifest(generated_photos)
+def test_cache_loader_replaces_an_image_that_only_the_folder_had(generated_photos: Path, tmp_path: Path) -> None:
+    """A run started on the folder; the cache was built after an image had vanished."""
     cache = as_manifest(build(generated_photos, tmp_path).cache)
-    gone = Entry("image_04a.png", 1, 50, 60, "PNG", True, -1)
+    gone = ImageEntry("image_04a.png", 1, 50, 60, "PNG", True, -1)
     images = [*cache.images[:5], gone, *cache.images[5:]]
     manifest = CachedManifest(cache.folder, images, [], "", cache=cache.cache)
-    order = Sampler(0, 13, 4, 7)
+    sampler = Sampler(0, 13, 4, 7)
     failed: list[Any] = []
-    replacements = ImageReplacer(manifest, max_percent=1, on_failure=failed.append)
-    squares = load(manifest, order, 64, replacements=replacements)
+    replacer = ImageReplacer(manifest, max_percent=1, on_failure=failed.append)
+    crops = load(manifest, sampler, 64, replacer=replacer)
     assert [failure.entry for failure in failed] == [gone]
-    places = [(step, place) for step in range(7) for place in np.flatnonzero(order.batch(step).indices == 5)]
-    assert places
-    for step, place in places:
-        samples = order.batch(step)
-        following = folder.images[5]
-        window = crop_box(following.width, following.height, "random_crop", samples.crop[place], 64)
-        path = str(generated_photos / following.path)
-        expected = read_crop(path, following, window, 64, bool(samples.flip[place]))
-        assert np.array_equal(squares[4 * step + place].numpy(), expected)
+    assert any(5 in sampler.batch(step).indices for step in range(7))
+    pixels = pixels_of(generated_photos)
+    expected = [expected_batch(manifest, sampler, step, 64, pixels, {gone.path: failed[0].step}) for step in range(7)]
+    assert torch.equal(crops, torch.cat(expected))
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -444,10 +365,10 @@ def test_a_image_that_only_the_folder_had_is_replaced(generated_photos: Path, tm
     ("damage", "message"),
     [
         (lambda path: os.truncate(path, 100), "was written to: it has 100 bytes, and had"),
-        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "was written to, while it was read"),
+        (overwrite, "was written to, while it was read"),
     ],
 )
-def test_a_shard_that_changes_under_a_run_is_named(
+def test_cache_loader_names_a_shard_that_changes(
     damage: Any, message: str, generated_photos: Path, tmp_path: Path
 ) -> None:
     cache = as_manifest(build(generated_photos, tmp_path).cache)
@@ -464,19 +385,19 @@ def test_a_shard_that_changes_under_a_run_is_named(
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_shard_that_is_replaced_under_a_run_changes_nothing(generated_photos: Path, tmp_path: Path) -> None:
-    """Mending makes new files; who reads the old ones goes on reading them."""
+def test_cache_loader_keeps_reading_a_replaced_shard(generated_photos: Path, tmp_path: Path) -> None:
+    """A rebuild writes new files; an open loader keeps reading the old ones."""
     cache = as_manifest(build(generated_photos, tmp_path).cache)
-    order, config = Sampler(0, 12, 4, 12), DataConfig(image_size=64, workers=1)
-    expected = load(cache, order, 64)
-    with open_loader(cache, order, config, device=CPU) as batches:
+    sampler, config = Sampler(0, 12, 4, 12), DataConfig(image_size=64, workers=1)
+    expected = load(cache, sampler, 64)
+    with open_loader(cache, sampler, config, device=CPU) as batches:
         first = next(batches)
         (tmp_path / "shard_0000.u8").unlink()
         build(generated_photos, tmp_path, rebuild=True)
         assert torch.equal(torch.cat([first, *batches]), expected)
 
 
-def test_closing_early_and_twice(generated_photos: Path, tmp_path: Path) -> None:
+def test_cache_loader_close_early_and_twice(generated_photos: Path, tmp_path: Path) -> None:
     cache = as_manifest(build(generated_photos, tmp_path).cache)
     open_files = len(list(Path("/proc/self/fd").iterdir()))
     batches = open_loader(cache, Sampler(0, 12, 4, 100), DataConfig(image_size=64), device=CPU)
@@ -491,24 +412,10 @@ def test_closing_early_and_twice(generated_photos: Path, tmp_path: Path) -> None
     assert len(list(Path("/proc/self/fd").iterdir())) == open_files
 
 
-def test_equal_caches_have_one_fingerprint(generated_photos: Path, tmp_path: Path) -> None:
+def test_as_manifest_fingerprint(generated_photos: Path, tmp_path: Path) -> None:
     def fingerprint(name: str, *arguments: Any) -> str:
         return as_manifest(build(generated_photos, tmp_path / name, *arguments).cache).fingerprint
 
     prints = [fingerprint("a"), fingerprint("b", 32), fingerprint("c", 64, "squash")]
     assert fingerprint("again") == prints[0]
     assert len({*prints, build_manifest(generated_photos).fingerprint}) == 4
-
-
-def test_a_cache_stands_for_itself(generated_photos: Path, tmp_path: Path) -> None:
-    """It may be moved, and its folder may go."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for file in generated_photos.iterdir():
-        (photos / file.name).write_bytes(file.read_bytes())
-    made: Cache = build(photos, tmp_path / "cache").cache
-    expected = load(as_manifest(made), Sampler(0, 12, 4, 3), 64)
-    for file in photos.iterdir():
-        file.unlink()
-    moved = (tmp_path / "cache").rename(tmp_path / "elsewhere")
-    assert torch.equal(load(open_cache(moved, size=64, fit="random_crop"), Sampler(0, 12, 4, 3), 64), expected)

@@ -1,4 +1,4 @@
-"""Caches that are damaged, of another kind, or made to do harm: named, with what helps; and what is verified when."""
+"""Caches that are damaged, of another size, or malicious: refused, with advice; and what is verified when."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from fastnst.errors import DataError
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No machine crashes here, and a busy disk takes its time to make things durable."""
+    """No test needs durability, and fsync is slow on a busy disk."""
     monkeypatch.setattr(storage.os, "fsync", lambda _: None)
     monkeypatch.setattr(cache_format, "SHARD_BYTES", 40_000)
 
@@ -39,7 +39,7 @@ def use(cache: Cache) -> object:
 
 
 def change(path: Path) -> None:
-    """One bit, and nobody can see from the outside that it was written to, but for the time of the change itself."""
+    """Flip one bit and restore the mtime; only the ctime tells."""
     times = path.stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -63,18 +63,18 @@ def folder(path: Path) -> None:
 
 
 DAMAGE: list[tuple[Callable[[Path], object], str]] = [
-    (change, "is damaged: its SHA-256 is not that of the manifest"),
-    (lambda path: os.truncate(path, 1000), "is damaged: it has 1000 bytes, "),
+    (change, "is damaged: its SHA-256 differs from the manifest's"),
+    (lambda path: os.truncate(path, 1000), "is damaged: it has 1000 bytes instead of "),
     (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "is damaged: it has "),
     (lambda path: path.unlink(), "is missing"),
-    (link_elsewhere, "is a link, and a cache holds files"),
+    (link_elsewhere, "is a symbolic link, which a cache never holds"),
     (pipe, "is damaged: it is no regular file"),
     (folder, "is damaged: it is no regular file"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
-def test_a_shard_that_is_not_as_written_is_named(damage: Any, message: str, cache: Cache) -> None:
+def test_open_cache_names_a_damaged_shard(damage: Any, message: str, cache: Cache) -> None:
     use(cache)
     path = cache.folder / cache.shards[1].name
     damage(path)
@@ -84,7 +84,7 @@ def test_a_shard_that_is_not_as_written_is_named(damage: Any, message: str, cach
         assert str(caught.value).startswith(f"{path} {message}")
         source, out = cache.source, cache.folder
         assert str(caught.value).endswith(
-            f"make what is damaged again with: fastnst data cache {source} --size 64 --out {out} --rebuild"
+            f"rebuild what is damaged with: fastnst data cache {source} --size 64 --out {out} --rebuild"
         )
         assert caught.value.exit_code == 3
     if damage is not change:
@@ -92,17 +92,19 @@ def test_a_shard_that_is_not_as_written_is_named(damage: Any, message: str, cach
             Shards(cache)
 
 
-def test_several_damaged_shards_are_counted(cache: Cache) -> None:
+def test_open_cache_counts_damaged_shards(cache: Cache) -> None:
     assert len(cache.shards) >= 5
     for shard in cache.shards[:5]:
         (cache.folder / shard.name).unlink()
-    with pytest.raises(DataError, match=r"shard_0000.u8 is missing; .*shard_0002.u8 is missing and 2 more; make what"):
+    with pytest.raises(
+        DataError, match=r"shard_0000.u8 is missing; .*shard_0002.u8 is missing and 2 more; rebuild what"
+    ):
         use(cache)
 
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards that are read to the end."""
+    """Names of the shards that are hashed."""
     names: list[str] = []
     original = cache_verify.sha256_of_shard
 
@@ -114,9 +116,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_what_was_verified_is_read_once(cache: Cache, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_reads_unchanged_shards_once(cache: Cache, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     everything = [shard.name for shard in cache.shards]
-    # It was written just now: who knows what comes in the same tick of the clock.
+    # Written just now, so it may still change within the clock's resolution.
     use(cache)
     assert sorted(hashed) == everything
     monkeypatch.setattr(cache_verify, "_SETTLED_NS", -(10**9))
@@ -129,22 +131,22 @@ def test_what_was_verified_is_read_once(cache: Cache, hashed: list[str], monkeyp
     assert hashed == ["shard_0002.u8"]
     hashed.clear()
     done: list[tuple[int, int]] = []
-    assert len(verify(cache, known=False, progress=lambda *count: done.append(count))) == 1
+    assert len(verify(cache, skip_verified=False, progress=lambda *count: done.append(count))) == 1
     assert sorted(hashed) == everything
     assert done[-1] == (cache.bytes, cache.bytes)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"shard_0000.u8": 1}', b"[" * 100_000])
-def test_notes_of_any_content_do_no_harm(content: bytes, cache: Cache, hashed: list[str]) -> None:
-    notes = cache_verify._notes_file(cache.folder)
-    notes.parent.mkdir(parents=True, exist_ok=True)
-    notes.write_bytes(content)
+def test_verify_ignores_malformed_stamps(content: bytes, cache: Cache, hashed: list[str]) -> None:
+    stamps = cache_verify._stamps_file(cache.folder)
+    stamps.parent.mkdir(parents=True, exist_ok=True)
+    stamps.write_bytes(content)
     use(cache)
     assert len(hashed) == len(cache.shards)
 
 
-def test_another_size_or_fit_is_refused_with_the_command_that_helps(cache: Cache) -> None:
-    with pytest.raises(DataError, match=r"data.image_size is 256, and .*cache was made for 64; make one") as caught:
+def test_open_cache_refuses_another_size_or_fit(cache: Cache) -> None:
+    with pytest.raises(DataError, match=r"data.image_size is 256, and .*cache was made for 64; make a") as caught:
         open_cache(cache.folder, size=256, fit="random_crop")
     assert f"fastnst data cache {cache.source} --size 256 --out {cache.folder}-256-random_crop" in str(caught.value)
     assert "--set data.image_size=64" in str(caught.value)
@@ -153,10 +155,12 @@ def test_another_size_or_fit_is_refused_with_the_command_that_helps(cache: Cache
     assert "--size 64 --fit squash --out" in str(caught.value)
 
 
-def test_an_unfinished_cache_says_how_to_finish_it(cache: Cache) -> None:
+def test_open_cache_refuses_an_unfinished_cache(cache: Cache) -> None:
     (cache.folder / "manifest.json").unlink()
     assert is_cache(cache.folder)
-    with pytest.raises(DataError, match=r"was not finished .*fastnst data cache FOLDER --size SIZE --out .*cache$"):
+    with pytest.raises(
+        DataError, match=r"is an unfinished cache .*fastnst data cache FOLDER --size SIZE --out .*cache$"
+    ):
         use(cache)
 
 
@@ -211,7 +215,7 @@ ATTACKS: list[Callable[[dict[str, Any]], object]] = [
 ]
 
 
-def test_a_manifest_of_any_content_is_refused(cache: Cache) -> None:
+def test_read_cache_refuses_a_malicious_manifest(cache: Cache) -> None:
     path = cache.folder / "manifest.json"
     whole = path.read_bytes()
     for attack in ATTACKS:
@@ -225,19 +229,21 @@ def test_a_manifest_of_any_content_is_refused(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 200_000, b'{"a": ' * 200_000, b"1" * 10_000])
-def test_a_manifest_that_is_no_json(content: bytes, cache: Cache) -> None:
+def test_read_cache_refuses_a_manifest_that_is_no_json(content: bytes, cache: Cache) -> None:
     (cache.folder / "manifest.json").write_bytes(content)
     assert is_cache(cache.folder)
     with pytest.raises(DataError, match="damaged, or not a cache's"):
         use(cache)
 
 
-def test_a_manifest_of_another_kind_of_file(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_cache_refuses_a_newer_format_a_large_file_and_a_pipe(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = cache.folder / "manifest.json"
     edit(cache, put(2, "format"))
     with pytest.raises(DataError, match=r"has format 2, this fastnst reads 1; use a newer fastnst"):
         use(cache)
-    monkeypatch.setattr(cache_format, "LARGEST_MANIFEST", 100)
+    monkeypatch.setattr(cache_format, "MAX_MANIFEST_BYTES", 100)
     with pytest.raises(DataError, match="above 100"):
         use(cache)
     path.unlink()
@@ -248,8 +254,8 @@ def test_a_manifest_of_another_kind_of_file(cache: Cache, monkeypatch: pytest.Mo
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
-def test_one_byte_of_the_manifest(cache: Cache, place: float, value: int) -> None:
-    """Whatever is changed, the images stay where they are, or the manifest is refused."""
+def test_read_cache_one_changed_byte_moves_no_image(cache: Cache, place: float, value: int) -> None:
+    """The manifest is refused, or its images are unchanged."""
     whole = bytearray(manifest_bytes(cache))
     whole[int(place * len(whole))] = value
     (cache.folder / "manifest.json").write_bytes(whole)
@@ -262,7 +268,7 @@ def test_one_byte_of_the_manifest(cache: Cache, place: float, value: int) -> Non
     assert [shard.size for shard in changed.shards] == [shard.size for shard in cache.shards]
 
 
-def test_damage_to_the_manifest_is_mended_on_request(cache: Cache, generated_photos: Path) -> None:
+def test_build_cache_rebuild_replaces_a_damaged_manifest(cache: Cache, generated_photos: Path) -> None:
     def build(**options: bool) -> Cache:
         manifest = build_manifest(generated_photos)
         return build_cache(manifest, cache.folder, size=64, fit="random_crop", **options).cache

@@ -1,4 +1,4 @@
-"""Which files training may read: what is found, what is refused and why, what is remembered."""
+"""Checking a folder: images found, rejections and their reasons, and the cache of results."""
 
 import json
 import os
@@ -19,26 +19,19 @@ from fastnst.images import UnusableImageError
 from fastnst.storage import cache_folder
 
 NOBODY = 65534
-REFUSED_AWKWARD = {
-    "icc_after_sof_tiny.jpg": "10 × 10 px is too small",
-    "lossless_cat-3449999_640_grayscale_12bit.jpg": "lossless, 12-bit",
-    "misnamed_bmp.jpg": "it is a BMP",
-    "tiny_jfif.jpg": "1 × 1 px is too small",
-    "truncated_pillow.jpg": "cut short",
-}
 
 
 @pytest.fixture
 def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths of the files that are decoded, as opposed to remembered."""
+    """Paths of the files that are decoded, as opposed to known from the cache."""
     seen: list[str] = []
-    examine = manifest_module.examine
+    check_image = manifest_module.check_image
 
-    def watched(path: str, data: bytes, **rules: Any) -> manifest_module.Entry:
+    def watched(path: str, data: bytes, **rules: Any) -> manifest_module.ImageEntry:
         seen.append(path)
-        return examine(path, data, **rules)
+        return check_image(path, data, **rules)
 
-    monkeypatch.setattr(manifest_module, "examine", watched)
+    monkeypatch.setattr(manifest_module, "check_image", watched)
     return seen
 
 
@@ -55,7 +48,7 @@ def save_png(path: Path, size: tuple[int, int] = (20, 30)) -> None:
     Image.new("RGB", size, "red").save(path, "PNG")
 
 
-def test_every_image_is_found_and_described(photo_folder: Path) -> None:
+def test_build_manifest_finds_every_image(photo_folder: Path) -> None:
     save_png(photo_folder / "z" / "deep" / "last.PNG", (40, 50))
     save_png(photo_folder / ".hidden.png")
     save_png(photo_folder / ".hidden" / "a.png")
@@ -64,47 +57,22 @@ def test_every_image_is_found_and_described(photo_folder: Path) -> None:
     assert paths(manifest) == sorted(paths(manifest))
     assert len(manifest.images) == 13
     assert not manifest.rejected
-    assert manifest.passed_over == 2
+    assert manifest.ignored == 2
     last = manifest.images[-1]
-    assert (last.path, last.width, last.height, last.format, last.plain) == ("z/deep/last.PNG", 40, 50, "PNG", True)
+    assert (last.path, last.width, last.height, last.format, last.dali_safe) == ("z/deep/last.PNG", 40, 50, "PNG", True)
     assert last.size == (photo_folder / "z/deep/last.PNG").stat().st_size
     assert {entry.format for entry in manifest.images} == {"JPEG", "PNG", "WEBP"}
 
 
-def test_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
-    tags = Image.Exif()
-    tags[0x0112] = 6
-    for suffix in ("jpg", "png", "webp"):
-        Image.new("RGB", (80, 50)).save(tmp_path / f"a.{suffix}", exif=tags)
-    assert [(entry.width, entry.height) for entry in build_manifest(tmp_path).images] == [(50, 80)] * 3
-
-
-def test_awkward_files_among_photos(tmp_path: Path, awkward: Path, photo_folder: Path) -> None:
-    for file in awkward.iterdir():
-        shutil.copy(file, photo_folder)
-    manifest = build_manifest(photo_folder, workers=2)
-    found = reasons(manifest)
-    assert set(found) == set(REFUSED_AWKWARD)
-    for path, reason in REFUSED_AWKWARD.items():
-        assert reason in found[path]
-        assert "; " in found[path]
-    assert len(manifest.images) == 12 + 21 - len(REFUSED_AWKWARD)
-
-    write_rejections(manifest, tmp_path / "run" / "rejected.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text("utf-8").splitlines()]
-    assert {row["path"]: row["reason"] for row in rows} == found
-    assert all(set(row) == {"path", "reason"} for row in rows)
-
-
-def test_photos_are_plain(photos: Path, tmp_path: Path) -> None:
+def test_build_manifest_photos_are_dali_safe(photos: Path, tmp_path: Path) -> None:
     for file in sorted(photos.iterdir())[::8]:
         (tmp_path / file.name).symlink_to(file)
     manifest = build_manifest(tmp_path)
     assert len(manifest.images) == 32
-    assert all(entry.plain for entry in manifest.images)
+    assert all(entry.dali_safe for entry in manifest.images)
 
 
-def test_remembered_until_size_or_time_changes(photo_folder: Path, checked_files: list[str]) -> None:
+def test_build_manifest_rechecks_files_with_another_size_or_mtime(photo_folder: Path, checked_files: list[str]) -> None:
     (photo_folder / "broken.jpg").write_bytes(b"no image")
     first = build_manifest(photo_folder)
     assert len(checked_files) == 13
@@ -127,7 +95,7 @@ def test_remembered_until_size_or_time_changes(photo_folder: Path, checked_files
     assert not checked_files
 
 
-def test_memory_can_be_off_and_does_not_mix_smallest_sides(photo_folder: Path, checked_files: list[str]) -> None:
+def test_build_manifest_without_cache_and_with_another_min_side(photo_folder: Path, checked_files: list[str]) -> None:
     build_manifest(photo_folder, cache=False)
     build_manifest(photo_folder, cache=False)
     assert len(checked_files) == 24
@@ -148,7 +116,7 @@ def test_memory_can_be_off_and_does_not_mix_smallest_sides(photo_folder: Path, c
         lambda text: text.replace('"key": [', '"key": [0, '),
     ],
 )
-def test_damaged_memory_is_ignored(
+def test_build_manifest_ignores_a_damaged_cache(
     photo_folder: Path,
     tmp_path: Path,
     checked_files: list[str],
@@ -164,7 +132,7 @@ def test_damaged_memory_is_ignored(
     assert len(checked_files) == 12
 
 
-def test_memory_that_cannot_be_written_costs_nothing(
+def test_build_manifest_works_if_the_cache_cannot_be_written(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -172,7 +140,7 @@ def test_memory_that_cannot_be_written_costs_nothing(
     assert len(build_manifest(photo_folder).images) == 12
 
 
-def test_interrupted_check_goes_on_where_it_stopped(
+def test_build_manifest_continues_an_interrupted_check(
     photo_folder: Path, checked_files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(manifest_module, "_CHUNK", 1)
@@ -188,7 +156,7 @@ def test_interrupted_check_goes_on_where_it_stopped(
     assert len(checked_files) <= 7
 
 
-def test_progress_counts_every_file(photo_folder: Path) -> None:
+def test_build_manifest_progress(photo_folder: Path) -> None:
     calls: list[tuple[int, int]] = []
     build_manifest(photo_folder, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(done, 12) for done in range(13)]
@@ -197,7 +165,7 @@ def test_progress_counts_every_file(photo_folder: Path) -> None:
     assert calls == [(12, 12)]
 
 
-def test_fingerprint_tells_content_not_place(photo_folder: Path, tmp_path: Path) -> None:
+def test_manifest_fingerprint_depends_on_content_only(photo_folder: Path, tmp_path: Path) -> None:
     original = build_manifest(photo_folder).fingerprint
     copy = Path(shutil.copytree(photo_folder, tmp_path / "elsewhere"))
     assert build_manifest(copy).fingerprint == original
@@ -205,39 +173,21 @@ def test_fingerprint_tells_content_not_place(photo_folder: Path, tmp_path: Path)
     assert build_manifest(copy).fingerprint != original
 
 
-def test_links_are_followed_once(photo_folder: Path) -> None:
-    (photo_folder / "loop").symlink_to(photo_folder)
-    (photo_folder / "gone.jpg").symlink_to(photo_folder / "nowhere.jpg")
-    manifest = build_manifest(photo_folder)
-    assert len(manifest.images) == 12
-    assert "no such file" in reasons(manifest)["gone.jpg"]
-
-
-def test_pipe_is_refused_without_waiting_for_it(photo_folder: Path) -> None:
-    os.mkfifo(photo_folder / "pipe.jpg")
-    assert "not a regular file" in reasons(build_manifest(photo_folder))["pipe.jpg"]
-
-
-def test_names_that_are_not_utf8(photo_folder: Path, tmp_path: Path) -> None:
+def test_build_manifest_names_that_are_not_utf8(photo_folder: Path, tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     try:
         save_png(photo_folder / name)
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     (photo_folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"no image")
-    for _ in range(2):  # The second time from memory.
+    for _ in range(2):  # The second time from the cache.
         manifest = build_manifest(photo_folder)
         assert name in paths(manifest)
     write_rejections(manifest, tmp_path / "rejected.jsonl")
     assert json.loads((tmp_path / "rejected.jsonl").read_text("utf-8"))["path"] == "\\xff.jpg"
 
 
-def test_no_refusals_make_an_empty_list(photo_folder: Path, tmp_path: Path) -> None:
-    write_rejections(build_manifest(photo_folder), tmp_path / "rejected.jsonl")
-    assert (tmp_path / "rejected.jsonl").read_bytes() == b""
-
-
-def test_folders_that_cannot_serve(tmp_path: Path) -> None:
+def test_build_manifest_refuses_unusable_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or directory; check the path"):
         build_manifest(tmp_path / "absent")
     (tmp_path / "file").write_text("")
@@ -247,11 +197,11 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no images"):
         build_manifest(tmp_path / "empty")
     (tmp_path / "empty" / "a.jpg").write_bytes(b"letter")
-    with pytest.raises(DataError, match=r"not one of the 1 images .* the first, a\.jpg: it holds text"):
+    with pytest.raises(DataError, match=r"none of the 1 images .* the first, a\.jpg: it holds text"):
         build_manifest(tmp_path / "empty")
 
 
-def test_trouble_with_the_disk_is_not_remembered(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_manifest_does_not_cache_disk_errors(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_path: str) -> bytes:
         raise UnusableImageError("input/output error; check the disk")
 
@@ -283,7 +233,7 @@ def as_anybody(photo_folder: Path) -> Iterator[Path]:
             os.seteuid(0)
 
 
-def test_unreadable_folder_and_file(as_anybody: Path) -> None:
+def test_build_manifest_rejects_unreadable_files_and_folders(as_anybody: Path) -> None:
     (as_anybody / "image_00.jpg").chmod(0)
     (as_anybody / "locked").mkdir(mode=0)
     manifest = build_manifest(as_anybody)
@@ -299,7 +249,7 @@ def test_unreadable_folder_and_file(as_anybody: Path) -> None:
         as_anybody.chmod(0o755)
 
 
-def test_png_damage_that_pillow_overlooks(photo_folder: Path) -> None:
+def test_build_manifest_finds_png_damage_that_pillow_ignores(photo_folder: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(photo_folder / "whole.png")
     data = (photo_folder / "whole.png").read_bytes()
@@ -312,7 +262,7 @@ def test_png_damage_that_pillow_overlooks(photo_folder: Path) -> None:
     assert "checksum of its IDAT chunk" in found["sum.png"]
 
 
-def test_images_of_one_colour_are_refused_for_training_only(photo_folder: Path) -> None:
+def test_build_manifest_allow_uniform(photo_folder: Path) -> None:
     one_dot = np.full((40, 50, 3), 200, np.uint8)
     one_dot[39, 49, 2] = 0
     Image.fromarray(one_dot).save(photo_folder / "dot.png")
@@ -324,7 +274,7 @@ def test_images_of_one_colour_are_refused_for_training_only(photo_folder: Path) 
     invisible.save(photo_folder / "flat_alpha.png")
     for name, mode in (("flat.jpg", "RGB"), ("flat.png", "L"), ("flat_bits.png", "1"), ("flat_palette.png", "P")):
         Image.new(mode, (40, 50), 0).save(photo_folder / name)
-    found = reasons(build_manifest(photo_folder, flat=False))
+    found = reasons(build_manifest(photo_folder, allow_uniform=False))
     assert set(found) == {"flat.jpg", "flat.png", "flat_bits.png", "flat_palette.png", "flat_alpha.png"}
     assert all("one colour" in reason for reason in found.values())
     assert not build_manifest(photo_folder).rejected

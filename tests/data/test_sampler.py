@@ -1,4 +1,4 @@
-"""The order of a run: complete, even, the same from any place and for any number of processes."""
+"""The sampler: complete, uniform, the same from any step and for any number of processes."""
 
 import numpy as np
 import pytest
@@ -28,18 +28,18 @@ def assert_same(one: SampleBatch, other: SampleBatch) -> None:
 
 
 @given(seeds, st.integers(1, 60), st.integers(1, 70), st.integers(1, 12))
-def test_each_epoch_holds_every_image_once(seed: int, num_images: int, batch_size: int, steps: int) -> None:
-    order = Sampler(seed, num_images, batch_size, steps)
-    line = joined([order.batch(step) for step in range(steps)]).indices
-    assert len(line) == steps * batch_size
-    for first in range(0, len(line) - num_images + 1, num_images):
-        assert sorted(line[first : first + num_images]) == list(range(num_images))
-    unfinished = line[len(line) - len(line) % num_images :]
+def test_sampler_epoch_holds_every_image_once(seed: int, num_images: int, batch_size: int, steps: int) -> None:
+    sampler = Sampler(seed, num_images, batch_size, steps)
+    indices = joined([sampler.batch(step) for step in range(steps)]).indices
+    assert len(indices) == steps * batch_size
+    for first in range(0, len(indices) - num_images + 1, num_images):
+        assert sorted(indices[first : first + num_images]) == list(range(num_images))
+    unfinished = indices[len(indices) - len(indices) % num_images :]
     assert len(set(unfinished.tolist())) == len(unfinished)
 
 
 @given(seeds, st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.data())
-def test_ranks_share_the_batch_of_one_process(
+def test_sampler_ranks_split_the_batch_of_one_process(
     seed: int, num_images: int, local: int, steps: int, world_size: int, data: st.DataObject
 ) -> None:
     alone = Sampler(seed, num_images, local * world_size, steps)
@@ -49,21 +49,21 @@ def test_ranks_share_the_batch_of_one_process(
     assert_same(alone.batch(step), joined([shared.batch(step, rank) for rank in range(world_size)]))
 
 
-def test_a_place_does_not_depend_on_batch_size_length_or_what_was_asked_before() -> None:
+def test_sampler_batch_does_not_depend_on_batch_size_or_earlier_calls() -> None:
     long = Sampler(5, 17, 6, 100)
     short = Sampler(5, 17, 3, 50)
-    line = joined([long.batch(step) for step in range(25)])
+    indices = joined([long.batch(step) for step in range(25)])
     backwards = [short.batch(step) for step in reversed(range(50))]
-    assert_same(line, joined(backwards[::-1]))
+    assert_same(indices, joined(backwards[::-1]))
 
 
-def test_far_places_cost_no_more_than_near_ones() -> None:
-    # An order that walked to its place would not return from this.
+def test_sampler_batch_of_a_far_step_is_fast() -> None:
+    # A sampler that iterated up to the step would not return.
     far = Sampler(0, 1000, 8, 10**15).batch(10**15 - 1)
     assert len(set(far.indices.tolist())) >= 4
 
 
-def test_seed_epoch_and_image_change_everything() -> None:
+def test_sampler_seeds_and_epochs_differ() -> None:
     one, other = Sampler(0, 500, 500, 2), Sampler(1, 500, 500, 2)
     for left, right in ((one.batch(0), other.batch(0)), (one.batch(0), one.batch(1))):
         # Independent permutations agree in one place on average.
@@ -72,7 +72,7 @@ def test_seed_epoch_and_image_change_everything() -> None:
         assert 0.4 < (left.flip == right.flip).mean() < 0.6
 
 
-def test_crops_and_flips_are_uniform_and_independent() -> None:
+def test_sampler_crops_and_flips_are_uniform_and_independent() -> None:
     count = 40_000
     samples = Sampler(7, 1000, count, 1).batch(0)
     assert samples.indices.dtype == np.int64
@@ -90,7 +90,7 @@ def test_crops_and_flips_are_uniform_and_independent() -> None:
     assert ((histogram - count / 16) ** 2 / (count / 16)).sum() < 50  # χ², 15 degrees of freedom: p = 1e-5
 
 
-def test_every_image_comes_first_equally_often() -> None:
+def test_sampler_permutations_are_uniform() -> None:
     epochs = 6000
     firsts = [int(Sampler(seed, 6, 1, 1).batch(0).indices[0]) for seed in range(epochs)]
     counts = np.bincount(firsts, minlength=6)
@@ -98,19 +98,16 @@ def test_every_image_comes_first_equally_often() -> None:
 
 
 @pytest.mark.parametrize("fit", ["center_crop", "squash"])
-def test_fixed_fits_take_the_middle_and_keep_the_rest(fit: str) -> None:
+def test_sampler_fixed_fits_crop_the_center(fit: str) -> None:
     fixed, free = Sampler(3, 50, 50, 1, fit=fit).batch(0), Sampler(3, 50, 50, 1).batch(0)
     assert (fixed.crop == 0.5).all()
     np.testing.assert_array_equal(fixed.indices, free.indices)
     np.testing.assert_array_equal(fixed.flip, free.flip)
+    assert free.flip.any()
+    assert not Sampler(3, 50, 50, 1, fit=fit, flip=False).batch(0).flip.any()
 
 
-def test_flips_can_be_off() -> None:
-    assert not Sampler(0, 50, 50, 1, flip=False).batch(0).flip.any()
-    assert Sampler(0, 50, 50, 1).batch(0).flip.any()
-
-
-def test_the_order_of_a_seed_never_changes() -> None:
+def test_sampler_output_is_pinned() -> None:
     # A run that was interrupted under an older version has to go on as it would have.
     samples = Sampler(2024, 10, 5, 4).batch(1)
     assert samples.indices.tolist() == PINNED_INDICES
@@ -127,13 +124,13 @@ def test_the_order_of_a_seed_never_changes() -> None:
         ({"seed": 2**64}, "seed is"),
     ],
 )
-def test_impossible_orders_are_refused(arguments: dict[str, int], message: str) -> None:
+def test_sampler_refuses_bad_arguments(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampler(**{"seed": 0, "num_images": 4, "batch_size": 4, "steps": 4, **arguments})
 
 
-def test_places_outside_the_run_do_not_exist() -> None:
-    order = Sampler(0, 4, 4, 4, world_size=2)
+def test_sampler_batch_raises_outside_the_run() -> None:
+    sampler = Sampler(0, 4, 4, 4, world_size=2)
     for step, rank in ((4, 0), (-1, 0), (0, 2)):
         with pytest.raises(IndexError):
-            order.batch(step, rank)
+            sampler.batch(step, rank)

@@ -151,10 +151,10 @@ def install(case: Case) -> None:
     import fastnst.data.loaders.pillow
     import fastnst.data.manifest
     import fastnst.training.monitoring.snapshots
-    import fastnst.training.trainer
+    import fastnst.training.train
     from fastnst.run_log.writer import RunLog
     from fastnst.training.monitoring.snapshots import SampleLogger
-    from fastnst.training.step.train_step import TrainingStep
+    from fastnst.training.step.train_step import NetTrainer
 
     points = Points(case)
     # The save path, as the operating system sees it.
@@ -172,7 +172,7 @@ def install(case: Case) -> None:
     )
 
     # The step.
-    points.around(TrainingStep, "__call__", "step")
+    points.around(NetTrainer, "train_step", "step")
     points.around(torch.Tensor, "backward", "backward")
     points.around(torch.optim.Adam, "step", "optimiser")
 
@@ -205,20 +205,20 @@ def install(case: Case) -> None:
 
     # What comes before, between and after.
     points.around(fastnst.data.manifest, "_check", "check")
-    points.around(SampleLogger, "look", "samples")
-    points.around(SampleLogger, "project", "projections")
-    points.around(fastnst.training.trainer, "read_inputs", "inputs")
-    points.around(fastnst.training.trainer, "lock_run", "lock")
-    points.around(fastnst.training.trainer, "train", "run")
+    points.around(SampleLogger, "log_samples", "samples")
+    points.around(SampleLogger, "log_projections", "projections")
+    points.around(fastnst.training.train, "read_inputs", "inputs")
+    points.around(fastnst.training.train, "lock_run", "lock")
+    points.around(fastnst.training.train, "train", "run")
     # A function of the configuration, and slow to trace; the server has done it.
     fastnst.training.monitoring.snapshots.training_graph = lambda *_, **__: GRAPHS[0]  # type: ignore[attr-defined]
     if not case.real_loader:
         fastnst.data.loaders.pillow.ProcessPoolExecutor = InThisProcess  # type: ignore[misc,assignment]
     if case.in_double:
         compute_in_double()
-    began = TrainingStep.__call__
+    began = NetTrainer.train_step
 
-    def note_step(self: TrainingStep, step: int, *args: Any) -> Any:
+    def note_step(self: NetTrainer, step: int, *args: Any) -> Any:
         if step == case.poisoned_step:
             weight = self.net.conv1.weight.data
             weight[(0,) * weight.ndim] = float("nan")
@@ -228,22 +228,23 @@ def install(case: Case) -> None:
             file.write(f"{step}\n")
         return began(self, step, *args)
 
-    TrainingStep.__call__ = note_step  # type: ignore[method-assign]
+    NetTrainer.train_step = note_step  # type: ignore[method-assign]
 
 
 def compute_in_double() -> None:
     """Both networks and all images; for runs that show no samples."""
-    from fastnst.training import style_run, trainer
+    from fastnst.training import style_run
+    from fastnst.training import train as training
     from fastnst.training.step import train_step as step
 
-    read, net = trainer.read_inputs, style_run.TransformNet
+    read, net = training.read_inputs, style_run.TransformNet
 
     def read_inputs(*args: Any, **kwargs: Any) -> Any:
         inputs = read(*args, **kwargs)
         inputs.vgg.double()
         return dataclasses.replace(inputs, style=inputs.style.double())
 
-    trainer.read_inputs = read_inputs
+    training.read_inputs = read_inputs
     style_run.TransformNet = lambda *args: net(*args).double()  # type: ignore[misc,assignment]
     step.to_unit = lambda batch: batch.permute(0, 3, 1, 2).double() / 255
 

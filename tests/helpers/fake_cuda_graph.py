@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastnst.training.step.cuda_streams import Graph, Result, Streams
+from fastnst.training.step.cuda_streams import CapturedGraph, CudaStreams, Result
 
 aten = torch.ops.aten
 # For these a GPU would have to finish, or to be fed from memory that it cannot reach.
@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
             self._before[memory.data_ptr()] = memory, memory.clone()
 
 
-class CpuGraph(Graph):
+class CpuGraph(CapturedGraph):
     def __init__(self, recorded: Recorder) -> None:
         self._recorded: Recorder | None = recorded
         self.replays = 0
@@ -115,7 +115,7 @@ class CpuGraph(Graph):
         self._recorded = None
 
 
-class CpuStreams(Streams):
+class CpuStreams(CudaStreams):
     """Stands for `CudaStreams`.
 
     Args:
@@ -147,7 +147,7 @@ class CpuStreams(Streams):
         self.asides += 1
         yield
 
-    def capture(self, work: Callable[[], Result]) -> tuple[Graph, Result]:
+    def capture(self, work: Callable[[], Result]) -> tuple[CapturedGraph, Result]:
         with Recorder(self._fails_at) as recorded:
             result = work()
         self.graphs.append(CpuGraph(recorded))

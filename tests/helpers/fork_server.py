@@ -127,6 +127,7 @@ def arguments(photos: Path, out: Path, *, steps: int, settings: tuple[str, ...] 
 
 def serve() -> None:
     """Rehearse a run; then, for each line of stdin, fork a process per case in it and answer how they ended."""
+    os.fsync = lambda _: None  # what the kernel has outlives a killed process; `Points` still counts the calls
     rehearse()
     print("ready", flush=True)
     for line in sys.stdin:

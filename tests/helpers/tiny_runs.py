@@ -1,9 +1,11 @@
 """Runs of a few milliseconds: the real training loop over one convolution, fed from numbers instead of files.
 
-What is real: configuration, manifest, style, loss, Adam, the log, checkpoints, the style model. What is not: the
-transform net is one convolution, images are drawn from the indices that the run's order names, the graph is empty.
+Real: configuration, manifest, style, loss, Adam, the log, checkpoints, the style model. Not real: the transform net is
+one convolution, images are drawn from the sampler's indices, the graph is empty.
 """
 
+import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,7 @@ from fastnst.data.sampler import Sampler
 from fastnst.models.transform_net import OutputMapping
 from fastnst.run_log.writer import read_metrics
 from fastnst.training import style_run, trainer
+from fastnst.training import train as training
 from fastnst.training.monitoring import snapshots
 
 ASSIGNMENTS = (
@@ -40,11 +43,11 @@ class SmallNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 3, 3, padding=1)
         self.metadata = {"architecture": architecture, "norm": norm}
 
-    def forward(self, x: Tensor, *, raw: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, pre_activation: bool = False) -> Tensor:
         if x.dtype == torch.uint8:
             x = x.to(self.conv1.weight.dtype) / 255
         x = self.conv1(x) / 2
-        return x if raw else x.tanh() / 2 + 0.5  # the convolution's sigmoid
+        return x if pre_activation else x.tanh() / 2 + 0.5  # the convolution's sigmoid
 
     def output_mapping(self, _: object, wanted: Sequence[int]) -> OutputMapping:
         return OutputMapping((0, 0, *wanted), True, 0.5, 0.5)
@@ -73,7 +76,7 @@ class SmallLoader:
 
 
 def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on, `fastnst.training.trainer.train` and the command line make small runs."""
+    """Let `train` and the command line make small runs from now on."""
     monkeypatch.setattr(style_run, "TransformNet", SmallNet)
     monkeypatch.setattr(trainer, "open_loader", SmallLoader)
     monkeypatch.setattr(snapshots, "training_graph", lambda *_, **__: GraphDef())
@@ -96,10 +99,32 @@ def small_arguments(photos: Path, out: Path, *assignments: str) -> list[str]:
 
 
 def train_small(config: Config, out: Path, **options: Any) -> list[str]:
-    """Train; returns what a user was told."""
-    messages: list[str] = []
-    trainer.train(config, out, notify=messages.append, **options)
+    """Train; return what the package logged."""
+    with log_messages() as messages:
+        models = training.train(config, out, **options)
+    names = options.get("styles") or ("",)
+    assert models == [out / name / "model.safetensors" for name in names]
     return messages
+
+
+@contextlib.contextmanager
+def log_messages() -> Iterator[list[str]]:
+    """Collect what the package logs within this block."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger("fastnst"), Collect()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def logged(run: Path) -> list[dict[str, float]]:

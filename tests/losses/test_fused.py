@@ -1,4 +1,4 @@
-"""The loss network's own backward against autograd of the plain formula, and what it keeps meanwhile."""
+"""The fused loss and its gradient against autograd of `PerceptualLoss`, and its memory."""
 
 import math
 import weakref
@@ -16,18 +16,19 @@ from fastnst.errors import UserError
 from fastnst.losses import conv_ops
 from fastnst.losses import fused as fused_module
 from fastnst.losses.conv_ops import convolve_relu, pool, unpool
-from fastnst.losses.fused import LossEngine
+from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training.memory.estimate import estimate
-from fastnst.training.step.train_step import TrainingStep
-from fastnst_kernels import max_pool2d_switches, winograd
+from fastnst.training.step.train_step import NetTrainer
+from fastnst_kernels import max_pool2d_switches
+from fastnst_kernels.cpu import winograd
 from helpers.tiny_runs import logged, make_small, small_config, train_small
 from helpers.tolerances import FLOOR
 
 PRESETS = ("hwalsuklee", "lengstrom", "johnson", "vgg-conv3")
-# Losses before ReLUs, on ReLUs and on poolings, several on one layer, and layers that only one kind is measured on.
+# Losses before ReLUs, on ReLUs and on poolings, several on one layer, and layers with one kind of loss only.
 ANYWHERE = LossConfig(
     content_layers=("conv1_2", "pool1", "relu2_1", "conv3_1"),
     style_layers=("pool2", "relu1_2", "conv1_2", "pool1", "relu2_2", "conv3_1"),
@@ -46,7 +47,7 @@ def images(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def bytes_of(n: int, height: int, width: int) -> Tensor:
-    """A batch as a loader has it, seen as `[N, 3, H, W]`."""
+    """A loader's batch as `[N, 3, H, W]`."""
     return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=seeded()).permute(0, 3, 1, 2)
 
 
@@ -63,7 +64,7 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def plain(
+def by_autograd(
     loss: PerceptualLoss, stylized: Tensor, content: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[LossTerms, Tensor]:
     """Autograd of the plain formula."""
@@ -77,8 +78,8 @@ def plain(
 def fused(
     loss: PerceptualLoss, stylized: Tensor, content: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[LossTerms, Tensor]:
-    engine = LossEngine(loss, dtype)
-    return engine(stylized, engine.content_targets(content))
+    fused_loss = FusedPerceptualLoss(loss, dtype)
+    return fused_loss(stylized, fused_loss.content_targets(content))
 
 
 def numbers(terms: LossTerms) -> dict[str, float]:
@@ -87,16 +88,16 @@ def numbers(terms: LossTerms) -> dict[str, float]:
 
 
 CONFIGS = [pytest.param(load_config(preset=preset, environment={}).loss, id=preset) for preset in PRESETS]
-CONFIGS.append(pytest.param(ANYWHERE, id="anywhere"))
+CONTENT_ONLY = LossConfig(content_layers=("relu1_2",), style_layers=(), tv_weight=0)
+STYLE_ONLY = SHALLOW.model_copy(update={"content_layers": ()})
+CONFIGS += [pytest.param(ANYWHERE, id="anywhere")]
+PARTIAL = [pytest.param(CONTENT_ONLY, id="content"), pytest.param(STYLE_ONLY, id="style")]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_it_is_autograd_of_the_plain_formula(config: LossConfig) -> None:
-    """In fp64, to 1e-10; odd sides, and one of the two flavours each."""
-    flavour = "caffe" if config.feature_scale == "0-255" else "torchvision"
-    loss = make_loss(config, torch.float64, flavour)
-    stylized, content = (images(2, 3, 33, 19, seed=seed, dtype=torch.float64) for seed in (1, 2))
-    expected, wanted = plain(loss, stylized, content)
+def assert_is_autograd(loss: PerceptualLoss, height: int, width: int) -> None:
+    """In fp64, to 1e-10."""
+    stylized, content = (images(2, 3, height, width, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    expected, wanted = by_autograd(loss, stylized, content)
     terms, gradient = fused(loss, stylized, content)
     assert list(terms.layers) == list(expected.layers)
     assert numbers(terms) == pytest.approx(numbers(expected), rel=1e-10)
@@ -104,8 +105,15 @@ def test_it_is_autograd_of_the_plain_formula(config: LossConfig) -> None:
     assert float((gradient - wanted).abs().max()) <= 1e-10 * float(wanted.abs().max())
 
 
-def test_it_is_so_where_convolutions_are_winograds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which they are in none of the images above: before a loss on z, on y, and before none."""
+@pytest.mark.parametrize("config", [*CONFIGS, *PARTIAL])
+def test_fused_loss_is_autograd_of_perceptual_loss(config: LossConfig) -> None:
+    """On odd sides, and one of the two flavours each."""
+    flavour = "caffe" if config.feature_scale == "0-255" else "torchvision"
+    assert_is_autograd(make_loss(config, torch.float64, flavour), 17, 19)
+
+
+def test_fused_loss_with_winograd_is_autograd_of_perceptual_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger images, for which convolutions use Winograd: before a loss on z, on y, and before none."""
     shapes = set()
     for name in ("convolve", "input_gradient"):
         real = getattr(winograd, name)
@@ -116,15 +124,9 @@ def test_it_is_so_where_convolutions_are_winograds(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(winograd, name, noted)
     config = LossConfig(content_layers=("relu3_2",), style_layers=("relu1_1", "relu2_1", "conv3_1"), tv_weight=1.0)
-    loss = make_loss(config, torch.float64)
-    stylized, content = (images(2, 3, 62, 67, seed=seed, dtype=torch.float64) for seed in (1, 2))
-    expected, wanted = plain(loss, stylized, content)
-    assert not shapes
-    terms, gradient = fused(loss, stylized, content)
+    assert_is_autograd(make_loss(config, torch.float64), 62, 67)
     layers = {(128, 64), (128, 128), (256, 128), (256, 256)}
     assert shapes == {(name, *layer) for name in ("convolve", "input_gradient") for layer in layers}
-    assert numbers(terms) == pytest.approx(numbers(expected), rel=1e-10)
-    assert float((gradient - wanted).abs().max()) <= 1e-10 * float(wanted.abs().max())
 
 
 DTYPES = pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -132,13 +134,12 @@ DTYPES = pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16],
 
 @DTYPES
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("config", [SHALLOW, ANYWHERE], ids=["shallow", "anywhere"])
-def test_it_errs_no_more_than_autograd_does(config: LossConfig, dtype: torch.dtype | None, device: str) -> None:
-    """The rule of `tolerances.py` in the norm: which of two nearly equal values a pooling takes is a matter of luck."""
-    exact, loss = (make_loss(config, wide, "torchvision").to(device) for wide in (torch.float64, torch.float32))
+def test_fused_loss_errs_no_more_than_autograd(dtype: torch.dtype | None, device: str) -> None:
+    """The rule of `tolerances.py` in the norm: rounding decides which of two nearly equal values a pooling takes."""
+    exact, loss = (make_loss(ANYWHERE, wide, "torchvision").to(device) for wide in (torch.float64, torch.float32))
     stylized, content = (images(2, 3, 21, 34, seed=seed).to(device) for seed in (1, 2))
-    truths, truth = plain(exact, stylized.double(), content.double())
-    peers, peer = plain(loss, stylized, content, dtype)
+    truths, truth = by_autograd(exact, stylized.double(), content.double())
+    peers, peer = by_autograd(loss, stylized, content, dtype)
     terms, gradient = fused(loss, stylized, content, dtype)
     assert all(term.dtype == torch.float32 for term in (terms.total, terms.content, terms.style, terms.tv))
     assert gradient.dtype == torch.float32
@@ -151,33 +152,20 @@ def test_it_errs_no_more_than_autograd_does(config: LossConfig, dtype: torch.dty
         assert error <= 2 * peer_error + floor * abs(true), name
 
 
-def test_a_loss_scale_multiplies_the_gradient_and_not_the_loss() -> None:
+def test_grad_output_multiplies_the_gradient_only() -> None:
     loss = make_loss()
     stylized, content = images(1, 3, 16, 16, seed=1), images(1, 3, 16, 16, seed=2)
-    engine = LossEngine(loss)
-    targets = engine.content_targets(content)
-    terms, gradient = engine(stylized, targets)
-    scaled_terms, scaled = engine(stylized, targets, torch.tensor(1024.0))
+    fused_loss = FusedPerceptualLoss(loss)
+    targets = fused_loss.content_targets(content)
+    terms, gradient = fused_loss(stylized, targets)
+    scaled_terms, scaled = fused_loss(stylized, targets, torch.tensor(1024.0))
     assert numbers(scaled_terms) == numbers(terms)
     torch.testing.assert_close(scaled, 1024 * gradient)
 
 
-def test_content_alone_and_style_alone() -> None:
-    stylized, content = (images(1, 3, 16, 17, seed=seed, dtype=torch.float64) for seed in (1, 2))
-    content_only = LossConfig(content_layers=("relu1_2",), style_layers=(), tv_weight=0)
-    for config in (content_only, SHALLOW.model_copy(update={"content_layers": ()})):
-        loss = PerceptualLoss(VGG19("relu2_1", generator=seeded()), config).double()
-        loss.set_style(images(1, 3, 32, 40, seed=5, dtype=torch.float64))
-        expected, wanted = plain(loss, stylized, content)
-        terms, gradient = fused(loss, stylized, content)
-        assert numbers(terms) == pytest.approx(numbers(expected), rel=1e-10)
-        torch.testing.assert_close(gradient, wanted)
-
-
-@DTYPES
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_image_that_is_not_finite_shows_in_total_and_gradient(value: float, dtype: torch.dtype | None) -> None:
-    """Though no total variation is measured, and oneDNN's ReLU takes NaN for 0."""
+@pytest.mark.parametrize(("dtype", "value"), [(None, math.nan), (torch.bfloat16, math.inf), (torch.float16, math.nan)])
+def test_nonfinite_image_shows_in_total_and_gradient(dtype: torch.dtype | None, value: float) -> None:
+    """Even without total variation, and though oneDNN's ReLU turns NaN into 0."""
     loss = make_loss(SHALLOW.model_copy(update={"tv_weight": 0.0}))
     stylized, content = images(2, 3, 16, 16, seed=1), images(2, 3, 16, 16, seed=2)
     stylized[0, 1, 5, 7] = value
@@ -186,7 +174,7 @@ def test_a_image_that_is_not_finite_shows_in_total_and_gradient(value: float, dt
     assert not gradient.isfinite().any()
 
 
-def test_fp16_hands_on_what_overflows_within_the_network() -> None:
+def test_convolve_relu_propagates_overflow_in_fp16() -> None:
     weight, bias = torch.full((4, 4, 3, 3), 300.0, dtype=torch.float16), torch.zeros(4, dtype=torch.float16)
     x = torch.full((1, 4, 4, 4), 100.0, dtype=torch.float16)
     first = convolve_relu(x, weight, bias)
@@ -196,7 +184,7 @@ def test_fp16_hands_on_what_overflows_within_the_network() -> None:
     assert convolve_relu(first, weight, bias)[:, 0].isnan().any()
 
 
-def test_a_pooling_and_its_backward_are_pytorchs() -> None:
+def test_pool_and_unpool_are_pytorchs() -> None:
     x = images(2, 5, 7, 9, seed=3).requires_grad_()
     y = torch.nn.functional.max_pool2d(x, 2)
     above = images(*y.shape, seed=4)
@@ -209,8 +197,8 @@ def test_a_pooling_and_its_backward_are_pytorchs() -> None:
     assert pool(x.detach(), switches=False)[1] is None
 
 
-class Watching(TorchDispatchMode):
-    """The operations that run, and the bytes of all that they made and that still lives."""
+class MemoryWatch(TorchDispatchMode):
+    """Records the operations, and the bytes of their results that are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +209,7 @@ class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         result = op(*args, **(kwargs or {}))
         self.names.append(str(op))
-        for made in tree_leaves(result) if not op.is_view else []:  # a view of what was there before makes nothing
+        for made in tree_leaves(result) if not op.is_view else []:  # a view has no memory
             if not isinstance(made, Tensor):
                 continue
             storage = made.untyped_storage()
@@ -236,22 +224,22 @@ class Watching(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-def test_there_is_no_graph_and_no_gradient_of_a_weight() -> None:
+def test_fused_loss_builds_no_graph_and_no_weight_gradient() -> None:
     loss = make_loss()
     content = images(1, 3, 16, 16, seed=2)
     stylized = images(1, 3, 16, 16, seed=1).requires_grad_()
-    engine = LossEngine(loss)
-    kept = engine.forward(stylized)
+    fused_loss = FusedPerceptualLoss(loss)
+    kept = fused_loss.forward(stylized)
     assert all(x.grad_fn is None and not x.requires_grad for stage in kept for x in stage.outputs().values())
-    with Watching() as watching:
-        targets = engine.content_targets(content)
-        terms, gradient = engine(stylized, targets)
+    with MemoryWatch() as watching:
+        targets = fused_loss.content_targets(content)
+        terms, gradient = fused_loss(stylized, targets)
     assert not any(x.requires_grad for x in (terms.total, gradient, *targets.values()))
     assert not any("convolution_backward" in name for name in watching.names)
     assert all(parameter.grad is None for parameter in loss.parameters())
 
 
-def test_a_gpu_gets_one_call_where_no_nan_can_be_lost_and_no_order_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolve_relu_uses_cudnns_fused_call_by_type_and_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     assert [dtype for dtype in FLOOR if conv_ops._fuses_on_cuda(dtype)] == [torch.float32, torch.bfloat16]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
@@ -260,8 +248,8 @@ def test_a_gpu_gets_one_call_where_no_nan_can_be_lost_and_no_order_matters(monke
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_lies_in_a_gpus_memory_does_not_enter_the_one_call(dtype: torch.dtype) -> None:
-    """PyTorch hands the uninitialised output to cuDNN as a summand, times 0."""
+def test_cudnns_fused_call_ignores_uninitialised_memory(dtype: torch.dtype) -> None:
+    """PyTorch passes the uninitialised output to cuDNN as a summand, times 0."""
     x = images(2, 64, 32, 32, seed=1).to("cuda", dtype)
     weight = images(64, 64, 3, 3, seed=2).sub_(0.5).to("cuda", dtype)
     bias = torch.linspace(-1, 1, 64, device="cuda", dtype=dtype)
@@ -273,10 +261,10 @@ def test_what_lies_in_a_gpus_memory_does_not_enter_the_one_call(dtype: torch.dty
         assert float(error) < 0.01
 
 
-def test_each_stage_leaves_one_copy_and_is_freed_once_the_backward_is_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """relu1_2 is pooled: its maxima and their places are left, a quarter of it each, and nothing of its own size."""
-    engine = LossEngine(make_loss(SHALLOW.model_copy(update={"style_layers": ("relu1_1", "relu3_2")})))
-    kept = engine.forward(images(1, 3, 16, 16, seed=1))
+def test_backward_frees_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """relu1_2 is pooled: its maxima and their positions are saved, a quarter of it each, and nothing of its size."""
+    fused_loss = FusedPerceptualLoss(make_loss(SHALLOW.model_copy(update={"style_layers": ("relu1_1", "relu3_2")})))
+    kept = fused_loss.forward(images(1, 3, 16, 16, seed=1))
     names = [sorted(stage.outputs()) for stage in kept]
     assert names == [["relu1_1"], ["pool1"], ["relu2_1"], ["relu2_2"], ["relu3_1"], ["relu3_2"]]
     assert [stage.switches is not None for stage in kept] == [False, True, False, True, False, False]
@@ -289,43 +277,43 @@ def test_each_stage_leaves_one_copy_and_is_freed_once_the_backward_is_past_it(mo
         return conv_transpose(*args, **kwargs)
 
     conv_transpose = torch.nn.functional.conv_transpose2d
-    forward = engine.forward
+    forward = fused_loss.forward
 
     def remembering(stylized: Tensor) -> list[Any]:
         made = forward(stylized)
         storages.extend(weakref.ref(x.untyped_storage()) for stage in made for x in stage.outputs().values())
         return made
 
-    monkeypatch.setattr(engine, "forward", remembering)
+    monkeypatch.setattr(fused_loss, "forward", remembering)
     monkeypatch.setattr(fused_module.F, "conv_transpose2d", counting)
-    engine(images(1, 3, 16, 16, seed=1), engine.content_targets(images(1, 3, 16, 16, seed=2)))
+    fused_loss(images(1, 3, 16, 16, seed=1), fused_loss.content_targets(images(1, 3, 16, 16, seed=2)))
     assert alive == [5, 4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_it_needs_less_memory_than_autograd(config: LossConfig) -> None:
+def test_fused_loss_needs_less_memory_than_autograd(config: LossConfig) -> None:
     loss = make_loss(config)
     stylized, content = images(1, 3, 32, 32, seed=1), images(1, 3, 32, 32, seed=2)
-    engine = LossEngine(loss)
-    with Watching() as autograds:
-        plain(loss, stylized, content)
-    with Watching() as own:
-        engine(stylized, engine.content_targets(content))
+    with MemoryWatch() as autograds:
+        by_autograd(loss, stylized, content)
+    with MemoryWatch() as own:
+        fused(loss, stylized, content)
     assert own.peak < 0.8 * autograds.peak
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_estimate_counts_what_is_alive_between_forward_and_backward(precision: str) -> None:
+def test_estimate_counts_the_tensors_between_forward_and_backward(precision: str) -> None:
     settings = ["data.image_size=32", "train.batch_size=2", f"train.precision={precision}"]
     config = load_config(preset="vgg-conv3", assignments=settings, environment={})
     dtype = torch.float16 if precision == "fp16" else None
     loss, net = make_loss(config.loss), TransformNet("johnson", generator=seeded()).train()
-    engine, batch = LossEngine(loss, dtype), bytes_of(2, 32, 32)
-    with Watching() as watching:
-        targets = engine.content_targets(batch)
+    fused_loss, batch = FusedPerceptualLoss(loss, dtype), bytes_of(2, 32, 32)
+    with MemoryWatch() as watching:
+        targets = fused_loss.content_targets(batch)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            raw = net(batch, raw=True)
-        kept = engine.forward(engine.preprocess(raw.detach(), net.output_mapping(raw.shape[2:], batch.shape[2:]))[0])
+            pre_activation = net(batch, pre_activation=True)
+        mapping = net.output_mapping(pre_activation.shape[2:], batch.shape[2:])
+        kept = fused_loss.forward(fused_loss.preprocess(pre_activation.detach(), mapping)[0])
         alive = watching.now
     assert targets
     assert kept
@@ -336,33 +324,22 @@ def test_the_estimate_counts_what_is_alive_between_forward_and_backward(precisio
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_training_step_is_the_same_with_either(precision: str) -> None:
+def test_training_step_is_the_same_with_either_engine(precision: str) -> None:
     gentle = SHALLOW.model_copy(update={"content_weight": 1e-4, "style_weight": 1e-4, "tv_weight": 1e-4})
-    loss, batch = make_loss(gentle), torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=seeded())
+    loss, batch = make_loss(gentle), torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, generator=seeded())
     terms, gradients = {}, {}
     for engine in ("fused", "autograd"):
         settings = [f"train.engine={engine}", f"train.precision={precision}"]
         config = load_config(preset="vgg-conv3", assignments=settings, environment={})
         net = TransformNet("johnson", generator=seeded()).train()
-        terms[engine] = numbers(TrainingStep(net, loss, config.train, torch.device("cpu"))(1, batch))
+        terms[engine] = numbers(NetTrainer(net, loss, config.train, torch.device("cpu")).train_step(1, batch))
         gradients[engine] = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     assert terms["fused"] == pytest.approx(terms["autograd"], rel=1e-5 if precision == "fp32" else 1e-2)
     difference = (gradients["fused"] - gradients["autograd"]).norm() / gradients["autograd"].norm()
     assert float(difference) < (1e-4 if precision == "fp32" else 0.05)
 
 
-def test_the_fused_engine_runs_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    loss, net = make_loss(), TransformNet("johnson", generator=seeded())
-    for settings, is_fused in (([], True), (["train.engine=autograd"], False), (["train.compile=true"], False)):
-        config = load_config(assignments=["train.precision=fp32", *settings], environment={}).train
-        monkeypatch.setattr(torch, "compile", lambda function: function)
-        step = TrainingStep(net, loss, config, torch.device("cpu"))
-        assert isinstance(step._engine, LossEngine) == is_fused
-
-
-def test_resuming_with_the_other_engine_is_named_and_can_be_allowed(
-    few_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_resume_with_the_other_engine(few_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     out = tmp_path / "run"
     train_small(small_config(few_photos, "train.steps=2"), out)
@@ -374,7 +351,7 @@ def test_resuming_with_the_other_engine_is_named_and_can_be_allowed(
     assert [row["step"] for row in logged(out)] == [1, 2, 3]
 
 
-def test_deterministic_runs_have_their_algorithms() -> None:
+def test_fused_loss_has_deterministic_algorithms() -> None:
     loss = make_loss(ANYWHERE)
     stylized, content = images(1, 3, 16, 16, seed=1), images(1, 3, 16, 16, seed=2)
     torch.use_deterministic_algorithms(True)
@@ -386,15 +363,15 @@ def test_deterministic_runs_have_their_algorithms() -> None:
     assert torch.equal(first[1], again[1])
 
 
-def test_misuse() -> None:
+def test_fused_loss_refuses_wrong_arguments() -> None:
     loss = PerceptualLoss(VGG19("relu2_2", generator=seeded()), SHALLOW)
-    engine = LossEngine(loss)
-    targets = engine.content_targets(images(1, 3, 16, 16, seed=2))
+    fused_loss = FusedPerceptualLoss(loss)
+    targets = fused_loss.content_targets(images(1, 3, 16, 16, seed=2))
     with pytest.raises(ValueError, match="call set_style"):
-        engine(images(1, 3, 16, 16, seed=1), targets)
+        fused_loss(images(1, 3, 16, 16, seed=1), targets)
     loss.set_style(images(1, 3, 16, 16, seed=5))
-    with pytest.raises(ValueError, match=r"relu2_2 of the stylised images is \[1, 128, 8, 10\]"):
-        engine(images(1, 3, 16, 20, seed=1), targets)
-    for call in (engine.content_targets, lambda small: engine(small, targets)):
+    with pytest.raises(ValueError, match=r"relu2_2 of the stylized images is \[1, 128, 8, 10\]"):
+        fused_loss(images(1, 3, 16, 20, seed=1), targets)
+    for call in (fused_loss.content_targets, lambda small: fused_loss(small, targets)):
         with pytest.raises(UserError, match="3×1 pixels is too small for relu2_2"):
             call(images(1, 3, 1, 3, seed=1))

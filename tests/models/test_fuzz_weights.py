@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(path: Path, data: bytes) -> VGG19 | None:
     path.write_bytes(data)
     try:
-        return load_vgg19(str(path), last_layer="conv1_1", flavour="caffe", notify=lambda _: None)
+        return load_vgg19(str(path), last_layer="conv1_1", flavour="caffe")
     except DataError as error:
         refusal = str(error)
     assert 20 < len(refusal) < 2000

@@ -61,7 +61,7 @@ def shapes(node: NodeDef) -> list[list[int]]:
 # By hand.
 
 
-def test_modules_are_scopes_and_tensors_are_edges() -> None:
+def test_graph_recorder_modules_are_scopes_and_tensors_edges() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
         x = recorder.placeholder("image", (2, 3, 8, 8), like=LIKE)
@@ -93,7 +93,7 @@ def test_modules_are_scopes_and_tensors_are_edges() -> None:
     assert list(graph["net/block/conv/convolution"].attr["stride"].list.i) == [1, 1]
 
 
-def test_a_module_that_is_used_twice_is_drawn_twice_with_its_parameters() -> None:
+def test_graph_recorder_draws_a_module_in_each_block_that_uses_it() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
         x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
@@ -107,7 +107,7 @@ def test_a_module_that_is_used_twice_is_drawn_twice_with_its_parameters() -> Non
         assert {name.split("/")[0] for name in inputs} == {block, {"first": "x", "second": "y"}[block]}
 
 
-def test_what_was_computed_before_is_not_drawn_again() -> None:
+def test_graph_recorder_draws_equal_computations_once() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
         x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
@@ -119,7 +119,7 @@ def test_what_was_computed_before_is_not_drawn_again() -> None:
     assert [name for name in edges(recorder) if name.startswith("second/")] == ["second/add", "second/relu"]
 
 
-def test_views_are_told_apart_though_they_are_not_drawn() -> None:
+def test_graph_recorder_distinguishes_views_without_drawing_them() -> None:
     with GraphRecorder() as recorder:
         x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
         x[:, :, 1:] * 2.0
@@ -137,7 +137,7 @@ def test_views_are_told_apart_though_they_are_not_drawn() -> None:
     }
 
 
-def test_writing_in_place_makes_the_writer_the_source() -> None:
+def test_graph_recorder_follows_in_place_writes() -> None:
     with GraphRecorder() as recorder:
         x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
         y = x * 2.0
@@ -160,7 +160,7 @@ def test_writing_in_place_makes_the_writer_the_source() -> None:
     }
 
 
-def test_several_outputs_and_several_inputs() -> None:
+def test_graph_recorder_several_outputs_and_inputs() -> None:
     with GraphRecorder() as recorder:
         x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
         values, places = x.max(dim=1)
@@ -171,7 +171,7 @@ def test_several_outputs_and_several_inputs() -> None:
     assert shapes(largest) == [[1, 8, 8], [1, 8, 8]]
 
 
-def test_constants_lie_where_they_are_used() -> None:
+def test_graph_recorder_puts_constants_where_they_are_used() -> None:
     outside = torch.ones(3, 1, 1)
     with GraphRecorder() as recorder:
         x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
@@ -182,7 +182,7 @@ def test_constants_lie_where_they_are_used() -> None:
     assert list(graph["here/add_1"].input) == ["here/add", "here/zeros"]
 
 
-def test_a_parameter_that_is_taken_outside_its_module_leads_into_the_modules_scope() -> None:
+def test_graph_recorder_parameter_outside_its_module_opens_its_scope() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
         x = recorder.placeholder("x", (1, 4, 8, 8), like=LIKE)
@@ -199,7 +199,7 @@ def test_a_parameter_that_is_taken_outside_its_module_leads_into_the_modules_sco
     }
 
 
-def test_a_network_within_another_may_be_a_tree_of_its_own() -> None:
+def test_graph_recorder_nested_roots() -> None:
     net = Net()
     with GraphRecorder(net.block, net) as recorder:
         x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
@@ -208,7 +208,7 @@ def test_a_network_within_another_may_be_a_tree_of_its_own() -> None:
     assert "inner/conv/convolution" in edges(recorder)
 
 
-def test_nothing_is_computed() -> None:
+def test_graph_recorder_computes_nothing() -> None:
     net = nn.Conv2d(3, 1000, 3)
     with GraphRecorder(net) as recorder:
         x = recorder.placeholder("x", (1000, 3, 100_000, 100_000), like=LIKE)
@@ -216,7 +216,7 @@ def test_nothing_is_computed() -> None:
     assert y.numel() > 10**15
 
 
-def test_an_error_leaves_no_hook_behind_and_closes_its_scopes() -> None:
+def test_graph_recorder_cleans_up_after_an_error() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
         x = recorder.placeholder("x", (1, 5, 8, 8), like=LIKE)
@@ -251,8 +251,8 @@ def block_edges(graph: GraphDef) -> set[tuple[str, str]]:
     return {(source, target) for source, target in pairs if source != target}
 
 
-@pytest.mark.parametrize(("architecture", "norm"), [*itertools.product(ARCHITECTURES, NORMS)])
-def test_the_training_step_has_the_papers_blocks_and_each_layer(
+@pytest.mark.parametrize(("architecture", "norm"), [*zip(ARCHITECTURES, itertools.cycle(NORMS), strict=False)])
+def test_training_graph_has_the_papers_blocks_and_each_layer(
     loss: PerceptualLoss, architecture: str, norm: str
 ) -> None:
     net = TransformNet(architecture, norm)
@@ -294,7 +294,7 @@ def test_the_training_step_has_the_papers_blocks_and_each_layer(
     assert {f"loss/style/relu{block}_1" for block in range(1, 6)} <= layers
 
 
-def test_recording_leaves_everything_as_it_was(loss: PerceptualLoss) -> None:
+def test_training_graph_changes_nothing(loss: PerceptualLoss) -> None:
     net = TransformNet("johnson", "batch").train()
     before = {name: tensor.clone() for name, tensor in [*net.state_dict().items(), *loss.state_dict().items()]}
     state = torch.get_rng_state()
@@ -311,14 +311,14 @@ def test_recording_leaves_everything_as_it_was(loss: PerceptualLoss) -> None:
         assert not module._forward_pre_hooks
 
 
-def test_the_whole_runs_sizes_are_on_the_edges(loss: PerceptualLoss) -> None:
+def test_training_graph_has_the_runs_sizes(loss: PerceptualLoss) -> None:
     graph = nodes(training_graph(TransformNet(), loss, image_size=256, batch_size=20))
     assert shapes(graph["X_content"]) == [[20, 3, 256, 256]]
     assert shapes(graph["vgg_content/conv4_2/convolution"]) == [[20, 512, 32, 32]]
     assert shapes(graph["transform_net/out/convolution"]) == [[20, 3, 256, 256]]
 
 
-def test_double_precision_other_weights_and_no_content() -> None:
+def test_training_graph_in_fp64_with_caffe_weights_and_no_content() -> None:
     loss = perceptual_loss("relu2_2", "caffe", content_layers=(), style_layers=("relu2_2",), style_layer_weights=())
     graph = nodes(training_graph(TransformNet().double(), loss.double(), image_size=33, batch_size=1))
     assert graph["X_content"].attr["dtype"].type == 2  # TensorFlow's DT_DOUBLE
@@ -326,6 +326,6 @@ def test_double_precision_other_weights_and_no_content() -> None:
     assert "vgg_transformed/flip" in graph
 
 
-def test_images_that_are_too_small_are_refused(loss: PerceptualLoss) -> None:
+def test_training_graph_refuses_too_small_images(loss: PerceptualLoss) -> None:
     with pytest.raises(UserError, match="sides of 16 pixels or more"):
         training_graph(TransformNet(), loss, image_size=8)

@@ -1,4 +1,4 @@
-"""TensorBoard as a user sees it: the real pages of a real, tiny run, in a browser that reaches localhost only."""
+"""TensorBoard's pages of a tiny run, in a browser that reaches localhost only."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ import pytest
 
 from fastnst.config import load_config
 from fastnst.run_log.writer import RunLog, log_visualization
-from fastnst.training.trainer import train
+from fastnst.training.train import train
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, generated_photos: Path) -> Pat
     }
     config = load_config(preset="vgg-conv3", assignments=[*sizes, *log], options=options, environment={})
     out = tmp_path_factory.mktemp("runs") / "run"
-    train(config, out, notify=lambda _: None)
+    train(config, out)
     sheet = np.full((20, 30, 3), (200, 40, 40), dtype=np.uint8)
     log_visualization(out, {"visualize/deconvnet/sheet": sheet}, step=STEPS, text="**strongest** activations")
     return out
@@ -62,10 +62,19 @@ def run(tmp_path_factory: pytest.TempPathFactory, generated_photos: Path) -> Pat
 @pytest.fixture(scope="module")
 def tensorboard(run: Path) -> Iterator[str]:
     """`fastnst tensorboard` on the run; its address."""
-    with serving(run) as (address, process):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fastnst", "tensorboard", str(run), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        address = f"http://localhost:{port}"
         wait_for(f"{address}/data/plugin/scalars/scalars?tag=loss%2Ftotal&run=.", STEPS, process)
         wait_for(f"{address}/data/plugin/images/images?tag=visualize%2Fdeconvnet%2Fsheet&run=.&sample=0", 1, process)
         yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +118,7 @@ def tab(page: "Page") -> Callable[[str], "Page"]:
 Tab = Callable[[str], "Page"]
 
 
-def test_the_graph_has_the_blocks_of_the_paper_and_opens_down_to_layers(tab: Tab) -> None:
+def test_graphs_page_opens_from_blocks_to_layers(tab: Tab) -> None:
     page = tab("graphs")
     shown_from_the_bottom_up(page, "X_content", "transform_net", "vgg_transformed", "loss")
     shown_from_the_bottom_up(page, "X_content", "vgg_content", "loss")
@@ -133,21 +142,21 @@ def test_the_graph_has_the_blocks_of_the_paper_and_opens_down_to_layers(tab: Tab
     node(page, "visualization/vgg_transformed")
 
 
-def test_scalar_charts_are_drawn(tab: Tab) -> None:
+def test_scalars_page_draws_charts(tab: Tab) -> None:
     page = tab("scalars")
     for tag in ("loss/total", "loss/content", "loss/style", "loss/tv"):
         chart = card(page, "scalar-card", tag)
         drawn(chart.locator("path.line, path.scatter"), corners=STEPS)
 
 
-def test_time_series_are_drawn(tab: Tab) -> None:
+def test_time_series_page_draws_charts(tab: Tab) -> None:
     page = tab("timeseries")
     page.get_by_role("combobox", name="Filter tags (regex)").fill("^loss/total$")
     chart = page.locator("scalar-card").filter(has_text="loss/total").first
     drawn(chart.locator("line-chart svg path"), corners=STEPS)
 
 
-def test_images_have_a_slider_over_the_steps(tab: Tab) -> None:
+def test_images_page_has_a_slider_over_steps(tab: Tab) -> None:
     page = tab("images")
     assert shown(card(page, "image-loader", "visualize/deconvnet/sheet")) == (30, 20)
     loader = card(page, "image-loader", "stylised/image_00")
@@ -161,7 +170,7 @@ def test_images_have_a_slider_over_the_steps(tab: Tab) -> None:
     loader.get_by_text("step 2").wait_for()
 
 
-def test_histograms_and_distributions_are_drawn(tab: Tab) -> None:
+def test_histograms_and_distributions_pages_draw_charts(tab: Tab) -> None:
     page = tab("histograms")
     for tag in ("conv1/weight", "conv1/scale", "conv1/shift"):
         chart = card(page, "histogram-loader", tag)
@@ -173,7 +182,7 @@ def test_histograms_and_distributions_are_drawn(tab: Tab) -> None:
     drawn(chart.locator("path.area"), corners=3)
 
 
-def test_one_custom_chart_shows_all_loss_terms(tab: Tab) -> None:
+def test_custom_scalars_page_shows_all_loss_terms_in_one_chart(tab: Tab) -> None:
     page = tab("custom_scalars")
     charts = page.locator("tf-custom-scalar-multi-line-chart-card")
     charts.filter(has_text="all terms").get_by_text("Matches (4)").wait_for()
@@ -181,7 +190,7 @@ def test_one_custom_chart_shows_all_loss_terms(tab: Tab) -> None:
     charts.filter(has_text="style, by layer").get_by_text("Matches (4)").wait_for()
 
 
-def test_the_run_itself_has_hyper_parameters_and_their_results(tab: Tab, tensorboard: str) -> None:
+def test_hparams_page_shows_parameters_and_metrics(tab: Tab, tensorboard: str) -> None:
     page = tab("hparams")
     table = page.locator("tf-hparams-table-view")
     table.get_by_text("loss.content_weight").first.wait_for()
@@ -191,70 +200,51 @@ def test_the_run_itself_has_hyper_parameters_and_their_results(tab: Tab, tensorb
         assert json.load(response) == ["."]
 
 
-def test_text_holds_the_configuration_and_what_was_added(tab: Tab) -> None:
+def test_text_page_shows_configuration_and_visualizations(tab: Tab) -> None:
     page = tab("text")
     page.get_by_text('preset = "vgg-conv3"').wait_for()
     page.locator("strong", has_text="strongest").wait_for()
 
 
-def test_no_page_needs_the_network(tab: Tab, requests: list[str], tensorboard: str) -> None:
+def test_pages_need_no_network(tab: Tab, requests: list[str], tensorboard: str) -> None:
     tab("scalars")
     assert requests
     foreign = [url for url in requests if not url.startswith((tensorboard, "data:", "blob:"))]
     assert foreign == []
 
 
-def test_both_files_of_a_run_are_followed(tmp_path: Path) -> None:
-    sheet = np.zeros((4, 4, 3), dtype=np.uint8)
-    with RunLog(tmp_path) as log:
-        log.metrics(1, {"loss/total": 1.0})
+def test_tensorboard_follows_both_files_of_a_run(run: Path, tensorboard: str) -> None:
+    """Last, because it adds to the log that the pages show."""
+    url = f"{tensorboard}/data/plugin"
+    with RunLog(run, start_step=STEPS) as log:
+        log.metrics(STEPS + 1, {"loss/total": 1.0})
         log.flush()
-        with serving(tmp_path) as (address, process):
-            scalars = f"{address}/data/plugin/scalars/scalars?tag=loss%2Ftotal&run=."
-            images = f"{address}/data/plugin/images/images?tag=sheet&run=.&sample=0"
-            wait_for(scalars, 1, process)
-            log_visualization(tmp_path, {"sheet": sheet}, step=5, text="")
-            assert [image["step"] for image in wait_for(images, 1, process)] == [5]
-            log.metrics(2, {"loss/total": 2.0})
-            log.flush()
-            log_visualization(tmp_path, {"sheet": sheet}, step=9, text="")
-            assert [step for _, step, _ in wait_for(scalars, 2, process)] == [1, 2]
-            assert [image["step"] for image in wait_for(images, 2, process)] == [5, 9]
+        log_visualization(run, {"sheet": np.zeros((4, 4, 3), dtype=np.uint8)}, step=9, text="")
+        images = wait_for(f"{url}/images/images?tag=sheet&run=.&sample=0", 1)
+        assert [image["step"] for image in images] == [9]
+        scalars = wait_for(f"{url}/scalars/scalars?tag=loss%2Ftotal&run=.", STEPS + 1)
+        assert [step for _, step, _ in scalars] == list(range(1, STEPS + 2))
 
 
 def find_browser() -> str:
     for name in BROWSERS:
         path = shutil.which(name)
-        # What is called so may be a stub that only tells how to install it.
+        # It may be a stub that tells how to install it.
         if path and subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
             return path
     pytest.skip(f"needs Chromium, and none of {', '.join(BROWSERS)} is here")
 
 
-@contextlib.contextmanager
-def serving(run: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "fastnst", "tensorboard", str(run), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield f"http://localhost:{port}", process
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def wait_for(url: str, count: int, process: subprocess.Popen[bytes]) -> list[Any]:
-    """The list at `url` once it has `count` entries, or what it is after a minute."""
+def wait_for(url: str, count: int, process: subprocess.Popen[bytes] | None = None) -> list[Any]:
+    """The list at `url` once it has `count` entries, or after a minute."""
     deadline = time.monotonic() + 60
     found: list[Any] = []
     while len(found) < count and time.monotonic() < deadline:
-        assert process.poll() is None, f"TensorBoard ended with code {process.returncode}"
+        assert process is None or process.poll() is None, "TensorBoard has ended"
         # TensorBoard answers 404 until it has read the log, and refuses before it listens.
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10) as response:
             found = json.load(response)
-        time.sleep(0.2)
+        time.sleep(0.1)
     return found
 
 

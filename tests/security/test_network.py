@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from fastnst.errors import DataError
 from fastnst.models import weights as weights_module
-from fastnst.models.download import DownloadError, Source
+from fastnst.models.download import DownloadError, RemoteFile
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import load_vgg19, torchvision_key
 from fastnst.run_log.writer import RunLog
@@ -108,11 +108,11 @@ def test_guard_sees_a_connection(guarded: tuple[dict[str, str], Path], code: str
 
 def test_guard_sees_the_download_of_weights(guarded: tuple[dict[str, str], Path], tmp_path: Path) -> None:
     environment, log = guarded
-    code = "import sys, pathlib\nfrom fastnst.models.download import Source, fetch\n"
-    code += "fetch(Source('http://127.0.0.1:9/a', '0' * 64, 9, 'a'), pathlib.Path(sys.argv[1]), pause=0.0)"
-    command = [sys.executable, "-c", code, str(tmp_path / "weights")]
-    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
-    assert b"DownloadError" in done.stderr
+    code = "from fastnst.models.weights import load_vgg19\n"
+    code += "load_vgg19('auto', last_layer='relu1_1', pause=0.0)"
+    environment |= {"TORCH_HOME": str(tmp_path), "FASTNST_VGG19_URL": "http://127.0.0.1:9/vgg19.pth"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=120)
+    assert b"WeightsUnavailable" in done.stderr
     assert connections(log) != []
 
 
@@ -161,8 +161,8 @@ def test_tensorboard_listens_on_the_asked_host(tmp_path: Path, options: tuple[st
 
 
 @pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Source]:
-    """VGG19's first layers in the cache, as if downloaded, and their source."""
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, RemoteFile]:
+    """VGG19's first layers where a download would have put them, and what is known of them."""
     monkeypatch.setenv("FASTNST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     path = tmp_path / "cache" / "weights" / "vgg.pth"
@@ -171,31 +171,30 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Sourc
     state = {f"{torchvision_key(n[:7])}.{n[8:]}": t.contiguous() for n, t in net.state_dict().items()}
     torch.save(state, path)
     data = path.read_bytes()
-    return path, Source("http://127.0.0.1:9/", hashlib.sha256(data).hexdigest(), len(data), path.name)
+    return path, RemoteFile("http://127.0.0.1:9/", hashlib.sha256(data).hexdigest(), len(data), path.name)
 
 
-def test_load_vgg19_checks_cached_weights_at_every_load(
-    cached: tuple[Path, Source], monkeypatch: pytest.MonkeyPatch
+def test_cached_weights_are_checked_in_full_at_every_load(
+    cached: tuple[Path, RemoteFile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, source = cached
 
     def no_network(*_: object, **__: object) -> None:
         raise DownloadError("no network")
 
-    monkeypatch.setattr(weights_module, "fetch", no_network)
-    told: list[str] = []
+    monkeypatch.setattr(weights_module, "download_file", no_network)
     whole, status = path.read_bytes(), path.stat()
     for place in (0, len(whole) // 2, len(whole) - 1):
-        load_vgg19("auto", last_layer="relu1_2", notify=told.append, source=source)
+        load_vgg19("auto", last_layer="relu1_2", source=source)
         damaged = bytearray(whole)
         damaged[place] ^= 1
         # Size and time stay the same; only the content differs.
         path.write_bytes(damaged)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        told.clear()
+        caplog.clear()
         with pytest.raises(DataError):
-            load_vgg19("auto", last_layer="relu1_2", notify=told.append, source=source, progress=lambda *_: None)
-        assert any("is damaged" in line for line in told)
+            load_vgg19("auto", last_layer="relu1_2", source=source)
+        assert any("is damaged" in line for line in caplog.messages)
         path.write_bytes(whole)
 
 
@@ -207,8 +206,8 @@ def test_load_vgg19_refuses_nan_and_inf(tmp_path: Path, suffix: str, value: floa
     state["features.2.bias"][-1] = value
     path = tmp_path / f"vgg{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    with pytest.raises(DataError, match="no finite numbers"):
-        load_vgg19(str(path), last_layer="relu1_2", flavour="caffe", notify=lambda _: None)
+    with pytest.raises(DataError, match="not finite numbers"):
+        load_vgg19(str(path), last_layer="relu1_2", flavour="caffe")
 
 
 def test_load_vgg19_runs_no_payload_even_without_vetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,5 +215,5 @@ def test_load_vgg19_runs_no_payload_even_without_vetting(tmp_path: Path, monkeyp
     canary, path = tmp_path / "canary", tmp_path / "vgg.pth"
     path.write_bytes(zipped(pickle.dumps(Call(os.system, f"touch {canary}"), 2)))
     with pytest.raises(DataError):
-        load_vgg19(str(path), last_layer="relu1_1", notify=lambda _: None)
+        load_vgg19(str(path), last_layer="relu1_1")
     assert not canary.exists()

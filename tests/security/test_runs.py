@@ -18,8 +18,9 @@ from fastnst.config import Config, load_config, to_toml
 from fastnst.errors import DataError, UserError
 from fastnst.images import write_image
 from fastnst.training.run_dir.checkpoint import FOLDER, STATE, TENSORS
-from fastnst.training.trainer import train
-from fastnst.visualize.sheets.report import PAGE_NAME, Report, Sheet, write_report
+from fastnst.training.train import train
+from fastnst.visualize.sheets.page import Figure
+from fastnst.visualize.sheets.report import PAGE_NAME, Report, write_report
 from helpers.malformed.files import Call
 
 
@@ -36,7 +37,7 @@ def config(generated_photos: Path) -> Config:
 def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run of `config`."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    train(config, out, notify=lambda _: None)
+    train(config, out)
     return out
 
 
@@ -65,7 +66,7 @@ def untouched(outside: Path) -> bool:
 
 def resume(config: Config, run: Path, *, steps: int = 3) -> None:
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-    train(longer, run, resume=True, notify=lambda _: None)
+    train(longer, run, resume=True)
 
 
 def test_train_replaces_links_and_not_their_targets(config: Config, run: Path, outside: Path) -> None:
@@ -108,7 +109,7 @@ def test_write_image_and_write_report_replace_links(tmp_path: Path, outside: Pat
     for name in ("stylized.png", PAGE_NAME, "sheet.png"):
         (out / name).symlink_to(outside / "precious")
     write_image(out / "stylized.png", image)
-    report = Report("title", "about", {}, [Sheet("sheet", "tag", image, "caption", "alt")])
+    report = Report("title", "about", {}, [Figure("sheet", "tag", image, "caption", "alt")])
     write_report(report, out, command="fastnst", inputs=[])
     assert untouched(outside)
     assert not any((out / name).is_symlink() for name in ("stylized.png", PAGE_NAME, "sheet.png"))

@@ -1,9 +1,9 @@
-"""Processes that are killed, at named points of a run and at random, and what the resumed run comes to.
+"""Runs whose processes are killed at named points and at random, and resumed.
 
-Each case kills a real process with SIGKILL, resumes until the end, and compares with a run that nobody disturbed: every
-byte of the checkpoint and of the style model, every row of metrics, every point, histogram and image in TensorBoard.
+Each case kills real processes with SIGKILL, resumes until the end, and compares with an undisturbed run: every byte of
+the checkpoint and of the style model, every row of metrics, every point, histogram and image in TensorBoard.
 
-All points five times over, and a hundred random kills:
+Each point alone, at five moments, and a hundred random kills:
 
     python -m pytest -m campaign tests/training/test_crash.py
 """
@@ -11,6 +11,7 @@ All points five times over, and a hundred random kills:
 import itertools
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from helpers.run_comparison import assert_same_outcome, leftovers
 EVERY = 2
 """Steps between two checkpoints, as `arguments` has it."""
 
-IN_A_SAVE = (
+BEFORE_THE_NAME = (
     "before-fsync:metrics",
     "before-mkdir:checkpoint",
     "before-open:tensors",
@@ -38,6 +39,9 @@ IN_A_SAVE = (
     "mid-write:manifest",
     "after-rename:manifest",
     "before-rename:checkpoint",
+)
+"""In a save, before its checkpoint has its name: the process after it begins at the same step."""
+AFTER_THE_NAME = (
     "after-rename:checkpoint",
     "after-fsync:folder",
     "before-rename:old",
@@ -65,10 +69,19 @@ IN_EACH_PROCESS = (
     "mid-write:config",
     "before-rename:config",
     "after-rename:config",
-    "after-run",
 )
-AT_THE_END = ("before-close", "after-close")
-POINTS = (*IN_A_SAVE, *IN_A_STEP, *IN_EACH_PROCESS, *AT_THE_END)
+AT_THE_END = ("before-close", "after-close", "after-run")
+POINTS = (*BEFORE_THE_NAME, *AFTER_THE_NAME, *IN_A_STEP, *IN_EACH_PROCESS, *AT_THE_END)
+CHAINS = (
+    BEFORE_THE_NAME[:7],
+    BEFORE_THE_NAME[7:],
+    AFTER_THE_NAME,
+    IN_A_STEP,
+    (*IN_EACH_PROCESS, "before-close"),
+    ("after-close",),
+    ("after-run",),
+)
+"""Each process of a chain is killed at the next point; together they pass all points."""
 
 
 @dataclass
@@ -94,11 +107,11 @@ class Killer:
         settings = () if loader == "pillow" else (f"data.loader={loader}",)
         return arguments(self.photos, folder / "run", steps=steps, settings=settings)
 
-    def at(self, point: str, occurrence: int, folder: Path, *, steps: int, processes: int = 1) -> None:
-        """Kill so many processes, one after the other, at a point, and the last of them none."""
+    def at(self, points: Sequence[tuple[str, int]], folder: Path, *, steps: int) -> None:
+        """Kill one process after the other, each at a point and occurrence of it, and let the last one end."""
         argv = self.command(folder, steps, "pillow")
         killed = []
-        for _ in range(processes):
+        for point, occurrence in points:
             ended = self.server.run(Case(next_command(argv), str(folder), point=point, occurrence=occurrence))
             assert (ended.killed, ended.code) == (True, 137), f"{point} was not passed: {ended.printed}"
             killed.append(ended)
@@ -146,52 +159,56 @@ def killer(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pytest.T
     return Killer(fork_server, few_photos, tmp_path_factory.mktemp("killer"))
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(killer: Killer, tmp_path: Path, point: str) -> None:
-    # Where there is a choice, behind the first checkpoint: what is restored from it decides the rest.
-    occurrences = {"mid-write:event": 100, "before-rename:old": 1, "before-unlink:old": 1}
-    occurrences |= dict.fromkeys(("before-samples", "before-flush", "after-flush"), 2)
-    occurrences |= dict.fromkeys((*IN_EACH_PROCESS, *AT_THE_END), 1)
-    killer.at(point, occurrences.get(point, 3 if point in IN_A_STEP else 2), tmp_path, steps=4)
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: f"{chain[0]}-and-{len(chain) - 1}-more")
+def test_train_resume_after_kills_at_every_point(killer: Killer, tmp_path: Path, chain: tuple[str, ...]) -> None:
+    # In the first process behind the first checkpoint: what is restored from it decides the rest.
+    once = (*IN_EACH_PROCESS, *AT_THE_END, "before-rename:old", "before-unlink:old")
+    first = 1 if chain[0] in once else 3 if chain is IN_A_STEP else 2
+    steps = 4 + 2 * len(chain) if chain is AFTER_THE_NAME else 4
+    occurrences = {"mid-write:event": 20}
+    points = [(point, occurrences.get(point, 1)) for point in chain[1:]]
+    killer.at([(chain[0], first), *points], tmp_path, steps=steps)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("number", range(1, 6))
 @pytest.mark.parametrize("point", POINTS)
-def test_each_point_at_five_moments(killer: Killer, tmp_path: Path, point: str, number: int) -> None:
+def test_train_resume_after_kills_at_each_point_at_five_moments(
+    killer: Killer, tmp_path: Path, point: str, number: int
+) -> None:
     """python -m pytest -m campaign tests/training/test_crash.py -k five_moments"""
-    if point in IN_EACH_PROCESS:
-        killer.at(point, 1, tmp_path, steps=4, processes=number)
+    if point in (*IN_EACH_PROCESS, "after-run"):
+        killer.at([(point, 1)] * number, tmp_path, steps=4)
     elif point in AT_THE_END:
-        killer.at(point, 1, tmp_path, steps=number)
+        killer.at([(point, 1)], tmp_path, steps=number)
     else:
         # Of five steps, the first and the last are among these; of six saves, all but the last.
         steps = 5 if point in ("before-step", "after-step") else 12
-        killer.at(point, 60 * number if point == "mid-write:event" else number, tmp_path, steps=steps)
+        killer.at([(point, 60 * number if point == "mid-write:event" else number)], tmp_path, steps=steps)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_run_killed_at_random_ends_as_if_it_had_not_been(killer: Killer, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_train_resume_after_random_kills(killer: Killer, tmp_path: Path, seed: int) -> None:
     killer.at_random(5, seed, tmp_path, steps=4)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_a_hundred_random_kills(killer: Killer, tmp_path: Path, seed: int) -> None:
+def test_train_resume_after_a_hundred_random_kills(killer: Killer, tmp_path: Path, seed: int) -> None:
     """python -m pytest -m campaign tests/training/test_crash.py -k a_hundred"""
     killer.at_random(5, seed, tmp_path, steps=12)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("loader", ["pillow", "dali"])
-def test_random_kills_with_what_the_loaders_start(killer: Killer, tmp_path: Path, loader: str) -> None:
-    """python -m pytest -m campaign tests/training/test_crash.py -k loaders_start"""
+def test_train_resume_after_random_kills_of_loaders(killer: Killer, tmp_path: Path, loader: str) -> None:
+    """python -m pytest -m campaign tests/training/test_crash.py -k of_loaders"""
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
     killer.at_random(8, 7, tmp_path, steps=12, real_loader=loader)
 
 
-def test_what_a_killed_save_leaves_is_gone_after_the_next(killer: Killer, tmp_path: Path) -> None:
+def test_save_checkpoint_removes_what_a_killed_save_left(killer: Killer, tmp_path: Path) -> None:
     argv = killer.command(tmp_path, 4, "pillow")
     killer.server.run(Case(argv, str(tmp_path), point="mid-write:tensors", occurrence=2))
     (part, file) = leftovers(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What stands for CUDA in the tests of captured steps is as strict as CUDA, and batches come in time."""
+"""The fake CUDA graph of the tests is as strict as CUDA; batches come in time; which CUDA calls are made."""
 
 import contextlib
 import random
@@ -16,7 +16,7 @@ from helpers.fake_cuda_graph import CpuStreams, QueuedStreams
 # The graph of the tests is as strict as a real one.
 
 
-def test_what_stands_for_a_graph_repeats_operations_and_not_code() -> None:
+def test_cpu_streams_replay_operations_and_not_code() -> None:
     streams = CpuStreams()
     kept, counted = torch.zeros(3), torch.zeros(())
     calls: list[int] = []
@@ -65,19 +65,19 @@ def read_in_order(streams: QueuedStreams, feed: _Feed, catch_up: random.Random) 
     return found
 
 
-def test_each_step_reads_its_batch_in_whatever_order_the_streams_run() -> None:
+def test_feed_gives_each_step_its_batch_in_any_order_of_the_streams() -> None:
     overlaps = 0
-    for seed in range(200):
+    for seed in range(100):
         streams = QueuedStreams(random.Random(seed))
         assert read_in_order(streams, _Feed(streams), random.Random(-seed)) == list(range(1, 21)), seed
         # Of each batch the feed makes two launches: to fetch and to copy. One that is copied before the last is read:
         order = streams.order
         overlaps += any(order[: i + 1].count("feed") // 2 - order[: i + 1].count("main") > 1 for i in range(len(order)))
-    assert overlaps > 100
+    assert overlaps > 50
 
 
 @pytest.mark.parametrize("forgotten", ["wait", "mark"])
-def test_a_wait_or_a_mark_that_is_forgotten_would_be_found(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feed_without_a_wait_or_a_mark_is_found(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = 0
     for seed in range(50):
         streams = QueuedStreams(random.Random(seed))
@@ -163,7 +163,7 @@ class FakeCuda:
         self.notes.append("reset")
 
 
-def test_cuda_is_asked_for_a_side_stream_that_waits_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_streams_capture_on_a_side_stream_that_waits_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     streams = CudaStreams(torch.device("cuda", 0))
     with streams.aside():
@@ -179,7 +179,7 @@ def test_cuda_is_asked_for_a_side_stream_that_waits_both_ways(monkeypatch: pytes
     ]
 
 
-def test_cuda_is_asked_for_marks_of_the_stream_that_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_streams_mark_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     streams = CudaStreams(torch.device("cuda", 0))
     feed = _Feed(streams)
@@ -193,7 +193,7 @@ def test_cuda_is_asked_for_marks_of_the_stream_that_is_current(monkeypatch: pyte
     ]
 
 
-def test_the_stream_is_the_one_before_though_a_capture_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_streams_restore_the_stream_after_a_failed_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch, fails=True)
     streams = CudaStreams(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="the end fails, too") as raised:

@@ -1,4 +1,4 @@
-"""Runs shared by several processes: what one process alone would have done, whatever happens to one of them.
+"""Runs shared by several processes: the same as one process, whatever happens to one of them.
 
 The comparison over fifty steps, and real torchruns:
 
@@ -24,7 +24,7 @@ from fastnst.config import load_config
 from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.training.distributed.environment import DistEnv, check_divisible, local_config
 from fastnst.training.distributed.process_group import check_equal, choose_device
-from fastnst.training.memory.available import describe_shortage, needed_memory
+from fastnst.training.memory.advice import describe_shortage, required_memory
 from fastnst.training.memory.estimate import estimate
 from fastnst.training.run_dir.checkpoint import checkpoint_steps
 from helpers.fork_server import Ended, ForkServer, arguments, next_command
@@ -97,16 +97,18 @@ def compare_with_one_process(fork_server: ForkServer, photos: Path, folder: Path
             assert (moments[name] - tensor).norm() <= 10 * tolerance * tensor.norm(), name
 
 
-def test_two_processes_do_what_one_does(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
+def test_train_distributed_equals_one_process(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
     compare_with_one_process(fork_server, few_photos, tmp_path, 3, 1e-9)
 
 
 @pytest.mark.campaign
-def test_fifty_steps_of_two_processes(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
+def test_train_distributed_equals_one_process_after_fifty_steps(
+    fork_server: ForkServer, few_photos: Path, tmp_path: Path
+) -> None:
     compare_with_one_process(fork_server, few_photos, tmp_path, 50, 1e-5)
 
 
-def test_one_process_writes_and_speaks(shared: Path) -> None:
+def test_train_distributed_writes_and_prints_on_rank_zero_only(shared: Path) -> None:
     assert len(list(shared.glob("events.out*"))) == 1
     assert (shared.parent / "rank1" / "printed").read_text() == ""
     printed = (shared.parent / "rank0" / "printed").read_text()
@@ -114,7 +116,7 @@ def test_one_process_writes_and_speaks(shared: Path) -> None:
     assert printed.count("style model") == 1
 
 
-def test_a_stop_signal_to_one_process_ends_all_at_the_same_step(
+def test_train_distributed_stops_all_ranks_at_the_same_step(
     fork_server: ForkServer, shared: Path, few_photos: Path, tmp_path: Path
 ) -> None:
     """Sent to the one that does not lead; what is resumed comes to the last bit to what was not interrupted."""
@@ -135,7 +137,7 @@ def test_a_stop_signal_to_one_process_ends_all_at_the_same_step(
 
 
 @pytest.mark.parametrize(("killed", "agent"), [(1, True), (0, False)])
-def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes(
+def test_train_distributed_ends_and_resumes_if_a_process_is_killed(
     fork_server: ForkServer, shared: Path, few_photos: Path, tmp_path: Path, killed: int, agent: bool
 ) -> None:
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
@@ -156,7 +158,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes(
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("killed", [0, 1, 2])
-def test_three_processes_resume_to_the_same_bits(
+def test_train_distributed_on_three_ranks_resumes_to_the_same_bits(
     fork_server: ForkServer, few_photos: Path, tmp_path: Path, killed: int
 ) -> None:
     """With more than two, the order in which gradients are summed counts."""
@@ -175,7 +177,7 @@ def test_three_processes_resume_to_the_same_bits(
     assert_same_outcome(tmp_path / "run", tmp_path / "whole" / "run")
 
 
-def test_a_value_that_is_not_finite_in_one_process_ends_all(
+def test_train_distributed_stops_all_ranks_if_one_has_nan(
     fork_server: ForkServer, few_photos: Path, tmp_path: Path
 ) -> None:
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
@@ -189,7 +191,7 @@ def test_a_value_that_is_not_finite_in_one_process_ends_all(
         assert torch.isfinite(tensor).all()
 
 
-def test_images_that_fail_are_replaced_as_in_one_process(
+def test_train_distributed_replaces_failed_images_as_one_process(
     fork_server: ForkServer, photo_folder: Path, tmp_path: Path
 ) -> None:
     settings = (*SETTINGS, "data.max_failed_percent=50", "data.prefetch=2")
@@ -197,7 +199,7 @@ def test_images_that_fail_are_replaced_as_in_one_process(
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
         photos = Path(shutil.copytree(photo_folder, folder / "photos"))
-        argv = arguments(photos, folder / "run", steps=9, settings=settings)
+        argv = arguments(photos, folder / "run", steps=8, settings=settings)
         gone = {0: tuple(str(path) for path in sorted(photos.iterdir())[3:6])}
         ended = run_ranks(fork_server, argv, folder, world_size=world_size, removed=gone)
         assert codes(ended) == [0] * world_size
@@ -209,7 +211,7 @@ def test_images_that_fail_are_replaced_as_in_one_process(
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_too_many_failures_end_all_with_one_message(
+def test_train_distributed_prints_one_message_if_too_many_images_fail(
     fork_server: ForkServer, photo_folder: Path, tmp_path: Path
 ) -> None:
     argv = arguments(photo_folder, tmp_path / "run", steps=9, settings=(*SETTINGS, "data.prefetch=1"))
@@ -225,8 +227,8 @@ def test_too_many_failures_end_all_with_one_message(
 # What is refused.
 
 
-@pytest.mark.parametrize(("then", "now"), [(2, 1), (1, 2)])
-def test_another_number_of_processes_is_named(
+@pytest.mark.parametrize(("then", "now"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.campaign)])
+def test_train_resume_names_another_number_of_processes(
     fork_server: ForkServer, shared: Path, few_photos: Path, tmp_path: Path, then: int, now: int
 ) -> None:
     if then == 2:
@@ -246,11 +248,10 @@ def test_another_number_of_processes_is_named(
     ("setting", "message"),
     [
         ("train.batch_size=3", "train.batch_size 3 cannot be shared evenly by 2 processes; choose a multiple of 2"),
-        ("model.norm=batch", "model.norm is 'batch', whose statistics are those of a whole batch"),
         ("train.batch_size=no", "train.batch_size"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_once(
+def test_train_distributed_prints_a_usage_error_once(
     fork_server: ForkServer, few_photos: Path, tmp_path: Path, setting: str, message: str
 ) -> None:
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=(*SETTINGS, setting))
@@ -261,7 +262,7 @@ def test_what_cannot_be_shared_is_refused_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_is_printed_once(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
+def test_train_dry_run_is_printed_once(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
     ended = run_ranks(fork_server, (*argv, "--dry-run"), tmp_path)
     assert codes(ended) == [0, 0]
@@ -272,7 +273,7 @@ def test_a_dry_run_is_printed_once(fork_server: ForkServer, few_photos: Path, tm
 ENVIRONMENT = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
 
 
-def test_what_the_environment_says() -> None:
+def test_dist_env_reads_the_variables_of_torchrun() -> None:
     assert DistEnv.from_environ({}) == DistEnv.from_environ({"RANK": "0", "WORLD_SIZE": "1"}) == DistEnv(0, 1, 0, 1)
     assert DistEnv.from_environ(ENVIRONMENT) == DistEnv(3, 4, 3, 4)
     assert DistEnv.from_environ(ENVIRONMENT | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == DistEnv(3, 4, 1, 2)
@@ -288,20 +289,23 @@ def test_what_the_environment_says() -> None:
         ({"RANK": "", "MASTER_PORT": ""}, "WORLD_SIZE is 4, but RANK, MASTER_PORT is not set"),
     ],
 )
-def test_an_environment_that_contradicts_itself(change: dict[str, str], message: str) -> None:
+def test_dist_env_refuses_contradictory_variables(change: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         DistEnv.from_environ(ENVIRONMENT | change)
 
 
-def test_shares_of_a_batch_and_of_the_cores() -> None:
+def test_local_config_shares_the_batch_and_the_cores() -> None:
     config = load_config(assignments=["train.batch_size=8"], environment={})
     check_divisible(config, DistEnv(1, 4, 1, 4))
     share = local_config(config, DistEnv(1, 4, 1, 1000))
     assert (share.train.batch_size, share.data.workers) == (2, 1)
     assert local_config(config, DistEnv()) == config
+    of_batches = load_config(assignments=["train.batch_size=8", "model.norm=batch"], environment={})
+    with pytest.raises(UserError, match=r"model\.norm is 'batch', whose statistics are those of a whole batch"):
+        check_divisible(of_batches, DistEnv(1, 4, 1, 4))
 
 
-def test_each_process_needs_a_gpu_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_device_needs_nccl_and_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen: list[int] = []
@@ -319,18 +323,19 @@ def test_each_process_needs_a_gpu_and_nccl(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen == [1]
 
 
-def test_memory_that_would_fit_counts_all_processes() -> None:
-    config = load_config(assignments=["train.batch_size=16", "train.precision=fp32"], environment={})
+def test_describe_shortage_counts_all_processes() -> None:
+    settings = ["train.batch_size=16", "train.precision=fp32", "data.image_size=64"]
+    config = load_config(preset="vgg-conv3", assignments=settings, environment={})
     share = local_config(config, DistEnv(0, 4, 0, 4))
     need = estimate(share, device_type="cpu")
-    text = describe_shortage(share, need, int(0.8 * needed_memory(need)), device_type="cpu", processes=4)
+    text = describe_shortage(share, need, int(0.8 * required_memory(need)), device_type="cpu", processes=4)
     assert text is not None
     assert "in each of 4 processes" in text
     assert int(re.findall(r"train.batch_size = (\d+)", text)[0]) in (4, 8, 12)
 
 
 class _TwoThatDiffer:
-    """A team whose second member was given something else."""
+    """A process group whose rank 1 has other values."""
 
     def __init__(self, other: dict[str, Any]) -> None:
         self._other = json.dumps(other)
@@ -342,7 +347,7 @@ class _TwoThatDiffer:
         pass
 
 
-def test_processes_that_were_given_different_things() -> None:
+def test_check_equal_names_the_first_difference() -> None:
     what = {"world_size": 2, "configuration": {"train.seed": "1", "train.batch_size": "4"}}
     same = {"world_size": 2, "configuration.train.seed": "1", "configuration.train.batch_size": "4"}
     check_equal(_TwoThatDiffer(same), what)  # type: ignore[arg-type]
@@ -355,7 +360,7 @@ def test_processes_that_were_given_different_things() -> None:
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("signum", [None, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_below_torchrun(few_photos: Path, tmp_path: Path, signum: signal.Signals | None) -> None:
+def test_train_below_torchrun(few_photos: Path, tmp_path: Path, signum: signal.Signals | None) -> None:
     """Undisturbed, with a signal to torchrun, and with one of its processes killed."""
     settings = (*SETTINGS, "train.log_every=1")
     argv = arguments(few_photos, tmp_path / "run", steps=6 if signum is None else 100000, settings=settings)

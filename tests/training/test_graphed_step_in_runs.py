@@ -1,6 +1,6 @@
-"""Runs whose steps are captured are those whose steps are launched: logs, checkpoints, models, traces.
+"""Runs with captured steps leave the same logs, checkpoints and models as runs with launched ones.
 
-On a CPU by what stands for CUDA's graphs; the last tests are for a GPU.
+On a CPU with a fake CUDA graph; the last tests are for a GPU.
 """
 
 import copy
@@ -11,16 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_graphed_step import Outcome, assert_same, launched, new_batch, new_step, seen
+from test_graphed_step import Outcome, assert_same, launched, new_batch, new_trainer, seen
 from test_resume import assert_same_run, newest
 
 from fastnst.config import TrainConfig
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DivergedError
-from fastnst.training import trainer
 from fastnst.training.step import graphed_step
 from fastnst.training.step.graphed_step import WARM_UP, GraphedStep
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 from helpers.fake_cuda_graph import CpuStreams
 from helpers.tiny_runs import logged, make_small, small_config, train_small
 from helpers.tolerances import assert_as_exact_as_torch
@@ -54,16 +53,14 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
             return made[-1]
 
         monkeypatch.setattr(graphed_step, "CudaStreams", open_streams)
-        monkeypatch.setattr(
-            graphed_step, "capture_unsupported_reason", lambda config, *_, **__: "" if config.capture == "off" else None
-        )
+        monkeypatch.setattr(graphed_step, "wants_capture", lambda config, _: config.capture != "off")
         return made
 
     return capture
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_captured_run_leaves_what_a_launched_one_leaves(
+def test_train_captured_leaves_what_launched_steps_leave(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], precision: str
 ) -> None:
     config = small_config(generated_photos, *SETTINGS, f"train.precision={precision}")
@@ -76,23 +73,26 @@ def test_a_captured_run_leaves_what_a_launched_one_leaves(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_it_can_be_resumed_behind_each_step(
+def test_train_captured_resumes_after_each_step(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], precision: str
 ) -> None:
     config = small_config(generated_photos, *SETTINGS, f"train.precision={precision}", "train.log_every=1")
     train_small(config, tmp_path / "launched")
     made = capture()
-    for step in range(1, LAST):
+    stops = (1, WARM_UP, WARM_UP + 1, LAST - 1)
+    for step in stops:
         parts = tmp_path / f"ended_at_{step}"
         first = config.model_copy(update={"train": config.train.model_copy(update={"steps": step})})
         train_small(first, parts)
         train_small(config, parts, resume=True)
         assert_same_run(tmp_path / "launched", parts)
-    replays = [[max(0, step - WARM_UP), max(0, LAST - step - WARM_UP)] for step in range(1, LAST)]
+    replays = [[max(0, step - WARM_UP), max(0, LAST - step - WARM_UP)] for step in stops]
     assert made.replays == [count for pair in replays for count in pair]
 
 
-def test_a_run_may_go_on_without_capture(generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]) -> None:
+def test_train_captured_resumes_without_capture(
+    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
+) -> None:
     train_small(small_config(generated_photos, *SETTINGS, "train.log_every=1"), tmp_path / "launched")
     made = capture()
     parts = tmp_path / "parts"
@@ -103,25 +103,25 @@ def test_a_run_may_go_on_without_capture(generated_photos: Path, tmp_path: Path,
     torch.testing.assert_close(newest(tmp_path / "launched").tensors, newest(parts).tensors, rtol=0, atol=0)
 
 
-def test_several_styles_are_captured_together(
+def test_train_captures_several_styles_together(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
 ) -> None:
     config = small_config(generated_photos, *SETTINGS)
     styles = {name: next(generated_photos.glob(f"{name}.*")) for name in ("image_00", "image_01")}
-    trainer.train_styles(config, styles, tmp_path / "launched", notify=print)
+    train_small(config, tmp_path / "launched", styles=styles)
     made = capture()
-    trainer.train_styles(config, styles, tmp_path / "captured", notify=print)
+    train_small(config, tmp_path / "captured", styles=styles)
     assert made.replays == [4]
     for name in styles:
         assert_same_run(tmp_path / "launched" / name, tmp_path / "captured" / name)
 
 
-def test_what_is_not_finite_ends_a_captured_run_and_is_named(
+def test_train_captured_stops_at_nan_and_names_it(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = GraphedStep.__call__
 
-    def poisoned(steps: GraphedStep, number: int, batch: torch.Tensor, of: list[TrainingStep]) -> object:
+    def poisoned(steps: GraphedStep, number: int, batch: torch.Tensor, of: list[NetTrainer]) -> object:
         if number == LAST - 1:
             of[0].net.get_parameter("conv1.weight").data[0] = torch.nan
         return original(steps, number, batch, of)
@@ -133,7 +133,7 @@ def test_what_is_not_finite_ends_a_captured_run_and_is_named(
     assert made.replays == [3]
 
 
-def test_a_trace_shows_replays_as_one_piece(
+def test_train_profile_shows_replays_as_one_piece(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
 ) -> None:
     made = capture()
@@ -147,7 +147,7 @@ def test_a_trace_shows_replays_as_one_piece(
     assert "backward" not in names
 
 
-def test_the_loader_works_within_the_feed(
+def test_train_captured_loads_on_the_feed_stream(
     generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where on a GPU its copies are queued beside the step; an image that fails takes the same way."""
@@ -183,36 +183,35 @@ def test_the_loader_works_within_the_feed(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_cuda_replays_what_was_launched(precision: str) -> None:
+def test_graphed_step_on_cuda_equals_launched_steps(precision: str) -> None:
     """Bit for bit where cuDNN takes the same algorithms, which it is told to."""
     device = torch.device("cuda", torch.cuda.current_device())
-    told: list[str] = []
-    steps = GraphedStep(TrainConfig(), device, notify=told.append)
-    step = new_step(precision, norm="instance", device=device)
+    steps = GraphedStep(TrainConfig(), device)
+    step = new_trainer(precision, norm="instance", device=device)
     terms = []
     batches = (new_batch(number, device=device) for number in range(1, LAST + 1))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for number in range(1, LAST + 1):
             terms.append(seen(steps(number, steps.fetch(batches), [step])[0]))
-        plain = new_step(precision, norm="instance", device=device)
+        plain = new_trainer(precision, norm="instance", device=device)
         expected = launched([plain], range(1, LAST + 1), batch=lambda number: new_batch(number, device=device))
-    assert steps.captured, told
+    assert steps.captured
     assert_same(Outcome(terms).of(step), expected)
 
 
 @pytest.mark.gpu
-def test_a_replay_on_cuda_is_as_exact_as_a_launched_step() -> None:
+def test_graphed_step_on_cuda_is_as_exact_as_a_launched_step() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    steps = GraphedStep(TrainConfig(), device, notify=print)
-    one, other = (new_step("fp32", norm="instance", device=device) for _ in range(2))
-    truth = new_step("fp32", norm="instance")
+    steps = GraphedStep(TrainConfig(), device)
+    one, other = (new_trainer("fp32", norm="instance", device=device) for _ in range(2))
+    truth = new_trainer("fp32", norm="instance")
     for number in range(1, WARM_UP + 1):
         steps(number, new_batch(number, device=device), [one])
     for step in (other, truth):
         step.load_state({name: tensor.to(step.device) for name, tensor in one.state_tensors().items()}, {})
     steps(WARM_UP + 1, new_batch(0, device=device), [one])
     for step in (other, truth):
-        step(WARM_UP + 1, new_batch(0, device=step.device))
+        step.train_step(WARM_UP + 1, new_batch(0, device=step.device))
     assert steps.captured
     for name, parameter in truth.net.named_parameters():
         found, peer = (step.net.get_parameter(name).grad for step in (one, other))
@@ -221,10 +220,10 @@ def test_a_replay_on_cuda_is_as_exact_as_a_launched_step() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_does_not_wait_between_steps_and_a_fault_is_named() -> None:
+def test_graphed_step_on_cuda_never_waits_and_names_a_fault() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    steps = GraphedStep(TrainConfig(), device, notify=print)
-    step = new_step("fp32", norm="instance", device=device)
+    steps = GraphedStep(TrainConfig(), device)
+    step = new_trainer("fp32", norm="instance", device=device)
     batches = iter([new_batch(number, device=device) for number in range(2 * LAST)])
     for number in range(1, LAST + 1):
         steps(number, steps.fetch(batches), [step])
@@ -235,19 +234,19 @@ def test_cuda_does_not_wait_between_steps_and_a_fault_is_named() -> None:
             steps(number, steps.fetch(batches), [step])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert step.health.first_nonfinite() is None
+    assert step.finite_check.first_nonfinite() is None
     step.net.get_parameter("conv1.weight").data[0] = torch.nan
     steps(2 * LAST, steps.fetch(batches), [step])
-    bad = step.health.first_nonfinite()
+    bad = step.finite_check.first_nonfinite()
     assert bad is not None
     assert bad[0] == 2 * LAST
 
 
 @pytest.mark.gpu
-def test_cuda_takes_odd_batches_looks_and_loaded_states_in_between() -> None:
+def test_graphed_step_on_cuda_takes_odd_batches_samples_and_loaded_states() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    steps = GraphedStep(TrainConfig(), device, notify=print)
-    step, plain = (new_step("fp32", norm="instance", device=device) for _ in range(2))
+    steps = GraphedStep(TrainConfig(), device)
+    step, plain = (new_trainer("fp32", norm="instance", device=device) for _ in range(2))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for number in range(1, 3 * LAST):
             batch = new_batch(number, 2 if number == LAST else 1, device)
@@ -255,7 +254,7 @@ def test_cuda_takes_odd_batches_looks_and_loaded_states_in_between() -> None:
                 saved = copy.deepcopy((step.state_tensors(), step.state_values()))
                 step.load_state(*saved)
             steps(number, batch, [step])
-            plain(number, batch)
+            plain.train_step(number, batch)
             del batch
             with torch.no_grad():
                 step.net(torch.rand(1, 3, 48, 48, device=device))
@@ -265,23 +264,25 @@ def test_cuda_takes_odd_batches_looks_and_loaded_states_in_between() -> None:
 
 
 @pytest.mark.gpu
-def test_a_capture_that_fails_on_cuda_leaves_training_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphed_step_on_cuda_goes_on_where_a_capture_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fastnst")
     device = torch.device("cuda", torch.cuda.current_device())
-    told: list[str] = []
-    steps = GraphedStep(TrainConfig(), device, notify=told.append)
-    step, plain = (new_step("fp32", norm="instance", device=device) for _ in range(2))
-    original = TrainingStep._record
+    steps = GraphedStep(TrainConfig(), device)
+    step, plain = (new_trainer("fp32", norm="instance", device=device) for _ in range(2))
+    original = NetTrainer._record_findings
 
-    def reads(self: TrainingStep, *args: object, **options: object) -> None:
+    def reads(self: NetTrainer, *args: object, **options: object) -> None:
         args[1].total.item()  # type: ignore[attr-defined]
         original(self, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainingStep, "_record", reads)
+    monkeypatch.setattr(NetTrainer, "_record_findings", reads)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for number in range(1, LAST + 1):
             steps(number, new_batch(number, device=device), [step])
-            plain(number, new_batch(number, device=device))
+            plain.train_step(number, new_batch(number, device=device))
     assert not steps.captured
-    assert "the capture failed" in told[0]
+    assert "the capture failed" in caplog.messages[0]
     for name, tensor in plain.state_tensors().items():
         assert torch.equal(tensor, step.state_tensors()[name]), name

@@ -1,4 +1,4 @@
-"""What a run says when memory is short: which batch size, or which image size, would fit."""
+"""Memory: what is available, which batch or image size fits, and what a run says when it runs out."""
 
 import functools
 import resource
@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-from fastnst.cli import main as cli
 from fastnst.config import Config, load_config
 from fastnst.errors import DeviceError
-from fastnst.training.memory import available as memory
-from fastnst.training.memory.available import RESERVE_BYTES, available_memory, largest_that_fits, needed_memory
+from fastnst.training.memory import advice, available
+from fastnst.training.memory.advice import RESERVE_BYTES, largest_that_fits, required_memory
+from fastnst.training.memory.available import available_memory
 from fastnst.training.memory.estimate import Estimate, estimate
-from fastnst.training.monitoring.snapshots import SampleLogger
-from fastnst.training.step.train_step import TrainingStep
-from fastnst.training.trainer import train
+from fastnst.training.step.train_step import NetTrainer
+from fastnst.training.train import train
+from helpers.tiny_runs import make_small, small_arguments, small_config
 
 GPU_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU_ERROR = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
@@ -35,56 +34,50 @@ def config_of(*assignments: str, preset: str = "vgg-conv3") -> Config:
 @functools.cache
 def need(batch_size: int, side: int, precision: str = "fp32") -> int:
     sizes = (f"train.batch_size={batch_size}", f"data.image_size={side}", f"train.precision={precision}")
-    return needed_memory(estimate(config_of(*sizes), device_type="cpu"))
+    return required_memory(estimate(config_of(*sizes), device_type="cpu"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_batch_size_is_the_largest_that_fits(precision: str) -> None:
+def test_largest_that_fits_names_a_batch_size(precision: str) -> None:
     config = config_of(f"train.precision={precision}")
     five, six = need(5, 96, precision), need(6, 96, precision)
     for room, fitting in ((five + 1000, 5), (six - 1000, 5), (100 * six, 8)):
         assert largest_that_fits(config, room, device_type="cpu") == (fitting, 96)
 
 
-def test_where_one_image_is_too_much_a_smaller_one_is_named() -> None:
-    config = config_of()
-    fits, does_not = need(1, 48), need(1, 64)
-    for room in (fits + 1000, does_not - 1000):
+def round_numbers(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
+    """Replace the estimate: 1 GiB, and 100 MiB with reserve for each image of 100 px."""
+    assert (device_type, styles) == ("cpu", 1)
+    images = config.train.batch_size * config.data.image_size**2 / 100**2
+    return Estimate(weights=2**30, activations=int(80 * 2**20 * images), disk=1000)
+
+
+def test_largest_that_fits_names_an_image_size_for_a_single_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "estimate", round_numbers)
+    config = config_of("data.image_size=100")
+    fits, does_not = (
+        required_memory(round_numbers(config_of(f"data.image_size={side}", "train.batch_size=1"), device_type="cpu"))
+        for side in (48, 64)
+    )
+    for room in (fits, does_not - 1):
         assert largest_that_fits(config, room, device_type="cpu") == (1, 48)
-    barely_the_weights = estimate(config, device_type="cpu").weights + RESERVE_BYTES + 1000
-    assert largest_that_fits(config, barely_the_weights, device_type="cpu") is None
+    assert largest_that_fits(config, 2**30 + RESERVE_BYTES + 1000, device_type="cpu") is None
 
 
-def test_images_too_small_for_the_networks_are_not_named() -> None:
+def test_largest_that_fits_names_no_image_too_small_for_the_networks() -> None:
     deep = config_of(
         "loss.style_layers=['relu5_1']", "loss.style_layer_weights=[]", "data.image_size=32", "train.batch_size=1"
     )
     assert largest_that_fits(deep, 10_000_000, device_type="cpu") is None
     # 16 px do for relu5_1; the next size up is the one that was asked for.
-    enough = needed_memory(estimate(deep, device_type="cpu")) - 1000
+    enough = required_memory(estimate(deep, device_type="cpu")) - 1000
     assert largest_that_fits(deep, enough, device_type="cpu") == (1, 16)
 
 
 @pytest.fixture
-def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
-    monkeypatch.setattr(SampleLogger, "begin", lambda *_: None)
-
-    def configure(*assignments: str) -> Config:
-        small = ("data.image_size=100", "train.batch_size=8", "data.workers=1", "data.loader=pillow", "train.steps=2")
-        quiet = ("train.samples=0", "visualize.every=0", "style.size=32", "train.device=cpu", "train.precision=fp32")
-        options = {"data.folder": photo_folder, "style.image": photo_folder / "image_00.jpg", "loss.vgg": "random"}
-        return load_config(
-            preset="vgg-conv3", assignments=[*small, *quiet, *assignments], options=options, environment={}
-        )
-
-    return configure
-
-
-def round_numbers(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
-    """Instead of an estimate, which takes a second: 1 GiB, and 100 MiB for each image of 100 px."""
-    assert (device_type, styles) == ("cpu", 1)
-    images = config.train.batch_size * config.data.image_size**2 / 100**2
-    return Estimate(weights=2**30, activations=int(80 * 2**20 * images), disk=1000)
+def configure(generated_photos: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    make_small(monkeypatch)
+    return functools.partial(small_config, generated_photos, "data.image_size=100", "train.batch_size=8")
 
 
 def failure(
@@ -95,23 +88,23 @@ def failure(
     room: int,
     estimate: Callable[..., Estimate] = round_numbers,
 ) -> str:
-    """What a user is told where a step fails with `error` and `room` bytes were there."""
+    """Return the message of a run whose first step raises `error`, with `room` bytes available at its start."""
 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(memory, "available_memory", lambda _: room)
-    monkeypatch.setattr(memory, "estimate", estimate)
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    monkeypatch.setattr(available, "available_memory", lambda _: room)
+    monkeypatch.setattr(advice, "estimate", estimate)
+    monkeypatch.setattr(NetTrainer, "train_step", fail)
     with pytest.raises(DeviceError) as raised:
-        train(config, out, notify=lambda _: None)
+        train(config, out)
     assert raised.value.exit_code == 5
     assert raised.value.__cause__ is error
     return str(raised.value)
 
 
 @pytest.mark.parametrize("error", [GPU_ERROR, CPU_ERROR, MemoryError()], ids=["cuda", "cpu", "python"])
-def test_a_lack_of_memory_names_the_batch_size_that_fits(
+def test_train_out_of_memory_names_the_batch_size_that_fits(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     message = failure(configure(), tmp_path / "run", monkeypatch, error, int(2.55 * 2**30))
@@ -121,7 +114,7 @@ def test_a_lack_of_memory_names_the_batch_size_that_fits(
     )
 
 
-def test_a_lack_of_memory_for_one_image_names_the_size_that_fits(
+def test_train_out_of_memory_for_one_image_names_the_size_that_fits(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = failure(configure(), tmp_path / "one", monkeypatch, GPU_ERROR, 2**31 + 50 * 2**20)
@@ -130,7 +123,7 @@ def test_a_lack_of_memory_for_one_image_names_the_size_that_fits(
     assert "1.0 MiB are there: no train.batch_size or data.image_size should fit; use a device with more" in message
 
 
-def test_memory_that_was_there_when_the_run_began_has_been_taken_by_something_else(
+def test_train_out_of_memory_that_was_there_at_the_start_blames_something_else(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = failure(configure(), tmp_path / "many", monkeypatch, GPU_ERROR, 2**40)
@@ -141,18 +134,18 @@ def test_memory_that_was_there_when_the_run_began_has_been_taken_by_something_el
 
 
 @pytest.mark.parametrize(("setting", "told"), [("train.capture=auto", True), ("train.capture=off", False)])
-def test_a_graph_that_keeps_a_steps_memory_is_named(
+def test_explained_memory_errors_names_the_captured_graph(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, setting: str, told: bool
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda _: 2**40)
-    monkeypatch.setattr(memory, "estimate", lambda config, **_: round_numbers(config, device_type="cpu"))
+    monkeypatch.setattr(available, "available_memory", lambda _: 2**40)
+    monkeypatch.setattr(advice, "estimate", lambda config, **_: round_numbers(config, device_type="cpu"))
     config = configure("train.precision=bf16", setting)
-    with pytest.raises(DeviceError) as raised, memory.explained_memory_errors(config, torch.device("cuda")):
+    with pytest.raises(DeviceError) as raised, advice.explained_memory_errors(config, torch.device("cuda")):
         raise GPU_ERROR
     assert ("train.capture=off, which frees a step's memory between steps" in str(raised.value)) is told
 
 
-def test_advice_that_fails_for_lack_of_memory_gives_way_to_plain_words(
+def test_train_out_of_memory_for_the_estimate_too_gives_plain_advice(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> Estimate:
@@ -162,37 +155,42 @@ def test_advice_that_fails_for_lack_of_memory_gives_way_to_plain_words(
     assert message == "out of memory with train.batch_size = 8 at data.image_size = 100; lower one of them"
 
 
-def test_other_errors_pass(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explained_memory_errors_passes_other_errors(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    monkeypatch.setattr(NetTrainer, "train_step", fail)
     with pytest.raises(RuntimeError, match="a mistake"):
-        train(configure(), tmp_path / "run", notify=lambda _: None)
+        train(configure(), tmp_path / "run")
 
 
-def test_a_dry_run_warns_of_too_little_memory(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_dry_run_warns_of_too_little_memory(
+    generated_photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fastnst: Callable[..., tuple[int, str, str]],
 ) -> None:
-    arguments = ["train", "--style", photo_folder / "image_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
-    arguments += ["--vgg", "random", "--device", "cpu", "--set", "data.image_size=96", "--set", "train.batch_size=8"]
-    arguments += ["--out", tmp_path / "run", "--dry-run"]
+    monkeypatch.setattr(advice, "estimate", round_numbers)
+    monkeypatch.setattr("fastnst.training.memory.estimate.estimate", round_numbers)
+    arguments = small_arguments(generated_photos, tmp_path / "run", "data.image_size=100", "train.batch_size=8")
     for room, warning in (
-        (need(8, 96), None),
-        (need(2, 96) + 1000, "1.1 GiB are there: set train.batch_size = 2, the largest that should fit"),
-        (need(1, 48), "not even train.batch_size = 1 should fit; with it set data.image_size = 48"),
+        (2**32, None),
+        (int(2.25 * 2**30), "2.2 GiB are there: set train.batch_size = 2, the largest that should fit"),
+        (2**31 + 50 * 2**20, "not even train.batch_size = 1 should fit; with it set data.image_size = 64"),
     ):
-        monkeypatch.setattr(memory, "available_memory", lambda _, room=room: room)
-        done = CliRunner().invoke(cli.cli, [str(argument) for argument in arguments], catch_exceptions=False)
-        assert done.exit_code == 0
-        warnings = [line for line in done.stdout.splitlines() if line.startswith("# warning")]
+        monkeypatch.setattr(available, "available_memory", lambda _, room=room: room)
+        code, out, _ = fastnst(*arguments, "--dry-run")
+        assert code == 0
+        warnings = [line for line in out.splitlines() if line.startswith("# warning")]
         assert len(warnings) == (warning is not None)
         if warning is not None:
             assert warning in warnings[0]
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gpu_offers_what_is_free_and_what_torch_holds_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory_of_a_gpu_is_what_is_free_or_reserved_and_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5000, 9000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
@@ -206,7 +204,7 @@ def write(root: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-def test_a_cpu_offers_what_the_system_and_the_control_groups_leave(
+def test_available_memory_of_a_cpu_is_bounded_by_system_and_cgroups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -231,26 +229,26 @@ def test_a_cpu_offers_what_the_system_and_the_control_groups_leave(
     assert available_memory(cpu, tmp_path) == 3 * page
 
 
-def test_this_machine_offers_some_memory() -> None:
+def test_available_memory_of_this_machine() -> None:
     assert 0 < available_memory(torch.device("cpu")) < 2**50
 
 
 UNDER_A_LIMIT = """
 import resource, sys
 from fastnst.cli.main import main
-import fastnst.training.trainer
-from fastnst.training.memory.available import _text
+import fastnst.training.train
+from fastnst.training.memory.available import _read
 from pathlib import Path
-used = int(_text(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
+used = int(_read(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv.pop(1)),) * 2)
 main()
 """
 
 
 @pytest.mark.campaign
-def test_what_is_advised_after_a_real_failure_does_train(photo_folder: Path, tmp_path: Path) -> None:
+def test_train_fits_with_the_batch_size_advised_after_a_real_failure(photo_folder: Path, tmp_path: Path) -> None:
     """pytest -m campaign tests/training/test_memory.py"""
-    room = needed_memory(estimate(config_of("data.image_size=128"), device_type="cpu"))
+    room = required_memory(estimate(config_of("data.image_size=128"), device_type="cpu"))
     for path in list(photo_folder.iterdir()):
         for copy in range(5):
             shutil.copy2(path, photo_folder / f"{path.stem}_{copy}{path.suffix}")

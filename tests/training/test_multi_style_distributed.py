@@ -1,4 +1,4 @@
-"""Several styles in several processes: each as two processes train it alone, stopped and killed as well."""
+"""Several styles in several processes: each as if two processes trained it alone, also if stopped or killed."""
 
 import signal
 from pathlib import Path
@@ -39,7 +39,7 @@ def alone(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pytest.Te
     return folder
 
 
-def test_each_style_is_trained_as_if_alone(
+def test_train_styles_distributed_gives_each_what_it_has_alone(
     fork_server: ForkServer, few_photos: Path, alone: Path, tmp_path: Path
 ) -> None:
     ended = run_ranks(fork_server, command(few_photos, tmp_path / "runs", *NAMES), tmp_path)
@@ -51,7 +51,7 @@ def test_each_style_is_trained_as_if_alone(
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [".lock", *NAMES, STYLES_NAME]
 
 
-def test_a_stop_signal_to_one_process_ends_all_styles_at_the_same_step(
+def test_train_styles_distributed_stops_all_at_the_same_step(
     fork_server: ForkServer, few_photos: Path, alone: Path, tmp_path: Path
 ) -> None:
     argv = command(few_photos, tmp_path / "runs", *NAMES)
@@ -75,7 +75,7 @@ def test_a_stop_signal_to_one_process_ends_all_styles_at_the_same_step(
 
 
 @pytest.mark.campaign
-def test_a_process_that_is_killed_ends_the_other_and_says_what_is_saved_of_all_styles(
+def test_train_styles_distributed_says_what_is_saved_if_a_process_is_killed(
     fork_server: ForkServer, few_photos: Path, alone: Path, tmp_path: Path
 ) -> None:
     argv = command(few_photos, tmp_path / "runs", *NAMES)

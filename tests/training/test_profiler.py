@@ -1,4 +1,4 @@
-"""`--profile N`: which steps are traced, what the trace holds, and what is said of it."""
+"""`--profile N`: which steps are traced, what the trace holds, and what is logged about it."""
 
 import gzip
 import json
@@ -12,12 +12,12 @@ from click.testing import CliRunner
 
 from fastnst.cli.main import cli
 from fastnst.errors import StoppedBySignal, UserError
-from fastnst.training import trainer
 from fastnst.training.monitoring.profiler import record_span
 from fastnst.training.signals import StopRequest
-from helpers.tiny_runs import make_small, small_arguments, small_config, train_small
+from fastnst.training.train import train
+from helpers.tiny_runs import log_messages, make_small, small_arguments, small_config, train_small
 
-PHASES = {"data wait", "transform net", "loss network", "backward", "optimiser", "logging", "look and save"}
+SPANS = {"data wait", "transform net", "loss network", "backward", "optimiser", "logging", "samples and checkpoints"}
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +42,14 @@ def traced_steps(events: list[dict[str, Any]]) -> int:
     return len({name for name in names(events) if name.startswith("ProfilerStep#")})
 
 
-def test_steady_steps_are_traced_with_their_phases(generated_photos: Path, tmp_path: Path) -> None:
+def test_profile_traces_steady_steps_with_their_spans(generated_photos: Path, tmp_path: Path) -> None:
     messages = train_small(small_config(generated_photos, "train.steps=18"), tmp_path / "run", profile=3)
     (name, events), *others = traces(tmp_path / "run").items()
     assert not others
-    assert name == "steps_14_to_16.pt.trace.json.gz"  # behind 10 that are left out and 3 to warm up
+    assert name == "steps_14_to_16.pt.trace.json.gz"  # after 10 that are left out and 3 to warm up
     assert traced_steps(events) == 3
-    counts = {record_span: names(events).count(record_span) for record_span in PHASES}
-    assert counts == dict.fromkeys(PHASES, 3)
+    counts = {span: names(events).count(span) for span in SPANS}
+    assert counts == dict.fromkeys(SPANS, 3)
     assert any("convolution_backward" in name for name in names(events))
     path = tmp_path / "run" / "profile" / name
     assert f"profile: a trace of 3 steps is in {path}; open it at https://ui.perfetto.dev" in messages[-1]
@@ -57,9 +57,9 @@ def test_steady_steps_are_traced_with_their_phases(generated_photos: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("steps", "asked", "file", "count"),
-    [(5, 2, "steps_4_to_5", 2), (5, 5, "steps_1_to_5", 5), (2, 7, "steps_1_to_2", 2), (1, 1, "steps_1_to_1", 1)],
+    [(5, 2, "steps_4_to_5", 2), (2, 7, "steps_1_to_2", 2), (1, 1, "steps_1_to_1", 1)],
 )
-def test_short_runs_are_traced_as_far_as_they_go(
+def test_profile_traces_short_runs_as_far_as_they_go(
     generated_photos: Path, tmp_path: Path, steps: int, asked: int, file: str, count: int
 ) -> None:
     config = small_config(generated_photos, f"train.steps={steps}")
@@ -70,7 +70,7 @@ def test_short_runs_are_traced_as_far_as_they_go(
     assert f"({asked} were asked for)" in messages[-1] or asked == count
 
 
-def test_a_resumed_run_traces_its_own_steps(generated_photos: Path, tmp_path: Path) -> None:
+def test_profile_of_a_resumed_run_traces_its_own_steps(generated_photos: Path, tmp_path: Path) -> None:
     train_small(small_config(generated_photos), tmp_path / "run", profile=1)
     config = small_config(generated_photos, "train.steps=8")
     train_small(config, tmp_path / "run", profile=2, resume=True)
@@ -95,14 +95,13 @@ class StopAfter(StopRequest):
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(30, []), (6, ["steps_3_to_4.pt.trace.json.gz"])])
-def test_a_stopped_run_says_what_there_is(
+def test_profile_of_a_stopped_run_says_what_there_is(
     generated_photos: Path, tmp_path: Path, steps: int, expected: list[str]
 ) -> None:
-    messages: list[str] = []
     config = small_config(generated_photos, f"train.steps={steps}")
     asked = 4 if expected else 3
-    with pytest.raises(StoppedBySignal) as stopped:
-        trainer.train(config, tmp_path / "run", notify=messages.append, stop=StopAfter(4), profile=asked)
+    with log_messages() as messages, pytest.raises(StoppedBySignal) as stopped:
+        train(config, tmp_path / "run", stop=StopAfter(4), profile=asked)
     made = int(str(stopped.value).split("stopped at step ")[1].split()[0])
     found = list(traces(tmp_path / "run"))
     if not expected:
@@ -114,7 +113,7 @@ def test_a_stopped_run_says_what_there_is(
         assert "(4 were asked for)" in messages[-1]
 
 
-def test_without_a_profile_nothing_is_annotated_or_written(generated_photos: Path, tmp_path: Path) -> None:
+def test_record_span_does_nothing_without_a_profile(generated_photos: Path, tmp_path: Path) -> None:
     train_small(small_config(generated_photos, "train.steps=1"), tmp_path / "run")
     assert not (tmp_path / "run" / "profile").exists()
     with (
@@ -125,7 +124,7 @@ def test_without_a_profile_nothing_is_annotated_or_written(generated_photos: Pat
     assert "mine" not in [event.name for event in profiler.events()]
 
 
-def test_a_trace_that_cannot_be_written_costs_no_training(generated_photos: Path, tmp_path: Path) -> None:
+def test_profile_that_cannot_be_written_does_not_end_training(generated_photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_small(small_config(generated_photos, "train.steps=2"), run)
     (run / "profile").write_text("in the way")
@@ -135,18 +134,16 @@ def test_a_trace_that_cannot_be_written_costs_no_training(generated_photos: Path
     assert (run / "checkpoints" / "step_00000004").is_dir()
 
 
-def test_fewer_than_one_step_is_refused_before_anything_is_written(generated_photos: Path, tmp_path: Path) -> None:
+def test_profile_of_no_steps_is_refused(generated_photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a profile of 0 steps was asked for; give --profile 1 or more"):
-        train_small(small_config(generated_photos), tmp_path / "run", profile=0)
+        train(small_config(generated_photos), tmp_path / "run", profile=0)
     result = CliRunner().invoke(cli, [*small_arguments(generated_photos, tmp_path / "run"), "--profile", "0"])
     assert result.exit_code == 2
     assert "'--profile': 0 is not in the range x>=1" in result.output
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_line_names_the_file(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_profile_names_the_file(generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
     result = CliRunner().invoke(cli, [*small_arguments(generated_photos, tmp_path / "run"), "--profile", "2"])
     assert result.exit_code == 0, result.output

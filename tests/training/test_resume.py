@@ -1,6 +1,7 @@
-"""Going on with a run: all state comes back, each line is logged once, the style model follows its checkpoint."""
+"""`train --resume`: all state comes back, each step is logged once, the style model follows its checkpoint."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
+from fastnst.config import Config
 from fastnst.errors import DataError, StoppedBySignal, UserError
 from fastnst.models.style_model import read_style_metadata
 from fastnst.run_log.writer import RunLog
-from fastnst.training import trainer
+from fastnst.training import train as training
 from fastnst.training.run_dir.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from fastnst.training.signals import StopRequest
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.train_step import NetTrainer
 from fastnst.training.style_run import StyleRun
 from helpers.tiny_runs import SmallNet, logged, make_small, small_config, train_small
 
@@ -25,6 +27,7 @@ from helpers.tiny_runs import SmallNet, logged, make_small, small_config, train_
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     # Two event files of one process and second are told apart, and sorted, by a number without leading zeros: a tenth
     # one would be read before the ninth. Real runs go on in another process.
     monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
@@ -51,7 +54,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "_save_check
 
 
 def newest(run: Path) -> Checkpoint:
-    checkpoint = latest_checkpoint(run, print)
+    checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
     return checkpoint
 
@@ -75,138 +78,47 @@ def assert_same_model(one: Path, other: Path) -> None:
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
 
 
-def charted(run: Path, tag: str = "loss/total") -> list[tuple[int, float]]:
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+def train_killed_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, name: str, config: Config, run: Path, *, after: bool = False
+) -> None:
+    kill_at(monkeypatch, step, name, after=after)
+    with pytest.raises(Killed):
+        train_small(config, run)
 
 
-@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize(("step", "saved"), [(2, 0), (4, 2), (5, 4)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_killed_run_ends_like_one_that_was_not(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, precision: str
+def test_train_resume_equals_an_undisturbed_run(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, saved: int, precision: str
 ) -> None:
     config = small_config(generated_photos, f"train.precision={precision}")
     train_small(config, tmp_path / "whole")
-    kill_at(monkeypatch, step)
-    with pytest.raises(Killed):
-        train_small(config, tmp_path / "parts")
+    train_killed_at(monkeypatch, step, "_save_checkpoint", config, tmp_path / "parts")
     assert logged(tmp_path / "parts")[-1]["step"] == step  # more was logged than was saved
     messages = train_small(config, tmp_path / "parts", resume=True)
-    saved = {2: 0, 4: 2, 5: 4}[step]
     assert any(message.startswith(f"resuming at step {saved}" if saved else "training: ") for message in messages)
+    assert any(message.endswith("holds no checkpoint yet; starting at step 0") for message in messages) is (not saved)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_tensorboard_shows_each_step_once(
+def test_train_resume_logs_each_step_once_to_tensorboard(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """Also where the run was killed before its first checkpoint, and begins again."""
+    """Also if the run was killed before its first checkpoint, and begins again."""
     config = small_config(generated_photos)
-    kill_at(monkeypatch, step)
-    with pytest.raises(Killed):
-        train_small(config, tmp_path)
+    train_killed_at(monkeypatch, step, "_save_checkpoint", config, tmp_path)
     train_small(config, tmp_path, resume=True)
-    points = charted(tmp_path)
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    points = [(event.step, event.value) for event in events.Scalars("loss/total")]
     assert [step for step, _ in points] == [1, 2, 3, 4, 5]
     assert points == [(row["step"], pytest.approx(row["loss/total"], rel=1e-6)) for row in logged(tmp_path)]
-    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
-    events.Reload()
     assert [event.step for event in events.Histograms("conv1/weight")] == [0, 2, 4, 5]
 
 
-def test_random_numbers_go_on_where_they_were(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No step draws any today; one that did would draw what it would have drawn."""
-    drawn: dict[int, float] = {}
-    original = TrainingStep.__call__
-
-    def draw(self: TrainingStep, step: int, batch: torch.Tensor) -> object:
-        drawn[step] = float(torch.rand(()))
-        return original(self, step, batch)
-
-    monkeypatch.setattr(TrainingStep, "__call__", draw)
-    config = small_config(generated_photos)
-    train_small(config, tmp_path / "whole")
-    expected = dict(drawn)
-    assert len(set(expected.values())) == 5
-    drawn.clear()
-    kill_at(monkeypatch, 4, "_save_model")
-    with pytest.raises(Killed):
-        train_small(config, tmp_path / "parts")
-    torch.manual_seed(99)
-    train_small(config, tmp_path / "parts", resume=True)
-    assert drawn == expected
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_the_order_goes_on_at_the_next_place(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[torch.Tensor] = []
-    original = TrainingStep.__call__
-
-    def keep(self: TrainingStep, step: int, batch: torch.Tensor) -> object:
-        read.append(batch.clone())
-        return original(self, step, batch)
-
-    monkeypatch.setattr(TrainingStep, "__call__", keep)
-    config = small_config(generated_photos)
-    train_small(config, tmp_path / "whole")
-    whole, read[:] = list(read), []
-    kill_at(monkeypatch, 4, after=True)
-    with pytest.raises(Killed):
-        train_small(config, tmp_path / "parts")
-    assert len(read) == 4
-    train_small(config, tmp_path / "parts", resume=True)
-    assert len(read) == len(whole) == 5
-    for batch, expected in zip(read, whole, strict=True):
-        assert torch.equal(batch, expected)
-
-
-def test_the_scaler_goes_on_with_its_scale(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small_config(generated_photos, "train.precision=fp16")
-    kill_at(monkeypatch, 4)
-    with pytest.raises(Killed):
-        train_small(config, tmp_path)
-    before = newest(tmp_path)
-    scaler = before.state["scaler"] | {"scale": 512.0, "_growth_tracker": 17}
-    save_checkpoint(tmp_path, 2, tensors=before.tensors, state=before.state | {"scaler": scaler}, keep=1)
-    train_small(config, tmp_path, resume=True)
-    after = newest(tmp_path).state["scaler"]
-    assert (after["scale"], after["_growth_tracker"]) == (512.0, 20)
-
-
-def test_adam_goes_on_with_its_moments(generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_config(generated_photos)
-    seen: list[dict[str, torch.Tensor]] = []
-    original = TrainingStep.__call__
-
-    def look(self: TrainingStep, step: int, batch: torch.Tensor) -> object:
-        seen.append({name: tensor.clone() for name, tensor in self.state_tensors().items()})
-        return original(self, step, batch)
-
-    kill_at(monkeypatch, 4)
-    with pytest.raises(Killed):
-        train_small(config, tmp_path)
-    saved = newest(tmp_path).tensors
-    monkeypatch.setattr(TrainingStep, "__call__", look)
-    train_small(config, tmp_path, resume=True)
-    assert {"optimizer.step.conv1.weight", "optimizer.exp_avg.conv1.bias", "optimizer.exp_avg_sq.conv1.weight"} < set(
-        seen[0]
-    )
-    assert seen[0].keys() | {"rng.cpu"} == saved.keys()
-    for name, tensor in seen[0].items():
-        assert torch.equal(tensor, saved[name]), name
-    assert float(seen[0]["optimizer.step.conv1.weight"]) == 2
-
-
 class NetWithStatistics(SmallNet):
-    """With statistics that no step of training reads, and the style model needs."""
+    """With statistics that no training step reads, and the style model needs."""
 
     def __init__(self, architecture: str, norm: str) -> None:
         super().__init__(architecture, norm)
@@ -218,14 +130,28 @@ class NetWithStatistics(SmallNet):
         return y
 
 
-def test_running_statistics_come_back(generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_resume_restores_random_states_and_running_statistics(
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step draws numbers today; one that did would draw the same ones."""
+    drawn: dict[int, float] = {}
+    original = NetTrainer.train_step
+
+    def draw(self: NetTrainer, step: int, batch: torch.Tensor) -> object:
+        drawn[step] = float(torch.rand(()))
+        return original(self, step, batch)
+
+    monkeypatch.setattr(NetTrainer, "train_step", draw)
     monkeypatch.setattr("fastnst.training.style_run.TransformNet", NetWithStatistics)
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
-    kill_at(monkeypatch, 4)
-    with pytest.raises(Killed):
-        train_small(config, tmp_path / "parts")
+    expected = dict(drawn)
+    assert len(set(expected.values())) == 5
+    drawn.clear()
+    train_killed_at(monkeypatch, 4, "_save_model", config, tmp_path / "parts")
+    torch.manual_seed(99)
     train_small(config, tmp_path / "parts", resume=True)
+    assert drawn == expected
     assert "model.running_mean" in newest(tmp_path / "whole").tensors
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -234,14 +160,12 @@ def test_running_statistics_come_back(generated_photos: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("step", [4, 5])
-def test_the_style_model_catches_up_with_its_checkpoint(
+def test_train_resume_writes_a_style_model_that_lags_behind_its_checkpoint(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
-    kill_at(monkeypatch, step, "_save_model")
-    with pytest.raises(Killed):
-        train_small(config, tmp_path / "parts")
+    train_killed_at(monkeypatch, step, "_save_model", config, tmp_path / "parts")
     assert newest(tmp_path / "parts").step == step
     assert read_style_metadata(tmp_path / "parts")["steps"] != str(step)
     messages = train_small(config, tmp_path / "parts", resume=True)
@@ -250,23 +174,26 @@ def test_the_style_model_catches_up_with_its_checkpoint(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_style_model_that_is_gone_or_cut_short_is_written_again(generated_photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [None, 0, -1])
+def test_train_resume_writes_a_style_model_that_is_missing_or_cut_short(
+    generated_photos: Path, tmp_path: Path, length: int | None
+) -> None:
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     model = tmp_path / "parts" / "model.safetensors"
-    for content in (None, b"", model.read_bytes()[:-1]):
-        model.unlink()
-        if content is not None:
-            model.write_bytes(content)
-        train_small(config, tmp_path / "parts", resume=True)
-        assert_same_model(tmp_path / "whole", tmp_path / "parts")
+    content = model.read_bytes()
+    model.unlink()
+    if length is not None:
+        model.write_bytes(content[:length])
+    train_small(config, tmp_path / "parts", resume=True)
+    assert_same_model(tmp_path / "whole", tmp_path / "parts")
 
 
 # Damaged checkpoints.
 
 
-def test_a_damaged_newest_one_is_named_and_the_run_ends_the_same(generated_photos: Path, tmp_path: Path) -> None:
+def test_train_resume_takes_the_checkpoint_before_a_damaged_one(generated_photos: Path, tmp_path: Path) -> None:
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -278,7 +205,7 @@ def test_a_damaged_newest_one_is_named_and_the_run_ends_the_same(generated_photo
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(generated_photos: Path, tmp_path: Path) -> None:
+def test_train_resume_does_not_restart_when_all_checkpoints_are_damaged(generated_photos: Path, tmp_path: Path) -> None:
     config = small_config(generated_photos)
     train_small(config, tmp_path)
     for file in (tmp_path / "checkpoints").rglob("state.safetensors"):
@@ -289,19 +216,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(generated_ph
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small_config(generated_photos)
-    kill_at(monkeypatch, 2)
-    with pytest.raises(Killed):
-        train_small(config, tmp_path / "parts")
-    messages = train_small(config, tmp_path / "parts", resume=True)
-    assert any(message.endswith("holds no checkpoint yet; starting at step 0") for message in messages)
-    train_small(config, tmp_path / "whole")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
 @pytest.mark.parametrize(
     ("name", "tensor", "reason"),
     [
@@ -310,7 +224,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
         ("rng.cpu", None, "is missing in it"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(
+def test_train_resume_names_a_tensor_that_does_not_fit(
     generated_photos: Path, tmp_path: Path, name: str, tensor: torch.Tensor | None, reason: str
 ) -> None:
     config = small_config(generated_photos)
@@ -327,7 +241,7 @@ def test_tensors_that_do_not_fit_are_named(
 # What a killed process leaves.
 
 
-def test_leftovers_of_a_killed_process_go_with_the_next_save(generated_photos: Path, tmp_path: Path) -> None:
+def test_train_resume_removes_what_a_killed_process_left(generated_photos: Path, tmp_path: Path) -> None:
     config = small_config(generated_photos)
     train_small(config, tmp_path)
     names = ("config.toml", "metrics.jsonl", "rejected.jsonl", "model.safetensors")
@@ -342,32 +256,32 @@ def test_leftovers_of_a_killed_process_go_with_the_next_save(generated_photos: P
     assert all(path.exists() for path in others)
 
 
-def test_a_start_that_was_killed_leaves_nothing_in_the_way_of_the_next(generated_photos: Path, tmp_path: Path) -> None:
+def test_train_starts_where_a_process_was_killed_at_its_start(generated_photos: Path, tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.toml.abcd1234.part").write_text('preset = "vg')
     train_small(small_config(generated_photos), tmp_path)
     assert not list(tmp_path.glob(".config*"))
 
 
-def test_a_run_that_another_process_finished_meanwhile_is_not_begun_again(
+def test_train_does_not_restart_a_run_that_another_process_finished_meanwhile(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes between the first look at the directory and the lock, while images are checked."""
+    """Between the first check of the directory and the lock, while images are checked."""
     config = small_config(generated_photos)
-    original = trainer.read_inputs
+    original = training.read_inputs
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(trainer, "read_inputs", original)
+        monkeypatch.setattr(training, "read_inputs", original)
         train_small(config, tmp_path)
         return original(*arguments)
 
-    monkeypatch.setattr(trainer, "read_inputs", meanwhile)
+    monkeypatch.setattr(training, "read_inputs", meanwhile)
     with pytest.raises(UserError, match="holds another run; go on with it by --resume"):
         train_small(config, tmp_path)
     assert newest(tmp_path).step == len(logged(tmp_path)) == 5
 
 
-def test_a_signal_in_the_last_step_is_told_though_all_is_done(
+def test_train_reports_a_signal_in_the_last_step(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = StopRequest()
@@ -383,7 +297,7 @@ def test_a_signal_in_the_last_step_is_told_though_all_is_done(
     assert stopped.value.exit_code == 143
 
 
-def test_a_stopped_run_has_its_style_model_and_its_log(
+def test_train_stopped_by_a_signal_saves_log_checkpoint_and_style_model(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = StopRequest()

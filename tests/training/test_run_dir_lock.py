@@ -1,4 +1,4 @@
-"""A run directory has one owner: of eight processes that start on it at once, one trains and seven are told."""
+"""A run directory has one owner: of several processes that start in it at once, one trains and the others end."""
 
 import signal
 from pathlib import Path
@@ -10,7 +10,7 @@ from helpers.crash_points import Case
 from helpers.fork_server import ForkServer, arguments, next_command
 from helpers.run_comparison import assert_same_outcome
 
-PROCESSES = 8
+PROCESSES = 4
 STEPS = 4
 
 
@@ -43,17 +43,17 @@ def start_together(fork_server: ForkServer, argv: tuple[str, ...], tmp_path: Pat
             assert "Traceback" not in other.printed
 
 
-def test_eight_processes_that_begin_one_run(
+def test_lock_run_among_processes_that_begin_one_run(
     fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
 ) -> None:
     start_together(fork_server, arguments(few_photos, tmp_path / "run", steps=STEPS), tmp_path)
     assert_same_outcome(tmp_path / "run", undisturbed)
 
 
-def test_eight_processes_that_resume_a_killed_run(
+def test_lock_run_among_processes_that_resume_a_killed_run(
     fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
 ) -> None:
-    """The lock of the process that was killed stands in nobody's way; those of the living do."""
+    """A killed process holds no lock."""
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS)
     ended = fork_server.run(Case(argv, str(tmp_path), point="after-backward", occurrence=3, signals=(signal.SIGKILL,)))
     assert ended.killed
@@ -62,7 +62,7 @@ def test_eight_processes_that_resume_a_killed_run(
     assert_same_outcome(tmp_path / "run", undisturbed)
 
 
-def test_the_processes_that_load_images_do_not_hold_the_lock_of_a_killed_run(
+def test_lock_run_is_not_held_by_the_loader_processes_of_a_killed_run(
     fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
 ) -> None:
     argv = arguments(few_photos, tmp_path / "run", steps=STEPS)
@@ -73,10 +73,7 @@ def test_the_processes_that_load_images_do_not_hold_the_lock_of_a_killed_run(
     assert_same_outcome(tmp_path / "run", undisturbed)
 
 
-def test_a_run_is_not_given_away_before_its_last_line(
-    fork_server: ForkServer, few_photos: Path, tmp_path: Path
-) -> None:
-    """Another process that comes while the first one closes its log is refused."""
+def test_lock_run_is_held_until_the_log_is_closed(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
     argv = arguments(few_photos, tmp_path / "run", steps=2)
     folders = tmp_path / "first", tmp_path / "second"
     first = Case(argv, str(folders[0]), meetings=(("before-close", (str(folders[1] / "ended"),)),))

@@ -14,7 +14,7 @@ from fastnst.training.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
-def test_the_first_signal_waits_and_the_second_raises(signum: signal.Signals) -> None:
+def test_deferred_keeps_the_first_signal_and_raises_the_second(signum: signal.Signals) -> None:
     with StopRequest().installed() as stop, stop.deferred():
         os.kill(os.getpid(), signum)
         assert stop.signum == signum
@@ -23,7 +23,7 @@ def test_the_first_signal_waits_and_the_second_raises(signum: signal.Signals) ->
     assert raised.value.exit_code == 128 + signum
 
 
-def test_before_training_a_signal_raises_at_once() -> None:
+def test_installed_raises_a_signal_at_once() -> None:
     with StopRequest().installed() as stop:
         with pytest.raises(StoppedBySignal, match=r"^stopped by SIGTERM$") as raised:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -31,21 +31,21 @@ def test_before_training_a_signal_raises_at_once() -> None:
     assert raised.value.exit_code == 143
 
 
-def test_a_signal_raises_at_once_where_that_is_asked_for_in_between() -> None:
+def test_at_once_raises_a_signal() -> None:
     with StopRequest().installed() as stop, stop.deferred():
         with pytest.raises(StoppedBySignal, match=r"^stopped by SIGHUP$"), stop.at_once():
             os.kill(os.getpid(), signal.SIGHUP)
         assert stop.signum is None
 
 
-def test_a_signal_that_has_waited_raises_where_nothing_need_wait() -> None:
+def test_at_once_raises_a_signal_that_waited() -> None:
     with StopRequest().installed() as stop, stop.deferred():
         os.kill(os.getpid(), signal.SIGHUP)
         with pytest.raises(StoppedBySignal, match="SIGHUP"), stop.at_once():
             pytest.fail("the work was begun")
 
 
-def test_signals_that_are_disregarded_change_nothing_any_more() -> None:
+def test_disregard_ignores_all_further_signals() -> None:
     before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     try:
         with StopRequest().installed() as stop:
@@ -68,12 +68,12 @@ def decode() -> None:
         pytest.fail(f"took {error!r} for damage")
 
 
-def test_what_takes_any_exception_for_a_bad_image_does_not_swallow_a_signal() -> None:
+def test_installed_raises_no_exception_that_a_decoder_takes_for_damage() -> None:
     with StopRequest().installed(), pytest.raises(StoppedBySignal):
         decode()
 
 
-def test_a_signal_that_was_swallowed_all_the_same_is_not_forgotten() -> None:
+def test_deferred_keeps_a_signal_that_was_swallowed() -> None:
     with StopRequest().installed() as stop:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -97,20 +97,20 @@ with StopRequest().installed() as stop:
 """
 
 
-def test_a_signal_after_one_that_raised_ends_the_process_at_once() -> None:
+def test_a_signal_after_one_that_raised_ends_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", FORCED], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (143, "cleaning up\n")
     assert done.stderr == "fastnst: stopped at once by SIGTERM\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_each_stop_signal_is_heeded(signum: signal.Signals) -> None:
+def test_installed_handles_each_stop_signal(signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
     with StopRequest().installed():
         assert signal.getsignal(signum) != before
 
 
-def test_handlers_are_put_back() -> None:
+def test_installed_restores_the_handlers() -> None:
     before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
     with StopRequest().installed():
         assert [signal.getsignal(signum) for signum in STOP_SIGNALS] != before
@@ -125,7 +125,7 @@ def ignored() -> Iterator[signal.Signals]:
     signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_that_is_ignored_from_the_start_stays_ignored(ignored: signal.Signals) -> None:
+def test_installed_leaves_an_ignored_signal_ignored(ignored: signal.Signals) -> None:
     with StopRequest().installed() as stop, stop.deferred():
         os.kill(os.getpid(), ignored)
         assert stop.signum is None
@@ -133,7 +133,7 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored(ignored: signal.S
         assert stop.signum == signal.SIGTERM
 
 
-def test_a_thread_that_may_not_install_handlers_goes_on_without() -> None:
+def test_installed_does_nothing_in_another_thread() -> None:
     outcome: list[int | None] = []
 
     def work() -> None:

@@ -1,6 +1,6 @@
 """Stop signals in each phase of a training run: the exit code, one message, and nothing lost.
 
-All three signals in every phase:
+All three signals in all phases:
 
     python -m pytest -m campaign tests/training/test_signals_in_training.py
 """
@@ -21,21 +21,21 @@ STEPS = 4
 SETTINGS = (
     "train.sample_every=2",
     "visualize.every=2",
-    "visualize.max_percent=100",
     "visualize.images=1",
     "visualize.transform_maps=['up2:0']",
+    "visualize.vgg_maps=['relu1_1:0']",
 )
 
 # Phase → where the signal comes, at which passing, and what the message says beside the signal's name.
 PHASES = {
     "start": ("before-inputs", 1, ""),
     "indexing": ("before-check", 2, ""),
-    "first-looks": ("before-samples", 1, ""),
+    "first-samples": ("before-samples", 1, ""),
     "step": ("after-backward", 3, "stopped at step 3 of 4, which is saved; go on with: fastnst train --resume"),
     "save": ("mid-write:tensors", 1, "stopped at step 3 of 4, which is saved"),
     "style-model": ("before-rename:model", 1, "stopped at step 3 of 4, which is saved"),
     "samples": ("before-samples", 2, "stopped at step 3 of 4, which is saved"),
-    "projections": ("after-projections", 1, "stopped at step 3 of 4, which is saved"),
+    "projections": ("after-projections", 2, "stopped at step 3 of 4, which is saved"),
     "last-save": ("before-rename:checkpoint", 2, "all 4 steps are done and saved"),
     "end": ("before-close", 1, "all 4 steps are done and saved"),
     "last-words": ("after-run", 1, ""),
@@ -82,8 +82,8 @@ def stop_and_go_on(
     assert_same_outcome(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_in_any_phase_loses_nothing(
+@pytest.mark.parametrize("phase", ["start", "step", "save", "projections", "last-save", "end", "last-words"])
+def test_train_loses_nothing_on_a_signal_in_any_phase(
     fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path, phase: str
 ) -> None:
     signum = STOP_SIGNALS[list(PHASES).index(phase) % len(STOP_SIGNALS)]
@@ -93,7 +93,7 @@ def test_a_signal_in_any_phase_loses_nothing(
 @pytest.mark.campaign
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_each_signal_in_each_phase_loses_nothing(
+def test_train_loses_nothing_on_each_signal_in_each_phase(
     fork_server: ForkServer,
     undisturbed: Path,
     few_photos: Path,
@@ -101,7 +101,6 @@ def test_each_signal_in_each_phase_loses_nothing(
     phase: str,
     signum: signal.Signals,
 ) -> None:
-    """python -m pytest -m campaign tests/training/test_signals_in_training.py"""
     stop_and_go_on(phase, signum, fork_server, undisturbed, few_photos, tmp_path)
 
 
@@ -112,7 +111,7 @@ def test_each_signal_in_each_phase_loses_nothing(
         ("mid-write:tensors", (signal.SIGTERM, signal.SIGHUP)),
     ],
 )
-def test_a_second_signal_forces_the_end_and_the_last_checkpoint_stands(
+def test_train_ends_on_a_second_signal_and_keeps_the_last_checkpoint(
     fork_server: ForkServer,
     undisturbed: Path,
     few_photos: Path,
@@ -128,8 +127,10 @@ def test_a_second_signal_forces_the_end_and_the_last_checkpoint_stands(
     assert_same_outcome(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("signum", STOP_SIGNALS)
-def test_a_signal_to_all_processes_of_a_run_is_one_to_the_run(
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, *(pytest.param(each, marks=pytest.mark.campaign) for each in STOP_SIGNALS[1:])]
+)
+def test_train_takes_a_signal_to_its_process_group_as_one(
     fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     """A terminal's Ctrl-C and hang-up, and a supervisor's SIGTERM, reach the processes that load images as well."""
@@ -163,9 +164,15 @@ main()
 
 @pytest.mark.parametrize(
     ("module", "signum"),
-    [("torch", signal.SIGINT), ("torch", signal.SIGTERM), ("torch", signal.SIGHUP), ("torch.nn", signal.SIGTERM)],
+    [
+        ("torch", signal.SIGINT),
+        ("torch.nn", signal.SIGTERM),
+        pytest.param("torch", signal.SIGHUP, marks=pytest.mark.campaign),
+    ],
 )
-def test_a_signal_while_importing(few_photos: Path, tmp_path: Path, module: str, signum: signal.Signals) -> None:
+def test_train_stops_on_a_signal_while_importing(
+    few_photos: Path, tmp_path: Path, module: str, signum: signal.Signals
+) -> None:
     command = [sys.executable, "-c", START, module, str(int(signum)), *arguments(few_photos, tmp_path / "run", steps=1)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 128 + signum, done.stderr
@@ -174,7 +181,7 @@ def test_a_signal_while_importing(few_photos: Path, tmp_path: Path, module: str,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_below_nohup_outlives_its_terminal(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
+def test_train_below_nohup_outlives_its_terminal(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
     argv = arguments(few_photos, tmp_path / "run", steps=2)
     case = Case(argv, str(tmp_path), "after-step", 1, (signal.SIGHUP,), ignored=(signal.SIGHUP,))
     ended = fork_server.run(case)

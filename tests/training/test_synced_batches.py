@@ -1,4 +1,4 @@
-"""Failures that processes share, with threads in their place: together they read what one alone reads."""
+"""Failures synchronised over ranks, with threads as ranks: together they read what one process reads."""
 
 import threading
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastnst.data.manifest import Entry, Manifest
+from fastnst.data.manifest import ImageEntry, Manifest
 from fastnst.data.replacements import ImageReplacer, ReadFailure
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
@@ -23,7 +23,7 @@ TIMEOUT_S = 60.0
 
 
 class Threads:
-    """What the teams of all threads have in common."""
+    """Shared by the process groups of all threads."""
 
     def __init__(self, world_size: int) -> None:
         self.texts = [""] * world_size
@@ -34,8 +34,8 @@ class EndedElsewhere(Exception):
     """Another thread raises."""
 
 
-class ThreadTeam:
-    """As much of a `ProcessGroup` as is used here."""
+class ThreadGroup:
+    """The part of `ProcessGroup` that is used here."""
 
     def __init__(self, rank: int, threads: Threads) -> None:
         self.dist_env = DistEnv(rank, len(threads.texts), rank, len(threads.texts))
@@ -91,7 +91,7 @@ class FakeLoader:
     def _read_ahead(self) -> None:
         while len(self._read) < self._ahead and self._step + len(self._read) < self._order.steps:
             step = self._step + len(self._read)
-            indices = self._replacements.indices(step, self._order.batch(step, self._rank).indices)
+            indices = self._replacements.replace(step, self._order.batch(step, self._rank).indices)
             failed = self._failed(step, indices) if self._early else []
             if failed:
                 self._replacements.fail(step, failed)
@@ -103,14 +103,14 @@ class FakeLoader:
 
 
 def manifest_of(images: int) -> Manifest:
-    entries = [Entry(f"{index:03d}.png", 1, 1, 1, "PNG", True, 0) for index in range(images)]
+    entries = [ImageEntry(f"{index:03d}.png", 1, 1, 1, "PNG", True, 0) for index in range(images)]
     return Manifest(Path("images"), entries, [], "fingerprint")
 
 
 def read_all(
     world_size: int, images: int, bad: dict[int, int], *, batch_size: int, ahead: int, early: bool, percent: float
 ) -> tuple[list[list[int]], list[tuple[int, str]], list[BaseException]]:
-    """Images of each step in the order of the ranks, failures as rank 0 notes them, and how the ranks ended."""
+    """Return each step's images in the order of the ranks, failures that rank 0 notes, and errors of the ranks."""
     threads, steps = Threads(world_size), 10
     order = Sampler(5, images, batch_size, steps, world_size=world_size)
     manifest, noted = manifest_of(images), []
@@ -120,7 +120,11 @@ def read_all(
 
     def read(rank: int) -> tuple[list[list[int]], BaseException | None]:
         failures = SyncedFailures(
-            manifest, ThreadTeam(rank, threads), max_percent=percent, earlier=(), note=note if not rank else pytest.fail
+            manifest,
+            ThreadGroup(rank, threads),
+            max_percent=percent,
+            earlier=(),
+            note=note if not rank else pytest.fail,
         )
         loader = FakeLoader(order, rank, failures.replacements, bad, ahead=ahead, early=early)
         batches = SyncedBatches(loader, order, rank, failures, start_step=0, read_ahead=ahead)
@@ -147,7 +151,7 @@ def read_all(
     ahead=st.integers(1, 3),
     early=st.booleans(),
 )
-def test_several_read_what_one_reads(
+def test_synced_batches_read_what_one_process_reads(
     images: int, bad: dict[int, int], share: int, world_size: int, ahead: int, early: bool
 ) -> None:
     how = {"batch_size": 6 * share, "ahead": ahead, "early": early, "percent": 99.0}
@@ -159,7 +163,7 @@ def test_several_read_what_one_reads(
     assert len(together[2]) == len(alone[2]) * world_size
 
 
-def test_too_many_failures_end_all_in_the_same_step() -> None:
+def test_synced_batches_end_on_all_ranks_in_the_same_step() -> None:
     _, noted, errors = read_all(3, 9, dict.fromkeys(range(8), 1), batch_size=6, ahead=2, early=False, percent=1.0)
     assert sorted(type(error).__name__ for error in errors) == ["DataError", "EndedElsewhere", "EndedElsewhere"]
     (told,) = [error for error in errors if isinstance(error, DataError)]

@@ -1,1 +1,1 @@
-"""A folder of images that were decoded and resized once."""
+"""A folder of images that were decoded and resized once, for many runs."""

@@ -1,17 +1,19 @@
-"""Makes a cache, or finishes or mends one: shard by shard, so that what is finished outlives whatever ends the process.
+"""Build, finish or repair a cache, shard by shard, so that finished shards survive a killed process.
 
-A shard is a file that `write_atomic` gives its name when it is whole; a note beside it (`shard_0000.json`) says what it
-was made from, and its SHA-256, until the manifest, written last, says so of all. Which image lies where, and every
-byte, follow from the folder's manifest alone, and from no number of threads.
+`write_atomic` gives a shard its name when it is complete. A sidecar beside it (`shard_0000.json`) holds its SHA-256 and
+the digest of its inputs, until the manifest, written last, holds them for all shards. Offsets and bytes depend on the
+folder's manifest alone, not on the number of threads.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,24 +22,24 @@ from typing import BinaryIO
 import numpy as np
 
 from fastnst.data.cache.format import (
-    LARGEST_RATIO,
     MANIFEST,
+    MAX_ASPECT_RATIO,
     Cache,
+    CachedImage,
     Shard,
     ShardError,
-    Stored,
-    command,
-    in_shards,
+    cache_command,
+    group_by_shard,
+    inputs_digest,
     is_cache,
     layout,
     manifest_bytes,
-    plan_of,
     read_cache,
     shard_name,
 )
-from fastnst.data.cache.verify import describe_damage, note_written, sha256_of_shard, verify
+from fastnst.data.cache.verify import describe_damage, mark_verified, sha256_of_shard, verify
 from fastnst.data.crop import CropBox, crop_box, read_crop
-from fastnst.data.manifest import Entry, Manifest, Rejection
+from fastnst.data.manifest import ImageEntry, Manifest, Rejection
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
 from fastnst.images import UnusableImageError, printable
@@ -55,158 +57,187 @@ from fastnst.storage import (
 )
 
 _CHUNK_IMAGES, _CHUNK_BYTES = 16, 1 << 24
-_LARGEST_NOTE = 1 << 12
-_MIDDLE = np.array([0.5, 0.5], np.float32)
+_MAX_SIDECAR_BYTES = 1 << 12
+_CENTER = np.array([0.5, 0.5], np.float32)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Built:
-    """What `build_cache` did."""
+class BuildResult:
+    """A finished cache."""
 
     cache: Cache
-    kept: int
-    """Shards that were there and as they should be."""
+    shards_kept: int
+    """Number of shards that existed already and were intact."""
 
 
 def build_cache(
-    manifest: Manifest,
-    out: Path,
-    *,
-    size: int,
-    fit: Fit,
-    rebuild: bool = False,
-    workers: int | None = None,
-    notify: Callable[[str], None] = lambda _: None,
-) -> Built:
-    """Write the images of a folder into a cache; shows its progress on stderr.
+    manifest: Manifest, out: Path, *, size: int, fit: Fit, rebuild: bool = False, workers: int | None = None
+) -> BuildResult:
+    """Write the images of a folder into a cache; shows progress on stderr.
 
-    Images whose sides differ by more than `LARGEST_RATIO` are refused, beside those that the manifest refuses.
+    Rejects images whose sides differ by more than `MAX_ASPECT_RATIO`, in addition to the manifest's rejections.
 
     Args:
-        manifest: of the folder, for training (`build_manifest(…, flat=False)`).
-        out: the cache; new, empty, unfinished, or with `rebuild` one that is damaged or of other images. Of those,
-            what is as it should be is kept.
-        size: of the short side, or of the square.
+        manifest: images for training (`build_manifest(…, allow_uniform=False)`).
+        out: folder of the cache: new, empty or unfinished; with `rebuild` also a damaged cache or one of other images,
+            whose intact and matching shards are kept.
+        size: length of the short side, or of the square, in pixels.
         fit: see `fastnst.data.cache.format`.
-        rebuild: make again what is damaged, or is of another folder, size or fit.
-        workers: threads that decode; default: one for each core.
-        notify: receives one line per event that a user should know of.
+        rebuild: replace shards that are damaged, or made from other images or with another size or fit.
+        workers: decoding threads; default: one per core.
 
     Raises:
-        DataError: `out` is damaged or of something else, and `rebuild` is not set; or an image has changed meanwhile.
-        StorageError: the storage refuses, or has not the space.
-        UserError: another process makes this cache just now.
+        DataError: `out` is damaged or holds something else, and `rebuild` is not set; or an image changed meanwhile.
+        StorageError: the storage cannot be written, or lacks the space.
+        UserError: another process is building this cache.
     """
-    manifest = _without_thin_ones(manifest)
-    images = layout(manifest.images, fit, size)
-    plans = [plan_of(group, fit, size) for group in in_shards(images)]
-    totals = [sum(stored.bytes for stored in group) for group in in_shards(images)]
+    builder = _Builder(_reject_elongated(manifest), out, size, fit, workers or len(os.sched_getaffinity(0)))
     _check_place(out)
     if not out.exists():
-        # Before anything is made.
-        _check_space(out, dict(enumerate(totals)))
+        # Checked before anything is created.
+        builder.check_space(builder.plans)
     with lock_run(out):
         _check_place(out)
-        builder = _Builder(manifest, out, images, size, fit, workers or len(os.sched_getaffinity(0)))
-        finished = builder.finished_cache(plans, rebuild=rebuild)
-        if finished is not None:
-            return Built(finished, len(plans))
-        known = builder.known_shards(plans, totals, notify)
-        missing = [index for index in range(len(plans)) if index not in known]
-        for index in missing:
-            remove_leftovers(out / shard_name(index))
-        _check_space(out, {index: totals[index] for index in missing})
-        builder.take_manifest_away(known)
-        kept = len(known)
-        done = sum(len(in_shards(images)[index]) for index in known)
-        with ProgressReport("cache", len(images), "images", start=done) as progress:
-            for index in missing:
-                known[index] = builder.write_shard(index, plans[index], totals[index], progress)
-        return Built(builder.write_manifest([known[index] for index in range(len(plans))]), kept)
+        return builder.build(rebuild=rebuild)
+
+
+@dataclass(frozen=True)
+class _ShardPlan:
+    """A shard to be written."""
+
+    name: str
+    images: list[CachedImage]
+    inputs_sha256: str
+
+    @property
+    def size(self) -> int:
+        return sum(image.bytes for image in self.images)
 
 
 class _Builder:
-    """The owner of a cache's folder."""
+    """Builds the cache in a folder that this process has locked."""
 
-    def __init__(self, manifest: Manifest, out: Path, images: list[Stored], size: int, fit: Fit, workers: int) -> None:
+    def __init__(self, manifest: Manifest, out: Path, size: int, fit: Fit, workers: int) -> None:
         self._manifest, self._out, self._size, self._fit, self._workers = manifest, out, size, fit, workers
-        self._images, self._groups = images, in_shards(images)
+        self._images = layout(manifest.images, fit, size)
         self._source = os.path.abspath(manifest.folder)  # noqa: PTH100
+        self.plans = [
+            _ShardPlan(shard_name(index), images, inputs_digest(images, fit, size))
+            for index, images in enumerate(group_by_shard(self._images))
+        ]
 
-    def finished_cache(self, plans: list[str], *, rebuild: bool) -> Cache | None:
-        """The cache, if there is nothing to do; None if there is, and it may be done."""
-        if rebuild or not (self._out / MANIFEST).exists():
-            return None
+    def build(self, *, rebuild: bool) -> BuildResult:
+        """Write the missing shards, then the manifest."""
+        if not rebuild and (self._out / MANIFEST).exists():
+            return BuildResult(self._finished_cache(), len(self.plans))
+        shards = self._intact_shards()
+        kept = len(shards)
+        missing = [plan for plan in self.plans if plan.name not in shards]
+        for plan in missing:
+            remove_leftovers(self._out / plan.name)
+        self.check_space(missing)
+        self._remove_manifest(shards.values())
+        done = sum(len(plan.images) for plan in self.plans if plan.name in shards)
+        with ProgressReport("cache", len(self._images), "images", start=done) as progress:
+            for plan in missing:
+                shards[plan.name] = self._write_shard(plan, progress)
+        return BuildResult(self._write_manifest([shards[plan.name] for plan in self.plans]), kept)
+
+    def check_space(self, plans: Iterable[_ShardPlan]) -> None:
+        """Compare free space with the peak need while these shards are written.
+
+        Raises:
+            StorageError: there is too little.
+        """
+        growth = needed = 0
+        for plan in plans:
+            needed = max(needed, growth + plan.size)
+            with contextlib.suppress(OSError):
+                # An old shard is removed once its replacement is complete.
+                growth -= (self._out / plan.name).lstat().st_size
+            growth += plan.size
+        existing = self._out
+        while not existing.exists():
+            existing = existing.parent
+        try:
+            free = shutil.disk_usage(existing).free
+        except OSError as error:
+            raise storage_error(self._out, error) from error
+        if needed > free:
+            raise StorageError(
+                f"the cache needs {byte_count(needed)} in {printable(self._out)}, and {byte_count(free)} are free "
+                "there; free some space, choose another --out, or a smaller --size"
+            )
+
+    def _finished_cache(self) -> Cache:
+        """Verify a cache that has a manifest; raise DataError unless it is intact and matches the plans."""
         cache = read_cache(self._out)
-        if [shard.plan for shard in cache.shards] != plans:
+        if [shard.inputs_sha256 for shard in cache.shards] != [plan.inputs_sha256 for plan in self.plans]:
             raise DataError(
                 f"{printable(self._out)} is a cache of {_describe(cache)}, not of "
                 f"{_describe(self._cache(()))} as they are now; replace it with: "
-                f"{command(self._source, self._size, self._fit, self._out)} --rebuild, or choose another --out"
+                f"{cache_command(self._source, self._size, self._fit, self._out)} --rebuild, or choose another --out"
             )
-        if damaged := verify(cache, known=False, workers=self._workers):
+        if damaged := verify(cache, skip_verified=False, workers=self._workers):
             raise DataError(describe_damage(cache, damaged))
         return cache
 
-    def known_shards(self, plans: list[str], totals: list[int], notify: Callable[[str], None]) -> dict[int, Shard]:
-        """The shards that are there, are to be as they are, and hold what was written; by position."""
-        noted = {shard.name: shard for shard in self._notes()}
-        known: dict[int, Shard] = {}
-        for index, (plan, total) in enumerate(zip(plans, totals, strict=True)):
-            name = shard_name(index)
-            shard = noted.get(name)
-            if shard is None or (shard.plan, shard.size) != (plan, total):
+    def _intact_shards(self) -> dict[str, Shard]:
+        """Return the existing shards that match their plan and their SHA-256, by name."""
+        recorded = {shard.name: shard for shard in self._recorded_shards()}
+        intact: dict[str, Shard] = {}
+        for plan in self.plans:
+            shard = recorded.get(plan.name)
+            if shard is None or (shard.inputs_sha256, shard.size) != (plan.inputs_sha256, plan.size):
                 continue
-            try:
-                intact = sha256_of_shard(self._out, name, total, lambda _: None) == shard.sha256
-            except ShardError:
-                intact = False
-            if intact:
-                known[index] = shard
-            else:
-                notify(f"{printable(self._out / name)} is damaged or missing, and is made again")
-        if known:
-            notify(f"{len(known)} of {len(plans)} shards are there already, and as they were written")
-        return known
+            with contextlib.suppress(ShardError):
+                if sha256_of_shard(self._out, plan.name, plan.size, lambda _: None) == shard.sha256:
+                    intact[plan.name] = shard
+                    continue
+            log.warning("%s is damaged or missing, and is made again", printable(self._out / plan.name))
+        if intact:
+            log.info("%d of %d shards exist already and are intact", len(intact), len(self.plans))
+        return intact
 
-    def take_manifest_away(self, known: dict[int, Shard]) -> None:
-        """From now on the cache is unfinished; what is known of its shards is noted beside them."""
-        for shard in known.values():
-            self._write_note(shard)
+    def _remove_manifest(self, shards: Iterable[Shard]) -> None:
+        """Mark the cache as unfinished; sidecars keep what the manifest said of these shards."""
+        for shard in shards:
+            self._write_sidecar(shard)
         try:
             (self._out / MANIFEST).unlink(missing_ok=True)
             sync_folder(self._out)
         except OSError as error:
             raise storage_error(self._out / MANIFEST, error) from error
 
-    def write_shard(self, index: int, plan: str, total: int, progress: ProgressReport) -> Shard:
-        """Make a shard, and note it."""
-        path, digest = self._out / shard_name(index), hashlib.sha256()
+    def _write_shard(self, plan: _ShardPlan, progress: ProgressReport) -> Shard:
+        path, digest = self._out / plan.name, hashlib.sha256()
 
         def write(file: BinaryIO) -> None:
-            # One at a time, in their order; what is ahead is decoded meanwhile.
-            for pixels in self._decoded(self._groups[index]):
+            # In order; later images are decoded meanwhile.
+            for pixels in self._decoded(plan.images):
                 file.write(pixels.data)
                 digest.update(pixels.data)
                 progress.advance()
 
-        # Whoever killed the process between shard and note must not find another shard's note.
-        _note_path(path).unlink(missing_ok=True)
+        # A kill between shard and sidecar must not leave the sidecar of an older shard.
+        _sidecar(path).unlink(missing_ok=True)
         write_atomic(path, write)
-        shard = Shard(path.name, total, digest.hexdigest(), plan)
-        self._write_note(shard)
+        shard = Shard(plan.name, plan.size, digest.hexdigest(), plan.inputs_sha256)
+        self._write_sidecar(shard)
         return shard
 
-    def write_manifest(self, shards: list[Shard]) -> Cache:
-        """Finish the cache, and remove what it no longer needs."""
+    def _write_manifest(self, shards: list[Shard]) -> Cache:
+        """Finish the cache, and remove files that it no longer needs."""
         cache = self._cache(tuple(shards))
         remove_leftovers(self._out / MANIFEST)
         write_atomic(self._out / MANIFEST, manifest_bytes(cache))
-        note_written(cache)
+        mark_verified(cache)
         with contextlib.suppress(OSError):
             current = {shard.name for shard in shards}
             for path in self._out.iterdir():
-                if _is_ours(path.name) and path.name not in {MANIFEST, LOCK_NAME, *current}:
+                if _is_cache_file(path.name) and path.name not in {MANIFEST, LOCK_NAME, *current}:
                     path.unlink(missing_ok=True)
         return cache
 
@@ -215,131 +246,100 @@ class _Builder:
             self._out, self._size, self._fit, self._source, shards, self._images, list(self._manifest.rejected)
         )
 
-    def _decoded(self, group: list[Stored]) -> Iterator[np.ndarray]:
-        rest = _chunks(group)
+    def _decoded(self, images: list[CachedImage]) -> Iterator[np.ndarray]:
+        """Yield the pixels of images in order, decoded ahead in threads."""
+        chunks = _chunks(images)
         running: deque[Future[list[np.ndarray]]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
         try:
             while True:
-                while len(running) <= self._workers and (chunk := next(rest, None)) is not None:
-                    running.append(pool.submit(self._decode, chunk))
+                while len(running) <= self._workers and (chunk := next(chunks, None)) is not None:
+                    running.append(pool.submit(lambda chunk: [self._decode(image) for image in chunk], chunk))
                 if not running:
                     return
                 yield from running.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decode(self, chunk: list[Stored]) -> list[np.ndarray]:
-        return [self._pixels(stored) for stored in chunk]
-
-    def _pixels(self, stored: Stored) -> np.ndarray:
-        """What is kept of an image: uint8 `[rows, columns, 3]`."""
-        entry, size = stored.entry, self._size
-        window: CropBox
+    def _decode(self, image: CachedImage) -> np.ndarray:
+        """Return the pixels to store, uint8 `[rows, columns, 3]`."""
+        entry, size = image.entry, self._size
+        box: CropBox
         if self._fit == "random_crop":
             side = min(entry.width, entry.height)
-            window = 0.0, 0.0, stored.columns * side / size, stored.rows * side / size
+            box = 0.0, 0.0, image.columns * side / size, image.rows * side / size
         else:
-            window = crop_box(entry.width, entry.height, self._fit, _MIDDLE, size)
+            box = crop_box(entry.width, entry.height, self._fit, _CENTER, size)
         path = os.path.join(self._manifest.folder, entry.path)  # noqa: PTH118
         try:
-            pixels = read_crop(path, entry, window, size, False, shape=(stored.columns, stored.rows))
+            pixels = read_crop(path, entry, box, size, False, shape=(image.columns, image.rows))
         except UnusableImageError as error:
             raise DataError(
-                f"{printable(path)} cannot be read any more: {error}; then run the same command again, which goes on "
-                "with what is finished"
+                f"{printable(path)} cannot be read any more: {error}; then run the same command again, which keeps "
+                "finished shards"
             ) from error
         return np.ascontiguousarray(pixels)
 
-    def _notes(self) -> Iterator[Shard]:
-        """What is known of shards: from the manifest, or from the notes of a cache that was not finished."""
+    def _recorded_shards(self) -> Iterator[Shard]:
+        """Yield the shards listed in the manifest, or in the sidecars of an unfinished cache."""
         with contextlib.suppress(DataError):
             yield from read_cache(self._out).shards
         for path in sorted(self._out.glob("shard_*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-                note = json.loads(read_regular_file(path, _LARGEST_NOTE))
-                yield Shard(path.with_suffix(".u8").name, note["size"], note["sha256"], note["plan"])
+                fields = json.loads(read_regular_file(path, _MAX_SIDECAR_BYTES))
+                yield Shard(path.with_suffix(".u8").name, fields["size"], fields["sha256"], fields["plan"])
 
-    def _write_note(self, shard: Shard) -> None:
-        note = {"size": shard.size, "sha256": shard.sha256, "plan": shard.plan}
-        write_atomic(_note_path(self._out / shard.name), json.dumps(note).encode())
+    def _write_sidecar(self, shard: Shard) -> None:
+        fields = {"size": shard.size, "sha256": shard.sha256, "plan": shard.inputs_sha256}
+        write_atomic(_sidecar(self._out / shard.name), json.dumps(fields).encode())
 
 
-def _without_thin_ones(manifest: Manifest) -> Manifest:
-    """Without images whose long side would be endless once the short one has its size."""
-    kept = [entry for entry in manifest.images if not _is_thin(entry)]
-    if len(kept) == len(manifest.images):
-        return manifest
-    thin = [
-        Rejection(
-            entry.path,
-            f"{entry.width} × {entry.height} px is too thin for a cache, which takes sides of 1:{LARGEST_RATIO} at "
-            "most; crop it, or train on the folder itself",
+def _reject_elongated(manifest: Manifest) -> Manifest:
+    """Move images that `MAX_ASPECT_RATIO` excludes to the manifest's rejections."""
+    kept: list[ImageEntry] = []
+    elongated: list[Rejection] = []
+    for entry in manifest.images:
+        if max(entry.width, entry.height) <= MAX_ASPECT_RATIO * min(entry.width, entry.height):
+            kept.append(entry)
+            continue
+        reason = (
+            f"{entry.width} × {entry.height} px is too thin for a cache, which takes sides of 1:{MAX_ASPECT_RATIO} at "
+            "most; crop it, or train on the folder itself"
         )
-        for entry in manifest.images
-        if _is_thin(entry)
-    ]
+        elongated.append(Rejection(entry.path, reason))
+    if not elongated:
+        return manifest
     if not kept:
         raise DataError(
-            f"not one image in {printable(manifest.folder)} can be cached; the first, {printable(thin[0].path)}: "
-            f"{thin[0].reason}"
+            f"none of the images in {printable(manifest.folder)} can be cached; the first, "
+            f"{printable(elongated[0].path)}: {elongated[0].reason}"
         )
-    rejected = sorted([*manifest.rejected, *thin], key=lambda item: os.fsencode(item.path))
+    rejected = sorted([*manifest.rejected, *elongated], key=lambda item: os.fsencode(item.path))
     return replace(manifest, images=kept, rejected=rejected)
 
 
-def _is_thin(entry: Entry) -> bool:
-    return max(entry.width, entry.height) > LARGEST_RATIO * min(entry.width, entry.height)
-
-
 def _check_place(out: Path) -> None:
-    """Refuse a folder that holds something else."""
+    """Raise DataError if a folder holds files that are not a cache's."""
     try:
         names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
     except OSError as error:
         raise storage_error(out, error) from error
-    foreign = [name for name in names if not _is_ours(name)]
+    foreign = [name for name in names if not _is_cache_file(name)]
     if foreign:
         raise DataError(f"{printable(out)} holds {foreign[0]!r}, which is no part of a cache; choose another --out")
     if MANIFEST in names and not is_cache(out):
         raise DataError(f"{printable(out / MANIFEST)} is not that of a cache; choose another --out")
 
 
-def _is_ours(name: str) -> bool:
-    stem, _, suffix = name.rpartition(".")
-    number = stem.removeprefix("shard_")
-    is_shard = stem.startswith("shard_") and number.isdecimal() and number.isascii() and suffix in ("u8", "json")
-    return name in (MANIFEST, LOCK_NAME) or is_shard or is_leftover(name)
+def _is_cache_file(name: str) -> bool:
+    return name in (MANIFEST, LOCK_NAME) or bool(re.fullmatch(r"shard_[0-9]+\.(u8|json)", name)) or is_leftover(name)
 
 
-def _check_space(out: Path, to_write: dict[int, int]) -> None:
-    """Compare free space with the most that is needed at once; `to_write` holds the bytes of shards by position."""
-    growth = needed = 0
-    for index, size in to_write.items():
-        needed = max(needed, growth + size)
-        with contextlib.suppress(OSError):
-            # It gives its place to the new one, once that is whole.
-            growth -= (out / shard_name(index)).lstat().st_size
-        growth += size
-    there = out
-    while not there.exists():
-        there = there.parent
-    try:
-        free = shutil.disk_usage(there).free
-    except OSError as error:
-        raise storage_error(out, error) from error
-    if needed > free:
-        raise StorageError(
-            f"the cache needs {byte_count(needed)} in {printable(out)}, and {byte_count(free)} are free there; free "
-            "some space, choose another --out, or a smaller --size"
-        )
-
-
-def _chunks(group: list[Stored]) -> Iterator[list[Stored]]:
-    """Images that one thread decodes at a time, so that neither their number nor their bytes get out of hand."""
-    chunk: list[Stored] = []
-    for stored in group:
-        chunk.append(stored)
+def _chunks(images: list[CachedImage]) -> Iterator[list[CachedImage]]:
+    """Yield chunks for one thread at a time, bounded in images and in bytes."""
+    chunk: list[CachedImage] = []
+    for image in images:
+        chunk.append(image)
         if len(chunk) == _CHUNK_IMAGES or sum(each.bytes for each in chunk) >= _CHUNK_BYTES:
             yield chunk
             chunk = []
@@ -347,7 +347,7 @@ def _chunks(group: list[Stored]) -> Iterator[list[Stored]]:
         yield chunk
 
 
-def _note_path(shard: Path) -> Path:
+def _sidecar(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 

@@ -1,5 +1,6 @@
-"""Whether a cache's shards are as they were written: every byte the first time, then only what has changed since."""
+"""Verify a cache's shards: every byte the first time, later only the shards that changed since."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from fastnst.data.cache.format import (
     Shard,
     ShardError,
     as_manifest,
-    check_use,
+    check_matches,
     open_shard,
     read_cache,
 )
@@ -27,26 +28,26 @@ from fastnst.storage import cache_folder, read_regular_file, write_atomic
 
 _BLOCK = 1 << 20
 _SETTLED_NS = 2 * 10**9
-_LARGEST_NOTE = 1 << 24
-_NAMED = 3
+_MAX_STAMP_BYTES = 1 << 24
+_MAX_NAMED = 3
 
 
 def open_cache(
     folder: Path, *, size: int, fit: Fit, progress: Callable[[int, int], None] | None = None
 ) -> CachedManifest:
-    """The images of a cache that a run with this size and fit can read, its shards verified.
+    """Open a cache for a run, and verify its shards.
 
     Args:
         folder: see `is_cache`.
         size: `data.image_size`.
         fit: `data.fit`.
-        progress: receives the bytes read and all that are to be read, again and again.
+        progress: called with (bytes read, bytes to read in total) after each block.
 
     Raises:
-        DataError: it is unfinished, made for another size or fit, or damaged, with the command that helps.
+        DataError: the cache is unfinished, made for another size or fit, or damaged; names the command that fixes it.
     """
     cache = read_cache(folder)
-    check_use(cache, size=size, fit=fit)
+    check_matches(cache, size=size, fit=fit)
     damaged = verify(cache, progress=progress)
     if damaged:
         raise DataError(describe_damage(cache, damaged))
@@ -54,58 +55,62 @@ def open_cache(
 
 
 def describe_damage(cache: Cache, damaged: list[str]) -> str:
-    """What `verify` found, and what to do."""
-    more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
-    return f"{'; '.join(damaged[:_NAMED])}{more}; {cache.remedy()}"
+    """Return an error message for the damage that `verify` found, with advice."""
+    more = f" and {len(damaged) - _MAX_NAMED} more" if len(damaged) > _MAX_NAMED else ""
+    return f"{'; '.join(damaged[:_MAX_NAMED])}{more}; {cache.rebuild_hint()}"
 
 
 def verify(
-    cache: Cache, *, known: bool = True, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    cache: Cache,
+    *,
+    skip_verified: bool = True,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """What is wrong with a cache's shards, one text for each that is missing or damaged.
+    """Compare the shards with their SHA-256; return one message per missing or damaged shard.
 
     Args:
-        cache: its manifest.
-        known: do not read what this machine has verified, and whose size and times still stand. A disk that loses bits
-            by itself changes no time.
-        workers: threads that read.
-        progress: receives the bytes read and all that are to be read, again and again.
+        cache: the cache.
+        skip_verified: skip shards that were verified on this machine and whose size and times are unchanged. This
+            misses bits that the disk itself lost.
+        workers: threads that read; default: one per core.
+        progress: called with (bytes read, bytes to read in total) after each block.
     """
-    # As they are before they are read: a change from here on is noticed the next time.
-    notes = {shard.name: _note(cache.folder, shard) for shard in cache.shards}
-    verified = _read_notes(cache.folder) if known else {}
+    # Taken before reading, so that a change during it is noticed the next time.
+    stamps = {shard.name: _stamp(cache.folder, shard) for shard in cache.shards}
+    verified = _read_stamps(cache.folder) if skip_verified else {}
     pending = [
-        shard for shard in cache.shards if (note := notes[shard.name]) is None or verified.get(shard.name) != note
+        shard for shard in cache.shards if (stamp := stamps[shard.name]) is None or verified.get(shard.name) != stamp
     ]
     if not pending:
         return []
-    count = _Count(sum(shard.size for shard in pending), progress)
+    count = _ByteCounter(sum(shard.size for shard in pending), progress)
 
-    def examine(shard: Shard) -> str | None:
+    def check(shard: Shard) -> str | None:
         try:
             found = sha256_of_shard(cache.folder, shard.name, shard.size, count.add)
         except ShardError as error:
             return str(error)
         if found != shard.sha256:
-            return f"{printable(cache.folder / shard.name)} is damaged: its SHA-256 is not that of the manifest"
+            return f"{printable(cache.folder / shard.name)} is damaged: its SHA-256 differs from the manifest's"
         return None
 
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="verify") as pool:
         try:
-            outcomes = list(pool.map(examine, pending))
+            outcomes = list(pool.map(check, pending))
         except BaseException:
             count.stopped = True
             raise
     damaged = {shard.name for shard, outcome in zip(pending, outcomes, strict=True) if outcome is not None}
-    _write_notes(cache.folder, {name: note for name, note in notes.items() if name not in damaged})
+    _write_stamps(cache.folder, {name: stamp for name, stamp in stamps.items() if name not in damaged})
     return [outcome for outcome in outcomes if outcome is not None]
 
 
 def sha256_of_shard(folder: Path, name: str, size: int, progress: Callable[[int], None]) -> str:
-    """Hexadecimal SHA-256 of a shard; `progress` receives the number of bytes of each block read.
+    """Return the hexadecimal SHA-256 of a shard; `progress` receives the bytes of each block read.
 
     Raises:
-        ShardError: it cannot be read, or has another size.
+        ShardError: the shard cannot be read, or has another size.
     """
     descriptor = open_shard(folder, name, size)
     digest = hashlib.sha256()
@@ -120,28 +125,26 @@ def sha256_of_shard(folder: Path, name: str, size: int, progress: Callable[[int]
     return digest.hexdigest()
 
 
-def note_written(cache: Cache) -> None:
-    """Remember that the shards were written or verified just now."""
-    _write_notes(cache.folder, {shard.name: _note(cache.folder, shard) for shard in cache.shards})
+def mark_verified(cache: Cache) -> None:
+    """Record that the shards have just been written or verified."""
+    _write_stamps(cache.folder, {shard.name: _stamp(cache.folder, shard) for shard in cache.shards})
 
 
-def _write_notes(folder: Path, notes: "dict[str, _Note | None]") -> None:
-    # A file that has changed this very moment could change again without another time, as far as clocks go.
+_Stamp = list[Any]
+"""SHA-256, size, inode, mtime and ctime in ns."""
+
+
+def _write_stamps(folder: Path, stamps: dict[str, _Stamp | None]) -> None:
+    # A file changed within the clock's resolution could change again and keep its times.
     latest = time.time_ns() - _SETTLED_NS
-    settled = {name: note for name, note in notes.items() if note is not None and max(note[3:]) < latest}
-    try:
-        write_atomic(_notes_file(folder), json.dumps(settled).encode())
-    except DataError:
-        # A full or read-only home folder costs the next start some time, and this one nothing.
-        return
+    settled = {name: stamp for name, stamp in stamps.items() if stamp is not None and max(stamp[3:]) < latest}
+    # In a full or read-only home folder, the next start only takes longer.
+    with contextlib.suppress(DataError):
+        write_atomic(_stamps_file(folder), json.dumps(settled).encode())
 
 
-_Note = list[Any]
-"""SHA-256, size, inode, and two times in ns."""
-
-
-def _note(folder: Path, shard: Shard) -> _Note | None:
-    """What stands as long as nobody writes to the shard; None if it is not there."""
+def _stamp(folder: Path, shard: Shard) -> _Stamp | None:
+    """Return what stays equal until somebody writes to the shard; None if it is missing."""
     try:
         status = (folder / shard.name).lstat()
     except OSError:
@@ -149,27 +152,27 @@ def _note(folder: Path, shard: Shard) -> _Note | None:
     return [shard.sha256, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _read_notes(folder: Path) -> dict[str, _Note]:
+def _read_stamps(folder: Path) -> dict[str, _Stamp]:
     try:
-        notes = json.loads(read_regular_file(_notes_file(folder), _LARGEST_NOTE))
+        stamps = json.loads(read_regular_file(_stamps_file(folder), _MAX_STAMP_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
-    return notes if isinstance(notes, dict) else {}
+    return stamps if isinstance(stamps, dict) else {}
 
 
-def _notes_file(folder: Path) -> Path:
+def _stamps_file(folder: Path) -> Path:
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     return cache_folder() / "verified" / f"{name}.json"
 
 
-class _Count:
-    """Bytes read by all threads."""
+class _ByteCounter:
+    """Counts the bytes that all threads have read."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
         self._lock = threading.Lock()
         self.stopped = False
-        """Whether the threads are to end, because the one that waits for them was interrupted."""
+        """Set when the main thread was interrupted: threads end at their next block."""
 
     def add(self, count: int) -> None:
         if self.stopped:

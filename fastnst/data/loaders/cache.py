@@ -1,19 +1,18 @@
-"""Images from a cache: threads read them ahead into batches, cut them out and mirror them; nothing is computed."""
+"""Load images from a cache: threads read them ahead into batches, crop and flip; nothing is decoded."""
 
+import contextlib
 import os
 import threading
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastnst.data.cache.format import Cache, CachedManifest, ShardError, Stored, open_shard
+from fastnst.data.cache.format import Cache, CachedImage, CachedManifest, ShardError, open_shard
 from fastnst.data.crop import crop_offset
-from fastnst.data.manifest import Entry, Manifest
+from fastnst.data.loaders.base import Loader, LoaderArgs, Sample
+from fastnst.data.manifest import ImageEntry, Manifest
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
 from fastnst.images import printable, read_image
@@ -21,116 +20,52 @@ from fastnst.images import printable, read_image
 if TYPE_CHECKING:
     import torch
 
-    from fastnst.config import DataConfig
-    from fastnst.data.replacements import ImageReplacer
-    from fastnst.data.sampler import Sampler
-
 _ABSENT = "it is not in the cache"
 
-_Job = tuple[int, Stored | None, np.ndarray, bool]
-"""Index in the manifest, where the image lies (None: nowhere), its row of `SampleBatch.crop`, and flip."""
 
+class CacheLoader(Loader):
+    """See `open_loader`."""
 
-class CacheLoader:
-    """See `fastnst.data.open_loader`."""
-
-    def __init__(
-        self,
-        manifest: CachedManifest,
-        order: "Sampler",
-        config: "DataConfig",
-        *,
-        device: "torch.device",
-        replacements: "ImageReplacer",
-        start_step: int = 0,
-        rank: int = 0,
-    ) -> None:
-        assert config.workers is not None
-        self._order, self._device, self._rank = order, device, rank
-        self._replacements = replacements
-        self._prefetch, self._workers = config.prefetch, config.workers
-        self._shards = Shards(manifest.cache)
-        # A run that was begun on the folder itself, and goes on here, may know images that had failed in between.
-        places = {stored.entry.path: stored for stored in manifest.cache.images}
-        self._stored = [places.get(entry.path) for entry in manifest.images]
-        self._next_to_submit = start_step
-        self._waiting: deque[tuple[torch.Tensor, list[Future[list[int]]]]] = deque()
-        self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="cache")
-        self._submit()
-
-    def __iter__(self) -> "Iterator[torch.Tensor]":
-        return self
+    def __init__(self, args: LoaderArgs) -> None:
+        super().__init__(args)
+        assert isinstance(args.manifest, CachedManifest)
+        cache = args.manifest.cache
+        self._shards = Shards(cache)
+        # A run that started on the folder and continues on its cache may know images that had failed in between.
+        cached = {image.entry.path: image for image in cache.images}
+        self._images = [cached.get(entry.path) for entry in args.manifest.images]
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="cache")
+        self._read_ahead()
 
     def __next__(self) -> "torch.Tensor":
-        while self._waiting:
-            step = self._next_to_submit - len(self._waiting)
-            batch, futures = self._waiting[0]
-            failed = [index for future in futures for index in future.result()]
-            if not failed:
-                break
-            self._replacements.fail(step, [(index, _ABSENT) for index in failed])
-            self.seek(step)
-        else:
-            raise StopIteration
-        self._waiting.popleft()
-        self._submit()
-        # PyTorch keeps pinned memory until what was copied from it has arrived.
+        batch: torch.Tensor = self._next_parts()[0]
+        # PyTorch keeps pinned memory until the copy has finished.
         return batch.to(self._device, non_blocking=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def seek(self, step: int) -> None:
-        """Go on with `step`; what was read ahead may lack an image, and is read again."""
-        for _, futures in self._waiting:
-            for future in futures:
-                future.cancel()
-        self._waiting.clear()
-        self._next_to_submit = step
-        self._submit()
 
     def close(self) -> None:
         """End the threads, and close the shards."""
-        self._waiting.clear()
-        self._pool.shutdown(cancel_futures=True)
+        super().close()
         self._shards.close()
 
-    def _submit(self) -> None:
+    def _submit(self, samples: list[Sample]) -> "list[Future[tuple[torch.Tensor, list[tuple[int, str]]]]]":
         import torch
 
         size = self._shards.cache.size
-        while len(self._waiting) < self._prefetch and self._next_to_submit < self._order.steps:
-            jobs = self._jobs(self._next_to_submit)
-            batch = torch.empty((len(jobs), size, size, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-            squares = batch.numpy()
-            share = -(-len(jobs) // self._workers)
-            futures = [
-                self._pool.submit(self._read, squares[first : first + share], jobs[first : first + share])
-                for first in range(0, len(jobs), share)
-            ]
-            self._waiting.append((batch, futures))
-            self._next_to_submit += 1
+        batch = torch.empty((len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return [self._pool.submit(self._fill, batch, samples, share) for share in self._shares(len(samples))]
 
-    def _jobs(self, step: int) -> list[_Job]:
-        samples = self._order.batch(step, self._rank)
-        indices = self._replacements.indices(step, samples.indices).tolist()
-        places = zip(indices, samples.crop, samples.flip.tolist(), strict=True)
-        return [(index, self._stored[index], crop, flip) for index, crop, flip in places]
-
-    def _read(self, squares: np.ndarray, jobs: list[_Job]) -> list[int]:
-        """Fill the squares, in a thread; the indices of images that are not there."""
+    def _fill(
+        self, batch: "torch.Tensor", samples: list[Sample], share: slice
+    ) -> "tuple[torch.Tensor, list[tuple[int, str]]]":
+        """Read a share of the samples into the batch; return the batch, and index and reason of absent images."""
         absent = []
-        for square, (index, stored, crop, flip) in zip(squares, jobs, strict=True):
-            if stored is None:
-                absent.append(index)
+        for out, sample in zip(batch.numpy()[share], samples[share], strict=True):
+            image = self._images[sample.index]
+            if image is None:
+                absent.append((sample.index, _ABSENT))
             else:
-                self._shards.read_crop(stored, self._order.fit, crop, flip, square)
-        return absent
+                self._shards.read_crop(image, self._sampler.fit, sample.crop, sample.flip, out)
+        return batch, absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +77,16 @@ class _OpenShard:
 
 
 class Shards:
-    """The shards of a cache, open; several threads may read. A context manager.
+    """Reads images from the shards of a cache; thread-safe.
 
     Raises:
-        DataError: one is missing or has another size.
+        DataError: a shard is missing or has the wrong size.
     """
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self._open: list[_OpenShard] = []
-        self._scratch = threading.local()
+        self._thread = threading.local()
         try:
             for shard in cache.shards:
                 descriptor = open_shard(cache.folder, shard.name, shard.size)
@@ -159,45 +94,37 @@ class Shards:
                 self._open.append(_OpenShard(path, descriptor, shard.size, mtime))
         except ShardError as error:
             self.close()
-            raise DataError(f"{error}; {cache.remedy()}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+            raise DataError(f"{error}; {cache.rebuild_hint()}") from error
 
     def close(self) -> None:
-        """May be called twice; nobody may be reading."""
+        """Close the shards; may be called twice, but not while a thread reads."""
         while self._open:
             os.close(self._open.pop().descriptor)
 
-    def read(self, stored: Stored) -> np.ndarray:
-        """All that is kept of an image, uint8 `[rows, columns, 3]`; void when this thread reads the next one.
+    def read(self, image: CachedImage) -> np.ndarray:
+        """Read a whole image, uint8 `[rows, columns, 3]`; this thread's next call overwrites it.
 
         Raises:
-            DataError: the shard is no longer what it was.
+            DataError: the shard has changed.
         """
-        pixels = self._buffer(stored.bytes)[: stored.bytes]
-        self._fill(stored.shard, stored.offset, pixels)
-        return pixels.reshape(stored.rows, stored.columns, 3)
+        pixels = self._buffer(image.bytes)[: image.bytes]
+        self._read_bytes(image.shard, image.offset, pixels)
+        return pixels.reshape(image.rows, image.columns, 3)
 
-    def read_crop(self, stored: Stored, fit: Fit, crop: np.ndarray, flip: bool, out: np.ndarray) -> None:
-        """The square that `crop_box` and `resize_crop` would make of the image's file.
+    def read_crop(self, image: CachedImage, fit: Fit, crop: np.ndarray, flip: bool, out: np.ndarray) -> None:
+        """Read the crop that `crop_box` and `resize_crop` make of the image's file.
 
         Args:
-            stored: the image.
-            fit: the cache's.
-            crop: its row of `SampleBatch.crop`.
-            flip: mirror it left to right.
-            out: receives it; uint8 `[size, size, 3]`, contiguous.
+            image: the image.
+            fit: the cache's fit.
+            crop: the image's row of `SampleBatch.crop`.
+            flip: mirror left to right.
+            out: result, uint8 `[size, size, 3]`, contiguous.
 
         Raises:
-            DataError: the shard is no longer what it was.
+            DataError: the shard has changed.
         """
-        size, entry = self.cache.size, stored.entry
+        size, entry = self.cache.size, image.entry
         left = top = 0
         if fit == "random_crop":
             side = min(entry.width, entry.height)
@@ -205,54 +132,57 @@ class Shards:
                 crop_offset(length, side, size, float(fraction))
                 for length, fraction in zip((entry.width, entry.height), crop, strict=True)
             )
-        if stored.columns == size and not flip:
-            self._fill(stored.shard, stored.offset + top * size * 3, out.reshape(-1))
+        if image.columns == size and not flip:
+            self._read_bytes(image.shard, image.offset + top * size * 3, out.reshape(-1))
             return
-        square = self.read(stored)[top : top + size, left : left + size]
+        pixels = self.read(image)[top : top + size, left : left + size]
         if not flip:
-            out[:] = square
+            out[:] = pixels
             return
         for channel in range(3):
-            # Much faster than pixel by pixel, which is what NumPy makes of all three.
-            out[:, :, channel] = square[:, ::-1, channel]
+            # Much faster than all channels at once, which NumPy copies pixel by pixel.
+            out[:, :, channel] = pixels[:, ::-1, channel]
 
-    def _fill(self, index: int, offset: int, pixels: np.ndarray) -> None:
+    def _read_bytes(self, index: int, offset: int, pixels: np.ndarray) -> None:
         shard, total = self._open[index], len(pixels)
-        rest = pixels.data
+        remaining = pixels.data
         try:
             status = os.fstat(shard.descriptor)
             if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime):
                 size = "" if status.st_size == shard.size else f": it has {status.st_size} bytes, and had {shard.size}"
                 raise self._changed(shard, f"was written to{size}")
-            while rest:
-                count = os.preadv(shard.descriptor, [rest], offset + total - len(rest))
+            while remaining:
+                position = offset + total - len(remaining)
+                count = os.preadv(shard.descriptor, [remaining], position)
                 if not count:
-                    raise self._changed(shard, f"was cut short at {offset + total - len(rest)} bytes")
-                rest = rest[count:]
+                    raise self._changed(shard, f"was cut short at {position} bytes")
+                remaining = remaining[count:]
         except OSError as error:
             raise self._changed(shard, f"cannot be read any more: {error.strerror}") from error
 
     def _changed(self, shard: _OpenShard, how: str) -> DataError:
-        return DataError(f"{shard.path} {how}, while it was read; {self.cache.remedy()}, then go on with --resume")
+        return DataError(
+            f"{shard.path} {how}, while it was read; {self.cache.rebuild_hint()}, then go on with --resume"
+        )
 
     def _buffer(self, size: int) -> np.ndarray:
-        """uint8, of at least this size, the thread's own."""
-        buffer: np.ndarray | None = getattr(self._scratch, "buffer", None)
+        """Return this thread's buffer, uint8, of at least `size` bytes."""
+        buffer: np.ndarray | None = getattr(self._thread, "buffer", None)
         if buffer is None or len(buffer) < size:
-            self._scratch.buffer = buffer = np.empty(size, np.uint8)
+            self._thread.buffer = buffer = np.empty(size, np.uint8)
         return buffer
 
 
-def read_pixels(manifest: Manifest, entry: Entry) -> np.ndarray:
-    """An image of a run's folder, uint8 `[H, W, 3]`: the whole file, or what its cache keeps of it.
+def read_pixels(manifest: Manifest, entry: ImageEntry) -> np.ndarray:
+    """Read an image of a run, uint8 `[H, W, 3]`: the whole file, or its version in the cache.
 
     Raises:
         DataError: it cannot be read.
     """
     if not isinstance(manifest, CachedManifest):
         return read_image(manifest.folder / entry.path)
-    stored = next((each for each in manifest.cache.images if each.entry.path == entry.path), None)
-    if stored is None:
+    image = next((each for each in manifest.cache.images if each.entry.path == entry.path), None)
+    if image is None:
         raise DataError(f"{printable(entry.path)}: {_ABSENT}")
-    with Shards(manifest.cache) as shards:
-        return shards.read(stored).copy()
+    with contextlib.closing(Shards(manifest.cache)) as shards:
+        return shards.read(image).copy()

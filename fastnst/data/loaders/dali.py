@@ -1,72 +1,57 @@
-"""Images by NVIDIA DALI: decoded, cut out and resized on the GPU, or in DALI's threads where there is none.
+"""Load images with NVIDIA DALI, which decodes, crops and resizes on the GPU or in CPU threads.
 
-The order of the run feeds it: for each step, the files' bytes (read ahead by threads) and each image's window.
-Nothing in the pipeline is random. Images that are not safe for DALI (see `fastnst.data.dali_safe`), such as CMYK, are
-cropped by Pillow in the reading threads and enter as uncompressed PNM, which passes through unchanged. Progressive
-JPEGs are safe: on a GPU, DALI itself keeps from the decoding engines what these do not read.
+For each step, the pipeline gets the files' bytes, read ahead by threads, and each image's crop box; nothing in it is
+random. Images that are not DALI-safe (see `fastnst.data.dali_safe`), such as CMYK, are cropped by Pillow in the reading
+threads and enter as uncompressed PNM, which passes through unchanged. Progressive JPEGs are safe: on a GPU, DALI itself
+decodes them without the decoding engines, which do not support them.
 
-Images are decoded whole, though only their window is seen. `image_slice`, which decodes a region, gives the same
-bits with a margin around the window; on a CPU it saves next to nothing, as JPEG's entropy coding has to be read all the
-same. What it does to the share of the GPU's decoding engines was not measured; nor were, on a GPU, the settings below,
-which follow DALI's documentation. On a CPU a thread per core with three batches ready is within the noise of the best
+Images are decoded whole, although only a box is used. `image_slice`, which decodes a region, yields the same bits with
+a margin around the box, but on a CPU saves almost nothing, as JPEG's entropy coding has to be read in full. Its effect
+on the GPU's decoding engines was not measured; nor were, on a GPU, the settings below, which follow DALI's
+documentation. On a CPU, one thread per core with three batches ready is within noise of the best
 (`benchmarks/results/data_pipeline_2_cores_256_settings.json`, by `benchmarks/data_pipeline.py --tune`).
 """
 
 import logging
-import os
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from fastnst.data.crop import crop_box, read_crop, read_image
-from fastnst.data.manifest import Entry
+from fastnst.data.crop import read_checked, read_crop
+from fastnst.data.loaders.base import Loader, LoaderArgs, Sample
+from fastnst.data.manifest import ImageEntry
 from fastnst.errors import DataError
 from fastnst.images import UnusableImageError, printable
 
-if TYPE_CHECKING:
-    from fastnst.config import DataConfig
-    from fastnst.data.manifest import Manifest
-    from fastnst.data.replacements import ImageReplacer
-    from fastnst.data.sampler import Sampler
-
 HW_DECODER_LOAD = 0.65
-"""Share of the JPEGs that goes to the GPU's decoding engines, where it has them; DALI's own value."""
-LARGEST_HINT = 2048
-"""Pixels of a side for which the decoding engines' memory is set aside at the start; rare larger images grow it."""
+"""Share of the JPEGs that the GPU's decoding engines get, where there are any; DALI's own default."""
+MAX_SIZE_HINT = 2048
+"""Largest side, in pixels, for which the engines' memory is preallocated; rarer larger images grow it."""
 
-_log = logging.getLogger(__name__)
+_Encoded = tuple[np.ndarray, tuple[float, float], tuple[float, float]]
+"""Encoded image, and start and end of its crop box as (y, x)."""
+
+log = logging.getLogger(__name__)
 
 
-class DaliLoader:
-    """See `fastnst.data.open_loader`."""
+class DaliLoader(Loader):
+    """See `open_loader`."""
 
-    def __init__(
-        self,
-        manifest: "Manifest",
-        order: "Sampler",
-        config: "DataConfig",
-        *,
-        device: torch.device,
-        replacements: "ImageReplacer",
-        start_step: int = 0,
-        rank: int = 0,
-    ) -> None:
-        self._feed = _Feed(manifest, order, config, replacements, rank)
-        self._config = config
-        self._device = device
-        self._step = start_step
-        self._retried = -1
+    def __init__(self, args: LoaderArgs) -> None:
+        super().__init__(args)
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="read")
+        self._step = args.start_step
+        self._retried_step = -1
+        self._by_pillow: set[int] = set()
+        """Images that DALI failed to decode, although they are marked DALI-safe."""
+        self._error: DataError | None = None
+        """Why `_feed` ended early."""
         self._pipeline: Pipeline | None = self._start_pipeline()
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self
 
     def __next__(self) -> torch.Tensor:
         if self._pipeline is None:
@@ -75,93 +60,123 @@ class DaliLoader:
             try:
                 batch = self._run(self._pipeline)
             except StopIteration:
-                # The feed has ended, and what it had fed before is delivered.
-                if self._feed.error is not None:
-                    raise self._feed.error from None
+                # `_feed` has ended, and all that it fed before is delivered.
+                if self._error is not None:
+                    raise self._error from None
                 raise
             except RuntimeError as error:
-                # Ends, because each time it finds at least one more image to blame, or raises at the second time.
+                # Terminates: each time, `_recover` finds another broken image, or raises the second time.
                 self._pipeline = self._recover(error)
             else:
                 self._step += 1
                 return batch
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def seek(self, step: int) -> None:
-        """Go on with `step`; what was read ahead is read again."""
+        """Continue with `step`, discarding what was read ahead."""
         self._pipeline = None
         self._step = step
         self._pipeline = self._start_pipeline()
 
     def close(self) -> None:
-        """End the pipeline and the reading threads."""
+        """End the pipeline and the reading threads; may be called twice."""
         self._pipeline = None
-        self._feed.close()
+        super().close()
 
     def _run(self, pipeline: Pipeline) -> torch.Tensor:
         if self._device.type != "cuda":
-            (squares,) = pipeline.run()
-            # Not copied: this executor (`exec_dynamic`) makes a buffer for each batch, and the tensor keeps it.
-            return torch.from_dlpack(squares.as_tensor())
+            (crops,) = pipeline.run()
+            # Not copied: this executor (`exec_dynamic`) allocates a buffer per batch, and the tensor keeps it alive.
+            return torch.from_dlpack(crops.as_tensor())
         stream = torch.cuda.current_stream(self._device)
-        (squares,) = pipeline.run(stream)
-        # Bound to this stream by `run`, and copied on it: the memory goes back to DALI in stream order, whichever
-        # streams the batch itself is used on later.
-        return torch.from_dlpack(squares.as_tensor()).clone()
+        (crops,) = pipeline.run(stream)
+        # `run` binds the buffer to this stream, and the copy runs on it: so DALI gets the memory back in stream order,
+        # whichever streams use the batch later.
+        return torch.from_dlpack(crops.as_tensor()).clone()
 
     def _start_pipeline(self) -> Pipeline:
-        self._feed.seek(self._step)
+        self._rewind(self._step)
         return _build(
             self._feed,
-            self._feed.order.local_batch_size,
+            self._sampler.local_batch_size,
             self._config.image_size,
             self._device,
-            threads=self._config.workers or 1,
+            threads=self._workers,
             prefetch=self._config.prefetch,
-            largest=self._feed.usual_size(),
-            # Where several processes share the cores, each would tie its threads to the same ones.
-            affine=self._feed.order.world_size == 1,
+            size_hint=_size_hint(self._manifest.images),
+            # Several processes on the same cores would pin their threads to the same ones.
+            affine=self._sampler.world_size == 1,
         )
 
-    def _recover(self, error: RuntimeError) -> Pipeline:
-        """A new pipeline that goes on with the same step; the images that broke the old one are left to Pillow.
+    def _feed(self, _iteration: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Return the encoded images of the next step, and start and end of their crop boxes."""
+        if self._error is not None:
+            raise StopIteration
+        try:
+            encoded, start, end = zip(*self._next_parts(), strict=True)
+        except DataError as error:
+            self._error = error
+            raise StopIteration from None
+        return list(encoded), np.array(start, dtype=np.float32), np.array(end, dtype=np.float32)
 
-        DALI may not say which they are, so those in flight are tried one by one. What Pillow cannot read either is
-        replaced when it is read. If none is to blame, the file may have been written to just then: once more.
+    def _submit(self, samples: list[Sample]) -> "list[Future[tuple[_Encoded | None, list[tuple[int, str]]]]]":
+        return [self._pool.submit(self._read, sample) for sample in samples]
+
+    def _read(self, sample: Sample) -> tuple[_Encoded | None, list[tuple[int, str]]]:
+        try:
+            return self._encode(sample), []
+        except UnusableImageError as error:
+            return None, [(sample.index, str(error))]
+
+    def _encode(self, sample: Sample) -> _Encoded:
+        entry, box = self._manifest.images[sample.index], self._crop_box(sample)
+        if entry.dali_safe and sample.index not in self._by_pillow:
+            left, top, right, bottom = box
+            # A box from right to left mirrors.
+            if sample.flip:
+                left, right = right, left
+            return self._read_bytes(sample.index), (top, left), (bottom, right)
+        size = self._config.image_size
+        crop = read_crop(self._path(sample.index), entry, box, size, sample.flip)
+        header = f"P6\n{size} {size}\n255\n".encode()
+        return np.frombuffer(header + crop.tobytes(), np.uint8), (0.0, 0.0), (float(size), float(size))
+
+    def _read_bytes(self, index: int) -> np.ndarray:
+        return np.frombuffer(read_checked(self._path(index), self._manifest.images[index]), np.uint8)
+
+    def _recover(self, error: RuntimeError) -> Pipeline:
+        """Return a new pipeline for the same step that leaves the images that broke the old one to Pillow.
+
+        DALI may not name them, so the images in flight are tried one by one. One that Pillow cannot read either fails
+        when it is read, and is replaced. If none is broken, the file may have been written to just then: try once more.
         """
         self._pipeline = None
-        in_flight = self._feed.images(self._step, self._config.prefetch + 1)
+        steps = range(self._step, min(self._step + self._config.prefetch + 1, self._sampler.steps))
+        in_flight = sorted({sample.index for step in steps for sample in self._samples(step)})
         broken = [index for index in in_flight if not self._decodes(index)]
-        if not broken and self._retried < self._step:
-            self._retried = self._step
-            _log.warning("DALI failed in step %d (%s); it is started again", self._step + 1, _last_line(error))
+        if not broken and self._retried_step < self._step:
+            self._retried_step = self._step
+            log.warning("DALI failed in step %d (%s); it is restarted", self._step + 1, _last_line(error))
             return self._start_pipeline()
         if not broken:
-            names = ", ".join(printable(self._feed.entries[index].path) for index in in_flight[:3])
+            names = ", ".join(printable(self._manifest.images[index].path) for index in in_flight[:3])
             raise DataError(
                 f"DALI failed in step {self._step + 1} ({_last_line(error)}), near {names}; "
                 "use --loader pillow, or a smaller train.batch_size if memory ran out"
             ) from error
         for index in broken:
-            _log.warning("DALI cannot decode %s; Pillow decodes it", printable(self._feed.entries[index].path))
-        self._feed.by_pillow.update(broken)
+            log.warning("DALI cannot decode %s; Pillow decodes it", printable(self._manifest.images[index].path))
+        self._by_pillow.update(broken)
         return self._start_pipeline()
 
     def _decodes(self, index: int) -> bool:
-        entry = self._feed.entries[index]
-        if index in self._feed.by_pillow:
+        """Whether DALI decodes an image, or does not have to."""
+        if index in self._by_pillow:
             return True
         try:
-            encoded = self._feed.read(entry)
+            encoded = self._read_bytes(index)
         except UnusableImageError:
             return False
+        entry = self._manifest.images[index]
         whole = np.array([[0.0, 0.0]], np.float32), np.array([[entry.height, entry.width]], np.float32)
         probe = _build(lambda _: ([encoded], *whole), 1, self._config.image_size, self._device, threads=1, prefetch=1)
         try:
@@ -179,13 +194,20 @@ def _build(
     *,
     threads: int,
     prefetch: int,
-    largest: tuple[int, int] = (0, 0),
+    size_hint: tuple[int, int] = (0, 0),
     affine: bool = True,
 ) -> Pipeline:
-    """Encoded images and their windows → uint8 squares on the device.
+    """Build a pipeline: encoded images and their crop boxes → uint8 crops on the device.
 
-    On a GPU, memory for images of `largest` width and height is set aside, and with `affine` each decoding thread
-    keeps to one core.
+    Args:
+        source: callable, iteration → encoded images, and start and end of their boxes, float32 `[B, 2]` as (y, x).
+        batch_size: images per batch.
+        image_size: side of the crops, in pixels.
+        device: where images are decoded.
+        threads: decoding threads.
+        prefetch: batches kept ready.
+        size_hint: width and height for which a GPU's decoder preallocates memory.
+        affine: pin each thread to a core (GPU only).
     """
     on_gpu = device.type == "cuda"
     device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
@@ -199,20 +221,20 @@ def _build(
     with pipeline:
         encoded, start, end = fn.external_source(source=source, num_outputs=3, batch=True)
         if on_gpu:
-            # Without `jpeg_fancy_upsampling` the GPU repeats chroma samples where libjpeg interpolates.
+            # Without `jpeg_fancy_upsampling`, the GPU repeats chroma samples, where libjpeg interpolates them.
             decoded = fn.decoders.image(
                 encoded,
                 device="mixed",
                 output_type=types.RGB,
                 hw_decoder_load=HW_DECODER_LOAD,
                 jpeg_fancy_upsampling=True,
-                preallocate_width_hint=largest[0],
-                preallocate_height_hint=largest[1],
+                preallocate_width_hint=size_hint[0],
+                preallocate_height_hint=size_hint[1],
                 affine=affine,
             )
         else:
             decoded = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-        squares = fn.resize(
+        crops = fn.resize(
             decoded,
             size=[image_size, image_size],
             roi_start=start,
@@ -220,125 +242,18 @@ def _build(
             interp_type=types.INTERP_TRIANGULAR,
             antialias=True,
         )
-        pipeline.set_outputs(squares)
+        pipeline.set_outputs(crops)
     pipeline.build()
     return pipeline
 
 
-class _Feed:
-    """What a pipeline asks for: iteration → encoded images, window starts and window ends of one step."""
-
-    def __init__(
-        self, manifest: "Manifest", order: "Sampler", config: "DataConfig", replacements: "ImageReplacer", rank: int
-    ) -> None:
-        self.entries = manifest.images
-        self.order = order
-        self.by_pillow: set[int] = set()
-        """Images that DALI turned out not to decode, though they are plain."""
-        self.error: DataError | None = None
-        """Why there is nothing more to feed, if that is not the end of the run."""
-        self._replacements = replacements
-        self._folder = manifest.folder
-        self._image_size = config.image_size
-        self._ahead = config.prefetch
-        self._rank = rank
-        assert config.workers is not None
-        self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="read")
-        self._reading: deque[tuple[list[int], list[Future[_Sample]]]] = deque()
-        self._next_step = 0
-
-    def __call__(self, _iteration: int) -> "tuple[list[np.ndarray], np.ndarray, np.ndarray]":
-        self._read_ahead()
-        while self.error is None and self._reading:
-            step = self._next_step - len(self._reading)
-            samples = self._collect(step, *self._reading[0])
-            if samples is not None:
-                self._reading.popleft()
-                self._read_ahead()
-                encoded, start, end = zip(*samples, strict=True)
-                return list(encoded), np.array(start, dtype=np.float32), np.array(end, dtype=np.float32)
-            if self.error is None:
-                self.seek(step)
-                self._read_ahead()
-        raise StopIteration
-
-    def seek(self, step: int) -> None:
-        """Go on with `step`."""
-        for _, futures in self._reading:
-            for future in futures:
-                future.cancel()
-        self._reading.clear()
-        self._next_step = step
-
-    def close(self) -> None:
-        self._reading.clear()
-        self._pool.shutdown(cancel_futures=True)
-
-    def images(self, step: int, count: int) -> list[int]:
-        """The different images of `count` steps from `step` on."""
-        steps = range(step, min(step + count, self.order.steps))
-        return sorted({int(index) for each in steps for index in self._places(each)[0]})
-
-    def usual_size(self) -> tuple[int, int]:
-        """Width and height that 99 of 100 JPEGs keep within, and not more than `LARGEST_HINT`; 0 if there are none."""
-        sizes = [(entry.width, entry.height) for entry in self.entries if entry.format == "JPEG" and entry.plain]
-        if not sizes:
-            return 0, 0
-        width, height = np.minimum(np.quantile(sizes, 0.99, axis=0, method="higher"), LARGEST_HINT).astype(int)
-        return int(width), int(height)
-
-    def read(self, entry: Entry) -> np.ndarray:
-        """The bytes of an image's file, uint8 `[size]`."""
-        return np.frombuffer(read_image(self._path(entry), entry), np.uint8)
-
-    def _collect(self, step: int, indices: list[int], futures: "list[Future[_Sample]]") -> "list[_Sample] | None":
-        """The samples of `step`; None if an image failed, which is noted."""
-        samples: list[_Sample] = []
-        failed: list[tuple[int, str]] = []
-        for index, future in zip(indices, futures, strict=True):
-            try:
-                samples.append(future.result())
-            except UnusableImageError as error:
-                failed.append((index, str(error)))
-        if not failed:
-            return samples
-        try:
-            self._replacements.fail(step, failed)
-        except DataError as error:
-            self.error = error
-        return None
-
-    def _places(self, step: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Images, crops and flips of a step."""
-        samples = self.order.batch(step, self._rank)
-        return self._replacements.indices(step, samples.indices).tolist(), samples.crop, samples.flip
-
-    def _read_ahead(self) -> None:
-        while len(self._reading) < self._ahead and self._next_step < self.order.steps:
-            indices, crops, flips = self._places(self._next_step)
-            places = zip(indices, crops, flips, strict=True)
-            self._reading.append(
-                (indices, [self._pool.submit(self._sample, i, crop, bool(f)) for i, crop, f in places])
-            )
-            self._next_step += 1
-
-    def _sample(self, index: int, crop: np.ndarray, flip: bool) -> "_Sample":
-        entry = self.entries[index]
-        left, top, right, bottom = window = crop_box(entry.width, entry.height, self.order.fit, crop, self._image_size)
-        if entry.plain and index not in self.by_pillow:
-            # A window that runs from right to left is mirrored.
-            return self.read(entry), (top, right if flip else left), (bottom, left if flip else right)
-        size = self._image_size
-        square = read_crop(self._path(entry), entry, window, size, flip)
-        header = f"P6\n{size} {size}\n255\n".encode()
-        return np.frombuffer(header + square.tobytes(), np.uint8), (0.0, 0.0), (float(size), float(size))
-
-    def _path(self, entry: Entry) -> str:
-        return os.path.join(self._folder, entry.path)  # noqa: PTH118
-
-
-_Sample = tuple[np.ndarray, tuple[float, float], tuple[float, float]]
-"""Encoded image, and start and end of its window as (y, x)."""
+def _size_hint(entries: Sequence[ImageEntry]) -> tuple[int, int]:
+    """Return the 99 % quantiles of the JPEGs' widths and heights, up to `MAX_SIZE_HINT`; 0 without JPEGs."""
+    sizes = [(entry.width, entry.height) for entry in entries if entry.format == "JPEG" and entry.dali_safe]
+    if not sizes:
+        return 0, 0
+    width, height = np.minimum(np.quantile(sizes, 0.99, axis=0, method="higher"), MAX_SIZE_HINT).astype(int)
+    return int(width), int(height)
 
 
 def _last_line(error: RuntimeError) -> str:

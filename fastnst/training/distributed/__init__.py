@@ -1,1 +1,1 @@
-"""Several processes that share each step."""
+"""Data parallelism: several processes that share each step."""

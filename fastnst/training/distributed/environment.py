@@ -1,21 +1,27 @@
-"""How many processes share a run, as `torchrun` says in the environment; no torch needed to read it."""
+"""This process's place among those of a run, as `torchrun` sets it in the environment; imports no torch."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NewType
 
-from fastnst.config import Config
 from fastnst.errors import UserError
+
+if TYPE_CHECKING:
+    from fastnst.config import Config
+
+LocalConfig = NewType("LocalConfig", "Config")
+"""A configuration with one process's share: `train.batch_size` is per process, `data.workers` per process."""
 
 _ADVICE = "start several processes by: torchrun --nproc-per-node N -m fastnst train …"
 
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process among those that share a run."""
+    """Rank and world size of this process, over all machines and on this one."""
 
     rank: int = 0
-    """0 leads: it prints and writes."""
+    """Rank 0 prints and writes."""
     world_size: int = 1
     local_rank: int = 0
     """Counted on this machine; also the number of its GPU."""
@@ -45,11 +51,11 @@ class DistEnv:
         return DistEnv(rank, world_size, local_rank, local_world_size)
 
 
-def check_divisible(config: Config, dist_env: DistEnv) -> None:
-    """Refuse what several processes cannot share.
+def check_divisible(config: "Config", dist_env: DistEnv) -> None:
+    """Refuse a batch that does not divide evenly, and batch norm over several processes.
 
     Raises:
-        UserError: the batch does not divide evenly, or the norm's statistics are those of a whole batch.
+        UserError: naming the batch size, the number of processes and the fix.
     """
     batch_size, processes = config.train.batch_size, dist_env.world_size
     if batch_size % processes:
@@ -66,16 +72,16 @@ def check_divisible(config: Config, dist_env: DistEnv) -> None:
         )
 
 
-def local_config(config: Config, dist_env: DistEnv) -> Config:
-    """The configuration with this process's share of a batch, and of the machine's cores where nothing else is set."""
+def local_config(config: "Config", dist_env: DistEnv) -> LocalConfig:
+    """Return the configuration with this process's share of the batch and, unless set, of the workers."""
     train = config.train.model_copy(update={"batch_size": max(1, config.train.batch_size // dist_env.world_size)})
     data = config.data
     if data.workers is None and dist_env.local_world_size > 1:
-        from fastnst.data.loaders import MOST_WORKERS
+        from fastnst.data.loaders import MAX_WORKERS
 
         cores = len(os.sched_getaffinity(0)) // dist_env.local_world_size
-        data = data.model_copy(update={"workers": max(1, min(MOST_WORKERS, cores))})
-    return config.model_copy(update={"train": train, "data": data})
+        data = data.model_copy(update={"workers": max(1, min(MAX_WORKERS, cores))})
+    return LocalConfig(config.model_copy(update={"train": train, "data": data}))
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -1,19 +1,18 @@
 """The processes that share a run: `torchrun --nproc-per-node N -m fastnst train …`.
 
-Each process has a device of its own, reads its share of every batch, and holds the same weights as the others. What the
-gradients need is PyTorch's: DistributedDataParallel averages them over NCCL (on CPUs gloo) while the backward still
-runs. Whatever else has to be agreed on, once or twice a step, goes as a few numbers over a gloo group of CPU tensors,
-for which no GPU has to wait. Rank 0 leads: it alone prints, and writes into the run directory.
+Each process has its own device, reads its share of every batch, and holds the same weights as the others.
+DistributedDataParallel averages the gradients over NCCL (on CPUs over gloo) while the backward still runs. Everything
+else that ranks agree on, once or twice a step, is a few numbers in a gloo group of CPU tensors, for which no GPU waits.
+Only rank 0 writes and prints. A signal, bad image or NaN on any rank stops every rank.
 """
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,96 +23,85 @@ from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.progress import silenced
 from fastnst.training.distributed.environment import DistEnv
 from fastnst.training.distributed.heartbeat import SILENCE, Heartbeat
-from fastnst.training.run_dir.checkpoint import checkpoint_steps
 from fastnst.training.signals import StopRequest
 
-MEETING = timedelta(minutes=5)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """How long processes wait for one another at their start."""
-PATIENCE = timedelta(days=7)
-"""How long one waits while another works: checks a million images, say. That it is alive is what its heartbeat says."""
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""How long one waits while another works: checks a million images, say. Its heartbeat shows that it is alive."""
 BUCKET_MB = 1
-"""Gradients that travel together: with DistributedDataParallel's own 25, a whole net waits for its last gradient."""
+"""DistributedDataParallel's bucket; with its default of 25 a whole net waits for its last gradient."""
 
 
 class _EndedElsewhere(BaseException):
-    """Another process ended the run; nothing on the way out may take it for a failure of its own."""
+    """Another process ended the run; no handler may take it for a failure of this one."""
 
 
-class ProcessGroup(Protocol):
-    """The processes of a run, as one of them sees it. All of them make the same calls in the same order."""
+class ProcessGroup:
+    """The processes of a run, seen from one of them; of this class itself, a single process.
 
-    dist_env: DistEnv
+    All ranks make the same calls in the same order.
+    """
+
+    def __init__(self, dist_env: DistEnv) -> None:
+        self.dist_env = dist_env
 
     @property
     def is_rank_zero(self) -> bool:
         """Whether this process prints and writes."""
         return self.dist_env.rank == 0
 
-    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
-        """What to call in place of `net`, so that its gradients are the mean over all processes.
+    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int) -> nn.Module:  # noqa: ARG002
+        """Wrap `net` so that its gradients are averaged over all ranks; its parameters become those of rank 0.
 
         Args:
-            net: on `device`; its parameters become those of rank 0 everywhere.
-            device: this process's.
+            net: on `device`.
+            device: of this process.
             image_size: side of the images.
         """
-
-    def all_reduce_max(self, *values: int) -> list[int]:
-        """The largest of each value, over all processes."""
-
-    def all_gather_text(self, text: str) -> list[str]:
-        """What each process has to say, by rank; empty if none has."""
-
-    def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean of each value, over all processes; the same keys everywhere."""
-
-    def broadcast(self, content: bytes) -> bytes:
-        """What rank 0 gives."""
-
-    def local_rank_zero_first(self) -> contextlib.AbstractContextManager[None]:
-        """One process of each machine is through this block before the others enter it, and find what it cached."""
-
-    def exit_unless(self, rank: int = 0) -> None:
-        """Before raising what ends all processes at the same time: returns in `rank`, and never in the others."""
-
-
-class SingleProcess(ProcessGroup):
-    """One process, which agrees with itself."""
-
-    dist_env = DistEnv()
-
-    def data_parallel(self, net: nn.Module, *_: object) -> nn.Module:
         return net
 
     def all_reduce_max(self, *values: int) -> list[int]:
+        """Return the largest of each value over all ranks."""
         return list(values)
 
     def all_gather_text(self, text: str) -> list[str]:
+        """Return each rank's text; an empty list if all are empty."""
         return [text] if text else []
 
     def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the mean of each value over all ranks; all have the same keys."""
         return dict(values)
 
     def broadcast(self, content: bytes) -> bytes:
+        """Return rank 0's bytes."""
         return content
 
     def local_rank_zero_first(self) -> contextlib.AbstractContextManager[None]:
+        """Run this block in one process of each machine first, so that the others find its caches."""
         return contextlib.nullcontext()
 
-    def exit_unless(self, _rank: int = 0) -> None:
-        pass
+    def exit_unless(self, rank: int = 0) -> None:
+        """Call before raising an error on all ranks: returns on `rank` only, which raises it; ends the others."""
 
 
 class Distributed(ProcessGroup):
-    """One of several processes, brought together by the environment's store."""
+    """One of several processes, which meet at torchrun's rendezvous.
 
-    def __init__(self, dist_env: DistEnv, runs: Sequence[Path]) -> None:
-        self.dist_env = dist_env
-        self._runs = runs
+    Args:
+        dist_env: rank and world size.
+        resume_hint: returns what is saved and how to go on, for the message when another process is gone.
+    """
+
+    def __init__(self, dist_env: DistEnv, resume_hint: Callable[[], str]) -> None:
+        super().__init__(dist_env)
+        self._resume_hint = resume_hint
         try:
-            store, _, _ = next(dist.rendezvous("env://", dist_env.rank, dist_env.world_size, timeout=MEETING))
+            store, _, _ = next(
+                dist.rendezvous("env://", dist_env.rank, dist_env.world_size, timeout=RENDEZVOUS_TIMEOUT)
+            )
             dist.init_process_group(
-                "gloo", store=store, rank=dist_env.rank, world_size=dist_env.world_size, timeout=PATIENCE
+                "gloo", store=store, rank=dist_env.rank, world_size=dist_env.world_size, timeout=COLLECTIVE_TIMEOUT
             )
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -125,9 +113,8 @@ class Distributed(ProcessGroup):
             ) from error
         self._heartbeat: Heartbeat | None = None
         self._gradients: dist.ProcessGroup | None = None
-        self._on_gpu: dist.ProcessGroup | None = None
-        who = f"process {os.getpid()} on {os.uname().nodename}"
-        self._who = self._gather(who)
+        self._nccl: dist.ProcessGroup | None = None
+        self._names = self._gather(f"process {os.getpid()} on {os.uname().nodename}")
         self._heartbeat = Heartbeat(
             dist_env.rank,
             dist_env.world_size,
@@ -136,17 +123,17 @@ class Distributed(ProcessGroup):
             self._failure_message,
         )
 
-    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int, /) -> nn.Module:
-        # Apart from the group on which the processes agree, so that neither waits for the other.
+    def data_parallel(self, net: nn.Module, device: torch.device, image_size: int) -> nn.Module:
+        # Its own group, so that gradients and the numbers of the default group do not wait for each other.
         if self._gradients is None and device.type == "cuda":
-            self._gradients = self._on_gpu = dist.new_group(backend="nccl", timeout=PATIENCE, device_id=device)
+            self._gradients = self._nccl = dist.new_group(backend="nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
         elif self._gradients is None:
-            self._gradients = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._gradients = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         wrapped = DistributedDataParallel(
             net, process_group=self._gradients, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
         )
-        # After its first backward DDP orders the buckets anew, and with them the sums of three or more processes. Now
-        # rather than in the first step: a resumed run has to sum as the uninterrupted one does.
+        # DDP reorders its buckets after the first backward, and with them the sums over three or more processes. Do it
+        # before the first step: a resumed run must sum like the uninterrupted one.
         example = torch.zeros(1, 3, image_size, image_size, dtype=next(net.parameters()).dtype, device=device)
         wrapped(example).sum().backward()
         net.zero_grad(set_to_none=True)
@@ -192,27 +179,27 @@ class Distributed(ProcessGroup):
         raise _EndedElsewhere
 
     def finish(self) -> None:
-        """Wait for the others, at the end of a run that went well."""
+        """Wait for the others at the end of a successful run."""
         assert self._heartbeat is not None
         self._heartbeat.finish(self._check)
         dist.destroy_process_group()
 
     def end(self, error: BaseException, stop: StopRequest) -> BaseException:
-        """What to raise instead of `error`, with which this process's share has ended early."""
+        """Return what to raise in place of `error`, which ended this process."""
         assert self._heartbeat is not None
-        # The others are about to end, too, and torchrun will send signals to those that are a little slower.
+        # The others are about to end, too, and torchrun sends signals to the slower ones.
         stop.disregard()
-        # A broken connection is the way in which a process learns first that another is gone.
+        # A broken connection is often the first sign that another process is gone.
         is_broken_connection = isinstance(error, RuntimeError) and not isinstance(error, UserError)
         end = self._heartbeat.wait_for_end(3.0 if is_broken_connection else 0.0)
         if end is None:
             code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
             return error if self._heartbeat.announce(code) else SystemExit(self._code(code))
         self._heartbeat.leave()
-        if self._on_gpu is not None:
-            # Its GPU may be waiting for gradients that never come, and the process for its GPU.
+        if self._nccl is not None:
+            # The GPU may wait for gradients that never come, and this process for the GPU.
             with contextlib.suppress(RuntimeError):
-                self._on_gpu.abort()
+                self._nccl.abort()
         return DeviceError(end.message) if end.message else SystemExit(end.exit_code)
 
     def _code(self, own: int) -> int:
@@ -231,7 +218,7 @@ class Distributed(ProcessGroup):
         return [each.numpy().tobytes()[:size].decode() for each, size in zip(all_of_them, sizes.tolist(), strict=True)]
 
     def _wait(self, work: dist.Work | None) -> None:
-        """Until `work` is done, open to signals, and to the news that another process is gone."""
+        """Wait for `work`, while handling signals and noticing that another process is gone."""
         assert work is not None
         pause = 2e-5
         while not work.is_completed():
@@ -245,45 +232,37 @@ class Distributed(ProcessGroup):
             raise _EndedElsewhere
 
     def _failure_message(self, rank: int) -> tuple[str, int]:
-        try:
-            step = min(max(checkpoint_steps(run), default=0) for run in self._runs)
-        except (OSError, DataError):
-            step = 0
-        kept = (
-            f"step {step} is the last that is saved; go on by the same torchrun command with --resume"
-            if step
-            else "no step is saved; then start again"
-        )
         return (
-            f"rank {rank} of {self.dist_env.world_size} ({self._who[rank]}) ended without a word or has not been heard "
-            f"of for {SILENCE.seconds // 60} minutes: killed, perhaps for lack of memory. Training stopped; {kept}",
+            f"rank {rank} of {self.dist_env.world_size} ({self._names[rank]}) ended without a word or has not been "
+            f"heard of for {SILENCE.seconds // 60} minutes: killed, perhaps for lack of memory. Training stopped; "
+            f"{self._resume_hint()}",
             DeviceError.exit_code,
         )
 
 
 @contextlib.contextmanager
-def open_process_group(dist_env: DistEnv, runs: Sequence[Path], stop: StopRequest) -> Iterator[ProcessGroup]:
-    """The processes of a run; where one of them fails, all end.
+def open_process_group(dist_env: DistEnv, stop: StopRequest, resume_hint: Callable[[], str]) -> Iterator[ProcessGroup]:
+    """Join the processes of a run; if one of them fails, all end.
 
-    An error is raised in the process that met it first. Where it ended the run of another one, that one raises
-    SystemExit with the same exit code: the user hears of it once.
+    The first process that fails raises its error. The others raise SystemExit with the same exit code, so that the user
+    sees the message once.
 
     Args:
-        dist_env: how many they are.
-        runs: the run directories that they share; what is saved there is told when one of them is gone.
+        dist_env: rank and world size.
         stop: signals that this process has received.
+        resume_hint: returns what is saved and how to go on, for the message when another process is gone.
 
     Raises:
         UserError: the processes do not find one another.
         DeviceError: another process was killed.
     """
     if dist_env.world_size == 1:
-        yield SingleProcess()
+        yield ProcessGroup(dist_env)
         return
     with contextlib.ExitStack() as quiet:
         if dist_env.rank:
             quiet.enter_context(silenced())
-        group = Distributed(dist_env, runs)
+        group = Distributed(dist_env, resume_hint)
         try:
             yield group
             group.finish()
@@ -295,7 +274,7 @@ def open_process_group(dist_env: DistEnv, runs: Sequence[Path], stop: StopReques
 
 
 def choose_device(name: str, dist_env: DistEnv) -> None:
-    """Make this process's GPU the current one, if it is to use one.
+    """Make this process's GPU the current one, if it uses one.
 
     Raises:
         DeviceError: fewer GPUs than processes, or a PyTorch without NCCL.
@@ -315,19 +294,19 @@ def choose_device(name: str, dist_env: DistEnv) -> None:
     torch.cuda.set_device(dist_env.local_rank)
 
 
-def check_equal(group: ProcessGroup, what: Mapping[str, Any]) -> None:
-    """Refuse processes that were given different things: options by the environment, folders on other machines.
+def check_equal(group: ProcessGroup, values: Mapping[str, Any]) -> None:
+    """Refuse ranks with different values: environment variables or folders may differ between machines.
 
     Args:
-        group: all of them call this.
-        what: configuration, fingerprints, …: JSON values by name, or dictionaries of them.
+        group: all its ranks call this.
+        values: configuration, fingerprints, …: JSON values by name, or dictionaries of them.
 
     Raises:
-        DataError: naming the first that differs, and both values.
+        DataError: naming the first key that differs, and both values.
     """
-    said = [json.loads(text) for text in group.all_gather_text(json.dumps(_flat(what)))]
-    for rank, other in enumerate(said):
-        for key, value in said[0].items():
+    gathered = [json.loads(text) for text in group.all_gather_text(json.dumps(_flat(values)))]
+    for rank, other in enumerate(gathered):
+        for key, value in gathered[0].items():
             if other.get(key) != value:
                 group.exit_unless()
                 raise DataError(

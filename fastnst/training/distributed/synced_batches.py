@@ -1,9 +1,9 @@
-"""Images that fail on one of several processes fail on all, from the same step on.
+"""An image that fails on one rank fails on all ranks, from the same step on.
 
-So each step's batch, all shares together, holds what one process alone would have read: which image stands in for
-another depends on all that failed by that step, wherever it was found. Before a step each process says whether it has
-found something, in one number; only if one has, more is exchanged, and what was read ahead with an image that has
-failed by now is read again.
+Thus each step's batch, over all ranks, holds the images that one process alone would have read: the replacement of an
+image depends on all failures up to that step, on whatever rank. Before each step the ranks reduce one number, whether
+any has found a failure. Only then do they exchange the failures, and read again what was read ahead with a failed
+image.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastnst.data.loaders import Loader
 from fastnst.data.manifest import Manifest
-from fastnst.data.replacements import ImageReplacer, ReadFailure, late_row, parse_failures
+from fastnst.data.replacements import ImageReplacer, ReadFailure, failure_row, parse_failures
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.training.distributed.process_group import ProcessGroup
@@ -24,14 +24,14 @@ from fastnst.training.run_dir.layout import REJECTED_NAME
 
 
 class SyncedFailures:
-    """What has failed since the check, the same on all processes once a step's `SyncedBatches` is through with it.
+    """Image failures since the check; the same on all ranks after each step of `SyncedBatches`.
 
     Args:
-        manifest: the same everywhere.
-        group: all processes make one, with equal arguments.
+        manifest: the same on all ranks.
+        group: all its ranks make one of these, with equal arguments.
         max_percent: see `ImageReplacer`.
-        earlier: failures that the run knows already.
-        note: told of each new failure, in rank 0 alone.
+        earlier: failures that are known already.
+        note: called with each new failure, on rank 0 only.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class SyncedFailures:
             manifest, max_percent=max_percent, earlier=earlier, on_failure=note if alone else self._found.append
         )
 
-    def ask(self, error: DataError | None) -> list[dict[str, Any]]:
-        """What the processes, by rank, have found; empty if none has. All call this at the same step.
+    def gather(self, error: DataError | None) -> list[dict[str, Any]]:
+        """Return what each rank has found; empty if none has. All call this at the same step.
 
         Args:
-            error: why this process's loader cannot go on.
+            error: why this rank's loader cannot go on.
         """
         paths = {failure.entry.path for failure in self._found}
         index_of = {}
@@ -64,14 +64,14 @@ class SyncedFailures:
         text = json.dumps({"failures": found, "error": str(error or "")}) if found or error else ""
         return [json.loads(each or '{"failures": [], "error": ""}') for each in self._group.all_gather_text(text)]
 
-    def take(self, said: list[dict[str, Any]], error: DataError | None) -> None:
-        """Heed what `ask` has given.
+    def apply(self, gathered: list[dict[str, Any]], error: DataError | None) -> None:
+        """Record the failures that `gather` returned.
 
         Raises:
             DataError: too much has failed, or `error`.
         """
-        # By step, as one process would have found them; of an image found twice, the earlier step counts.
-        everything = sorted((step, index, reason) for each in said for step, index, reason in each["failures"])
+        # By step, as one process would have found them; for an image found twice, the earlier step counts.
+        everything = sorted((step, index, reason) for each in gathered for step, index, reason in each["failures"])
         seen: set[int] = set()
         too_many: DataError | None = None
         for step, index, reason in everything:
@@ -85,11 +85,11 @@ class SyncedFailures:
             except DataError as failure:
                 too_many = failure
         self._found.clear()
-        # All know of the same failures now, so all raise, or the one whose loader has a reason of its own.
+        # All ranks know the same failures now, so all end here; so they do if one rank's loader failed.
         if too_many is not None:
             self._group.exit_unless()
             raise too_many
-        broken = [rank for rank, each in enumerate(said) if each["error"]]
+        broken = [rank for rank, each in enumerate(gathered) if each["error"]]
         if broken:
             self._group.exit_unless(broken[0])
             assert error is not None
@@ -97,28 +97,28 @@ class SyncedFailures:
 
 
 def broadcast_failures(failures: list[ReadFailure], group: ProcessGroup) -> list[ReadFailure]:
-    """Rank 0's list of failures, in all processes."""
+    """Return rank 0's list of failures on all ranks."""
     if group.dist_env.world_size == 1:
         return failures
-    return parse_failures(group.broadcast("".join(map(late_row, failures)).encode()), Path(REJECTED_NAME))
+    return parse_failures(group.broadcast("".join(map(failure_row, failures)).encode()), Path(REJECTED_NAME))
 
 
 class SyncedBatches:
-    """The batches of this process, as `loader` yields them, with replacements that are the same on all processes.
+    """Iterates over this rank's batches, with replacements that are the same on all ranks.
 
     Args:
         loader: made with `failures.replacements`.
-        order: its order.
-        rank: its rank.
-        failures: shared by all processes.
+        sampler: of the loader.
+        rank: of the loader.
+        failures: shared by all ranks.
         start_step: the first step, from 0.
         read_ahead: steps that the loader may have begun to read.
     """
 
     def __init__(
-        self, loader: Loader, order: Sampler, rank: int, failures: SyncedFailures, *, start_step: int, read_ahead: int
+        self, loader: Loader, sampler: Sampler, rank: int, failures: SyncedFailures, *, start_step: int, read_ahead: int
     ) -> None:
-        self._loader, self._order, self._rank, self._failures = loader, order, rank, failures
+        self._loader, self._sampler, self._rank, self._failures = loader, sampler, rank, failures
         self._batches = iter(loader)
         self._step, self._read_ahead = start_step, read_ahead
 
@@ -134,21 +134,21 @@ class SyncedBatches:
                     batch = next(self._batches)
                 except DataError as failure:
                     error = failure
-            said = self._failures.ask(error)
-            if not said:
+            gathered = self._failures.gather(error)
+            if not gathered:
                 assert batch is not None
                 self._step += 1
                 return batch
             planned = self._planned()
-            self._failures.take(said, error)
+            self._failures.apply(gathered, error)
             if self._planned() != planned:
                 self._loader.seek(self._step)
                 batch = None
 
     def _planned(self) -> list[list[int]]:
-        """The images of this step and of those that may be read already."""
-        steps = range(self._step, min(self._step + self._read_ahead + 1, self._order.steps))
+        """Return the images of this step and of those that may be read already."""
+        steps = range(self._step, min(self._step + self._read_ahead + 1, self._sampler.steps))
         return [self._images(step).tolist() for step in steps]
 
     def _images(self, step: int) -> np.ndarray:
-        return self._failures.replacements.indices(step, self._order.batch(step, self._rank).indices)
+        return self._failures.replacements.replace(step, self._sampler.batch(step, self._rank).indices)

@@ -1,1 +1,1 @@
-"""How much memory a run needs, has, and what would fit."""
+"""Memory: what a run needs, what is available, and what would fit."""

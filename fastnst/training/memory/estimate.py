@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: memory of one training step and disk of its run directory."""
+"""Estimate the memory of a training step and the disk space of a run, before it starts."""
 
 from dataclasses import dataclass
 
@@ -9,25 +9,25 @@ from torch.func import functional_call
 
 from fastnst.config import Config
 from fastnst.device import DTYPES
-from fastnst.losses.fused import LossEngine
+from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.losses.perceptual import PerceptualLoss
 from fastnst.models.transform_net import OutputMapping, TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 
 _ADAM_TENSORS = 2
-SMALLEST_STYLE = 32  # the size does not matter for a Gram's, and any layer is reached
+SMALLEST_STYLE = 32  # pixels; a Gram matrix does not depend on the size, and every layer accepts this one
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, counted on tensors without storage; allocator overhead and convolution workspaces come on top."""
+    """Bytes, without the allocator's overhead and the convolutions' workspaces."""
 
     weights: int
-    """All networks, φ once more where it runs in another type than its weights', the gradients and Adam's moments."""
+    """Both networks, a copy of φ in the run's 16-bit type, gradients and Adam's moments."""
     activations: int
-    """What is kept between forward and backward of one batch: by autograd, and by the engine for the loss network."""
+    """Tensors of one batch saved for backward, by autograd and by the fused loss."""
     disk: int
-    """Checkpoints at their most numerous and the style model; the log comes on top."""
+    """The most checkpoints at one time, and the style model; the log is not included."""
 
     @property
     def memory(self) -> int:
@@ -35,12 +35,12 @@ class Estimate:
 
 
 def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
-    """Count the bytes of a run's tensors without allocating them.
+    """Count the bytes of a run's tensors with fake tensors, which have no storage.
 
     Args:
-        config: architecture, loss layers, batch and image size, precision (resolved: not `auto`), engine.
-        device_type: `cuda` or `cpu`, whose autocast rules apply.
-        styles: how many networks are trained together, one after the other in each step.
+        config: with the resolved precision (not `auto`).
+        device_type: `cuda` or `cpu`, for autocast's rules.
+        styles: number of transform nets trained together, one after the other in each step.
     """
     net = TransformNet(config.model.architecture, config.model.norm)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -57,7 +57,7 @@ def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
         return tensor
 
     mode = FakeTensorMode()
-    fake_net, fake_loss = _faked(net, mode), _faked(loss_pass, mode)
+    fake_net, fake_loss = _fake_tensors(net, mode), _fake_tensors(loss_pass, mode)
     fixed = {tensor.untyped_storage()._cdata for tensor in [*fake_net.values(), *fake_loss.values()]}
     side = config.data.image_size
     with (
@@ -67,14 +67,14 @@ def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
     ):
         shape = (config.train.batch_size, side, side, 3)
         batch = torch.empty(shape, dtype=torch.uint8 if fused else torch.float32).permute(0, 3, 1, 2)
-        made = functional_call(net, fake_net, (batch,), {"raw": fused})
+        made = functional_call(net, fake_net, (batch,), {"pre_activation": fused})
         painted = {"painted": net.output_mapping(made.shape[2:], batch.shape[2:])} if fused else {}
         of_loss = functional_call(loss_pass, fake_loss, (made, batch), painted)
     if fused:
         for tensor in of_loss:
             keep(tensor)
     activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in fixed)
-    del of_loss  # until here, so that no storage's address is used twice
+    del of_loss  # not earlier: freed storages' addresses, the keys of `saved`, are reused
     trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, vgg))
     cast = frozen // 4 * dtype.itemsize if fused and dtype != torch.float32 else 0
     trained *= styles
@@ -82,27 +82,27 @@ def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
     return Estimate(
         weights=frozen + cast + trained * (2 + _ADAM_TENSORS),
         activations=activations,
-        # While one is written, the one that it replaces is still there.
+        # The oldest checkpoint is removed after the new one is written.
         disk=per_checkpoint * (config.train.keep_checkpoints + 1) + trained,
     )
 
 
 class _FusedPass(nn.Module):
-    """The fused loss network's forward; a module, so that its weights can be replaced by fake ones."""
+    """The fused loss's forward as a module, so that `functional_call` can replace its weights."""
 
     def __init__(self, loss: PerceptualLoss, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.loss, self.dtype = loss, dtype
 
     def forward(self, raw: Tensor, content: Tensor, painted: OutputMapping) -> list[Tensor]:
-        """All that is alive when the backward begins."""
-        engine = LossEngine(self.loss, self.dtype)
+        """Return all tensors alive when the backward begins."""
+        engine = FusedPerceptualLoss(self.loss, self.dtype)
         targets = engine.content_targets(content)
         u, _ = engine.preprocess(raw, painted)
         kept = [x for stage in engine.forward(u) for x in (*stage.outputs().values(), stage.switches)]
         return [x for x in (raw, *targets.values(), *kept) if x is not None]
 
 
-def _faked(module: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
+def _fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
     named = [*module.named_parameters(), *module.named_buffers()]
     return {name: mode.from_tensor(tensor) for name, tensor in named}

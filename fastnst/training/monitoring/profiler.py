@@ -1,8 +1,8 @@
-"""`fastnst train --profile N`: a trace of N training steps that Perfetto and TensorBoard open."""
+"""`fastnst train --profile N`: trace N training steps for Perfetto or TensorBoard."""
 
 import contextlib
+import logging
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity
 from fastnst.errors import UserError
 from fastnst.storage import make_folder, storage_error
 
+log = logging.getLogger(__name__)
+
 FOLDER_NAME = "profile"
 WAIT_STEPS, WARM_UP_STEPS = 10, 3
 
@@ -21,47 +23,35 @@ _annotating = False
 
 
 def record_span(name: str) -> AbstractContextManager[Any]:
-    """Names a part of the step in the trace; nothing at all in a run without a profile.
+    """Name a part of the step in the trace; does nothing in a run without a profile.
 
-    On a GPU it spans what the host does there, and the kernels launched from it. What a CUDA graph replays was launched
-    when the graph was captured, so that it shows as one piece.
+    On a GPU the span covers the host's work and the kernels launched from it. A replayed CUDA graph shows as one piece.
     """
     return torch.profiler.record_function(name) if _annotating else contextlib.nullcontext()
 
 
 def check_steps(steps: int | None) -> None:
-    """UserError, unless None or so many steps can be traced."""
+    """Raise UserError unless `steps` is None or at least 1."""
     if steps is not None and steps < 1:
         raise UserError(f"a profile of {steps} steps was asked for; give --profile 1 or more")
 
 
 class StepProfile:
-    """Traces some steps of a run; a context manager around its steps, told of each by `step`.
+    """Traces some steps of a run; a context manager around the training loop, which calls `step` after each step.
 
-    The first steps are left out, in which algorithms are chosen and memory is found, and the next few run under a
-    profiler whose record is thrown away, because its own start takes time. A run that is too short for that loses the
-    wait first and the warm-up then; one of fewer steps than asked for is traced whole.
+    The first 10 steps are left out, since they choose algorithms and allocate memory; the next 3 warm the profiler up.
+    A short run shortens the wait first, then the warm-up; one with fewer steps than `steps` is traced whole.
 
     Args:
         out: the run directory; the trace goes to `out/profile/steps_FIRST_to_LAST.pt.trace.json.gz`, the name that
             TensorBoard's plugin (torch-tb-profiler) looks for.
-        steps: how many to trace, at least one; None: none.
-        done: steps of the run that are made already.
+        steps: how many to trace, at least 1; None: none.
+        done: steps that an earlier process made.
         last: number of the last step.
         device: where training runs.
-        notify: told where the trace is, or why there is none, when the steps end.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        steps: int | None,
-        *,
-        done: int,
-        last: int,
-        device: torch.device,
-        notify: Callable[[str], None],
-    ) -> None:
+    def __init__(self, out: Path, steps: int | None, *, done: int, last: int, device: torch.device) -> None:
         self._profiler: torch.profiler.profile | None = None
         self._message = ""
         if steps is None:
@@ -71,11 +61,11 @@ class StepProfile:
         active = min(steps, left)
         warm_up = min(WARM_UP_STEPS, left - active)
         wait = min(WAIT_STEPS, left - active - warm_up)
-        self._out, self._notify, self._asked = out, notify, steps
+        self._out, self._asked = out, steps
         self._before = done + wait + warm_up
         self._made = done
         self._message = (
-            f"profile: no trace, since the run ended at or before step {self._before}, behind which it would have begun"
+            f"profile: no trace, since the run ended at or before step {self._before}, after which it would have begun"
         )
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
@@ -95,7 +85,7 @@ class StepProfile:
         return self
 
     def step(self) -> None:
-        """A training step has ended."""
+        """Tell the profiler that a training step has ended."""
         if self._profiler is not None:
             self._made += 1
             self._profiler.step()
@@ -107,13 +97,13 @@ class StepProfile:
         if self._profiler is not None:
             _annotating = False
             self._profiler.__exit__(kind, error, trace)
-            self._notify(self._message)
+            log.info("%s", self._message)
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         if self._made == self._before:
-            return  # the run ended in the first traced step, of which nothing is whole
+            return  # the run ended in the first traced step, which is incomplete
         path = self._out / FOLDER_NAME / f"steps_{self._before + 1}_to_{self._made}.pt.trace.json.gz"
-        # It is written under another name first. A trace that cannot be written costs no training.
+        # Written under another name first; a failure to write does not end training.
         partial = path.with_name(f".{path.name}")
         try:
             make_folder(path.parent)

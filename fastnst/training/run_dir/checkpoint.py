@@ -1,27 +1,26 @@
-"""Checkpoints that are whole or not there.
+"""Save and load checkpoints atomically.
 
     checkpoints/step_00001000/
-        state.safetensors   all tensors: weights, optimiser, random generators
+        state.safetensors   all tensors: weights, optimizer, random generators
         state.json          everything else
         manifest.json       sizes and SHA-256 of both, written last
 
-A checkpoint is built in a hidden folder beside its place, made durable, and renamed; then its name is made durable,
-and only then older ones go. So whatever ends the process, or the machine, the newest complete checkpoint stays usable,
-and a folder named `step_…` was complete when it got its name.
+A checkpoint is written to a hidden folder, fsynced and renamed; the rename is fsynced before older checkpoints are
+removed. So the newest complete checkpoint survives a kill or power cut at any moment, and every folder named `step_…`
+was complete when it got that name.
 
-The manifest accounts for every byte: sizes and hashes for those of the other files, and its own form, which is the only
-one that it may have.
+Every byte is checked on load: the two state files by size and hash, the manifest by its only valid serialization.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,24 +30,26 @@ from torch import Tensor
 
 from fastnst.errors import DataError
 from fastnst.images import printable
-from fastnst.models.vetting import check_safetensors_start
+from fastnst.models.file_checks import check_safetensors_start
 from fastnst.storage import make_folder, storage_error, sync_folder, write_atomic
+
+log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
 LARGEST_MANIFEST = 1 << 16
-"""Bytes; one that is written here has some 400."""
+"""Bytes; real ones have about 400."""
 LARGEST_FILE = 1 << 28
-"""Bytes; weights and optimiser of the transform net have some 20 million."""
+"""Bytes; the transform net's weights and Adam's moments have about 20 million."""
 
 
 class CheckpointMissing(DataError):
-    """There is no checkpoint, or a file of it is not there."""
+    """The checkpoint or one of its files is missing."""
 
 
 class CheckpointDamaged(DataError):
-    """A checkpoint's file is there, and is not what was written, or cannot be read."""
+    """A checkpoint's file cannot be read or differs from what was written."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,20 @@ class Checkpoint:
 
 
 def save_checkpoint(run: Path, step: int, *, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write `checkpoints/step_XXXXXXXX/` of a run, then remove old ones.
-
-    One process at a time may save into a run (`storage.lock_run`).
+    """Write `checkpoints/step_XXXXXXXX/` and remove old checkpoints; the caller owns the run (`storage.lock_run`).
 
     Args:
         run: the run directory.
-        step: steps done; a checkpoint of the same step is replaced.
-        tensors: by dotted name, of any device and memory format; every bit comes back from `load_checkpoint`.
-        state: whatever else is to come back; JSON values.
-        keep: how many checkpoints up to this step stay, this one included. Later ones are not touched.
+        step: steps done; an existing checkpoint of this step is replaced.
+        tensors: by dotted name, on any device, in any memory format; restored bit for bit.
+        state: JSON values.
+        keep: how many checkpoints up to this step remain, including this one. Later ones are not touched.
 
     Returns:
-        The folder written.
+        The new folder.
 
     Raises:
-        StorageError: the storage refuses; the checkpoints that were there still are.
+        StorageError: writing failed; existing checkpoints are intact.
     """
     assert keep >= 1
     folder = run / FOLDER
@@ -93,43 +92,36 @@ def save_checkpoint(run: Path, step: int, *, tensors: dict[str, Tensor], state: 
     try:
         make_folder(folder)
         sync_folder(run)
-        _tidy(folder)
+        _remove_leftovers(folder)
         part.mkdir()
         for name, data in contents.items():
             write_atomic(part / name, data)
-        _put_in_place(part, path)
+        _rename_into_place(part, path)
         sync_folder(folder)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(_replaced(path), ignore_errors=True)
+    shutil.rmtree(_aside(path), ignore_errors=True)
     remove_old_checkpoints(run, step, keep=keep)
     return path
 
 
 def remove_old_checkpoints(run: Path, step: int, *, keep: int) -> None:
-    """What a save ends with; a process that was killed in one leaves it to the next owner of the run.
-
-    Args:
-        run: the run directory.
-        step: of a valid checkpoint.
-        keep: how many checkpoints up to this step stay. Later ones are not touched.
-    """
-    # What cannot be removed takes up space, which is no reason to end a run.
+    """Remove leftovers and all but the newest `keep` checkpoints up to `step`; failures to remove are ignored."""
     with contextlib.suppress(OSError):
-        _tidy(run / FOLDER)
-        for old in [old for old_step, old in _by_step(run / FOLDER) if old_step <= step][:-keep]:
+        _remove_leftovers(run / FOLDER)
+        for old in [old for old_step, old in _list_checkpoints(run / FOLDER) if old_step <= step][:-keep]:
             with contextlib.suppress(OSError):
-                _discard(old)
+                _delete(old)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and check one checkpoint.
+    """Read and verify one checkpoint.
 
     Raises:
-        CheckpointMissing: the folder, its manifest, or a file is not there.
-        CheckpointDamaged: a file cannot be read, or its size, SHA-256 or content is not as written.
+        CheckpointMissing: the folder or one of its files is missing.
+        CheckpointDamaged: a file cannot be read, or its size, SHA-256 or content is wrong.
     """
     try:
         is_there = path.is_dir()
@@ -140,7 +132,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     step, files = _read_manifest(path)
     contents: dict[str, bytes] = {}
     for name, (size, sha256) in files.items():
-        # Not one byte more than was written, and than anyone writes: whoever exchanged a file may have larger ones.
+        # A manifest from elsewhere may claim any size.
         if size > LARGEST_FILE:
             raise CheckpointDamaged(f"{path / name} is damaged: {size} bytes, a checkpoint has {LARGEST_FILE} at most")
         data = contents[name] = _read(path / name, at_most=size)
@@ -151,55 +143,51 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         check_safetensors_start(contents[TENSORS], len(contents[TENSORS]))
         tensors = safetensors.torch.load(contents[TENSORS])
-    except Exception as error:  # The bytes are as written, by whoever wrote them; the reader raises nearly anything.
+    except Exception as error:  # the hash matches, but the reader raises nearly anything on foreign bytes
         raise CheckpointDamaged(f"{path / TENSORS} is damaged: not a safetensors file ({error})") from error
     return Checkpoint(path, step, tensors, _parse_json(path / STATE, contents[STATE]))
 
 
-def latest_checkpoint(run: Path, notify: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint of a run; None if there is none.
+def latest_checkpoint(run: Path) -> Checkpoint | None:
+    """Load a run's newest valid checkpoint, or None; log each damaged newer one.
 
-    Like saving, this is for the run's owner (`storage.lock_run`): what a killed process moved aside is put back.
-
-    Args:
-        run: the run directory.
-        notify: told of each newer one that is passed over: which file, and what is wrong with it.
+    The caller owns the run (`storage.lock_run`): a checkpoint that a killed process moved aside gets its name back.
 
     Raises:
-        DataError: the folder of checkpoints cannot be read.
+        DataError: the checkpoints folder cannot be read.
     """
     folder = run / FOLDER
-    _put_back(folder)
+    _restore_moved_aside(folder)
     candidates = [folder / f"step_{step:08d}" for step in checkpoint_steps(run)]
     for path in reversed(candidates):
         try:
             return load_checkpoint(path)
         except DataError as error:
-            notify(f"checkpoint passed over: {error}")
+            log.warning("checkpoint passed over: %s", error)
     return None
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """Steps of which a run has a checkpoint, valid or not, in ascending order.
+    """List the steps of a run's checkpoints, valid or not, in ascending order.
 
     Raises:
-        DataError: the folder of checkpoints cannot be read.
+        DataError: the checkpoints folder cannot be read.
     """
     folder = run / FOLDER
     try:
-        return [step for step, _ in _by_step(folder)] if folder.is_dir() else []
+        return [step for step, _ in _list_checkpoints(folder)] if folder.is_dir() else []
     except OSError as error:
         raise DataError(f"cannot read {printable(folder)}: {error.strerror}; check its permissions") from error
 
 
-def _by_step(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in `folder`, oldest first; whatever else lies there is not ours."""
+def _list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """List the checkpoints in `folder`, oldest first, ignoring other files."""
     found = ((re.fullmatch(r"step_(\d{8,})", path.name), path) for path in folder.iterdir())
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
 def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
-    """Step, and size and SHA-256 of each file."""
+    """Return the step, and size and SHA-256 of each file."""
     manifest = path / MANIFEST
     data = _read(manifest, at_most=LARGEST_MANIFEST)
     value = _parse_json(manifest, data)
@@ -212,7 +200,7 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
             pass
         case _:
             raise CheckpointDamaged(f"{manifest} is damaged: it lacks format, step or files")
-    # Exactly these names: a manifest must not make anyone read elsewhere.
+    # A manifest must not make the program read other files.
     if set(files) != {TENSORS, STATE}:
         raise CheckpointDamaged(f"{manifest} names {sorted(files)}, a checkpoint has {[STATE, TENSORS]}")
     if path.name != f"step_{step:08d}":
@@ -224,7 +212,7 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
                 checks[name] = (size, sha256)
             case _:
                 raise CheckpointDamaged(f"{manifest} is damaged: no size and SHA-256 of {name}")
-    # Sizes, hashes and the step are held against something else; this leaves no other byte that could change.
+    # No hash covers the manifest itself: any byte that differs from its one serialization is damage.
     entries = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in checks.items()}
     if data != _json_bytes({"format": FORMAT, "step": step, "files": entries}):
         raise CheckpointDamaged(f"{manifest} is damaged: it is not as it was written")
@@ -261,20 +249,20 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _put_in_place(part: Path, path: Path) -> None:
-    """Give the finished checkpoint its name; what has that name now steps aside until the new one is durable."""
+def _rename_into_place(part: Path, path: Path) -> None:
+    """Rename `part` to `path`; an existing checkpoint is moved aside until the new name is durable."""
     if path.exists():
-        path.rename(_replaced(path))
+        path.rename(_aside(path))
     part.rename(path)
 
 
-def _replaced(path: Path) -> Path:
+def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
-def _put_back(folder: Path) -> None:
-    """Give back its name to what stepped aside for a checkpoint that never came."""
-    # Where the storage refuses, the checkpoints that have their names still serve.
+def _restore_moved_aside(folder: Path) -> None:
+    """Rename checkpoints back that were moved aside for one that was never finished."""
+    # If renaming fails, the other checkpoints are still usable.
     with contextlib.suppress(OSError):
         for replaced in folder.glob(".step_*.replaced"):
             path = folder / replaced.name.removeprefix(".").removesuffix(".replaced")
@@ -284,15 +272,15 @@ def _put_back(folder: Path) -> None:
                 replaced.rename(path)
 
 
-def _discard(path: Path) -> None:
-    """Remove a checkpoint; its name goes first, so that half of it is never taken for a whole one."""
-    grave = path.with_name(f".{path.name}.old.part")
-    path.rename(grave)
-    shutil.rmtree(grave, ignore_errors=True)
+def _delete(path: Path) -> None:
+    """Rename a checkpoint, so that no part of it can be mistaken for a whole one, then remove it."""
+    renamed = path.with_name(f".{path.name}.old.part")
+    path.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def _tidy(folder: Path) -> None:
-    """What a process that was killed left behind."""
-    _put_back(folder)
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left."""
+    _restore_moved_aside(folder)
     for path in folder.glob(".step_*.part"):
         shutil.rmtree(path, ignore_errors=True)

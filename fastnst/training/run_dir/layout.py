@@ -1,9 +1,9 @@
-"""What a run directory holds, when one may be used, and what must be equal to go on with one."""
+"""File names of a run directory, and which configuration may resume in it."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastnst.config import Config, Section, VisualizeConfig, load_config
+from fastnst.config import SECTIONS, Config, load_config
 from fastnst.config_text import toml_value
 from fastnst.errors import DataError, UserError
 from fastnst.storage import LOCK_NAME, is_leftover, storage_error
@@ -11,9 +11,7 @@ from fastnst.storage import LOCK_NAME, is_leftover, storage_error
 CONFIG_NAME = "config.toml"
 REJECTED_NAME = "rejected.jsonl"
 
-# Keys that change how a run is fed, watched or how long it is, never the weights at a given step. A captured step is
-# replayed with the kernels and the numbers of one that is launched: `train.capture` decides what the processor does.
-FREE_KEYS = frozenset(
+CHANGEABLE_KEYS = frozenset(
     {
         "train.steps",
         "train.epochs",
@@ -27,37 +25,38 @@ FREE_KEYS = frozenset(
         "data.workers",
         "data.prefetch",
         "data.max_failed_percent",
-        *(f"visualize.{key}" for key in VisualizeConfig.model_fields),
     }
 )
+"""Keys that, like all of `visualize`, never affect the weights at a given step: a resumed run may change them.
+
+`train.capture` is one: a captured step runs the same kernels on the same numbers as a launched one."""
+
+ARCHITECTURE_KEYS = ("model.architecture", "model.norm")
+"""Keys whose change makes trained weights unusable."""
 
 
-# Keys whose change makes another network: trained weights do not fit, or mean something else.
-FIXED_KEYS = frozenset({"model.architecture", "model.norm"})
-
-
-def prepare_run(out: Path, config: Config, *, resume: bool, allow_changes: bool = False) -> list[str]:
-    """Check that `out` may hold this run; makes nothing.
+def validate_run_dir(out: Path, config: Config, *, resume: bool, allow_changes: bool = False) -> list[str]:
+    """Check that a run with `config` may start, or resume, in `out`; writes nothing.
 
     Args:
         out: the run directory.
-        config: what the run is to be from now on.
-        resume: go on with the run that `out` holds.
-        allow_changes: go on with another configuration too.
+        config: the new configuration.
+        resume: continue the run in `out`.
+        allow_changes: accept a configuration that differs from the saved one.
 
     Returns:
-        What differs from the run's saved configuration, as `config_differences` says it.
+        What differs from the saved configuration; see `config_differences`.
 
     Raises:
-        UserError: a new run into a directory that holds something, or a resumed one that differs.
-        DataError: `out` cannot be looked into, or its weights are those of another network.
+        UserError: a new run, and `out` is not empty; or a resumed run with another configuration.
+        DataError: `out` cannot be read, or its weights belong to another architecture.
     """
     try:
         names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
     except OSError as error:
         raise storage_error(out, error) from error
     if not resume:
-        # A process that was killed right at its start is no run that could be resumed, and nothing worth keeping.
+        # A process killed right at its start leaves nothing that could be resumed or is worth keeping.
         present = [name for name in names if name != LOCK_NAME and not is_leftover(name)]
         if CONFIG_NAME in present:
             raise UserError(f"{out} holds another run; go on with it by --resume, or choose another --out")
@@ -69,14 +68,14 @@ def prepare_run(out: Path, config: Config, *, resume: bool, allow_changes: bool 
     differences = config_differences(before, now)
     if differences and not allow_changes:
         raise UserError(
-            f"{out} was begun with another configuration: {'; '.join(differences)}. Resume without these options, go "
-            "on with the new ones by --allow-changes, or start a new run in another --out"
+            f"{out} was begun with another configuration: {'; '.join(differences)}. Resume without these options, "
+            "accept the changes with --allow-changes, or start a new run in another --out"
         )
     return differences
 
 
 def saved_config(run: Path) -> Config:
-    """The configuration a run was begun with, or last resumed with."""
+    """Read the configuration with which a run was started or last resumed."""
     path = run / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{run} holds no run to resume ({CONFIG_NAME} is missing); start one without --resume")
@@ -84,20 +83,16 @@ def saved_config(run: Path) -> Config:
 
 
 def config_values(config: Config) -> dict[str, str]:
-    """Dotted key → value as TOML, of every key: a form that other versions can read and compare."""
-    values: dict[str, str] = {}
-    for section in Config.model_fields:
-        value = getattr(config, section)
-        if isinstance(value, Section):
-            values |= {f"{section}.{key}": toml_value(getattr(value, key)) for key in type(value).model_fields}
-        else:
-            values[section] = toml_value(value)
+    """Return dotted key → value as TOML for every key, the form that checkpoints keep."""
+    values = {"preset": toml_value(config.preset)}
+    for section in SECTIONS:
+        values |= {f"{section}.{key}": toml_value(value) for key, value in getattr(config, section)}
     return values
 
 
 def config_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """`section.key was A, is now B` for each key that decides the weights and differs; see `config_values`."""
-    keys = [key for key in [*now, *(key for key in before if key not in now)] if key not in FREE_KEYS]
+    """Return `section.key was A, is now B` for each key that affects the weights and differs; see `config_values`."""
+    keys = [key for key in {**now, **before} if key not in CHANGEABLE_KEYS and not key.startswith("visualize.")]
     return [
         f"{key} was {before.get(key, 'unknown')}, is now {now.get(key, 'unknown')}"
         for key in keys
@@ -106,17 +101,17 @@ def config_differences(before: Mapping[str, str], now: Mapping[str, str]) -> lis
 
 
 def refuse_another_network(where: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse weights of a network of another kind, which no option allows.
+    """Refuse weights of another architecture, which no option allows.
 
     Args:
-        where: what holds the weights.
-        before: their configuration, as `config_values` gives it.
-        now: the configuration that is to go on.
+        where: the run directory or checkpoint, for the message.
+        before: configuration of its weights; see `config_values`.
+        now: configuration of the resuming run.
 
     Raises:
-        DataError: naming both.
+        DataError: naming both architectures.
     """
-    fixed = [{key: value for key, value in values.items() if key in FIXED_KEYS} for values in (before, now)]
+    fixed = [{key: values[key] for key in ARCHITECTURE_KEYS if key in values} for values in (before, now)]
     if differences := config_differences(*fixed):
         raise DataError(
             f"the weights in {where} are those of another network: {'; '.join(sorted(differences))}; they cannot go on "

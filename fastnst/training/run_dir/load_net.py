@@ -1,4 +1,4 @@
-"""The transform net of a run as it was at one of its checkpoints."""
+"""Load the transform net from a run's checkpoint."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from fastnst.training.run_dir.layout import CONFIG_NAME, saved_config
 
 
 def check_run(run: Path) -> None:
-    """DataError unless `run` is the directory of a run."""
+    """Raise DataError unless `run` is a run directory."""
     if not (run / CONFIG_NAME).is_file():
         raise DataError(
             f"{printable(run)} is no run directory ({CONFIG_NAME} is missing); give one that fastnst train has written"
@@ -22,7 +22,7 @@ def check_run(run: Path) -> None:
 
 
 def steps_of_run(run: Path) -> int:
-    """Steps that a run's style model was trained for; 0 where there is no model yet, or it does not say."""
+    """Return the steps of a run's style model; 0 without a model or if its metadata does not say."""
     try:
         steps = read_style_metadata(run).get("steps", "")
     except DataError:
@@ -31,36 +31,29 @@ def steps_of_run(run: Path) -> int:
 
 
 def load_checkpoint_net(run: Path, step: int) -> TransformNet:
-    """The transform net as it was after `step` steps.
-
-    Args:
-        run: the run directory.
-        step: of one of its checkpoints.
-
-    Returns:
-        The network on the CPU, in evaluation mode, its parameters without gradients.
+    """Load the transform net of the checkpoint after `step` steps, on the CPU, in eval mode, without gradients.
 
     Raises:
-        DataError: not a run, no checkpoint of that step (the message names those that are there), or a damaged one.
+        DataError: no run, no checkpoint of that step (the message lists the existing ones), or a damaged one.
     """
     check_run(run)
-    there = checkpoint_steps(run)
-    if step not in there:
-        have = ", ".join(map(str, there)) if there else "none"
-        raise DataError(f"{printable(run)} has no checkpoint of step {step}; its checkpoints: {have}")
+    steps = checkpoint_steps(run)
+    if step not in steps:
+        existing = ", ".join(map(str, steps)) or "none"
+        raise DataError(f"{printable(run)} has no checkpoint of step {step}; its checkpoints: {existing}")
     checkpoint = load_checkpoint(run / FOLDER / f"step_{step:08d}")
     config = saved_config(run)
     weights = {
         name.removeprefix("model."): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")
     }
-    # The weights to be replaced are drawn at random, which must not disturb anybody's seed.
+    # The initial weights, replaced below, must not advance the global random generator.
     with torch.random.fork_rng(devices=[]):
         net = TransformNet(config.model.architecture, config.model.norm)
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise DataError(
-            f"{printable(checkpoint.path)} holds other weights than a {net.architecture} net with {net.norm} norm, "
-            f"which {CONFIG_NAME} names; one of them was exchanged"
+            f"{printable(checkpoint.path)} does not hold the weights of a {net.architecture} net with {net.norm} "
+            f"norm, as {CONFIG_NAME} says; one of them was replaced"
         ) from error
     return net.eval().requires_grad_(False)

@@ -1,51 +1,54 @@
-"""`rejected.jsonl` of a run: which images were refused by the check, and which failed later."""
+"""`rejected.jsonl` of a run: images refused by the check, and images that failed later."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastnst.data.manifest import Manifest, write_rejections
-from fastnst.data.replacements import ReadFailure, append_row, late_row
+from fastnst.data.replacements import ReadFailure, append_row, failure_row
 from fastnst.images import printable
 from fastnst.storage import storage_error
 from fastnst.training.run_dir.layout import REJECTED_NAME
 
-MOST_MESSAGES = 10
+log = logging.getLogger(__name__)
+
+MAX_MESSAGES = 10
 
 
 class RejectedImages:
-    """Writes a run's list of images that are not used, and tells the user of each that failed after the check.
+    """Write a run's `rejected.jsonl`, and log the first ten images that fail during training.
 
     Args:
         run: the run directory.
-        manifest: what the check found.
-        late: images that are known to have failed later.
-        notify: receives a line for each further one, up to ten; the list goes on.
+        manifest: result of the check.
+        late: known failures of earlier processes of this run.
+        quiet: do not log further failures; another style of the run does.
 
     Raises:
-        DataError: the storage refuses.
+        DataError: writing failed.
     """
 
-    def __init__(
-        self, run: Path, manifest: Manifest, late: Sequence[ReadFailure], notify: Callable[[str], None]
-    ) -> None:
-        self._path, self._notify, self._told = run / REJECTED_NAME, notify, 0
-        write_rejections(manifest, self._path, more=map(late_row, late))
+    def __init__(self, run: Path, manifest: Manifest, late: Sequence[ReadFailure], *, quiet: bool = False) -> None:
+        self._path, self._messages_left = run / REJECTED_NAME, 0 if quiet else MAX_MESSAGES
+        write_rejections(manifest, self._path, more=map(failure_row, late))
 
     def add(self, failure: ReadFailure) -> None:
-        """Note an image that failed, durably: a run that is resumed has to do without it from the same step on.
+        """Append a failed image durably: a resumed run must skip it from the same step on.
 
         Raises:
-            DataError: the storage refuses.
+            DataError: writing failed.
         """
         try:
-            append_row(self._path, late_row(failure))
+            append_row(self._path, failure_row(failure))
         except OSError as error:
             raise storage_error(self._path, error) from error
-        self._told += 1
-        if self._told <= MOST_MESSAGES:
-            self._notify(
-                f"{printable(failure.entry.path)} failed in step {failure.step}: {failure.reason}; the next image "
-                f"stands in for it, see {REJECTED_NAME}"
-            )
-        if self._told == MOST_MESSAGES:
-            self._notify(f"further images that fail are only listed in {REJECTED_NAME}")
+        if not self._messages_left:
+            return
+        self._messages_left -= 1
+        path = printable(failure.entry.path)
+        log.warning(
+            "%s failed in step %d: %s; replaced by the next image, see %s",
+            *(path, failure.step, failure.reason, REJECTED_NAME),
+        )
+        if not self._messages_left:
+            log.warning("further images that fail are only listed in %s", REJECTED_NAME)

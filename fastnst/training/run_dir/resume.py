@@ -1,37 +1,26 @@
-"""Going on with a run: what a checkpoint knows of its origin, what has changed since, and whether its weights fit.
+"""Resume a run: find its checkpoint, compare its provenance with today's, check that its tensors fit.
 
-A resumed run is the one that would have been, had nothing interrupted it, as long as configuration, images, style,
-VGG19 and the number of processes are the same. Whatever differs is named, with both values, and ends the attempt unless
-it was allowed. What is never allowed is another network.
+A resumed run equals an uninterrupted one bit for bit as long as configuration, images, style, VGG19 and world size are
+unchanged. Every difference is reported with both values and refused without `--allow-changes`; another architecture is
+always refused.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastnst.config_text import current_keys
 from fastnst.errors import DataError, UserError
-from fastnst.training.distributed.process_group import ProcessGroup
 from fastnst.training.inputs import Inputs
 from fastnst.training.run_dir.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint
 from fastnst.training.run_dir.layout import config_differences, config_values, refuse_another_network
 
-# Each changes which image stands at which place of the run.
-_KEYS_OF_THE_ORDER = ("train.seed was", "train.batch_size was", "the images in")
-
 
 def provenance(inputs: Inputs, *, world_size: int) -> dict[str, Any]:
-    """Return what decides the weights of a run, as JSON values that checkpoints keep.
-
-    Args:
-        inputs: configuration, images, style and VGG19.
-        world_size: processes that share each step.
-    """
+    """Return everything that determines a run's weights, as JSON values for its checkpoints."""
     return {
         "configuration": config_values(inputs.config),
         "fingerprints": inputs.fingerprints(),
@@ -40,18 +29,13 @@ def provenance(inputs: Inputs, *, world_size: int) -> dict[str, Any]:
     }
 
 
-def checkpoint_to_resume(run: Path, notify: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint; None if the run ended before its first.
-
-    Args:
-        run: the run directory.
-        notify: told of each newer checkpoint that is passed over.
+def checkpoint_to_resume(run: Path) -> Checkpoint | None:
+    """Load the newest valid checkpoint; None if the run ended before its first.
 
     Raises:
-        DataError: there are checkpoints, and not one is valid: starting anew would take the place of what may still be
-            rescued.
+        DataError: no checkpoint is valid; restarting at step 0 would overwrite what might still be recovered.
     """
-    checkpoint = latest_checkpoint(run, notify)
+    checkpoint = latest_checkpoint(run)
     if checkpoint is None and (steps := checkpoint_steps(run)):
         raise DataError(
             f"no checkpoint of {run} is valid, of {len(steps)} (steps {', '.join(map(str, steps))}); restore one from "
@@ -61,17 +45,17 @@ def checkpoint_to_resume(run: Path, notify: Callable[[str], None]) -> Checkpoint
 
 
 def diff_provenance(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bool) -> list[str]:
-    """What is not as it was when a checkpoint was written, one text for each, with both values.
+    """Describe each difference from the checkpoint's provenance, with both values.
 
     Args:
-        checkpoint: the one to go on from.
-        now: what `provenance` says of this process.
-        allow: return the changes instead of raising.
+        checkpoint: the checkpoint to resume from.
+        now: `provenance` of this process.
+        allow: return the differences instead of raising.
 
     Raises:
-        UserError: the configuration or the number of processes changed, and `allow` is not set.
-        DataError: images, style or VGG19 changed, and `allow` is not set; or it is another network in any case; or
-            the checkpoint does not tell its origin.
+        UserError: configuration or world size changed, and `allow` is false.
+        DataError: images, style or VGG19 changed, and `allow` is false; or the architecture changed; or the checkpoint
+            has no provenance.
     """
     match checkpoint.state:
         case {
@@ -83,7 +67,7 @@ def diff_provenance(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bo
             pass
         case _:
             raise DataError(
-                f"{checkpoint.path} does not tell what it was trained with; it is of another version of fastnst. "
+                f"{checkpoint.path} does not say what it was trained with; another version of fastnst wrote it. "
                 "Start a new run in another --out"
             )
     configuration = current_keys(configuration)
@@ -105,41 +89,17 @@ def diff_provenance(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bo
     if (options or files) and not allow:
         remedy = "restore them" if not options else "resume without these options"
         raise (UserError if options else DataError)(
-            f"{checkpoint.path} was trained otherwise: {'; '.join(options + files)}; {remedy}, go on all the same by "
+            f"{checkpoint.path} was trained otherwise: {'; '.join(options + files)}; {remedy}, accept the changes with "
             "--allow-changes, or start a new run in another --out"
         )
     return options + files
 
 
-def shared_checkpoint(checkpoint: Checkpoint | None, group: ProcessGroup) -> Checkpoint | None:
-    """Rank 0's `checkpoint`, in all processes: others need not see its files."""
-    if group.dist_env.world_size == 1:
-        return checkpoint
-    head = json.dumps([str(checkpoint.path), checkpoint.step, checkpoint.state]) if checkpoint else ""
-    head = group.broadcast(head.encode()).decode()
-    if not head:
-        return None
-    tensors = safetensors.torch.load(group.broadcast(safetensors.torch.save(checkpoint.tensors) if checkpoint else b""))
-    path, step, state = json.loads(head)
-    return Checkpoint(Path(path), step, tensors, state)
-
-
-def tell_changes(changes: list[str], step: int, notify: Callable[[str], None]) -> None:
-    """List what was allowed to change, and what that means for the order of images."""
-    for change in changes:
-        notify(f"goes on, though {change}")
-    if any(change.startswith(_KEYS_OF_THE_ORDER) for change in changes):
-        notify(
-            f"the order of the images is from now on that of the new values, entered behind step {step}: in the "
-            "current pass some images may come twice, and others not at all"
-        )
-
-
 def check_fits(checkpoint: Checkpoint, net: nn.Module) -> None:
-    """Refuse a checkpoint that lacks a tensor of the network or of Adam, or has one of another size.
+    """Check that a checkpoint has every tensor of the network and of Adam, in its shape.
 
     Raises:
-        DataError: naming the first tensor, and both sizes.
+        DataError: naming the first tensor that does not fit, with both shapes.
     """
     wanted = {f"model.{name}": tensor for name, tensor in net.state_dict().items()}
     for name, parameter in net.named_parameters():
@@ -149,11 +109,8 @@ def check_fits(checkpoint: Checkpoint, net: nn.Module) -> None:
     for name, tensor in wanted.items():
         found = checkpoint.tensors.get(name)
         if found is None or found.shape != tensor.shape:
+            there = "missing" if found is None else str(list(found.shape))
             raise DataError(
-                f"{checkpoint.path} does not fit this network: {name} is {_size(found)} in it, and {_size(tensor)} "
+                f"{checkpoint.path} does not fit this network: {name} is {there} in it, and {list(tensor.shape)} "
                 "here. Resume with the configuration it was trained with, or start a new run in another --out"
             )
-
-
-def _size(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(list(tensor.shape))

@@ -1,7 +1,7 @@
-"""A folder of runs that were trained together, one for each style.
+"""The output folder of several styles that are trained together.
 
-styles.json     name → style image, written before the first of
-NAME/           a run directory like any other, for each style
+styles.json     style name → style image, written before the first run directory
+NAME/           an ordinary run directory per style
 """
 
 import json
@@ -12,37 +12,30 @@ from fastnst.config import Config
 from fastnst.errors import DataError, UserError
 from fastnst.images import explain_os_error, printable
 from fastnst.storage import LOCK_NAME, is_leftover, remove_leftovers, storage_error, write_atomic
-from fastnst.training.run_dir.layout import CONFIG_NAME, prepare_run
+from fastnst.training.run_dir.layout import CONFIG_NAME, validate_run_dir
 
 STYLES_NAME = "styles.json"
 LARGEST_FILE = 1 << 22
-"""Bytes of `styles.json`; a thousand styles have some 100 thousand."""
+"""Bytes of `styles.json`; a thousand styles take about 100 thousand."""
 
 
 class MultiStyleDir:
-    """What `--out` names where several styles are trained.
+    """Validate and write the folder that `--out` names when several styles are trained.
 
     Args:
         out: the folder.
-        styles: name → image.
+        styles: style name → image.
     """
 
     def __init__(self, out: Path, styles: Mapping[str, Path]) -> None:
         self._out, self._styles = out, dict(styles)
 
-    def has_begun(self, run: Path) -> bool:
-        """Whether a style's run directory holds something to go on from."""
-        return (run / CONFIG_NAME).is_file()
-
-    def check(self, *, resume: bool) -> None:
-        """Whether these styles may be trained here; makes nothing.
-
-        Args:
-            resume: go on with what is there.
+    def validate(self, *, resume: bool) -> None:
+        """Check that these styles may be trained here; writes nothing.
 
         Raises:
-            UserError: new styles in a folder that holds something, or other styles than it was begun with.
-            DataError: the folder cannot be looked into.
+            UserError: the folder is not empty, or with `resume` has other styles.
+            DataError: the folder cannot be read.
         """
         out = printable(self._out)
         try:
@@ -63,29 +56,25 @@ class MultiStyleDir:
                     "without --style, or start new runs in another --out"
                 )
             return
-        if begun is not None and any(self.has_begun(self._out / name) for name in begun):
+        if begun is not None and any(_has_config(self._out / name) for name in begun):
             raise UserError(
                 f"{out} holds runs of the styles {_listed(begun)}; go on with them by --resume, or choose another --out"
             )
         if present := [name for name in names if name != STYLES_NAME and not _is_nothing(self._out / name)]:
             raise UserError(f"{out} is not empty (it holds {present[0]!r}); choose another --out")
 
-    def write(self) -> None:
-        """Note the styles, before the first of them begins.
-
-        Raises:
-            StorageError: the storage refuses.
-        """
+    def write_styles(self) -> None:
+        """Write `styles.json`; raises StorageError if that fails."""
         remove_leftovers(self._out / STYLES_NAME)
         paths = {name: str(image) for name, image in self._styles.items()}
         write_atomic(self._out / STYLES_NAME, (json.dumps(paths, indent=2) + "\n").encode())
 
 
 def style_names(images: Sequence[Path]) -> dict[str, Path]:
-    """Name → image, in the same order: the file's name without its suffix, which names the run directory.
+    """Return style name → image; the name is the image's stem and names the run directory.
 
     Raises:
-        UserError: two of them have the same name.
+        UserError: two images have the same stem.
     """
     styles: dict[str, Path] = {}
     for image in images:
@@ -101,7 +90,7 @@ def style_names(images: Sequence[Path]) -> dict[str, Path]:
 
 
 def run_configs(config: Config, styles: Mapping[str, Path], out: Path) -> dict[Path, Config]:
-    """Run directory → configuration of each style, in the order of `styles`."""
+    """Return run directory → configuration, in the order of `styles`."""
     configs = {}
     for name, image in styles.items():
         style = config.style.model_copy(update={"image": image})
@@ -112,40 +101,36 @@ def run_configs(config: Config, styles: Mapping[str, Path], out: Path) -> dict[P
 def validate_run_dirs(
     configs: Mapping[Path, Config], folder: MultiStyleDir | None, *, resume: bool, allow_changes: bool
 ) -> list[list[str]]:
-    """Check that the run directories may hold these runs; makes nothing.
+    """Check the run directories of one or several styles; writes nothing.
 
     Args:
         configs: by run directory.
-        folder: that holds them; None for one run alone.
-        resume: go on with what is there.
-        allow_changes: with other configurations, too.
+        folder: their parent, if there are several styles.
+        resume: continue the existing runs.
+        allow_changes: accept configurations that differ from the saved ones.
 
     Returns:
-        For each run what differs from its saved configuration.
+        For each run, what differs from its saved configuration.
 
     Raises:
-        UserError: as `prepare_run` and `MultiStyleDir.check`.
-        DataError: likewise.
+        UserError, DataError: see `validate_run_dir` and `MultiStyleDir.validate`.
     """
     if folder is not None:
-        folder.check(resume=resume)
-    # Of several styles, some may not have come to their first line.
+        folder.validate(resume=resume)
+    # A killed process may have started only some of the styles.
     return [
-        prepare_run(
-            run,
-            config,
-            resume=resume and (folder is None or folder.has_begun(run)),
-            allow_changes=allow_changes,
+        validate_run_dir(
+            run, config, resume=resume and (folder is None or _has_config(run)), allow_changes=allow_changes
         )
         for run, config in configs.items()
     ]
 
 
 def saved_styles(out: Path) -> dict[str, Path] | None:
-    """The styles that a folder was begun with, by name; None if it was not begun with several.
+    """Read style name → image from `styles.json`; None if there is no such file.
 
     Raises:
-        DataError: `styles.json` is damaged or cannot be read.
+        DataError: the file is damaged or cannot be read.
     """
     path = out / STYLES_NAME
     try:
@@ -172,8 +157,12 @@ def saved_styles(out: Path) -> dict[str, Path] | None:
     return {name: Path(image) for name, image in styles.items()}
 
 
+def _has_config(run: Path) -> bool:
+    return (run / CONFIG_NAME).is_file()
+
+
 def _is_nothing(path: Path) -> bool:
-    """What a process leaves that is killed before its first line: nothing worth keeping."""
+    """Return whether `path` is all that a process killed at its start leaves: locks, temporary files, empty folders."""
     if path.name == LOCK_NAME or is_leftover(path.name):
         return True
     try:

@@ -1,7 +1,7 @@
-"""What went wrong in a training step, recorded on the device and read only when someone asks.
+"""Find NaN and Inf in training steps without waiting for the device.
 
-Reading a number from a GPU makes the processor wait until all that was asked of the GPU is done; nothing here does so
-in a step. What is read late still names the step in which it happened.
+Each step records its findings in tensors on the device. Reading a number from a GPU makes the processor wait for all
+queued work, so nothing here reads one within a step; a late reading still names the step in which a value went bad.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class FiniteCheck:
-    """The first step, by name, whose value was not finite."""
+    """Keeps, for each named value, the first step in which it was not finite."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -19,7 +19,7 @@ class FiniteCheck:
         self._first_bad_steps = torch.zeros(0, dtype=torch.int64, device=device)
 
     def record(self, step: int | Tensor, names: Sequence[str], bad: Tensor) -> None:
-        """Take down a step's findings.
+        """Record a step's findings.
 
         Args:
             step: counted from 1; 0-d int64 on the device where a CUDA graph counts.
@@ -34,7 +34,7 @@ class FiniteCheck:
         self._first_bad_steps.copy_(torch.where(is_first, step, self._first_bad_steps))
 
     def first_nonfinite(self) -> tuple[int, list[str]] | None:
-        """The first step with something that was not finite, and all that was not in it; waits for the device."""
+        """Return the first bad step and the names of its bad values, or None; waits for the device."""
         steps = self._first_bad_steps.tolist()
         first = min((step for step in steps if step), default=0)
         if not first:
@@ -43,7 +43,7 @@ class FiniteCheck:
 
 
 class SkippedSteps:
-    """Steps whose fp16 gradients overflowed, which the gradient scaler therefore left out: in all, and in a row."""
+    """Counts the steps that the fp16 gradient scaler skipped because gradients overflowed: in all, and in a row."""
 
     def __init__(self, device: torch.device) -> None:
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -51,21 +51,21 @@ class SkippedSteps:
     def record(self, skipped: Tensor) -> None:
         """Count one step; `skipped` is a 0-d bool on the device."""
         total, in_a_row = self._counts.unbind()
-        # In place: what a CUDA graph replays writes to where it wrote when it was captured.
+        # In place: a CUDA graph's replay writes to the address that it was captured with.
         self._counts.copy_(torch.stack([total + skipped, (in_a_row + 1) * skipped]))
 
     def read(self) -> tuple[int, int]:
-        """How many in all, and how many the newest steps make in a row; waits for the device."""
+        """Return how many steps were skipped in all, and how many of the newest in a row; waits for the device."""
         total, in_a_row = self._counts.tolist()
         return total, in_a_row
 
     def restore(self, total: int, in_a_row: int) -> None:
-        """Go on from what `read` gave."""
+        """Continue from what `read` returned."""
         self._counts.copy_(torch.tensor([total, in_a_row]))
 
 
 def not_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether each of some tensors holds a NaN or an infinity, bool `[len(tensors)]`.
+    """Return whether each tensor holds a NaN or an Inf, bool `[len(tensors)]`.
 
     One pass over the values in a few launches, whatever the number of tensors. The sum of magnitudes, unlike their
     maximum, is fast on a CPU, too; it overflows only where a tensor is about to (above 3e38 in fp32).

@@ -1,27 +1,28 @@
 """Training steps as one CUDA graph: captured once, replayed from then on, so that a step is one launch.
 
-The first steps of a run are launched as they are, on a side stream, as PyTorch's recipe for graphs wants it: algorithms
-are chosen in them, kernels compiled, Adam's moments and all counts made. They are steps of the run like any other.
-Then one step of all styles is captured, which computes nothing, and replayed for each batch: networks, loss, backward,
-gradient scaler, Adam, terms, health. Scaler and fused Adam decide on the device whether a step is skipped, so that fp16
-is captured whole.
+The first steps of a run are launched one by one on a side stream, as PyTorch's recipe for CUDA graphs demands:
+algorithms are chosen in them, kernels compiled, Adam's moments and all counters allocated. They count as steps of the
+run. Then one step of all styles is captured, which computes nothing, and replayed for each batch: networks, loss,
+backward, gradient scaler, Adam, loss terms, finite checks. Scaler and fused Adam decide on the device whether to skip a
+step, so fp16 is captured whole.
 
-A graph repeats launches with the addresses and numbers that they had. Hence:
+A graph repeats launches with the addresses and numbers of its capture. Hence:
 
-- Images are copied into a tensor of the graph's. Copies and replays are queued on one stream: a copy runs behind the
+- Images are copied into a tensor of the graph. Copies and replays are queued on one stream: a copy runs after the
   replay that reads what it overwrites, and before its own.
-- The step's number, which `FiniteCheck` takes down, is counted in the graph; the processor sets it where counts differ.
-- The terms lie in one tensor that the next replay overwrites, so each step hands out a copy of it.
+- The step's number, which `FiniteCheck` records, is counted in the graph; the processor sets it where counts differ.
+- The loss terms lie in one tensor that the next replay overwrites, so each step returns a copy of it.
 - Gradients are None when the capture begins, so that they lie in the graph's memory. Where a launched step has put
   others in their place, a replay puts them back.
-- Whatever replaces a tensor that a step changes (`TrainingStep.loads`) ends the graph; another is captured.
+- Whatever replaces a tensor that a step changes (`NetTrainer.state_version`) ends the graph; another is captured.
 
-Looks and launched steps in between allocate from PyTorch's ordinary memory. The graph's own is nobody else's.
+Graph memory is private: samples and launched steps in between allocate from PyTorch's ordinary memory.
 
-Not run on a GPU yet; the tests capture and replay PyTorch's operations on a CPU by the same rules.
+The tests capture and replay PyTorch's operations on a CPU by the same rules.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,23 +32,27 @@ from torch import Tensor
 from fastnst.config import TrainConfig
 from fastnst.losses.perceptual import LossTerms
 from fastnst.training.monitoring.profiler import record_span
-from fastnst.training.step.cuda_streams import CudaStreams, Graph, Streams
-from fastnst.training.step.train_step import TrainingStep
+from fastnst.training.step.cuda_streams import CudaStreams
+from fastnst.training.step.train_step import NetTrainer, train_step
+
+log = logging.getLogger(__name__)
 
 WARM_UP = 3
 """Launched steps before a capture, as many as `torch.cuda.make_graphed_callables` makes."""
 
 
-def capture_unsupported_reason(config: TrainConfig, device: torch.device, *, processes: int = 1) -> str | None:
-    """Why a run's steps are launched and not captured; empty where nobody expects it, None where they are captured.
+def wants_capture(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether a user may expect CUDA graphs: on a GPU, unless `train.capture` is off."""
+    return device.type == "cuda" and config.capture != "off"
+
+
+def capture_unsupported_reason(config: TrainConfig, *, processes: int = 1) -> str | None:
+    """Return why the steps of such a run cannot be captured; None if they can.
 
     Args:
         config: of the run.
-        device: where it trains.
         processes: that share each step.
     """
-    if device.type != "cuda" or config.capture == "off":
-        return ""
     if processes > 1:
         return f"{processes} processes share each step"
     if config.compile:
@@ -55,37 +60,34 @@ def capture_unsupported_reason(config: TrainConfig, device: torch.device, *, pro
     if config.engine != "fused":
         return f"train.engine is {config.engine!r}"
     if config.deterministic:
-        # A replay should have the bits of what it was captured from. Nobody has looked at them yet.
+        # A replay should have the bits of its capture, which is not verified yet.
         return "train.deterministic is set"
     return None
 
 
 class GraphedStep:
-    """Makes the steps of a run, captured where `capture_unsupported_reason` sees none.
+    """`train_step`, captured as a CUDA graph where that is supported; otherwise it just calls `train_step`.
 
     Args:
         config: of the run.
         device: where it trains.
         processes: that share each step.
-        notify: told in one line where steps are launched though a user may expect a graph.
     """
 
-    def __init__(
-        self, config: TrainConfig, device: torch.device, *, processes: int = 1, notify: Callable[[str], None]
-    ) -> None:
-        self._notify = notify
-        self._streams: Streams | None = None
+    def __init__(self, config: TrainConfig, device: torch.device, *, processes: int = 1) -> None:
+        self._streams: CudaStreams | None = None
         self._feed: _Feed | None = None
         self._captured: _Captured | None = None
-        self._kind: object = None
-        self._warm = 0
-        self._told_of_shape = False
-        why = capture_unsupported_reason(config, device, processes=processes)
-        if why is None:
-            self._streams = CudaStreams(device)
-            self._feed = _Feed(self._streams)
-        elif why:
-            self._tell(why)
+        self._captured_state: object = None
+        self._num_warm_up = 0
+        self._has_logged_shape = False
+        if not wants_capture(config, device):
+            return
+        if reason := capture_unsupported_reason(config, processes=processes):
+            _log_launched(reason)
+            return
+        self._streams = CudaStreams(device)
+        self._feed = _Feed(self._streams)
 
     @property
     def captured(self) -> bool:
@@ -93,70 +95,70 @@ class GraphedStep:
         return self._captured is not None
 
     def fetch(self, batches: Iterator[Tensor]) -> Tensor:
-        """The next batch: good for one step, which is the next call of this object."""
+        """Return the next batch; it is valid for one step, the next call of this object."""
         return next(batches) if self._feed is None else self._feed.fetch(batches)
 
-    def __call__(self, number: int, batch: Tensor, steps: Sequence[TrainingStep]) -> list[LossTerms]:
-        """Train all of `steps` on a batch.
+    def __call__(self, step: int, batch: Tensor, trainers: Sequence[NetTrainer]) -> list[LossTerms]:
+        """Train each net on a batch; see `train_step`.
 
         Args:
-            number: of the step, counted from 1.
+            step: counted from 1.
             batch: uint8 `[N, H, W, 3]` on the device.
-            steps: one per style, all beside the first.
+            trainers: one per style; the later ones share φ with the first.
 
         Returns:
-            The detached terms of each, on the device; they stay as they are.
+            The detached terms of each, on the device; later steps do not change them.
         """
         if self._streams is None:
-            return make_steps(number, batch, steps)
-        kind = tuple((step, step.loads) for step in steps)
-        if kind != self._kind:
-            self._forget()
-            self._kind = kind
-        if self._captured is None and self._warm < WARM_UP:
-            self._warm += 1
+            return train_step(step, batch, trainers)
+        state = tuple((trainer, trainer.state_version) for trainer in trainers)
+        if state != self._captured_state:
+            self._drop()
+            self._captured_state = state
+        if self._captured is None and self._num_warm_up < WARM_UP:
+            self._num_warm_up += 1
             with self._streams.aside():
-                return make_steps(number, batch, steps)
+                return train_step(step, batch, trainers)
         if self._captured is None:
-            self._captured = self._capture(self._streams, batch, steps)
-        if self._captured is None or not self._captured.takes(batch):
-            return make_steps(number, batch, steps)
+            self._captured = self._capture(self._streams, batch, trainers)
+        if self._captured is None or not self._fits(self._captured, batch):
+            return train_step(step, batch, trainers)
         with record_span("captured step"):
-            return self._captured.replay(number, batch)
+            return self._captured.replay(step, batch)
 
-    def _capture(self, streams: Streams, batch: Tensor, steps: Sequence[TrainingStep]) -> "_Captured | None":
+    def _capture(self, streams: CudaStreams, batch: Tensor, trainers: Sequence[NetTrainer]) -> "_Captured | None":
         try:
-            return _Captured(streams, batch, steps, self._tell_of_shape)
+            return _Captured(streams, batch, trainers)
         except RuntimeError as error:
-            # Nothing was computed: the step is still to be made, and the state is that of the one before.
-            for step in steps:
-                step.discard_step()
+            # Nothing was computed: this step is still to be made, from the state after the last one.
+            for trainer in trainers:
+                trainer.discard_step()
             self._streams = None
-            # The end of a capture that has failed fails, too; what was first says why.
+            # Ending a failed capture fails, too; the first error says why.
             reason = str(error.__context__ or error).strip().partition("\n")[0][:200]
-            self._tell(f"the capture failed ({reason})")
+            _log_launched(f"the capture failed ({reason})")
             return None
 
-    def _forget(self) -> None:
+    def _fits(self, captured: "_Captured", batch: Tensor) -> bool:
+        own = captured.images
+        fits = (batch.shape, batch.dtype, batch.device) == (own.shape, own.dtype, own.device)
+        if not fits and not self._has_logged_shape:
+            self._has_logged_shape = True
+            log.info(
+                "train.capture: a batch of shape %s is trained without the graph, which takes %s",
+                list(batch.shape),
+                list(own.shape),
+            )
+        return fits
+
+    def _drop(self) -> None:
         if self._captured is not None:
             self._captured.drop()
-        self._captured, self._warm = None, 0
-
-    def _tell(self, why: str) -> None:
-        self._notify(f"train.capture: steps are launched one operation at a time, since {why}")
-
-    def _tell_of_shape(self, shape: list[int], own: list[int]) -> None:
-        if not self._told_of_shape:
-            self._told_of_shape = True
-            self._notify(f"train.capture: a batch of shape {shape} is trained without the graph, which takes {own}")
+        self._captured, self._num_warm_up = None, 0
 
 
-def make_steps(number: int | Tensor, batch: Tensor, steps: Sequence[TrainingStep]) -> list[LossTerms]:
-    """A step of each style, launched; arguments as of `Steps`, or of `TrainingStep`."""
-    if len(steps) == 1:
-        return [steps[0](number, batch)]
-    content = steps[0].content_of(batch)
-    return [step(number, batch, content) for step in steps]
+def _log_launched(reason: str) -> None:
+    log.info("train.capture: steps are launched one operation at a time, since %s", reason)
 
 
 class _Captured:
@@ -165,53 +167,37 @@ class _Captured:
     Args:
         streams: on which it is captured.
         batch: of the shape and type that it will take.
-        steps: have been made before.
-        tell_of_shape: told of the shape of another batch, and of the graph's.
+        trainers: have made launched steps before.
 
     Raises:
         RuntimeError: the capture failed.
     """
 
-    def __init__(
-        self,
-        streams: Streams,
-        batch: Tensor,
-        steps: Sequence[TrainingStep],
-        tell_of_shape: Callable[[list[int], list[int]], None],
-    ) -> None:
-        self._streams, self._tell_of_shape = streams, tell_of_shape
-        self._images = torch.empty_like(batch)
-        self._number = torch.zeros((), dtype=torch.int64, device=batch.device)
-        self._made = 0
-        """The number on the device, once all that is queued has run."""
+    def __init__(self, streams: CudaStreams, batch: Tensor, trainers: Sequence[NetTrainer]) -> None:
+        self._streams = streams
+        self.images = torch.empty_like(batch)
+        self._step = torch.zeros((), dtype=torch.int64, device=batch.device)
+        self._last_step = 0
+        """The step's number on the device, once all queued work has run."""
 
         def work() -> tuple[Tensor, list[LossTerms]]:
-            self._number.add_(1)
-            terms = make_steps(self._number, self._images, steps)
+            self._step.add_(1)
+            terms = train_step(self._step, self.images, trainers)
             return torch.stack([value for each in terms for value in _values(each)]), terms
 
-        for step in steps:
-            step.optimizer.zero_grad(set_to_none=True)  # as the step does; now their memory can become the graph's
-        self._graph: Graph
+        for trainer in trainers:
+            trainer.optimizer.zero_grad(set_to_none=True)  # as the step does; now their memory can become the graph's
         self._graph, (self._packed, terms) = streams.capture(work)
         self._layers = [list(each.layers) for each in terms]
-        parameters = [parameter for step in steps for parameter in step.net.parameters()]
+        parameters = [parameter for trainer in trainers for parameter in trainer.net.parameters()]
         self._gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
 
-    def takes(self, batch: Tensor) -> bool:
-        """Whether a batch fits; tells if not."""
-        own = self._images
-        fits = (batch.shape, batch.dtype, batch.device) == (own.shape, own.dtype, own.device)
-        if not fits:
-            self._tell_of_shape(list(batch.shape), list(own.shape))
-        return fits
-
-    def replay(self, number: int, batch: Tensor) -> list[LossTerms]:
-        """Make step `number`, all on the current stream."""
-        self._streams.copy(self._images, batch)
-        if number != self._made + 1:
-            self._number.fill_(number - 1)
-        self._made = number
+    def replay(self, step: int, batch: Tensor) -> list[LossTerms]:
+        """Make step `step`, all on the current stream."""
+        self._streams.copy(self.images, batch)
+        if step != self._last_step + 1:
+            self._step.fill_(step - 1)
+        self._last_step = step
         self._graph.replay()
         parameter, gradient = self._gradients[0]
         if parameter.grad is not gradient:  # a launched step has put its own there
@@ -232,7 +218,7 @@ def _values(terms: LossTerms) -> list[Tensor]:
 
 
 def _terms(values: Iterator[Tensor], layers: Sequence[str]) -> LossTerms:
-    """The terms whose `_values` come next."""
+    """Rebuild the terms from their `_values`."""
     total, content, style, tv = (next(values) for _ in range(4))
     return LossTerms(total, content, style, tv, {layer: next(values) for layer in layers})
 
@@ -241,20 +227,20 @@ def _terms(values: Iterator[Tensor], layers: Sequence[str]) -> LossTerms:
 class _Slot:
     images: Tensor
     free: Any = None
-    """Behind the step that reads the images."""
+    """Marks the end of the step that reads the images."""
 
 
 class _Feed:
-    """Brings batches to the current stream: a loader's transfers run while the step before does.
+    """Brings batches to the current stream, so that a loader's transfers overlap with the previous step.
 
-    The loader works on the feed's stream, and its batch is copied there into one of two slots, in turns. Nothing is
-    read too early: the current stream waits for the mark behind the copy. Nothing is overwritten too early: before a
-    copy the feed's stream waits for the mark behind the step that read the slot, which is the step before the last, so
-    that the last may still be running. The loader's own tensor never leaves the feed's stream, in whose order its
-    memory is used again. So however far the processor runs ahead, there are two slots, and one batch.
+    The loader works on the feed's stream, where its batch is copied into one of two slots, in turns. Nothing is read
+    too early: the current stream waits for the mark after the copy. Nothing is overwritten too early: before a copy the
+    feed's stream waits for the mark after the step that read the slot. That is the step before the last one, so the
+    last one may still be running. The loader's own tensor never leaves the feed's stream, whose order governs the reuse
+    of its memory. However far the processor runs ahead, there are two slots and one batch.
     """
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: CudaStreams) -> None:
         self._streams = streams
         self._slots: list[_Slot] = []
         self._lent: _Slot | None = None
@@ -262,7 +248,7 @@ class _Feed:
     def fetch(self, batches: Iterator[Tensor]) -> Tensor:
         streams = self._streams
         if self._lent is not None:
-            # All that reads it is queued by now.
+            # All its readers are queued by now.
             self._lent.free = streams.mark()
             self._lent = None
         with streams.feeding():
@@ -281,7 +267,7 @@ class _Feed:
         return slot.images
 
     def _slot_for(self, batch: Tensor) -> _Slot | None:
-        """The slot that was lent longer ago; None for a batch of another shape than the first."""
+        """Return the slot that was lent longer ago; None for a batch of another shape than the first."""
         if not self._slots:
             self._slots = [_Slot(torch.empty_like(batch)) for _ in range(2)]
         self._slots.reverse()

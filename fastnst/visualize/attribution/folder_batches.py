@@ -1,6 +1,7 @@
-"""The images of a folder as VGG19 looks at them: the middle square of each, exactly once."""
+"""Batches of the center crops of a folder, each image exactly once."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,65 +12,76 @@ from fastnst.data.manifest import Manifest
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError, UserError
 from fastnst.images import MIN_SIDE, printable
+from fastnst.visualize.attribution.targets import check_at_least_one, check_choice
 
 LOADERS = ("pillow", "dali")
 LARGEST_SIDE = 2048
-"""Pixels of a square, as for training."""
+"""Pixels, as for training."""
 
 
-def check_squares(manifest: Manifest, size: int, batch_size: int, loader: str) -> None:
-    """What `squares` is asked for, before any work.
+@dataclass(frozen=True)
+class CenterCrops:
+    """The center crops of a folder's images; iterating loads each once, in an order of its own.
+
+    An image's crop is the same in every pass.
+
+    Attributes:
+        manifest: the images, at least one.
+        size: side of the crops, in pixels.
+        device: of the batches.
+        loader: `dali` (decodes on the GPU if `device` is one) or `pillow`.
+        batch_size: images at a time; the last batch may hold fewer. It may change the last digits of activations, as
+            convolutions round.
+        workers: threads or processes that decode; None: one per core.
 
     Raises:
-        DataError: the manifest holds no images.
-        UserError: a size, batch size or loader that cannot be used.
+        DataError: no images; while iterating, see `fastnst.data.open_loader`.
+        UserError: size, batch size or loader out of range; while iterating, DALI is not installed.
     """
-    if not manifest.images:
-        raise DataError(
-            f"{printable(manifest.folder)} holds no images that can be used; give a folder of JPEG, PNG or WebP"
-        )
+
+    manifest: Manifest
+    size: int
+    device: torch.device
+    loader: str = "pillow"
+    batch_size: int = 16
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.manifest.images:
+            folder = printable(self.manifest.folder)
+            raise DataError(f"{folder} holds no images that can be used; give a folder of JPEG, PNG or WebP")
+        check_size(self.size)
+        check_at_least_one("batch_size", self.batch_size)
+        check_choice("loader", self.loader, LOADERS)
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.manifest.images)
+
+    def __iter__(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Yield int64 `[B]` on the CPU, positions in `manifest.images`, and uint8 `[B, size, size, 3]`."""
+        # The loader fills the last batch from its next pass; these images are cut off below.
+        batch_size = min(self.batch_size, len(self))
+        order = Sampler(0, len(self), batch_size, -(-len(self) // batch_size), fit="center_crop", flip=False)
+        settings = {"loader": self.loader, "image_size": self.size, "workers": self.workers}
+        with open_loader(self.manifest, order, DataConfig.model_validate(settings), device=self.device) as batches:
+            for step, batch in enumerate(batches):
+                count = min(batch_size, len(self) - step * batch_size)
+                yield torch.from_numpy(order.batch(step).indices[:count]), batch[:count]
+
+    def subset(self, images: Iterable[int]) -> "CenterCrops":
+        """Keep these images only."""
+        manifest = replace(self.manifest, images=[self.manifest.images[index] for index in images])
+        return replace(self, manifest=manifest)
+
+
+def check_size(size: int) -> int:
+    """Raise UserError unless `size` is in range."""
     if not MIN_SIDE <= size <= LARGEST_SIDE:
-        raise UserError(f"squares of {size} px cannot be had; choose a size from {MIN_SIDE} to {LARGEST_SIDE}")
-    if batch_size < 1:
-        raise UserError(f"a batch of {batch_size} images holds nothing; choose a batch size of at least 1")
-    if loader not in LOADERS:
-        raise UserError(f"unknown loader {loader!r}; choose one of {', '.join(LOADERS)}")
-
-
-def squares(
-    manifest: Manifest, size: int, *, batch_size: int, loader: str, device: torch.device, workers: int | None = None
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """One pass over the images, in an order of its own.
-
-    An image becomes the same square in every pass: what it is does not depend on its neighbours.
-
-    Args:
-        manifest: of the folder; at least one image.
-        size: side of the squares, in pixels.
-        batch_size: images at a time; the last batch may hold fewer.
-        loader: `dali` (decodes on the GPU where `device` is one) or `pillow`.
-        device: where the squares go.
-        workers: threads or processes that decode; None: one for each core.
-
-    Yields:
-        int64 `[B]` on the CPU, positions in `manifest.images`; and uint8 `[B, size, size, 3]` on the device.
-
-    Raises:
-        DataError: see `fastnst.data.open_loader`.
-        UserError: DALI is asked for and not installed; or see `check_squares`.
-    """
-    check_squares(manifest, size, batch_size, loader)
-    total = len(manifest.images)
-    # Runs read full batches: where images run out, the next pass begins, and its images are cut off below.
-    batch_size = min(batch_size, total)
-    order = Sampler(0, total, batch_size, -(-total // batch_size), fit="center_crop", flip=False)
-    config = DataConfig.model_validate({"loader": loader, "image_size": size, "workers": workers})
-    with open_loader(manifest, order, config, device=device) as batches:
-        for step, batch in enumerate(batches):
-            once = min(batch_size, total - step * batch_size)
-            yield torch.from_numpy(order.batch(step).indices[:once]), batch[:once]
+        raise UserError(f"a crop size of {size} px is out of range; give {MIN_SIDE} … {LARGEST_SIDE} px")
+    return size
 
 
 def to_images(batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 `[B, S, S, 3]` as `[B, 3, S, S]` in [0, 1], channels_last."""
+    """Convert uint8 `[B, S, S, 3]` to `[B, 3, S, S]` in [0, 1], channels_last."""
     return batch.permute(0, 3, 1, 2).to(dtype).div_(255)

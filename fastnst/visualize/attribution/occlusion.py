@@ -1,4 +1,4 @@
-"""Occlusion maps: what a target loses when a part of the image is covered (Zeiler & Fergus 2014, §4.2)."""
+"""Occlusion maps: the drop of a target's score when part of the image is covered (Zeiler & Fergus 2014, §4.2)."""
 
 import math
 from collections.abc import Callable
@@ -21,20 +21,20 @@ from fastnst.visualize.attribution.targets import (
 
 FILLS = ("grey", "blur")
 
-# Of the blur, in parts of the occluder's side: what is as large as the occluder goes, its mean colour stays.
+# Of the blur, in parts of the occluder's side: details of its size vanish, their mean colour stays.
 _BLUR_DEVIATION = 0.25
 _BLUR_REACH = 3.0
 
 
 @dataclass(frozen=True)
 class OcclusionMap:
-    """What `occlusion` measured.
+    """Result of `occlusion`.
 
     Attributes:
         scores: `[N, rows, cols]`, the score with the occluder at each position, from the top left.
         base: `[N]`, the score of the whole image.
-        heat: `[N, H, W]`, the mean drop base − score over the occluders that cover a pixel: positive where the
-            target needs the pixel, negative where the pixel stands in its way.
+        heat: `[N, H, W]`, the mean drop base − score over the occluders that cover a pixel: positive where the pixel
+            raises the score, negative where it lowers it.
     """
 
     scores: Tensor
@@ -58,8 +58,8 @@ def occlusion(
 
     The first occluder lies in the top left corner; those at the right and bottom are cut off by the image's edge, so
     that every pixel is covered: ⌈(side − size) / stride⌉ + 1 positions along each side. Only one batch of occluded
-    copies is held at a time. An occluder's own edges excite maps that look for edges, above all a grey one's on a
-    shallow layer; their heat is negative then, and `blur` says more.
+    copies is held at a time. The edges of a grey occluder excite edge detectors of shallow layers, which makes their
+    heat negative; use `blur` there.
 
     Args:
         net: VGG19, loaded at least up to the target's layer.
@@ -67,11 +67,11 @@ def occlusion(
         target: see `targets.parse_target`.
         size: side of the occluder, or (height, width), in pixels.
         stride: pixels between two positions, or (down, across).
-        fill: `grey` covers with the mean colour of ImageNet, `net.mean`, which is zero to the network; `blur` lets a
-            blurred copy of the image show through: Gaussian, with a quarter of the occluder's side as standard
-            deviation and reflection at the image's edges (after Fong & Vedaldi 2017, arXiv:1704.03296, §4.1).
+        fill: `grey` covers with the mean colour of ImageNet, `net.mean`, which is zero to the network; `blur` covers
+            with a blurred copy of the image: Gaussian, with a quarter of the occluder's side as standard deviation and
+            reflection at the image's edges (after Fong & Vedaldi 2017, arXiv:1704.03296, §4.1).
         batch_size: occluded copies in one forward pass.
-        progress: called with the number of occluded copies done and of all, after each batch.
+        progress: called after each batch with the number of occluded copies done and in all.
 
     Raises:
         DataError: a class, and the net ends before fc8.
@@ -106,10 +106,10 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _spans(side: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """First pixel, and the one behind the last, of each of the occluder's positions along one side."""
+    """Return (first pixel, end) of each position of the occluder along one side."""
     if not 1 <= size <= side:
         raise UserError(f"an occluder of {size} pixels on a side of {side}; give a size of 1 … {side}")
-    # A single occluder that covers the whole side needs no step.
+    # One occluder that covers the whole side needs no stride.
     if stride < 1 or (stride > size and size < side):
         raise UserError(
             f"stride {stride} with an occluder of {size} pixels; give a stride of 1 … {size}, so that each pixel is "
@@ -121,15 +121,15 @@ def _spans(side: int, size: int, stride: int) -> list[tuple[int, int]]:
 
 
 def _mean_drop(drops: Tensor, rows: list[tuple[int, int]], columns: list[tuple[int, int]]) -> Tensor:
-    """`[N, H, W]` out of `[N, rows, cols]`: at each pixel the mean over the windows that hold it."""
-    # In double: a few products, and no matrix unit that rounds its inputs to TF32.
+    """Average `[N, rows, cols]` at each pixel over the windows that hold it, to `[N, H, W]`."""
+    # In double: cheap here, and never rounded to TF32.
     down, across = (_membership(spans).to(drops.device) for spans in (rows, columns))
     total = down.T @ drops.double() @ across
     return (total / (down.sum(dim=0)[:, None] * across.sum(dim=0))).to(drops.dtype)
 
 
 def _membership(spans: list[tuple[int, int]]) -> Tensor:
-    """`[positions, side]`: 1 where a span holds a pixel."""
+    """Return `[positions, side]`, 1 where a span holds a pixel."""
     held = torch.zeros(len(spans), spans[-1][1], dtype=torch.float64)
     for row, (first, end) in zip(held, spans, strict=True):
         row[first:end] = 1
@@ -137,10 +137,10 @@ def _membership(spans: list[tuple[int, int]]) -> Tensor:
 
 
 def _blurred(images: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """`[N, 3, H, W]`, blurred down and across, each with a width that suits the occluder's side."""
+    """Blur `[N, 3, H, W]` along both sides, in proportion to the occluder."""
     for dim, size in zip((2, 3), sizes, strict=True):
         deviation = _BLUR_DEVIATION * size
-        # Reflection reaches as far as the image does, less the edge itself.
+        # Reflection padding is limited to the side minus 1.
         reach = min(math.ceil(_BLUR_REACH * deviation), images.shape[dim] - 1)
         offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=images.device)
         bell = torch.exp(-0.5 * (offsets / deviation) ** 2)

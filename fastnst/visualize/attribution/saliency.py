@@ -1,4 +1,4 @@
-"""Saliency maps: how strongly a target answers to each pixel (Simonyan, Vedaldi & Zisserman 2013, arXiv:1312.6034)."""
+"""Saliency maps: a target's sensitivity to each pixel (Simonyan, Vedaldi & Zisserman 2013, arXiv:1312.6034)."""
 
 import math
 
@@ -30,15 +30,15 @@ def saliency(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Tensor:
-    """The largest |∂score/∂pixel| of the three colours, pixels being RGB in [0, 1] (Simonyan et al. 2013, §3.1).
+    """Compute the largest |∂score/∂pixel| of the three colours, pixels in [0, 1] (Simonyan et al. 2013, §3.1).
 
     - `plain`: the gradient itself.
     - `guided`: guided backpropagation (Springenberg et al. 2014, arXiv:1412.6806, §3.4): each ReLU passes a gradient
-      on only where both its input and the gradient are positive. Sharper, but less faithful to the target (Adebayo et
+      only where both its input and the gradient are positive. Sharper, but less faithful to the target (Adebayo et
       al. 2018, "Sanity checks for saliency maps").
     - `smoothgrad` (Smilkov et al. 2017, arXiv:1706.03825, §2): the signed gradient is averaged over noisy copies of the
-      image, then the absolute value is taken. Each image gets the same noise, drawn on the CPU, whatever stands
-      beside it in the batch and whatever `batch_size` is. Noisy pixels are not clamped to [0, 1].
+      image, then the absolute value is taken. Each image gets the same noise, drawn on the CPU, whatever the other
+      images and `batch_size`. Noisy pixels are not clamped to [0, 1].
 
     Args:
         net: VGG19, loaded at least up to the target's layer.
@@ -46,12 +46,12 @@ def saliency(
         target: see `targets.parse_target`.
         method: one of `METHODS`.
         samples: noisy copies of each image; smoothgrad only, as are the next two.
-        noise: the noise's standard deviation, in parts of the image's range max − min.
+        noise: its standard deviation, in parts of the image's range max − min.
         seed: of the noise.
         batch_size: images in one forward and backward pass.
 
     Returns:
-        `[N, H, W]`, on the net's device and in its type, none below 0.
+        `[N, H, W]` ≥ 0, on the net's device and in its type.
 
     Raises:
         DataError: a class, and the net ends before fc8.
@@ -75,12 +75,12 @@ def saliency(
 def _smoothed(
     net: VGG19, image: Tensor, target: Target, samples: int, noise: float, seed: int, batch_size: int
 ) -> Tensor:
-    """`[1, 3, H, W]`: the gradient's mean over noisy copies of one image."""
+    """Average the gradient over noisy copies of one image, `[1, 3, H, W]`."""
     deviation = noise * (image.amax() - image.amin())
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros_like(image)
     for done in range(0, samples, batch_size):
-        # Copy by copy: what a larger draw holds depends on its size.
+        # One draw per copy: the numbers of a larger draw depend on its size.
         draws = [torch.randn(image.shape[1:], generator=generator) for _ in range(min(batch_size, samples - done))]
         noisy = image + deviation * torch.stack(draws).to(image)
         total += _gradient(net, noisy, target, guided=False).sum(dim=0, keepdim=True)
@@ -88,14 +88,14 @@ def _smoothed(
 
 
 def _gradient(net: VGG19, images: Tensor, target: Target, *, guided: bool) -> Tensor:
-    """`[N, 3, H, W]`: ∂score/∂pixel, each image by itself, also for callers who have switched gradients off."""
+    """Compute ∂score/∂pixel, `[N, 3, H, W]`, also where the caller has switched gradients off."""
     relus = [name for name in LAYERS[: LAYERS.index(target.layer) + 1] if name.startswith("relu")] if guided else []
     with torch.inference_mode(False), torch.enable_grad():
         # A copy, because an inference tensor cannot take part in a backward pass.
         pixels = images.clone().requires_grad_()
         outputs = net(pixels, [*relus, target.layer])
-        # On the ReLUs' outputs rather than on modules: these hooks go away with this pass's graph. A ReLU's own
-        # backward keeps what had a positive input, the hook before it what has a positive gradient.
+        # Hooks on the ReLUs' outputs vanish with this graph. A ReLU's own backward passes gradients of positive inputs,
+        # the hook before it positive gradients.
         for name in relus:
             outputs[name].register_hook(_positive_part)
         return torch.autograd.grad(total_activation(outputs[target.layer], target).sum(), pixels)[0]

@@ -1,7 +1,7 @@
-"""Targets: the one number that saliency and occlusion explain, a class's logit or a feature map's total activation.
+"""Targets of saliency and occlusion: a class's logit, or a feature map's total activation.
 
-The class names in `imagenet_classes.txt`, one line per class in the order of ILSVRC2012 (sorted by synset) and so of
-fc8's outputs, are the lemmas of these synsets in WordNet 3.0 (Miller 1995, "WordNet: a lexical database for English";
+`imagenet_classes.txt` holds one line per class in the order of ILSVRC2012 (sorted by synset), which is the order of
+fc8's outputs: the lemmas of the synset in WordNet 3.0 (Miller 1995, "WordNet: a lexical database for English";
 © Princeton University). Parsing a class needs no torch.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CLASSES = 1000
 CLASS_LAYER = "fc8"
 FORMS = f"class:N (0 … {CLASSES - 1}), class:NAME or layer:map"
-"""What `parse_target` understands, for help texts."""
+"""Forms that `parse_target` accepts, for messages."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """`class:207`, `class:golden_retriever` or `relu3_4:17` as a target.
+    """Parse `class:207`, `class:golden_retriever` or `relu3_4:17`.
 
-    A class goes by its number, by any of its WordNet lemmas or by its synset (`n02099601`); case, spaces, underscores
-    and hyphens in a name do not matter.
+    A class is given by its number, any of its WordNet lemmas or its synset (`n02099601`); case, spaces, underscores and
+    hyphens in a name are ignored.
 
     Raises:
         UserError: neither form; an unknown class, layer or map; or a name that several classes share.
@@ -57,15 +57,15 @@ def parse_target(text: str) -> Target:
 
 
 def score(net: "VGG19", target: Target, images: "Tensor") -> "Tensor":
-    """What the target says of each image; differentiable.
+    """Compute the target's score of each image; differentiable.
 
     Args:
         net: VGG19, loaded at least up to the target's layer.
-        target: what to read.
+        target: class or map.
         images: `[N, 3, H, W]`, RGB in [0, 1].
 
     Returns:
-        `[N]`, in the net's type, half precision as fp32. For a class its logit, before any softmax (Simonyan et al.
+        `[N]`, in the net's type, or fp32 for half precision. For a class its logit, before any softmax (Simonyan et al.
         2013, §3.1); for a feature map the sum of its activations over all positions (Zeiler & Fergus 2014, §4.2).
 
     Raises:
@@ -78,19 +78,19 @@ def score(net: "VGG19", target: Target, images: "Tensor") -> "Tensor":
 
 
 def total_activation(activations: "Tensor", target: Target) -> "Tensor":
-    """The target's score `[N]` out of its layer's `[N, C, H, W]` or `[N, C]`; UserError where it has no such map."""
+    """Compute the score `[N]` from its layer's `[N, C, H, W]` or `[N, C]`; UserError if the map does not exist."""
     import torch
 
     from fastnst.visualize.deconv.neurons import check_maps
 
     check_maps(target.layer, [target.map], activations.shape[1])
     chosen = activations[:, target.map].flatten(1) if activations.ndim == 4 else activations[:, target.map, None]
-    # A map's sum may leave fp16's range where none of its activations does.
+    # The sum may overflow fp16 where no activation does.
     return chosen.sum(dim=1, dtype=torch.promote_types(chosen.dtype, torch.float32))
 
 
 def check_target(net: "VGG19", target: Target) -> None:
-    """DataError for a class where `net` ends before the classifier, UserError for a layer that VGG19 does not have."""
+    """Raise DataError for a class if `net` ends before the classifier, UserError for an unknown layer."""
     from fastnst.models.vgg19 import check_layer
 
     check_layer(target.layer)
@@ -102,7 +102,7 @@ def check_target(net: "VGG19", target: Target) -> None:
 
 
 def as_input(net: "VGG19", images: "Tensor") -> "Tensor":
-    """`images` on the net's device and in its type.
+    """Move `images` to the net's device and type.
 
     Raises:
         UserError: not `[N, 3, H, W]` with at least one image, or not floats.
@@ -116,7 +116,7 @@ def as_input(net: "VGG19", images: "Tensor") -> "Tensor":
 
 
 def check_choice(kind: str, given: str, choices: Sequence[str]) -> None:
-    """UserError, with the nearest choice, unless `given` is one of them."""
+    """Raise UserError, with the nearest choice, unless `given` is one of `choices`."""
     if given not in choices:
         near = difflib.get_close_matches(given, choices, n=1)
         hint = f"did you mean {near[0]!r}? The choices are" if near else "choose one of"
@@ -124,14 +124,14 @@ def check_choice(kind: str, given: str, choices: Sequence[str]) -> None:
 
 
 def check_at_least_one(name: str, value: int) -> None:
-    """UserError where `value` is below 1."""
+    """Raise UserError if `value` is below 1."""
     if value < 1:
         raise UserError(f"{name} is {value}; give at least 1")
 
 
 def _class_target(text: str) -> Target:
     if re.fullmatch(r"[+-]?[0-9]+", text):
-        # The pattern first: Python refuses to read numbers of thousands of digits.
+        # Check the pattern first: Python refuses to parse thousands of digits.
         if not re.fullmatch(r"\+?0*[0-9]{1,3}", text):
             raise UserError(f"there is no class {text}; ImageNet's are 0 … {CLASSES - 1}")
         return _class(int(text))
@@ -163,7 +163,7 @@ def _map_target(layer: str, text: str) -> Target:
 
 @functools.cache
 def _classes() -> tuple[tuple[str, ...], ...]:
-    """Of each class its synset and its lemmas, the most usual one first."""
+    """Return the synset and the lemmas of each class, the most common lemma first."""
     text = resources.files("fastnst.visualize.attribution").joinpath("imagenet_classes.txt").read_text("utf-8")
     lines = (line.split(" ", maxsplit=1) for line in text.splitlines())
     return tuple((synset, *lemmas.split(", ")) for synset, lemmas in lines)
@@ -187,7 +187,7 @@ def _words(name: str) -> list[str]:
 
 
 def _nearest(text: str) -> str:
-    """What to try instead: one name for each class that has a name with all these words, or else names spelt alike."""
+    """Suggest a name of each class with all these words in a name, or else names of similar spelling."""
     words = set(_words(text))
     lemmas = [(lemma, number) for number, names in enumerate(_classes()) for lemma in names[1:]]
     near = {number: lemma for lemma, number in reversed(lemmas) if words and words <= set(_words(lemma))}

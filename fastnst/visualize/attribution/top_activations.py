@@ -1,42 +1,43 @@
-"""What makes each feature map of VGG19 fire most, in a whole folder (Zeiler & Fergus 2014, §4.1 and Figure 2).
+"""The strongest activations of VGG19's feature maps in a folder (Zeiler & Fergus 2014, §4.1 and Figure 2).
 
-One pass over the images finds the strongest activations of all asked maps; a second one, over the images that
-hold them, projects each back to pixels and cuts out what it saw.
+One pass over the images finds the strongest activations of the maps; a second one, over the images that hold them,
+projects each back to pixels and cuts out its receptive field.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastnst.data.manifest import Manifest
 from fastnst.errors import UserError
 from fastnst.models.vgg19 import VGG19
-from fastnst.visualize.attribution.folder_batches import check_squares, squares, to_images
-from fastnst.visualize.deconv.neurons import Seeds, check_maps
+from fastnst.visualize.attribution.folder_batches import CenterCrops, to_images
+from fastnst.visualize.attribution.targets import check_at_least_one
+from fastnst.visualize.deconv import windows
+from fastnst.visualize.deconv.neurons import Neurons, check_maps
 from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet
 
 COUNT = 9
 """Activations per map, as in the figure: three by three."""
 GREY = 0.5
-"""What lies outside an image."""
-_MOST_SEEDS_AT_ONCE = 256
-_PIXELS_AT_ONCE = 2**20
-"""Of the windows that are projected together; on 64 maps, those of the first block, they take 268 MB."""
+"""Value outside an image."""
+_MAX_NEURONS = 256
+_MAX_PIXELS = 2**20
+"""Of windows that are projected together; on the 64 maps of the first block they take 268 MB."""
 
 
 @dataclass(frozen=True)
 class TopActivations:
     """The strongest activations of M maps; all tensors are on the CPU.
 
-    An image stands at most once in a map's row, with its strongest position: neighbouring positions of one texture
+    An image appears at most once in a map's row, with its strongest position: neighbouring positions of one texture
     would crowd out all other images.
 
     Attributes:
-        layer: where the maps are.
+        layer: of the maps.
         maps: M channels.
         values: `[M, count]`, descending; -inf where there are fewer images than `count`.
         images: `[M, count]` int64, index into the manifest's `images`; -1 where there are fewer.
@@ -49,27 +50,38 @@ class TopActivations:
     images: Tensor
     positions: Tensor
 
+    def select(self, rows: Sequence[int]) -> "TopActivations":
+        """Keep these rows only."""
+        index = list(rows)
+        maps = tuple(self.maps[row] for row in index)
+        return TopActivations(self.layer, maps, self.values[index], self.images[index], self.positions[index])
+
 
 @dataclass(frozen=True)
 class TopPatches:
-    """What each of the strongest activations saw; both `[M, count, 3, s, s]` float32 on the CPU.
+    """The receptive field of each of the strongest activations; both `[M, count, 3, s, s]` float32 on the CPU.
 
-    The windows are the receptive field, s pixels wide, of the activation's position. They may reach beyond the image.
+    It is s pixels wide and may reach beyond the image.
 
     Attributes:
-        projections: of the activation alone, back to pixels: positive and negative; 0 outside the image.
-        patches: the same window of the image, RGB in [0, 1]; grey (0.5) outside the image.
+        projections: of the activation alone, signed; 0 outside the image.
+        patches: of the image, RGB in [0, 1]; grey (0.5) outside the image.
     """
 
     projections: Tensor
     patches: Tensor
 
+    def select(self, rows: Sequence[int]) -> "TopPatches":
+        """Keep these rows only."""
+        index = list(rows)
+        return TopPatches(self.projections[index], self.patches[index])
+
 
 class RunningTop:
-    """The `count` strongest images of each of M maps so far; as large after a million images as after ten.
+    """The `count` strongest images of each of M maps so far; its size does not grow with the images.
 
-    Of equal activations the image with the lower index comes first, so the outcome depends neither on the order of
-    the images nor on how they are cut into batches.
+    Of equal activations the image with the lower index comes first, so the result depends neither on the order of the
+    images nor on the batches.
     """
 
     def __init__(self, maps: int, count: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -78,18 +90,18 @@ class RunningTop:
         self.positions = torch.full((maps, count, 2), -1, dtype=torch.int64, device=device)
 
     def merge(self, values: Tensor, images: Tensor, positions: Tensor) -> None:
-        """Take further images in.
+        """Add images.
 
         Args:
             values: `[M, B]`, the strongest activation of each map in each image.
             images: `[B]` int64, none of them seen before.
-            positions: `[M, B, 2]` int64, where those are.
+            positions: `[M, B, 2]` int64, of these activations.
         """
         maps, count = self.values.shape
         values = torch.cat((self.values, values), dim=1)
         images = torch.cat((self.images, images.expand(maps, -1)), dim=1)
         positions = torch.cat((self.positions, positions), dim=1)
-        # `topk` leaves open which of several equal values it takes; two sorts, the second stable, do not.
+        # `topk` does not define which of equal values it takes; two sorts, the second stable, do.
         by_image = images.argsort(dim=1)
         by_value = values.gather(1, by_image).argsort(dim=1, descending=True, stable=True)
         best = by_image.gather(1, by_value)[:, :count]
@@ -97,103 +109,87 @@ class RunningTop:
         self.positions = positions.gather(1, best[:, :, None].expand(-1, -1, 2))
 
 
-def default_size(layer: str) -> int:
-    """Side of the squares that suits a layer, in pixels: 224, or more where its receptive field is wider.
+def crop_size(layer: str, size: int | None) -> int:
+    """Return `size`, or by default 224 pixels or the next multiple of 32 that holds the layer's receptive field.
 
     Raises:
-        UserError: see `receptive_field`.
+        UserError: smaller than the receptive field, or see `receptive_field`.
     """
-    return max(224, -(-receptive_field(layer).size // 32) * 32)
+    field = receptive_field(layer).size
+    if size is None:
+        return max(224, -(-field // 32) * 32)
+    if size < field:
+        raise UserError(
+            f"a crop size of {size} px is smaller than the receptive field of {layer}, {field} px; give {field} px or "
+            "more, or a shallower layer"
+        )
+    return size
 
 
 @torch.no_grad()
 def find_top_activations(
     net: VGG19,
-    manifest: Manifest,
+    crops: CenterCrops,
     layer: str,
     maps: Sequence[int] | None = None,
     *,
     count: int = COUNT,
-    size: int | None = None,
-    batch_size: int = 16,
-    loader: str = "pillow",
-    workers: int | None = None,
-    device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> TopActivations:
-    """The strongest activations of feature maps in a whole folder, by one pass over it.
+    """Find the strongest activations of feature maps in a folder, by one pass over it.
 
     Time does not depend on the number of maps, nor memory on the number of images.
 
     Args:
-        net: reaches as deep as `layer`.
-        manifest: the images. Of each, the middle square is looked at, resized to `size`.
+        net: loaded at least up to `layer`.
+        crops: of the folder, on the net's device, at least as large as the layer's receptive field.
         layer: up to `pool5`.
         maps: channels; None means all.
-        count: activations per map. A dead map's are zeros, at position (0, 0).
-        size: side of the squares in pixels, at least the layer's receptive field; None means `default_size(layer)`.
-        batch_size: images at a time. It may change the last digits of the activations, as convolutions round.
-        loader: `dali` or `pillow`.
-        workers: threads or processes that decode; None: one for each core.
-        device: where the net is.
-        progress: receives the number of images done and of all images, again and again.
+        count: activations per map. Those of a dead map are zeros, at position (0, 0).
+        progress: called after each batch with the number of images done and in all.
 
     Raises:
-        UserError: unknown layer, one behind the net's last or without positions, a map out of range, a size smaller
-            than the receptive field, or another option out of range.
-        DataError: no images, or one that changed since the folder was checked.
+        UserError: unknown layer, one behind the net's last or without positions, a map out of range, crops smaller
+            than the receptive field, or a count below 1.
+        DataError: an image that changed since the folder was checked.
     """
     chosen = _check_maps(net, layer, maps)
-    size = _check_size(layer, size)
-    if count < 1:
-        raise UserError(f"{count} activations per map are nothing to show; choose at least 1")
-    check_squares(manifest, size, batch_size, loader)
-    total = len(manifest.images)
+    crop_size(layer, crops.size)
+    check_at_least_one("count", count)
     report = progress or (lambda _done, _total: None)
-    report(0, total)
-    dtype = net.mean.dtype
-    channels = torch.tensor(chosen, device=device)
-    top = RunningTop(len(chosen), count, dtype=dtype, device=device)
+    report(0, len(crops))
+    channels = torch.tensor(chosen, device=crops.device)
+    top = RunningTop(len(chosen), count, dtype=net.mean.dtype, device=crops.device)
     done = 0
-    passes = squares(manifest, size, batch_size=batch_size, loader=loader, device=device, workers=workers)
-    with closing(passes) as batches:
+    with closing(iter(crops)) as batches:
         for indices, batch in batches:
-            activations = net(to_images(batch, dtype), [layer])[layer]
+            activations = net(to_images(batch, net.mean.dtype), [layer])[layer]
             values, places = activations.flatten(2).max(2)
             values, places = values.T[channels], places.T[channels]
             width = activations.shape[3]
-            top.merge(values, indices.to(device), torch.stack((places // width, places % width), dim=2))
+            top.merge(values, indices.to(crops.device), torch.stack((places // width, places % width), dim=2))
             done += len(indices)
-            report(done, total)
+            report(done, len(crops))
     return TopActivations(layer, chosen, top.values.cpu(), top.images.cpu(), top.positions.cpu())
 
 
 @torch.no_grad()
 def project_top(
     net: VGG19,
-    manifest: Manifest,
+    crops: CenterCrops,
     top: TopActivations,
     *,
-    size: int | None = None,
-    batch_size: int = 16,
-    loader: str = "pillow",
-    workers: int | None = None,
-    device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> TopPatches:
-    """Project the strongest activations back to pixels, and cut out what they saw.
+    """Project the strongest activations back to pixels, and cut out their receptive fields.
 
     Only images that hold one of them are read, once each. The result takes 24·M·count·s² bytes, s being the layer's
-    receptive field: 127 MB for nine activations of each map of `relu3_4`, 7.9 GB for `pool5`; there, take the maps in
-    parts.
+    receptive field: 127 MB for nine activations of each map of `relu3_4`, 7.9 GB for `pool5`: pass few maps at a time.
 
     Args:
-        net, manifest, size, loader: those of `find_top_activations`; with others the positions mean nothing.
-        top: what it found.
-        batch_size: images at a time.
-        workers: threads or processes that decode; None: one for each core.
-        device: where the net is.
-        progress: receives the number of images done and of those to be read, again and again.
+        net, crops: the same as for `find_top_activations`.
+        top: its result.
+        progress: called after each batch with the number of images done and to be read.
 
     Returns:
         Projections and patches; 0 and grey where there are fewer images than `count`.
@@ -202,11 +198,9 @@ def project_top(
         UserError, DataError: as `find_top_activations`.
     """
     _check_maps(net, top.layer, top.maps)
-    size = _check_size(top.layer, size)
-    check_squares(manifest, size, batch_size, loader)
-    assert top.images.max() < len(manifest.images), "the images of another manifest"
+    assert top.images.max() < len(crops), "the images of another folder"
     side = receptive_field(top.layer).size
-    at_once = max(1, min(_MOST_SEEDS_AT_ONCE, _PIXELS_AT_ONCE // side**2))
+    at_once = max(1, min(_MAX_NEURONS, _MAX_PIXELS // side**2))
     slots = top.images.numel()
     projections = torch.zeros(slots, 3, side, side)
     patches = torch.full_like(projections, GREY)
@@ -214,49 +208,30 @@ def project_top(
     kept, of_slot = top.images.flatten().unique(return_inverse=True)
     if kept[0] < 0:
         kept, of_slot = kept[1:], of_slot - 1
-    subset = replace(manifest, images=[manifest.images[index] for index in kept.tolist()])
     report = progress or (lambda _done, _total: None)
     report(0, len(kept))
     deconvnet = Deconvnet(net)
     channels = torch.tensor(top.maps).repeat_interleave(top.images.shape[1])
     positions = top.positions.flatten(0, 1)
     done = 0
-    passes = squares(subset, size, batch_size=batch_size, loader=loader, device=device, workers=workers)
-    with closing(passes) as batches:
+    with closing(iter(crops.subset(kept.tolist()))) as batches:
         for indices, batch in batches:
             recording = deconvnet.record(to_images(batch, net.mean.dtype), [top.layer])
+            images = to_images(batch, torch.float32)
             rows, here = (of_slot == indices[:, None]).nonzero(as_tuple=True)
             for part_rows, part in zip(rows.split(at_once), here.split(at_once), strict=True):
-                seeds = Seeds.at(part_rows, channels[part], positions[part], device)
-                projected, corners = deconvnet.project_patches(recording, top.layer, seeds)
+                neurons = Neurons.at(part_rows, channels[part], positions[part], crops.device)
+                projected, corners = deconvnet.project_patches(recording, top.layer, neurons)
                 projections[part] = projected.to("cpu", torch.float32)
-                patches[part] = cut_out(batch, seeds.images, corners, side).cpu()
+                patches[part] = windows.cut(images, corners, side, rows=part_rows, fill=GREY).cpu()
             done += len(indices)
             report(done, len(kept))
     shape = (*top.images.shape, 3, side, side)
     return TopPatches(projections.reshape(shape), patches.reshape(shape))
 
 
-def cut_out(batch: Tensor, images: Tensor, corners: Tensor, side: int) -> Tensor:
-    """Windows of images as float32 `[K, 3, side, side]` in [0, 1], grey outside the image.
-
-    Args:
-        batch: uint8 `[B, H, W, 3]`.
-        images: `[K]` int64, row in the batch.
-        corners: `[K, 2]` int64, top and left of each window; may be negative.
-        side: of the windows, in pixels.
-    """
-    height, width = batch.shape[1:3]
-    offsets = torch.arange(side, device=batch.device)
-    rows, columns = (corners[:, axis, None] + offsets for axis in (0, 1))
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    windows = batch[images[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return torch.where(inside[..., None], windows / 255, GREY).permute(0, 3, 1, 2)
-
-
 def _check_maps(net: VGG19, layer: str, maps: Sequence[int] | None) -> tuple[int, ...]:
-    # Layers without positions have no receptive field, and say so.
+    # Raises for layers without positions.
     receptive_field(layer)
     channels = Deconvnet(net).channels(layer)
     chosen = tuple(range(channels)) if maps is None else tuple(maps)
@@ -264,15 +239,3 @@ def _check_maps(net: VGG19, layer: str, maps: Sequence[int] | None) -> tuple[int
         raise UserError(f"no map of {layer} is asked for; choose some of 0 … {channels - 1}")
     check_maps(layer, chosen, channels)
     return chosen
-
-
-def _check_size(layer: str, size: int | None) -> int:
-    field = receptive_field(layer).size
-    if size is None:
-        return default_size(layer)
-    if size < field:
-        raise UserError(
-            f"squares of {size} px are smaller than the receptive field of {layer}, {field} px; "
-            f"choose a size of at least {field}, or a shallower layer"
-        )
-    return size

@@ -1,30 +1,33 @@
-"""What a user asks to see: which maps, which activations, which squares of which images."""
+"""Options that several `fastnst visualize` commands share: maps, activations, layers, sizes, images and weights.
 
-import math
+Each command checks its options first, then reads images, then weights: cheap errors come first.
+"""
+
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from fastnst.data.crop import resize_crop
-from fastnst.errors import DataError, UserError
-from fastnst.images import MIN_SIDE, printable, read_image, to_tensor
-from fastnst.models.vgg19 import LAYERS, WEIGHT_SHAPES, check_layer
-from fastnst.visualize.attribution.folder_batches import LARGEST_SIDE
-from fastnst.visualize.attribution.top_activations import default_size
-from fastnst.visualize.deconv.neurons import check_maps
+from fastnst.device import ran_out_of_memory
+from fastnst.errors import DataError, DeviceError, UserError
+from fastnst.images import printable, read_image, to_tensor
+from fastnst.models.vgg19 import LAYERS, VGG19, WEIGHT_SHAPES, check_layer, deepest_layer
+from fastnst.models.weights import load_vgg19
+from fastnst.visualize.attribution.folder_batches import check_size
+from fastnst.visualize.attribution.targets import CLASS_LAYER, Target
+from fastnst.visualize.attribution.top_activations import crop_size
+from fastnst.visualize.deconv.neurons import Activation, Neurons, check_maps
 from fastnst.visualize.deconv.receptive_field import receptive_field
-from fastnst.visualize.sheets.render import number
-
-Activation = str | tuple[int, int]
-"""`strongest`, `all`, or the row and column of one."""
 
 MAPS_FORMS = "numbers and ranges such as 0,5,17-20, the strongest such as top:16, or all"
-_MANY = 10_000  # more maps than any layer has; keeps a mistyped range from being written out
+_MAX_RANGE = 10_000  # more maps than any layer has; a mistyped range shall not be expanded
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ class MapChoice:
     """Maps of a layer, by number or by strength."""
 
     text: str
-    """As the user wrote it."""
+    """The option as given."""
     numbers: tuple[int, ...] | None
-    """In the user's order; None: by strength."""
+    """In the order given; None: by strength."""
     strongest: int | None
-    """How many of the strongest, the very strongest first; None: all, by number."""
+    """How many of the strongest, in descending order; None: all, by number."""
 
     def of(self, layer: str, strengths: Tensor) -> list[int]:
-        """The chosen maps of a layer.
+        """Choose maps of a layer.
 
         Args:
             layer: for messages.
@@ -58,14 +61,23 @@ class MapChoice:
         return order[: self.strongest].tolist()
 
     def count(self, channels: int) -> int:
-        """How many maps are chosen in a layer of `channels`."""
+        """Count the chosen maps of a layer of `channels`."""
         if self.numbers is not None:
             return len(self.numbers)
         return channels if self.strongest is None else min(self.strongest, channels)
 
+    def neurons(self, layer: str, activations: Tensor, activation: Activation) -> Neurons:
+        """Select the chosen maps of one image, `[1, C, H, W]` or `[1, C]`, with the position of `activation` in each.
+
+        Raises:
+            UserError: a map that the layer does not have, or a position outside the maps.
+        """
+        maps = self.of(layer, _strengths(layer, activations, activation))
+        return Neurons.select(activations, [0] * len(maps), maps, activation)
+
 
 def parse_maps(text: str) -> MapChoice:
-    """`0,5,17-20`, `top:16` or `all`; a map that is named twice counts once.
+    """Parse `0,5,17-20`, `top:16` or `all`; a map given twice counts once.
 
     Raises:
         UserError: anything else.
@@ -83,14 +95,14 @@ def parse_maps(text: str) -> MapChoice:
         if match is None:
             raise UserError(f"--maps {text!r} is not understood at {part.strip()!r}; give {MAPS_FORMS}")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last - first >= _MANY:
+        if last < first or last - first >= _MAX_RANGE:
             raise UserError(f"--maps {text!r}: {part.strip()} is no range; give it from low to high, such as 17-20")
         numbers += range(first, last + 1)
     return MapChoice(text, tuple(dict.fromkeys(numbers)), None)
 
 
 def parse_activation(text: str) -> Activation:
-    """`strongest`, `all`, or `ROW,COL` as two numbers.
+    """Parse `strongest`, `all` or `ROW,COL`.
 
     Raises:
         UserError: anything else.
@@ -105,10 +117,10 @@ def parse_activation(text: str) -> Activation:
 
 
 def check_vgg_layers(layers: Sequence[str], maps: MapChoice | None = None) -> list[str]:
-    """The layers without repetition, front to back.
+    """Sort the layers front to back, without repetition.
 
     Raises:
-        UserError: an unknown one, or one that lacks a map that was chosen by number.
+        UserError: an unknown layer, or one that lacks a map chosen by number.
     """
     for layer in layers:
         check_layer(layer)
@@ -118,57 +130,42 @@ def check_vgg_layers(layers: Sequence[str], maps: MapChoice | None = None) -> li
 
 
 def channels_of(layer: str) -> int:
-    """How many maps a layer of VGG19 has."""
+    """Return the number of maps of a layer of VGG19."""
     below = LAYERS[: LAYERS.index(layer) + 1]
     return WEIGHT_SHAPES[next(name for name in reversed(below) if name in WEIGHT_SHAPES)][0]
 
 
 def vgg_size(layers: Sequence[str], size: int | None) -> int:
-    """The side of the squares for VGG19, in pixels: as asked, or what suits the deepest layer.
+    """Return the side of the crops for VGG19, in pixels: `size`, or by default one for the deepest layer.
 
     Raises:
         UserError: smaller than the receptive field of a layer, or out of any range.
     """
-    fields = {layer: field for layer in layers if (field := field_of(layer)) is not None}
-    if size is None:
-        return max([224, *(default_size(layer) for layer in fields)])
-    for layer, field in fields.items():
-        if size < field:
-            raise UserError(
-                f"--size {size} is smaller than the receptive field of {layer}, {field}×{field} pixels; give --size "
-                f"{field} or more, or a shallower layer"
-            )
-    return check_size(size)
-
-
-def check_size(size: int) -> int:
-    """UserError unless `size` is a side that the networks and the memory can do with."""
-    if not MIN_SIDE <= size <= LARGEST_SIDE:
-        raise UserError(f"--size {size} cannot be used; give {MIN_SIDE} … {LARGEST_SIDE} pixels")
-    return size
+    sizes = [crop_size(layer, size) for layer in layers if field_of(layer) is not None]
+    return max([224, *sizes]) if size is None else check_size(size)
 
 
 def field_of(layer: str) -> int | None:
-    """Side of a VGG19 layer's receptive field in pixels; None where that is the whole image."""
+    """Return the side of a VGG19 layer's receptive field in pixels; None for the whole image."""
     return None if layer.startswith("fc") or layer in ("relu6", "relu7") else receptive_field(layer).size
 
 
 def read_crops(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -> list[Tensor]:
-    """The middle square of each image, resized: `[1, 3, size, size]` in [0, 1] on the CPU.
+    """Read the center crop of each image, resized to `[1, 3, size, size]` in [0, 1] on the CPU.
 
     Args:
         paths: the files.
-        size: side of the squares, in pixels.
-        layers: of VGG19; an image must be as large as what they see of it.
+        size: side of the crops, in pixels.
+        layers: of VGG19; an image must be as large as their receptive fields.
 
     Raises:
-        UserError: no image is named.
+        UserError: no image is given.
         DataError: a file cannot be read as an image, or its short side is smaller than a receptive field.
     """
     if not paths:
         raise UserError("no image was named; give one or more files")
     field, layer = max(((field_of(layer) or 0, layer) for layer in layers), default=(0, ""))
-    squares = []
+    crops = []
     for path in paths:
         pixels = read_image(path)
         height, width = pixels.shape[:2]
@@ -179,31 +176,59 @@ def read_crops(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -> 
             )
         side = min(height, width)
         left, top = (width - side) / 2, (height - side) / 2
-        window = (left, top, left + side, top + side)
-        squares.append(to_tensor(np.array(resize_crop(Image.fromarray(pixels), window, size, False))))
-    return squares
+        box = (left, top, left + side, top + side)
+        crops.append(to_tensor(np.array(resize_crop(Image.fromarray(pixels), box, size, False))))
+    return crops
 
 
-def columns_for(cells: int) -> int:
-    """Columns of a sheet of so many images: wider than high, with few empty places."""
-    low, high = math.ceil(math.sqrt(cells)), math.ceil(math.sqrt(2 * cells))
-    return min(range(low, high + 1), key=lambda columns: (-cells % columns, columns))
-
-
-def strengths(layer: str, activations: Tensor, activation: Activation) -> Tensor:
-    """How strongly each map of one image answers, by the activation that is to be projected.
-
-    Args:
-        layer: for messages.
-        activations: `[1, C, H, W]` or `[1, C]`.
-        activation: `strongest`, `all` (ranked by the strongest as well), or the row and column.
-
-    Returns:
-        `[C]`.
+def load_vgg(spec: str, layers: Sequence[str], device: torch.device) -> VGG19:
+    """Load VGG19 (`auto`, `random` or a file) up to the deepest of `layers`.
 
     Raises:
-        UserError: the position lies outside the map.
+        DataError: no such weights, or they end before the layers.
     """
+    return load_vgg19(spec, last_layer=deepest_layer(layers)).to(device)
+
+
+def load_vgg_for_target(spec: str, target: Target, device: torch.device) -> VGG19:
+    """Load VGG19 up to the target's layer; a class needs trained weights with the classifier."""
+    if target.layer != CLASS_LAYER:
+        return load_vgg(spec, [target.layer], device)
+    other = "or a target layer:map, such as relu3_4:17"
+    if spec == "random":
+        raise DataError(
+            f"random weights know no classes, and the target is {target.name}; give --vgg auto or FILE, {other}"
+        )
+    try:
+        return load_vgg(spec, [target.layer], device)
+    except DataError as error:
+        raise DataError(f"{target.name} needs VGG19 with its classifier: {error}; {other}") from error
+
+
+def weights_setting(spec: str, net: VGG19) -> dict[str, str]:
+    """Describe the weights, for the page."""
+    return {"VGG19": f"{printable(spec)}, {net.flavour} flavour"}
+
+
+def size_setting(crop: Tensor) -> dict[str, str]:
+    """Describe the crops, for the page."""
+    return {"size": f"{crop.shape[3]} × {crop.shape[2]} px, center crop"}
+
+
+@contextlib.contextmanager
+def memory_errors(device: torch.device, options: str) -> Iterator[None]:
+    """Raise DeviceError, with the advice to lower `options`, when the device runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        other = ", or use --device cpu" if device.type == "cuda" else ""
+        raise DeviceError(f"out of memory; lower {options}{other}") from error
+
+
+def _strengths(layer: str, activations: Tensor, activation: Activation) -> Tensor:
+    """Rank the maps of one image by `activation` (`all` like `strongest`): `[1, C, H, W]` or `[1, C]` → `[C]`."""
     maps = activations[0] if activations.ndim == 4 else activations[0, :, None, None]
     if isinstance(activation, str):
         return maps.flatten(1).amax(1)
@@ -214,18 +239,3 @@ def strengths(layer: str, activations: Tensor, activation: Activation) -> Tensor
             f"columns here; give rows 0 … {height - 1} and columns 0 … {width - 1}"
         )
     return maps[:, row, column]
-
-
-def describe_choice(activation: Activation) -> str:
-    """For people: `strongest`, `all`, or `row 14, column 9`."""
-    return activation if isinstance(activation, str) else f"row {activation[0]}, column {activation[1]}"
-
-
-def describe_activation(chosen: Tensor, position: Sequence[int] | None) -> str:
-    """`12.3 @ (14, 9)`; where a whole map `[H, W]` is projected, how much of it is active."""
-    if position is None:
-        return f"{float((chosen > 0).double().mean()):.0%} active, up to {number(float(chosen.amax()))}"
-    if chosen.ndim == 0:
-        return number(float(chosen))
-    row, column = position
-    return f"{number(float(chosen[row, column]))} @ ({row}, {column})"

@@ -1,98 +1,124 @@
-"""`fastnst visualize top`: for each feature map, what excites it most in a folder (Zeiler & Fergus 2014, Figure 2)."""
+"""`fastnst visualize top`: each map's strongest activations in a folder (Zeiler & Fergus 2014, Figure 2)."""
 
+import logging
 import math
-from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from fastnst.data.manifest import Manifest
-from fastnst.images import printable
+from fastnst.data.manifest import Manifest, build_manifest
+from fastnst.device import resolve_device
+from fastnst.images import MIN_SIDE, printable
 from fastnst.models.vgg19 import VGG19
 from fastnst.progress import counted
+from fastnst.visualize.attribution.folder_batches import LOADERS, CenterCrops
+from fastnst.visualize.attribution.targets import check_at_least_one, check_choice
 from fastnst.visualize.attribution.top_activations import TopActivations, TopPatches, find_top_activations, project_top
-from fastnst.visualize.commands.options import MapChoice
+from fastnst.visualize.commands.options import (
+    check_vgg_layers,
+    field_of,
+    load_vgg,
+    memory_errors,
+    parse_maps,
+    vgg_size,
+    weights_setting,
+)
 from fastnst.visualize.deconv.receptive_field import receptive_field
+from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.render import Row, about_grey, colour_scale, contact_sheet, mosaic, number
-from fastnst.visualize.sheets.report import Report, Sheet
+from fastnst.visualize.sheets.report import Report
+
+log = logging.getLogger(__name__)
 
 MAPS_PER_SHEET = 16
 _COLUMNS = 2
-_PATCH_BYTES = 1 << 30  # of projections and patches held at a time
+_MAX_BYTES = 1 << 30  # of projections and patches in memory
+_REJECTED_LOGGED = 5
 
 _HOW_TO_READ = (
     "For each feature map its strongest activations in the whole folder, one per image: left their projections back "
-    "to pixels, grey being zero and each map having a scale of its own; right what the activation sees of the image, "
-    "strongest first (Zeiler & Fergus 2014, Figure 2)."
+    "to pixels, grey being zero and each map having a scale of its own; right the receptive field of the activation in "
+    "the image, strongest first (Zeiler & Fergus 2014, Figure 2)."
 )
 
 
-def top(
-    net: VGG19,
-    manifest: Manifest,
+def top_report(
+    folder: Path,
     layer: str,
     *,
-    maps: MapChoice,
+    maps: str,
     count: int,
-    size: int,
+    size: int | None,
     loader: str,
-    device: torch.device,
+    vgg: str,
+    device: str,
 ) -> Report:
-    """Sheets of a layer's maps, each with the projections and the image patches of its strongest activations.
-
-    Args:
-        net: as deep as the layer, on the device.
-        manifest: the folder's images.
-        layer: up to `pool5`.
-        maps: which; of `top:N`, those with the strongest activations of all.
-        count: activations per map.
-        size: side in pixels of the squares that the images become.
-        loader: `pillow` or `dali`.
-        device: where the net is.
+    """Draw each map's `count` strongest activations: projections beside patches of the images.
 
     Raises:
-        UserError: a map that the layer does not have, or another argument out of range.
-        DataError: an image that changed since the folder was checked.
+        UserError, DataError, DeviceError: as `deconvnet_report`.
     """
-    named = None if maps.numbers is None else maps.numbers
-    with counted(f"top of {layer}", "images") as progress:
-        found = find_top_activations(
-            net,
-            manifest,
-            layer,
-            named,
-            count=count,
-            size=size,
-            loader=loader,
-            device=device,
-            progress=progress,
-        )
-    if named is None:
-        found = _rows(found, maps.of(layer, found.values[:, 0]))
-    sheets: list[Sheet] = []
-    side = receptive_field(layer).size
-    at_once = max(1, _PATCH_BYTES // (24 * count * side * side * MAPS_PER_SHEET)) * MAPS_PER_SHEET
-    for start in range(0, len(found.maps), at_once):
-        part = _rows(found, list(range(start, min(start + at_once, len(found.maps)))))
-        with counted(f"project {layer}", "images") as progress:
-            patches = project_top(net, manifest, part, size=size, loader=loader, device=device, progress=progress)
-        for first in range(0, len(part.maps), MAPS_PER_SHEET):
-            here = list(range(first, min(first + MAPS_PER_SHEET, len(part.maps))))
-            sheets.append(_sheet(manifest, _rows(part, here), _patches_of(patches, here), len(sheets) + 1))
-    if len(sheets) == 1:
-        sheets = [replace(sheets[0], name=layer, tag=f"visualize/top/{layer}")]
+    choice = parse_maps(maps)
+    check_vgg_layers([layer], choice)
+    field = receptive_field(layer)
+    side = vgg_size([layer], size)
+    check_choice("loader", loader, LOADERS)
+    check_at_least_one("--count", count)
+    torch_device = resolve_device(device)
+    manifest = _read_manifest(folder, layer)
+    with memory_errors(torch_device, "--size, --count or the number of --maps"):
+        net = load_vgg(vgg, [layer], torch_device)
+        crops = CenterCrops(manifest, side, torch_device, loader)
+        with counted(f"top of {layer}", "images") as progress:
+            found = find_top_activations(net, crops, layer, choice.numbers, count=count, progress=progress)
+        if choice.numbers is None:
+            found = found.select(choice.of(layer, found.values[:, 0]))
+        figures = _figures(net, crops, found)
     settings = {
         "folder": f"{printable(manifest.folder)}, {len(manifest.images)} images",
         "layer": layer,
-        "maps": maps.text,
+        "maps": choice.text,
         "count": f"{count} strongest activations per map",
-        "size": f"{size} × {size} px, the middle square of each image",
-        "receptive field": f"{side} × {side} px",
+        "size": f"{side} × {side} px, center crop of each image",
+        "receptive field": f"{field.size} × {field.size} px",
+        **weights_setting(vgg, net),
     }
-    return Report(f"What excites {layer} of VGG19", _HOW_TO_READ, settings, sheets)
+    return Report(f"{layer} of VGG19: strongest activations", _HOW_TO_READ, settings, figures)
 
 
-def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, ordinal: int) -> Sheet:
+def _read_manifest(folder: Path, layer: str) -> Manifest:
+    smallest = max(MIN_SIDE, field_of(layer) or 0)
+    with counted("check", "images") as progress:
+        manifest = build_manifest(folder, progress=progress, min_side=smallest)
+    for rejected in manifest.rejected[:_REJECTED_LOGGED]:
+        log.info("passed over: %s: %s", printable(rejected.path), rejected.reason)
+    if len(manifest.rejected) > _REJECTED_LOGGED:
+        log.info("passed over: %d more images", len(manifest.rejected) - _REJECTED_LOGGED)
+    return manifest
+
+
+def _figures(net: VGG19, crops: CenterCrops, found: TopActivations) -> list[Figure]:
+    """Project and draw, as many maps at a time as `_MAX_BYTES` allow."""
+    layer, (total, count) = found.layer, found.values.shape
+    side = receptive_field(layer).size
+    at_once = max(1, _MAX_BYTES // (24 * count * side * side * MAPS_PER_SHEET)) * MAPS_PER_SHEET
+    figures: list[Figure] = []
+    for start in range(0, total, at_once):
+        part = found.select(range(start, min(start + at_once, total)))
+        with counted(f"project {layer}", "images") as progress:
+            patches = project_top(net, crops, part, progress=progress)
+        for first in range(0, len(part.maps), MAPS_PER_SHEET):
+            rows = range(first, min(first + MAPS_PER_SHEET, len(part.maps)))
+            figures.append(
+                _figure(crops.manifest, part.select(rows), patches.select(rows), f"{layer}-{len(figures) + 1}")
+            )
+    if len(figures) == 1:
+        return [replace(figures[0], name=layer, tag=f"visualize/top/{layer}")]
+    return figures
+
+
+def _figure(manifest: Manifest, part: TopActivations, patches: TopPatches, name: str) -> Figure:
     cells, captions = [], []
     table = [("map", "rank", "activation", "row, column", "image")]
     columns = math.ceil(math.sqrt(part.values.shape[1]))
@@ -117,23 +143,11 @@ def _sheet(manifest: Manifest, part: TopActivations, patches: TopPatches, ordina
     image = contact_sheet(
         rows,
         title=f"{part.layer}: strongest activations in {printable(manifest.folder.name)}",
-        note="Left of each pair the projections, grey = 0; right what was seen, strongest first.",
+        note="Left of each pair the projections, grey = 0; right the patches of the images, strongest first.",
         largest=cells[0].shape[2],
         gap=24,
     )
     listed = ", ".join(map(str, part.maps))
     caption = f"{part.layer}, maps {listed}: projections left, patches of the images right; scales at each map."
     alt = f"For the maps {listed} of {part.layer}: a square of projections beside a square of image patches."
-    name = f"{part.layer}-{ordinal}"
-    return Sheet(name, f"visualize/top/{name}", image, caption, alt, table=table)
-
-
-def _rows(found: TopActivations, rows: Sequence[int]) -> TopActivations:
-    maps = tuple(found.maps[row] for row in rows)
-    index = list(rows)
-    return TopActivations(found.layer, maps, found.values[index], found.images[index], found.positions[index])
-
-
-def _patches_of(patches: TopPatches, rows: Sequence[int]) -> TopPatches:
-    index = list(rows)
-    return TopPatches(patches.projections[index], patches.patches[index])
+    return Figure(name, f"visualize/top/{name}", image, caption, alt, table=table)

@@ -1,25 +1,25 @@
-"""Adjoints of linear maps that networks are made of: ⟨A x, y⟩ = ⟨x, Aᵀ y⟩.
+"""Adjoints of the linear maps in networks: ⟨A x, y⟩ = ⟨x, Aᵀ y⟩.
 
-Where A copies a value to several places, Aᵀ adds what comes back from them; where A leaves a value out, Aᵀ gives it
-zero. Nothing here needs autograd, so all of it works in inference mode. The adjoint of what the norms write around
-their result (enlargement, border) is the kernel library's `place_adjoint`.
+Where A copies a value to several places, Aᵀ sums over them; where A drops a value, Aᵀ gives it zero. Nothing here needs
+autograd, so all of it works in inference mode. The adjoint of the norms' upsampling and padding is the kernel library's
+`upsample_pad_adjoint`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst_kernels.placement import Placement, place_adjoint
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, upsample_pad_adjoint
 
 
 def conv2d_adjoint(y: Tensor, weight: Tensor, size: tuple[int, int], *, stride: int = 1, padding: int = 0) -> Tensor:
-    """The adjoint of `conv2d(x, weight, stride=stride, padding=padding)`: the transposed filters.
+    """Apply the adjoint of `conv2d(x, weight, stride=stride, padding=padding)`: the transposed filters.
 
     Args:
-        y: `[N, out, H', W']`, of the size that the convolution gives.
+        y: `[N, out, H', W']`, of the convolution's output size.
         weight: `[out, in, k, k]`.
-        size: H and W of x. Several sizes of x give one size of y where the stride is above 1; rows and columns of x
-            that no filter reached get zeros.
+        size: H and W of x. With a stride above 1 several sizes of x give the same size of y; rows and columns that no
+            filter reached get zeros.
         stride: of the convolution.
         padding: zeros at each side of x.
 
@@ -34,7 +34,7 @@ def conv2d_adjoint(y: Tensor, weight: Tensor, size: tuple[int, int], *, stride: 
 
 
 def doubling_conv_transpose2d_adjoint(y: Tensor, weight: Tensor) -> Tensor:
-    """The adjoint of `conv_transpose2d(x, weight, stride=2)` without its last row and column: TF "SAME" upsampling.
+    """Apply the adjoint of TF "SAME" upsampling: `conv_transpose2d(x, weight, stride=2)[:, :, :-1, :-1]`.
 
     Args:
         y: `[N, out, 2H, 2W]`.
@@ -47,14 +47,14 @@ def doubling_conv_transpose2d_adjoint(y: Tensor, weight: Tensor) -> Tensor:
 
 
 def crop_adjoint(y: Tensor, size: tuple[int, int], inside: tuple[slice, slice]) -> Tensor:
-    """The adjoint of `x[:, :, *inside]`, x of height and width `size`: zeros around y."""
+    """Apply the adjoint of `x[:, :, *inside]` for x of height and width `size`: zeros around y."""
     x = y.new_zeros(*y.shape[:2], *size).contiguous(memory_format=torch.channels_last)
     x[:, :, *inside] = y
     return x
 
 
 def reflect_pad_adjoint(y: Tensor, pad: int) -> Tensor:
-    """The adjoint of `fastnst.models.padding.reflect_pad`, repeated reflections included.
+    """Apply the adjoint of `fastnst.models.padding.reflect_pad`, repeated reflections included.
 
     Args:
         y: `[N, C, H + 2·pad, W + 2·pad]`, H and W at least 2.
@@ -66,12 +66,12 @@ def reflect_pad_adjoint(y: Tensor, pad: int) -> Tensor:
     for dim in (2, 3):
         for step in reversed(_reflections(y.shape[dim] - 2 * pad, pad)):
             border = (0, 0, step, step) if dim == 2 else (step, step, 0, 0)
-            y = place_adjoint(y, Placement(1, border, "reflect"))
+            y = upsample_pad_adjoint(y, UpsamplePad(1, border, "reflect"))
     return y
 
 
 def _reflections(side: int, pad: int) -> list[int]:
-    """The borders, one around the other, that make up `pad`: none can be wider than what it mirrors."""
+    """Split `pad` into single reflections, none wider than its input allows."""
     steps = []
     while pad > 0:
         steps.append(min(pad, side - 1))

@@ -1,6 +1,6 @@
-"""Seeds: which activations a deconvnet sends back to pixels, all others being zero (Zeiler & Fergus 2014, §2.1)."""
+"""Neurons: the activations that a deconvnet projects to pixels, all others being zero (Zeiler & Fergus 2014, §2.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,18 +8,21 @@ from torch import Tensor
 
 from fastnst.errors import UserError
 
+Activation = str | tuple[int, int]
+"""Which activation of a map: `strongest`, `all`, or a row and column."""
+
 
 @dataclass(frozen=True)
-class Seeds:
+class Neurons:
     """K pairs of an image and a feature map, each with a position or with the whole map.
 
-    A seed carries the activation's own value. Layers without positions (`[N, C]`, the fully connected ones) count as
-    maps of 1×1.
+    A projection starts with the neuron's own activation. Layers without positions (`[N, C]`, the fully connected ones)
+    count as maps of 1×1.
 
     Attributes:
         images: `[K]` int64, row in the batch.
         maps: `[K]` int64, channel.
-        positions: `[K, 2]` int64, row and column within the map; None means all activations of the map.
+        positions: `[K, 2]` int64, row and column within the map; None: all activations of the map.
     """
 
     images: Tensor
@@ -35,7 +38,7 @@ class Seeds:
             )
         if self.positions is not None and tuple(self.positions.shape) != (*shape, 2):
             raise UserError(
-                f"positions are {list(self.positions.shape)}, expected {[*shape, 2]}: a row and a column for each seed"
+                f"positions are {list(self.positions.shape)}, expected {[*shape, 2]}: a row and a column for each map"
             )
 
     def __len__(self) -> int:
@@ -44,13 +47,13 @@ class Seeds:
     @classmethod
     def every_position(
         cls, images: Sequence[int] | Tensor, maps: Sequence[int] | Tensor, device: torch.device | str | None = None
-    ) -> "Seeds":
-        """All activations of each map at once.
+    ) -> "Neurons":
+        """Select all activations of each map.
 
         Args:
             images: `[K]` rows in the batch.
             maps: `[K]` channels.
-            device: where the activations are; None keeps tensors where they are, and puts sequences on the CPU.
+            device: of the activations; None keeps tensors where they are, and puts sequences on the CPU.
         """
         return cls(_indices(images, device), _indices(maps, device), None)
 
@@ -61,19 +64,18 @@ class Seeds:
         maps: Sequence[int] | Tensor,
         positions: Sequence[Sequence[int]] | Tensor,
         device: torch.device | str | None = None,
-    ) -> "Seeds":
-        """One activation of each map: `positions` holds `[K, 2]` rows and columns; the rest as in `every_position`."""
+    ) -> "Neurons":
+        """Select one activation of each map: `positions` holds `[K, 2]` rows and columns; else as `every_position`."""
         places = _indices(positions, device)
-        return cls(
-            _indices(images, device), _indices(maps, device), places.reshape(-1, 2) if not len(places) else places
-        )
+        places = places if len(places) else places.reshape(-1, 2)
+        return cls(_indices(images, device), _indices(maps, device), places)
 
     @classmethod
-    def strongest(cls, activations: Tensor, images: Sequence[int] | Tensor, maps: Sequence[int] | Tensor) -> "Seeds":
-        """The largest activation of each map, the first in row-major order where several are equal.
+    def strongest(cls, activations: Tensor, images: Sequence[int] | Tensor, maps: Sequence[int] | Tensor) -> "Neurons":
+        """Select the largest activation of each map; of equal ones the first in row-major order.
 
         Args:
-            activations: `[N, C, H, W]`, or `[N, C]`, whose only position is (0, 0).
+            activations: `[N, C, H, W]`, or `[N, C]`, where the only position is (0, 0).
             images: `[K]` rows in the batch, all within 0 … N - 1.
             maps: `[K]` channels, all within 0 … C - 1.
         """
@@ -83,21 +85,59 @@ class Seeds:
         first = chosen.flatten(1).argmax(1) if chosen.ndim == 3 else torch.zeros_like(rows)
         return cls(rows, channels, torch.stack((first // width, first % width), dim=1))
 
-    def to(self, device: torch.device) -> "Seeds":
-        """The same seeds on another device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return Seeds(self.images.to(device), self.maps.to(device), positions)
+    @classmethod
+    def select(
+        cls, activations: Tensor, images: Sequence[int], maps: Sequence[int], activation: Activation
+    ) -> "Neurons":
+        """Select by `strongest`, `all` or the row and column of one.
 
-    def __getitem__(self, part: slice) -> "Seeds":
+        Raises:
+            UserError: another word.
+        """
+        if activation == "strongest":
+            return cls.strongest(activations, images, maps)
+        if activation == "all":
+            return cls.every_position(images, maps, activations.device)
+        if isinstance(activation, str):
+            raise UserError(f"unknown activation {activation!r}; choose strongest, all, or a row and column")
+        return cls.at(images, maps, [activation] * len(images), activations.device)
+
+    def check(self, layer: str, activations: Tensor) -> None:
+        """Raise UserError unless all neurons lie within the layer's `activations`, `[N, C, H, W]` or `[N, C]`."""
+        count, channels = activations.shape[:2]
+        check_maps(layer, self.maps.tolist(), channels)
+        if wrong := [image for image in self.images.tolist() if not 0 <= image < count]:
+            raise UserError(f"the recording has no image {wrong[0]}; its images are 0 … {count - 1}")
+        height, width = activations.shape[2:] if activations.ndim == 4 else (1, 1)
+        for row, column in [] if self.positions is None else self.positions.tolist():
+            if not (0 <= row < height and 0 <= column < width):
+                raise UserError(
+                    f"{layer} has no position ({row}, {column}) in this image; its rows are 0 … {height - 1}, its "
+                    f"columns 0 … {width - 1}"
+                )
+
+    def to(self, device: torch.device) -> "Neurons":
+        """Copy to another device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return Neurons(self.images.to(device), self.maps.to(device), positions)
+
+    def __getitem__(self, part: slice) -> "Neurons":
         positions = None if self.positions is None else self.positions[part]
-        return Seeds(self.images[part], self.maps[part], positions)
+        return Neurons(self.images[part], self.maps[part], positions)
 
 
 def check_maps(layer: str, maps: Sequence[int], channels: int) -> None:
-    """UserError, with the range, unless every map is one of the layer's `channels`."""
+    """Raise UserError unless every map is one of the layer's `channels`."""
     wrong = [number for number in maps if not 0 <= number < channels]
     if wrong:
         raise UserError(f"{layer} has no map {wrong[0]}; its maps are 0 … {channels - 1}")
+
+
+def recorded(activations: Mapping[str, Tensor], layer: str) -> Tensor:
+    """Get a layer's activations, or raise UserError if it was not recorded."""
+    if layer not in activations:
+        raise UserError(f"{layer} is not recorded, only {', '.join(activations)}; ask record() for it")
+    return activations[layer]
 
 
 def _indices(values: Sequence[int] | Sequence[Sequence[int]] | Tensor, device: torch.device | str | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which pixels of an image an activation of VGG19 sees."""
+"""Receptive fields of VGG19's layers."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from fastnst.models.vgg19 import LAYERS, check_layer
 class ReceptiveField:
     """A square of pixels per position of a layer's map, alike for rows and columns.
 
-    The activation at position p sees the pixels [start + p·jump, start + p·jump + size), those outside the image
-    being zero padding. Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning", derive the steps.
+    The activation at position p depends on the pixels [start + p·jump, start + p·jump + size); those outside the image
+    are zero padding. Derived in Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning".
 
     Attributes:
         size: side of the square, in pixels.
@@ -25,7 +25,7 @@ class ReceptiveField:
 
 
 def receptive_field(layer: str) -> ReceptiveField:
-    """The receptive field of one of VGG19's convolutional layers.
+    """Compute the receptive field of a convolutional layer of VGG19.
 
     Raises:
         UserError: unknown layer, or a fully connected one, which sees the whole image whatever its size.

@@ -1,29 +1,28 @@
-"""The deconvnet of the transform net: from any of its layers back to pixels.
+"""Deconvnet for the transform net: project any of its layers back to pixels.
 
 Zeiler & Fergus 2014, §2.1, run a network backwards: the signal is rectified and sent through the transposed filters,
-without biases, layer by layer, until it is an image. Every layer has its adjoint as the counterpart:
+without biases, layer by layer, until it is an image. The counterpart of each layer is its adjoint:
 
-| on the way up | on the way down |
+| forward | backward |
 |---|---|
 | convolution, strided or not; transposed convolution | the transposed filters; the convolution |
-| norm: (x − μ)·scale / √(σ² + ε) + shift | · scale / √(σ² + ε), with the σ² of the way up |
+| norm: (x − μ)·scale / √(σ² + ε) + shift | · scale / √(σ² + ε), with the σ² of the forward pass |
 | ReLU | ReLU, on the signal |
-| border: zeros; reflected, once or repeatedly | left out; added where it came from |
-| enlargement ×2, nearest neighbour | the sum over 2×2 |
-| residual block: x + branch(x) | signal + what the branch's counterpart makes of it |
+| padding: zeros; reflected, once or repeatedly | cropped; added where it came from |
+| upsampling ×2, nearest neighbour | the sum over 2×2 |
+| residual block: x + branch(x) | signal + the branch's counterpart of it |
 | cropping | zeros around |
 | ×255 (johnson) | ×255 |
 
-Layers are `conv1`, `conv2`, `conv3`, `res1` … `res5`, `up1`, `up2`, `out`. A layer's activations are what it hands on:
-after norm, addition and ReLU, without the border that the next layer asked for. Those of `out` come before tanh and
-scaling, cropped to the image. Residual blocks and `out` end without a ReLU, so their signal keeps its sign.
+Layers are `conv1`, `conv2`, `conv3`, `res1` … `res5`, `up1`, `up2`, `out`. A layer's activations are its output after
+norm, addition and ReLU, without the next layer's padding. Those of `out` come before tanh and scaling, cropped to the
+image. Residual blocks and `out` end without a ReLU, so their signal keeps its sign.
 
 Rectified at every layer, all signals converge to one pattern (Sixt, Granz, Landgraf 2020, "When Explanations Lie"):
-from `res3` on, all of a published network arrives as a soft blob at its strongest place. `renormalise` does
-against that what the norms do on the way up: for a signal g the norm's counterpart is (g − mean g)·scale / deviation of
-g, per seed and map. That is no adjoint any more, but it keeps shapes and strokes apart down from the last layer: the
-strip from photo to painting is made with it. A single position it surrounds with what the subtracted mean makes of the
-borders.
+from `res3` on, projections of a published network end as a soft blob at the strongest place. `renormalise` counters
+that as norms do in the forward pass: for a signal g the norm's counterpart is (g − mean g)·scale / deviation of g, per
+neuron and map. This is no adjoint any more, but keeps shapes and strokes apart down from the last layer; the strips
+from photo to output use it. Around a single position it leaves artefacts of the subtracted mean at the borders.
 """
 
 import difflib
@@ -42,7 +41,7 @@ from fastnst.visualize.deconv.adjoints import (
     doubling_conv_transpose2d_adjoint,
     reflect_pad_adjoint,
 )
-from fastnst.visualize.deconv.neurons import Seeds, check_maps
+from fastnst.visualize.deconv.neurons import Neurons, recorded
 from fastnst.visualize.deconv.transform_recording import (
     IMAGE,
     Passage,
@@ -50,32 +49,41 @@ from fastnst.visualize.deconv.transform_recording import (
     mirrored_before,
     run_and_record,
 )
-from fastnst_kernels.placement import Placement, border_around, place_adjoint
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, margin, upsample_pad_adjoint
 
 # What a nearest-neighbour layer's input amounts to, whichever way the device takes from it.
-_ENLARGED = Placement(2, (1, 1, 1, 1), "reflect")
+_ENLARGED = UpsamplePad(2, (1, 1, 1, 1), "reflect")
 
 
 class TransformDeconvnet:
-    """Projects what the layers of a transform net respond to back to pixels (Zeiler & Fergus 2014, §2.1).
+    """Projects activations of a transform net back to pixels (Zeiler & Fergus 2014, §2.1).
 
-    The network works as when it paints: in evaluation mode and in its parameters' type, batch norm with the running
-    statistics, instance norm with the image's own. It is left as it was. Its weights are not part of a recording:
-    project before they change.
+    The network runs in evaluation mode and in its parameters' type: batch norm with the running statistics, instance
+    norm with the image's own. It is not changed. A recording does not hold its weights: project before they change.
 
     Args:
-        net: the network, on the device where it is to work.
+        net: the network, on the device to use.
 
     Attributes:
-        layers: the layers that can be asked for, front to back.
+        layers: names of the layers, front to back.
     """
 
     def __init__(self, net: TransformNet) -> None:
         self.net = net
         self.layers: tuple[str, ...] = net.layer_names
 
+    def channels(self, layer: str) -> int:
+        """Return the number of feature maps of a layer; UserError if it is unknown."""
+        self._check_layer(layer)
+        module = self.net.get_submodule(layer)
+        module = module.conv2 if isinstance(module, ResidualBlock) else module
+        assert isinstance(module, ConvLayer | UpLayer)
+        offset = module.bias if module.norm is None else module.shift
+        assert offset is not None
+        return offset.shape[0]
+
     def record(self, images: Tensor, layers: Sequence[str]) -> TransformRecording:
-        """Run the network once and keep the layers' activations, and what projecting them needs.
+        """Run the network once; keep the layers' activations and the state that projecting them needs.
 
         Args:
             images: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
@@ -96,36 +104,35 @@ class TransformDeconvnet:
         self,
         recording: TransformRecording,
         layer: str,
-        seeds: Seeds,
+        neurons: Neurons,
         *,
         batch_size: int = 16,
         rectify: bool = True,
         renormalise: bool = False,
     ) -> Tensor:
-        """Send single activations, or single feature maps, back to pixels, each for itself.
+        """Project each neuron, or each whole feature map, by itself to pixels.
 
         Args:
             recording: of this network.
             layer: one of the recorded layers.
-            seeds: K pairs of an image and a map, each with a position or with the whole map. They start with the
-                activations' own values, all others are zero.
-            batch_size: how many go down at once.
-            rectify: apply the ReLUs to the signal. Without them the projection is the exact adjoint of the network in
-                which ReLUs let everything pass and the norms' statistics are constants.
-            renormalise: give each norm the signal's own statistics: see above.
+            neurons: K pairs of an image and a map, each with a position or with the whole map.
+            batch_size: neurons at a time.
+            rectify: apply the ReLUs to the signal. Without them the projection is the exact adjoint of the network
+                whose ReLUs are identities and whose norms have constant statistics.
+            renormalise: normalise by the signal's own statistics in each norm: see above.
 
         Returns:
-            `[K, 3, H, W]`, signed, in the order of the seeds.
+            `[K, 3, H, W]`, signed, in the order of the neurons.
 
         Raises:
             UserError: the layer was not recorded, or an image, map or position is out of range.
         """
         activations = self._recorded(recording, layer)
-        _check_seeds(layer, seeds, activations)
-        seeds = seeds.to(activations.device)
+        neurons.check(layer, activations)
+        neurons = neurons.to(activations.device)
         parts = [
-            self._to_pixels(recording, layer, _plant(activations, part), part.images, rectify, renormalise)
-            for part in (seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size))
+            self._to_pixels(recording, layer, _start(activations, part), part.images, rectify, renormalise)
+            for part in (neurons[first : first + batch_size] for first in range(0, len(neurons), batch_size))
         ]
         return torch.cat(parts) if parts else activations.new_zeros(0, 3, *recording.size)
 
@@ -138,26 +145,12 @@ class TransformDeconvnet:
         rectify: bool = True,
         renormalise: bool = False,
     ) -> Tensor:
-        """Send all of a layer's activations, all maps and positions at once, back to pixels.
-
-        Args:
-            recording: of this network.
-            layer: one of the recorded layers.
-            batch_size: how many images go down at once.
-            rectify: see `project`.
-            renormalise: give each norm the signal's own statistics: see above.
-
-        Returns:
-            `[N, 3, H, W]`, signed, one per image.
-
-        Raises:
-            UserError: the layer was not recorded.
-        """
+        """Project all activations of a layer together, image by image, to `[N, 3, H, W]`; else as `project`."""
         activations = self._recorded(recording, layer)
         images = torch.arange(activations.shape[0], device=activations.device)
         parts = zip(activations.split(batch_size), images.split(batch_size), strict=True)
         return torch.cat(
-            [self._to_pixels(recording, layer, signal, whose, rectify, renormalise) for signal, whose in parts]
+            [self._to_pixels(recording, layer, signal, rows, rectify, renormalise) for signal, rows in parts]
         )
 
     def _check_layer(self, layer: str) -> None:
@@ -168,11 +161,7 @@ class TransformDeconvnet:
 
     def _recorded(self, recording: TransformRecording, layer: str) -> Tensor:
         self._check_layer(layer)
-        if layer not in recording.activations:
-            raise UserError(
-                f"layer {layer} was not recorded, only {', '.join(recording.activations)}; ask for it in `record`"
-            )
-        return recording.activations[layer]
+        return recorded(recording.activations, layer)
 
     @torch.no_grad()
     def _to_pixels(
@@ -184,11 +173,11 @@ class TransformDeconvnet:
         rectify: bool,
         renormalise: bool,
     ) -> Tensor:
-        """`signal` `[K, C, H', W']` at a layer's activations → `[K, 3, H, W]`; `images`: whose statistics hold."""
+        """Project `signal` `[K, C, H', W']` at a layer to `[K, 3, H, W]`; `images` `[K]` select the norm statistics."""
         passages = recording.passages
 
         def through(name: str, module: ConvLayer | UpLayer, signal: Tensor, before: Passage) -> Tensor:
-            """From a convolution's result, normed and rectified, to what it saw, without its border."""
+            """From the output of a convolution with norm and ReLU to its input, without padding."""
             if module.relu and rectify:
                 signal = signal.relu()
             rstd = passages[name].rstd
@@ -198,11 +187,11 @@ class TransformDeconvnet:
                 signal = signal * (module.scale * rstd[images])[:, :, None, None]
             if isinstance(module, UpLayer) and module.nearest:
                 before = before._replace(placing=_ENLARGED)
-            return place_adjoint(_convolution_adjoint(module, signal, before.placed_size), before.placing)
+            return upsample_pad_adjoint(_convolution_adjoint(module, signal, before.placed_size), before.placing)
 
         if layer == "out":
             size = passages[layer].size
-            signal = crop_adjoint(signal, size, self.net._inside(size, recording.size))
+            signal = crop_adjoint(signal, size, self.net.output_slices(size, recording.size))
         way = pairwise((IMAGE, *self.layers[: self.layers.index(layer) + 1]))
         for preceding, name in reversed(list(way)):
             before = passages[preceding]
@@ -210,16 +199,16 @@ class TransformDeconvnet:
             if isinstance(module, ResidualBlock):
                 branch = through(name, module.conv2, signal, passages[f"{name}.conv1"])
                 branch = through(f"{name}.conv1", module.conv1, branch, before)
-                signal = branch + F.pad(signal, (border_around(branch, signal),) * 4)
+                signal = branch + F.pad(signal, (margin(branch, signal),) * 4)
             else:
                 assert isinstance(module, ConvLayer | UpLayer)
                 signal = through(name, module, signal, before)
         signal = reflect_pad_adjoint(signal, mirrored_before(self.net))
-        return signal * 255.0 if self.net.architecture == "johnson" else signal
+        return signal * self.net.spec.input_scale
 
 
 def _convolution_adjoint(module: ConvLayer | UpLayer, signal: Tensor, size: tuple[int, int]) -> Tensor:
-    """From a convolution's result to what it ran on, which has height and width `size`."""
+    """From a convolution's output to its input of height and width `size`."""
     if isinstance(module, UpLayer):
         if module.nearest:
             return conv2d_adjoint(signal, module.weight, size)
@@ -229,37 +218,23 @@ def _convolution_adjoint(module: ConvLayer | UpLayer, signal: Tensor, size: tupl
 
 
 def _standardised(signal: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 for each map that is not flat."""
+    """Scale each map that is not constant to mean 0 and deviation 1."""
     # By means, because PyTorch's `std` is several times slower on channels_last.
     mean = signal.mean((2, 3), keepdim=True)
     centred = signal - mean
     deviation = centred.square().mean((2, 3), keepdim=True).sqrt()
-    # What rounding leaves of a flat map must not be blown up.
+    # Rounding errors of a constant map must not be amplified.
     precision = torch.finfo(signal.dtype)
     return centred / torch.maximum(deviation, precision.eps**0.5 * mean.abs()).clamp_min(precision.tiny)
 
 
-def _check_seeds(layer: str, seeds: Seeds, activations: Tensor) -> None:
-    count, channels, height, width = activations.shape
-    check_maps(layer, seeds.maps.tolist(), channels)
-    if wrong := [row for row in seeds.images.tolist() if not 0 <= row < count]:
-        raise UserError(f"the recording has no image {wrong[0]}; its images are 0 … {count - 1}")
-    if seeds.positions is None:
-        return
-    for row, column in seeds.positions.tolist():
-        if not (0 <= row < height and 0 <= column < width):
-            raise UserError(
-                f"{layer} has no position ({row}, {column}); its rows are 0 … {height - 1}, its columns 0 … {width - 1}"
-            )
-
-
-def _plant(activations: Tensor, seeds: Seeds) -> Tensor:
-    """`[K, C, H', W']`: each seed's activations in their places, zeros elsewhere."""
-    one = torch.arange(len(seeds), device=activations.device)
-    signal = activations.new_zeros(len(seeds), *activations.shape[1:]).contiguous(memory_format=torch.channels_last)
-    if seeds.positions is None:
-        signal[one, seeds.maps] = activations[seeds.images, seeds.maps]
+def _start(activations: Tensor, neurons: Neurons) -> Tensor:
+    """Place each neuron's activation in `[K, C, H', W']` of zeros."""
+    one = torch.arange(len(neurons), device=activations.device)
+    signal = activations.new_zeros(len(neurons), *activations.shape[1:]).contiguous(memory_format=torch.channels_last)
+    if neurons.positions is None:
+        signal[one, neurons.maps] = activations[neurons.images, neurons.maps]
     else:
-        rows, columns = seeds.positions.unbind(1)
-        signal[one, seeds.maps, rows, columns] = activations[seeds.images, seeds.maps, rows, columns]
+        rows, columns = neurons.positions.unbind(1)
+        signal[one, neurons.maps, rows, columns] = activations[neurons.images, neurons.maps, rows, columns]
     return signal

@@ -1,4 +1,4 @@
-"""One forward pass of the transform net, with what its deconvnet needs for the way back."""
+"""One forward pass of the transform net, recorded for its deconvnet."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -8,27 +8,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnst.models.transform_net import ConvLayer, Placing, TransformNet, UpLayer
-from fastnst_kernels.placement import Placement, own_places
+from fastnst.models.transform_net import ConvLayer, InputLayout, TransformNet, UpLayer
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, unpadded
 
 IMAGE = "image"
-"""Whose passage is that of the image itself."""
+"""Key of the input image in `passages`."""
 
-_Wants = Callable[[Tensor], Placing]
-_Note = Callable[[str, ConvLayer | UpLayer, Tensor, Placing, Tensor], None]
+_Wants = Callable[[Tensor], InputLayout]
+_Note = Callable[[str, ConvLayer | UpLayer, Tensor, InputLayout, Tensor], None]
 
 
 class Passage(NamedTuple):
-    """What the way down needs to know of a convolution's way up, or of the image's on its way to the first one.
+    """Forward state of a convolution, or of the input image, that its counterpart needs.
 
     Attributes:
         size: height and width of the result.
-        placing: how that was written for the next layer.
+        placing: how the result was written for the next layer.
         rstd: 1 / √(σ² + ε) of the norm, `[N, C]`; None without a norm.
     """
 
     size: tuple[int, int]
-    placing: Placement
+    placing: UpsamplePad
     rstd: Tensor | None = None
 
     @property
@@ -38,13 +38,13 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True)
 class TransformRecording:
-    """What one forward pass leaves behind for any number of projections.
+    """One forward pass, for any number of projections.
 
     Attributes:
-        activations: layer → `[N, C, H', W']`, channels_last, of the layers that were asked for, front to back.
+        activations: recorded layer → `[N, C, H', W']`, channels_last, front to back.
         size: height and width of the images.
-        passages: by layer, where a residual block's is that of its second convolution; `res1.conv1`, … are the first
-            ones, `image` is the input, as the network mirrored it before it began.
+        passages: by layer, for a residual block its second convolution; `res1.conv1`, … are the first ones; `image` is
+            the input after the network's own reflection padding.
     """
 
     activations: dict[str, Tensor]
@@ -54,12 +54,12 @@ class TransformRecording:
 
 @torch.no_grad()
 def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> TransformRecording:
-    """Run `net` once, in evaluation mode and in its parameters' type; it is left as it was.
+    """Run `net` once, in evaluation mode and in its parameters' type, without changing it.
 
     Args:
         net: the network.
         images: RGB in [0, 1], `[N, 3, H, W]` with sides of 16 pixels or more, on any device.
-        layers: whose activations to keep.
+        layers: keep the activations of these.
 
     Raises:
         UserError: images of another shape.
@@ -68,31 +68,31 @@ def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> 
     activations: dict[str, Tensor] = {}
     passages: dict[str, Passage] = {}
 
-    def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: Placing, y: Tensor) -> None:
-        placement = Placement(*placing)
+    def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: InputLayout, y: Tensor) -> None:
+        placement = UpsamplePad(*placing)
         passages[layer] = Passage((x.shape[2], x.shape[3]), placement, _rstd(module, x))
         if layer in layers:
-            activations[layer] = own_places(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
+            activations[layer] = unpadded(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
 
     with torch.autocast(device.type, enabled=False), _in_evaluation_mode(net), _listening(net, note):
         net(images.to(device, dtype))
     size = (images.shape[2], images.shape[3])
     if "out" in activations:
-        rows, columns = net._inside(passages["out"].size, size)
+        rows, columns = net.output_slices(passages["out"].size, size)
         activations["out"] = activations["out"][:, :, rows, columns].contiguous(memory_format=torch.channels_last)
     border = 2 * mirrored_before(net)
     # The first layer has no norm before it: `TransformNet.forward` itself writes its border.
-    passages[IMAGE] = Passage((size[0] + border, size[1] + border), Placement(*net.conv1.wants(images)))
+    passages[IMAGE] = Passage((size[0] + border, size[1] + border), UpsamplePad(*net.conv1.input_layout(images)))
     return TransformRecording(activations, size, passages)
 
 
 def mirrored_before(net: TransformNet) -> int:
-    """By how many pixels `net` mirrors an image at each side before it begins."""
-    return 40 if net.architecture == "hwalsuklee" else 0
+    """Return the pixels of reflection padding that `net` adds at each side of an image."""
+    return net.spec.border
 
 
 def _rstd(module: ConvLayer | UpLayer, x: Tensor) -> Tensor | None:
-    """1 / √(σ² + ε) `[N, C]` of the norm behind a convolution whose result is `x`."""
+    """Compute 1 / √(σ² + ε) `[N, C]` of the norm behind a convolution with result `x`."""
     if module.norm is None:
         return None
     if module.norm == "batch":
@@ -115,10 +115,9 @@ def _in_evaluation_mode(net: TransformNet) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _listening(net: TransformNet, note: _Note) -> Iterator[None]:
-    """Have `note` told of every convolution: its layer, itself, its result, how that is placed, normed and placed.
+    """Call `note` after every convolution: with its layer, module, result, placing, and the normed, placed result.
 
-    Between a convolution and its norm there is no module that a hook could sit on, so `normalise` is covered by one
-    that listens, on each layer for itself.
+    Between a convolution and its norm there is no module to hook, so each layer's `normalise` is wrapped.
     """
     layers = {
         name.removesuffix(".conv2"): module

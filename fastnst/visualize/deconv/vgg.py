@@ -1,9 +1,9 @@
-"""Deconvnet for VGG19: what in an image has caused an activation (Zeiler & Fergus 2014, §2.1).
+"""Deconvnet for VGG19: project activations to the pixels that caused them (Zeiler & Fergus 2014, §2.1).
 
-Legend: K seeds, that is pairs of an image and a feature map; [K, C, h, w] a signal on its way from a layer's map of
-h×w to the pixels.
+Legend: K neurons, that is pairs of an image and a feature map; [K, C, h, w] the signal reconstructed from them at a
+layer with maps of h×w.
 
-Each layer has its counterpart, applied from the seed's layer down to the pixels, everything but the seed being zero:
+Each layer has its counterpart, applied from the neurons' layer down to the pixels, all other activations being zero:
 
     convolution      the transposed filter, without bias
     ReLU             ReLU of the signal itself
@@ -14,9 +14,9 @@ Each layer has its counterpart, applied from the seed's layer down to the pixels
 So a projection is an input gradient, but for the ReLUs: there the gradient stops where the forward pass was negative,
 the deconvnet where the signal is. Without them (`rectify=False`) it is the exact adjoint of the net's linear part.
 
-A seed with a position reaches only its receptive field. Its signal is therefore kept as a window, which grows from 1×1
-by 2 with each convolution and twofold with each pooling, for as long as that is smaller than the map. What of a window
-lies outside the map is cleared after each layer, so that borders are exact, too.
+A neuron with a position reaches only its receptive field. Its signal is therefore kept as a window, which grows from
+1×1 by 2 with each convolution and twofold with each pooling, while that is smaller than the map. After each layer the
+part of a window outside the map is cleared, so that borders are exact, too.
 """
 
 from collections.abc import Sequence
@@ -29,19 +29,19 @@ from torch import Tensor
 from fastnst.errors import UserError
 from fastnst.models.vgg19 import VGG19, check_layer
 from fastnst.visualize.deconv import transposed, windows
-from fastnst.visualize.deconv.neurons import Seeds, check_maps
+from fastnst.visualize.deconv.neurons import Activation, Neurons, check_maps, recorded
 from fastnst.visualize.deconv.receptive_field import receptive_field
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What one forward pass leaves behind for any number of projections.
+    """One forward pass, for any number of projections.
 
     Attributes:
-        activations: the asked layers' outputs, `[N, C, h, w]` channels_last, or `[N, C]` from fc6 on.
+        activations: outputs of the recorded layers, `[N, C, h, w]` channels_last, or `[N, C]` from fc6 on.
         size: height and width of the images.
-        switches: of each pool below the deepest asked layer, `[N, C, h, w]` uint8.
-        input_sizes: height and width of what each of these pools, and fc6, was given.
+        switches: of each pool below the deepest recorded layer, `[N, C, h, w]` uint8.
+        input_sizes: height and width of the input of each of these pools, and of fc6.
     """
 
     activations: dict[str, Tensor]
@@ -51,7 +51,7 @@ class Recording:
 
 
 class Deconvnet:
-    """Projects activations of a VGG19 back to pixels; the net stays as it is.
+    """Projects activations of a VGG19 back to pixels, without changing the net.
 
     Args:
         net: in any floating-point type, on any device; projections are in that type and on that device.
@@ -62,7 +62,7 @@ class Deconvnet:
         self.layers: tuple[str, ...] = net.layers
 
     def channels(self, layer: str) -> int:
-        """How many feature maps a layer has.
+        """Return the number of feature maps of a layer.
 
         Raises:
             UserError: unknown layer, or one behind the net's last.
@@ -73,11 +73,11 @@ class Deconvnet:
 
     @torch.no_grad()
     def record(self, images: Tensor, layers: Sequence[str]) -> Recording:
-        """One forward pass.
+        """Run one forward pass.
 
         Args:
             images: `[N, 3, H, W]`, RGB in [0, 1].
-            layers: whose activations to keep, at least one.
+            layers: keep the activations of these, at least one.
 
         Raises:
             UserError: a layer is unknown or behind the net's last, or the images are too small for the deepest.
@@ -104,32 +104,32 @@ class Deconvnet:
 
     @torch.no_grad()
     def project(
-        self, recording: Recording, layer: str, seeds: Seeds, *, batch_size: int = 16, rectify: bool = True
+        self, recording: Recording, layer: str, neurons: Neurons, *, batch_size: int = 16, rectify: bool = True
     ) -> Tensor:
-        """Each seed by itself, down to pixels.
+        """Project each neuron by itself to pixels.
 
         Args:
             recording: holds `layer`.
-            layer: where the seeds are.
-            seeds: K of them.
-            batch_size: how many whole images' worth of signal to carry at once; of small windows, more fit in.
+            layer: of the neurons.
+            neurons: K of them.
+            batch_size: whole images' worth of signal at a time; of small windows, more fit in.
             rectify: apply the ReLUs.
 
         Returns:
-            `[K, 3, H, W]`: for each pixel and RGB channel a number of either sign, in units of activation.
+            `[K, 3, H, W]`, signed, in units of activation.
 
         Raises:
-            UserError: `layer` is unknown or not recorded, or a seed names an image, map or position that is not there.
+            UserError: `layer` is unknown or not recorded; or an image, map or position is out of range.
         """
-        activations = self._check(recording, layer, seeds)
-        seeds = seeds.to(activations.device)
+        activations = self._check(recording, layer, neurons)
+        neurons = neurons.to(activations.device)
         height, width = recording.size
-        if seeds.positions is not None and activations.ndim == 4:
+        if neurons.positions is not None and activations.ndim == 4:
             batch_size *= max(1, height * width // receptive_field(layer).size ** 2)
-        projections = activations.new_zeros((len(seeds), 3, height, width))
-        for start in range(0, len(seeds), batch_size):
+        projections = activations.new_zeros((len(neurons), 3, height, width))
+        for start in range(0, len(neurons), batch_size):
             part = slice(start, start + batch_size)
-            signal = self._walk(recording, layer, transposed.seeded(activations, seeds[part]), rectify)
+            signal = self._to_pixels(recording, layer, transposed.start(activations, neurons[part]), rectify)
             if signal.corners is None:
                 projections[part] = signal.values
             else:
@@ -138,91 +138,83 @@ class Deconvnet:
 
     @torch.no_grad()
     def project_patches(
-        self, recording: Recording, layer: str, seeds: Seeds, *, batch_size: int = 256, rectify: bool = True
+        self, recording: Recording, layer: str, neurons: Neurons, *, batch_size: int = 256, rectify: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """As `project`, cropped to what each seed sees: all of a projection that is not zero.
+        """Project like `project`, cropped to each neuron's receptive field; outside it a projection is zero.
 
         Args:
             recording: holds `layer`.
             layer: up to pool5.
-            seeds: K of them, with positions.
-            batch_size: how many seeds to carry at once.
+            neurons: K of them, with positions.
+            batch_size: neurons at a time.
             rectify: apply the ReLUs.
 
         Returns:
             patches: `[K, 3, s, s]`, s being the size of the layer's receptive field; 0 outside the image.
-            corners: `[K, 2]` int64, row and column of the image at which each begins; may be negative.
+            corners: `[K, 2]` int64, row and column of the image where each begins; may be negative.
 
         Raises:
-            UserError: as in `project`; the seeds have no positions; or `layer` is fully connected.
+            UserError: as in `project`; the neurons have no positions; or `layer` is fully connected.
         """
-        activations = self._check(recording, layer, seeds)
+        activations = self._check(recording, layer, neurons)
         field = receptive_field(layer)
-        if seeds.positions is None:
-            raise UserError("a patch is what one position sees, and these seeds have none; use Seeds.at or .strongest")
-        seeds = seeds.to(activations.device)
-        assert seeds.positions is not None
-        corners = seeds.positions * field.jump + field.start
-        cropped = activations.new_zeros((len(seeds), 3, field.size, field.size))
-        for start in range(0, len(seeds), batch_size):
+        if neurons.positions is None:
+            raise UserError("patches need a position each, and these neurons have none; use Neurons.at or .strongest")
+        neurons = neurons.to(activations.device)
+        assert neurons.positions is not None
+        corners = neurons.positions * field.jump + field.start
+        cropped = activations.new_zeros((len(neurons), 3, field.size, field.size))
+        for start in range(0, len(neurons), batch_size):
             part = slice(start, start + batch_size)
-            signal = self._walk(recording, layer, transposed.seeded(activations, seeds[part]), rectify)
+            signal = self._to_pixels(recording, layer, transposed.start(activations, neurons[part]), rectify)
             whole = signal.corners is None
             cropped[part] = windows.cut(signal.values, corners[part], field.size) if whole else signal.values
         return cropped, corners
 
     @torch.no_grad()
     def project_layer(self, recording: Recording, layer: str, *, batch_size: int = 16, rectify: bool = True) -> Tensor:
-        """All activations of a layer together, image by image: `[N, 3, H, W]`; otherwise as `project`."""
+        """Project all activations of a layer together, image by image, to `[N, 3, H, W]`; else as `project`."""
         self._check_layer(layer)
-        activations = self._recorded(recording, layer)
+        activations = recorded(recording.activations, layer)
         count = activations.shape[0]
         projections = activations.new_zeros((count, 3, *recording.size))
         for start in range(0, count, batch_size):
-            signal = transposed.whole(activations, start, min(start + batch_size, count))
-            projections[start : start + batch_size] = self._walk(recording, layer, signal, rectify).values
+            signal = transposed.start_layer(activations, start, min(start + batch_size, count))
+            projections[start : start + batch_size] = self._to_pixels(recording, layer, signal, rectify).values
         return projections
 
     def __call__(
-        self, images: Tensor, layer: str, maps: Sequence[int], *, seed: str | tuple[int, int] = "strongest"
+        self, images: Tensor, layer: str, maps: Sequence[int], *, activation: Activation = "strongest"
     ) -> Tensor:
-        """Projections of some maps of a layer, for each of the images, by one forward pass.
+        """Project some maps of a layer, for each of the images, by one forward pass.
 
         Args:
             images: `[N, 3, H, W]`, RGB in [0, 1].
-            layer: where to start from.
+            layer: to project from.
             maps: M channels of it.
-            seed: `strongest`, `all` activations of the map, or the row and column of one.
+            activation: `strongest`, `all` activations of the map, or the row and column of one.
 
         Returns:
             `[N, M, 3, H, W]`.
 
         Raises:
-            UserError: unknown layer, map, seed or position, or the images are too small for the layer.
+            UserError: unknown layer, map, activation or position, or the images are too small for the layer.
         """
         check_maps(layer, maps, self.channels(layer))
         recording = self.record(images, [layer])
-        activations = recording.activations[layer]
-        count = len(images)
-        rows = [row for row in range(count) for _ in maps]
-        channels = list(maps) * count
-        if seed == "strongest":
-            seeds = Seeds.strongest(activations, rows, channels)
-        elif seed == "all":
-            seeds = Seeds.every_position(rows, channels, activations.device)
-        elif isinstance(seed, str):
-            raise UserError(f"unknown seed {seed!r}; choose strongest, all, or a row and column")
-        else:
-            seeds = Seeds.at(rows, channels, [seed] * len(rows), activations.device)
-        return self.project(recording, layer, seeds).unflatten(0, (count, len(maps)))
+        rows = [row for row in range(len(images)) for _ in maps]
+        neurons = Neurons.select(recording.activations[layer], rows, list(maps) * len(images), activation)
+        return self.project(recording, layer, neurons).unflatten(0, (len(images), len(maps)))
 
     def _weight(self, name: str) -> Tensor:
         weight = self.net.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         return weight
 
-    def _walk(self, recording: Recording, layer: str, signal: transposed.Signal, rectify: bool) -> transposed.Signal:
-        """From a layer's output to RGB; overwrites the signal it is given."""
+    def _to_pixels(
+        self, recording: Recording, layer: str, signal: transposed.Signal, rectify: bool
+    ) -> transposed.Signal:
+        """Reconstruct RGB from a signal at a layer's output; overwrites `signal`."""
         for name in reversed(self.layers[: self.layers.index(layer) + 1]):
             if name.startswith("relu"):
                 if rectify:
@@ -245,25 +237,9 @@ class Deconvnet:
                 f"layer {layer} lies behind {self.layers[-1]}, where this VGG19 ends; load it up to {layer}"
             )
 
-    def _recorded(self, recording: Recording, layer: str) -> Tensor:
-        if layer not in recording.activations:
-            raise UserError(f"{layer} is not recorded, only {', '.join(recording.activations)}; ask record() for it")
-        return recording.activations[layer]
-
-    def _check(self, recording: Recording, layer: str, seeds: Seeds) -> Tensor:
-        """The layer's activations, on which all seeds lie; else UserError."""
+    def _check(self, recording: Recording, layer: str, neurons: Neurons) -> Tensor:
+        """Return the layer's activations, or raise UserError where a neuron lies outside them."""
         self._check_layer(layer)
-        activations = self._recorded(recording, layer)
-        count, channels = activations.shape[:2]
-        check_maps(layer, seeds.maps.tolist(), channels)
-        for image in seeds.images.tolist():
-            if not 0 <= image < count:
-                raise UserError(f"there is no image {image} in the recording; its images are 0 … {count - 1}")
-        height, width = activations.shape[2:] if activations.ndim == 4 else (1, 1)
-        for row, column in [] if seeds.positions is None else seeds.positions.tolist():
-            if not (0 <= row < height and 0 <= column < width):
-                raise UserError(
-                    f"{layer} has no position ({row}, {column}) in this image; its rows are 0 … {height - 1}, its "
-                    f"columns 0 … {width - 1}"
-                )
+        activations = recorded(recording.activations, layer)
+        neurons.check(layer, activations)
         return activations

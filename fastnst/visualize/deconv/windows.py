@@ -1,7 +1,7 @@
-"""Square windows of maps, one per seed, in a place of its own: cut out, put back, and cleared where they overhang.
+"""Square windows of maps, one per neuron: cut out, put back, and cleared outside the map.
 
-Legend: K windows of s×s; `corners` `[K, 2]` int64 says at which row and column of its map each begins, which may be
-negative, as a window may reach beyond the map on every side.
+Legend: K windows of s×s; `corners` `[K, 2]` int64 holds the row and column of the map where each begins, which may be
+negative, as windows may reach beyond the map on every side.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def clear_outside(windows: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
-    """Zero, in place, of `[K, C, s, s]` what lies outside a map of `size` (H, W)."""
+    """Zero, in place, the parts of `[K, C, s, s]` outside a map of `size` (H, W)."""
     rows, columns = _coordinates(corners, windows.shape[-1])
     inside_rows = (rows >= 0) & (rows < size[0])
     inside_columns = (columns >= 0) & (columns < size[1])
@@ -20,12 +20,12 @@ def clear_outside(windows: Tensor, corners: Tensor, size: tuple[int, int]) -> Te
 
 
 def cut_clamped(maps: Tensor, rows_of: Tensor, channels_of: Tensor | None, corners: Tensor, side: int) -> Tensor:
-    """Windows of `[N, C, H, W]`; what lies outside the map repeats its border, and is as good as any other value.
+    """Cut windows out of `[N, C, H, W]`; outside the map they repeat its border.
 
     Args:
-        maps: what to cut from.
-        rows_of: `[K]` row in the batch of each window.
-        channels_of: `[K]` its only channel; None takes all.
+        maps: `[N, C, H, W]`.
+        rows_of: `[K]`, row in the batch of each window.
+        channels_of: `[K]`, its only channel; None takes all.
         corners: `[K, 2]`.
         side: s.
 
@@ -42,21 +42,30 @@ def cut_clamped(maps: Tensor, rows_of: Tensor, channels_of: Tensor | None, corne
 
 
 def put_back(windows: Tensor, corners: Tensor, whole: Tensor) -> None:
-    """Write `[K, C, s, s]` into `whole` `[K, C, H, W]`; what overhangs is dropped."""
+    """Write `[K, C, s, s]` into `whole` `[K, C, H, W]`; parts outside are dropped."""
     for index, inner, outer in _overlaps(corners, windows.shape[-1], whole.shape):
         whole[(index, slice(None), *outer)] = windows[(index, slice(None), *inner)]
 
 
-def cut(whole: Tensor, corners: Tensor, side: int) -> Tensor:
-    """Windows `[K, C, s, s]`, the k-th out of the k-th of `whole` `[K, C, H, W]`; 0 outside the map."""
-    windows = whole.new_zeros((*whole.shape[:2], side, side))
-    for index, inner, outer in _overlaps(corners, side, whole.shape):
-        windows[(index, slice(None), *inner)] = whole[(index, slice(None), *outer)]
+def cut(maps: Tensor, corners: Tensor, side: int, *, rows: Tensor | None = None, fill: float = 0.0) -> Tensor:
+    """Cut windows `[K, C, s, s]` out of `[N, C, H, W]`.
+
+    Args:
+        maps: to cut from.
+        corners: `[K, 2]`.
+        side: s.
+        rows: `[K]`, row in the batch of each window; None: the k-th window of the k-th row.
+        fill: value outside the map.
+    """
+    chosen = range(len(corners)) if rows is None else rows.tolist()
+    windows = maps.new_full((len(corners), maps.shape[1], side, side), fill)
+    for index, inner, outer in _overlaps(corners, side, maps.shape):
+        windows[(index, slice(None), *inner)] = maps[(chosen[index], slice(None), *outer)]
     return windows
 
 
 def _coordinates(corners: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns `[K, s]` that the windows cover."""
+    """Return the rows and columns `[K, s]` of the windows."""
     steps = torch.arange(side, device=corners.device)
     return corners[:, :1] + steps, corners[:, 1:] + steps
 
@@ -64,10 +73,14 @@ def _coordinates(corners: Tensor, side: int) -> tuple[Tensor, Tensor]:
 def _overlaps(
     corners: Tensor, side: int, shape: torch.Size
 ) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
-    """Of each window, which part of it lies on which part of its map."""
-    # Copies of rectangles, one by one, beat index arithmetic for every pixel of every map by far.
+    """Yield, per window, its index, its part inside the map, and the same part of the map."""
+    # Copying rectangles one by one is far faster than index arithmetic for every pixel of every map.
     height, width = shape[-2:]
     for index, (top, left) in enumerate(corners.tolist()):
-        rows, columns = (max(top, 0), min(top + side, height)), (max(left, 0), min(left + side, width))
+        rows, columns = _clamped(top, side, height), _clamped(left, side, width)
         inner = slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)
         yield index, inner, (slice(*rows), slice(*columns))
+
+
+def _clamped(first: int, side: int, length: int) -> tuple[int, int]:
+    return min(max(first, 0), length), min(max(first + side, 0), length)

@@ -1,10 +1,12 @@
-"""`index.html`: the sheets of one command side by side. One static file: no scripts, nothing from any network."""
+"""`index.html`: the figures of one report side by side. One static file: no scripts, nothing from any network."""
 
 import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
+
+import numpy as np
 
 from fastnst.images import printable
 
@@ -39,33 +41,39 @@ details th { padding-top: .4rem; }
 
 @dataclass(frozen=True)
 class Figure:
-    """One sheet on the page."""
+    """One contact sheet of a report, with the numbers behind it."""
 
-    file: str
-    """Name of its PNG, which lies beside the page."""
-    size: tuple[int, int]
-    """Width and height in pixels."""
+    name: str
+    """File name of its PNG, without the suffix."""
+    tag: str
+    """In TensorBoard."""
+    image: np.ndarray
+    """uint8 `[H, W, 3]`."""
     caption: str
-    """What is seen."""
     alt: str
-    """What those are told who cannot see it."""
-    downloads: Sequence[str] = ()
-    """Names of files with the numbers behind it."""
+    """Text in place of the image."""
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """End of a file name → uint8 `[H, W, 3]` for `….png`, or numbers for `….npy`."""
     table: Sequence[Sequence[str]] = ()
-    """Details, the first row being the heads of the columns."""
+    """Details; the first row holds the column heads."""
+
+    @property
+    def files(self) -> dict[str, np.ndarray]:
+        """File name → content, the sheet's PNG first."""
+        return {f"{self.name}.png": self.image} | {self.name + end: array for end, array in self.extras.items()}
 
 
 def build_page(title: str, about: str, settings: Mapping[str, str], figures: Sequence[Figure]) -> bytes:
-    """The page.
+    """Build the page.
 
     Args:
-        title: heading and name of the window.
-        about: what the colours and positions mean, in a sentence or two.
-        settings: name → value: the command and what it went by.
-        figures: the sheets, in order.
+        title: heading and window title.
+        about: what colours and positions mean, in a sentence or two.
+        settings: name → value: the command and its settings.
+        figures: in order.
 
     Returns:
-        HTML in UTF-8. Texts are escaped; file names become relative links of their bytes, whatever these are.
+        HTML in UTF-8. Texts are escaped; links are relative and quote the bytes of the file name.
     """
     rows = "\n".join(
         f"<tr><th scope=row>{_text(name)}</th><td>{_code(name, value)}</td></tr>" for name, value in settings.items()
@@ -96,13 +104,14 @@ def build_page(title: str, about: str, settings: Mapping[str, str], figures: Seq
 
 
 def _figure(figure: Figure) -> str:
-    link = _link(figure.file)
-    width, height = figure.size
+    file, *downloads = figure.files
+    link = _link(file)
+    height, width = figure.image.shape[:2]
     parts = [
         "<figure>",
         f'<a href="{link}"><img src="{link}" width="{width}" height="{height}" alt="{_text(figure.alt)}"></a>',
-        f"<figcaption><strong>{_text(figure.file)}</strong><br>{_text(figure.caption)}",
-        *(f'<br><a href="{_link(name)}">{_text(name)}</a>' for name in figure.downloads),
+        f"<figcaption><strong>{_text(file)}</strong><br>{_text(figure.caption)}",
+        *(f'<br><a href="{_link(name)}">{_text(name)}</a>' for name in downloads),
         "</figcaption>",
     ]
     if figure.table:
@@ -122,5 +131,5 @@ def _text(text: str) -> str:
 
 
 def _link(name: str) -> str:
-    # "./": a name that begins with `javascript:` or `//` is a file's name and nothing else.
+    # With "./" a name that begins with `javascript:` or `//` stays a file name.
     return "./" + urllib.parse.quote(os.fsencode(name))

@@ -1,7 +1,7 @@
-"""How what the networks see is drawn: numbers to colours, and images to sheets with captions.
+"""Drawing: numbers as colours, and images on contact sheets with captions.
 
-A projection or a heat map has no colours of its own. Here zero is always the same colour (mid-grey, black or white),
-one scale holds for all images that are to be compared, and the caller states it on the sheet.
+Projections and heat maps have no colours of their own. Zero is always the same colour (mid-grey, black or white),
+images to be compared share one scale, and the caller prints it on the sheet.
 """
 
 import bisect
@@ -26,11 +26,11 @@ _SIGNED = ("0b2a6b", "2f6fb7", "9cc3e3", "ffffff", "f3b296", "cb4335", "7a1020")
 _TILE_SIDES = (96, 512)  # pixels of a tile's longer side: below it is enlarged, above reduced, by whole factors
 _MOSAIC_LARGEST = 128
 _MARGIN, _GAP, _LINE_GAP = 24, 10, 3
-_NARROWEST = 320  # of the part within the margins, so that a title over one small image need not be a column
+_NARROWEST = 320  # pixels within the margins, so that the title above one small image is not a column of words
 _CAPTION_LINES = 3
 _INK, _FAINT = (28, 28, 30), (104, 104, 110)
-# Signs that Pillow's own font lacks, and what is read in their place.
-_IN_PLACE = str.maketrans(
+# Replacements for characters that Pillow's own font lacks.
+_REPLACEMENTS = str.maketrans(
     {"×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "æ": "ae"}
 )
 
@@ -50,10 +50,9 @@ class Row:
 
 
 def colour_scale(projections: Tensor) -> float:
-    """The value that black and white stand for: the 99.9th percentile of |x| over the entries that are not 0.
+    """Return the value drawn as black and white: the 99.9th percentile of |x| over the nonzero entries, or 1.
 
-    A few outliers would make everything else grey, and most of a projection is exactly 0: neither shall decide. What
-    is to be compared goes in together. Where everything is 0 the scale is 1.
+    So neither a few outliers nor the many exact zeros of a projection decide. Pass images to be compared together.
     """
     magnitudes = projections.detach().flatten().abs()
     magnitudes = magnitudes[magnitudes > 0]
@@ -64,7 +63,7 @@ def colour_scale(projections: Tensor) -> float:
 
 
 def about_grey(projections: Tensor, scale: float) -> Tensor:
-    """Projections as images: 0 is mid-grey, −scale black and +scale white, per colour channel.
+    """Map projections to images: 0 to mid-grey, −scale to black and +scale to white, per colour channel.
 
     Args:
         projections: `[..., 3, H, W]`, in any unit.
@@ -78,7 +77,7 @@ def about_grey(projections: Tensor, scale: float) -> Tensor:
 
 
 def heat_map(values: Tensor, *, signed: bool = False, scale: float | None = None) -> Tensor:
-    """Values as colours.
+    """Map values to colours.
 
     Args:
         values: `[N, H, W]`, in any unit.
@@ -95,20 +94,20 @@ def heat_map(values: Tensor, *, signed: bool = False, scale: float | None = None
     position = values / scale
     position = (0.5 + 0.5 * position).clamp(0, 1) if signed else position.clamp(0, 1)
     position = position * (len(ramp) - 1)
-    # A NaN has no colour; it is kept, for whoever writes the image to refuse.
+    # NaN is kept: writing the image refuses it.
     below = position.nan_to_num(0).floor().clamp(max=len(ramp) - 2)
-    share = (position - below).unsqueeze(-1)
+    weight = (position - below).unsqueeze(-1)
     index = below.long()
-    return (ramp[index] * (1 - share) + ramp[index + 1] * share).permute(0, 3, 1, 2)
+    return (ramp[index] * (1 - weight) + ramp[index + 1] * weight).permute(0, 3, 1, 2)
 
 
 def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6) -> Tensor:
-    """Heat over the grey version of a photo.
+    """Blend a heat map over the grey version of a photo.
 
     Args:
         images: RGB in [0, 1], `[N, 3, H, W]`.
-        heat: `heat_map`'s result, the same shape.
-        opacity: share of the heat in the result.
+        heat: from `heat_map`, the same shape.
+        opacity: of the heat map.
 
     Returns:
         RGB in [0, 1], `[N, 3, H, W]`.
@@ -119,11 +118,11 @@ def overlay(images: Tensor, heat: Tensor, *, opacity: float = 0.6) -> Tensor:
 
 
 def mosaic(images: Tensor, columns: int = 3, *, smallest: int = 64) -> Tensor:
-    """Small images as one, in rows, brought to a size at which they can be seen.
+    """Join small images in rows, enlarged to a visible size.
 
     Args:
         images: RGB in [0, 1], `[K, 3, h, w]`.
-        columns: images in a row; the last row is filled up with white.
+        columns: images in a row; the last row is filled with white.
         smallest: pixels of a longer side below which the images are enlarged.
 
     Returns:
@@ -140,7 +139,7 @@ def mosaic(images: Tensor, columns: int = 3, *, smallest: int = 64) -> Tensor:
 
 
 def strip(images: Sequence[Tensor], captions: Sequence[str], *, title: str = "", note: str = "") -> np.ndarray:
-    """Images in one row with their names on top, as in the paper's Figure 2; arguments as in `contact_sheet`."""
+    """Draw images in one row with captions on top (the paper's Figure 2); arguments as in `contact_sheet`."""
     return contact_sheet([Row(images, captions)], title=title, note=note, captions_on_top=True)
 
 
@@ -153,18 +152,18 @@ def contact_sheet(
     largest: int = _TILE_SIDES[1],
     gap: int = 10,
 ) -> np.ndarray:
-    """Images in rows and columns on white, with captions.
+    """Draw images in rows and columns on white, with captions.
 
-    Small images are enlarged by a whole factor, pixel by pixel; large ones reduced by averaging. Captions are broken
-    into up to three lines as wide as their column, and shortened in the middle where that is too little. Letters that
-    Pillow's own font lacks lose their accents, or become question marks.
+    Small images are enlarged by a whole factor, pixel by pixel; large ones reduced by averaging. Captions are wrapped
+    to at most three lines of their column's width, and shortened in the middle if longer. Letters that Pillow's own
+    font lacks lose their accents, or become question marks.
 
     Args:
         rows: at least one, each with at least one image.
-        title: above all, in larger type.
-        note: below all, in smaller type: what the colours stand for.
-        captions_on_top: above their images instead of below.
-        largest: pixels of a longer side above which an image is reduced.
+        title: at the top, in larger type.
+        note: at the bottom, in smaller type: what the colours mean.
+        captions_on_top: put captions above their images instead of below.
+        largest: reduce images with a longer side above so many pixels.
         gap: pixels between columns.
 
     Returns:
@@ -190,7 +189,7 @@ def contact_sheet(
 
 
 class _Canvas:
-    """Collects what is to be drawn from top to bottom; the height is known when all is placed."""
+    """Collects images and texts from top to bottom, then draws them: the height is known only at the end."""
 
     def __init__(self, inner: int, gap: int) -> None:
         self.inner, self.gap, self.y = inner, gap, _MARGIN
@@ -213,7 +212,7 @@ class _Canvas:
             top = self.y + (text_height + 4 if captions_on_top and text_height else 0)
             top += image_height - tile.shape[0] if captions_on_top else 0
             self.images.append(((x + (width - tile.shape[1]) // 2, top), tile))
-            # A caption stays with its image: the shorter ones lean towards it.
+            # Shorter captions stay next to their image.
             first = self.y + text_height - len(lines) * _line_height(13) if captions_on_top else top + tile.shape[0] + 4
             for index, line in enumerate(lines):
                 place = (x + width // 2, first + index * _line_height(13))
@@ -232,7 +231,7 @@ class _Canvas:
 
 
 def number(value: float) -> str:
-    """Three digits for people: 0.0123, 12.3, 9010, 1.1e5."""
+    """Format with three digits: 0.0123, 12.3, 9010, 1.1e5."""
     if value and not 1e-3 <= abs(value) < 99_950:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -241,9 +240,9 @@ def number(value: float) -> str:
 
 
 def drawable(text: str) -> str:
-    """`text` in letters that Pillow's own font has."""
-    plain = unicodedata.normalize("NFKC", text).translate(_IN_PLACE)
-    return "".join(_drawable_sign(sign) for sign in plain)
+    """Replace letters that Pillow's own font lacks."""
+    plain = unicodedata.normalize("NFKC", text).translate(_REPLACEMENTS)
+    return "".join(_drawable_letter(letter) for letter in plain)
 
 
 def _ramp(signed: bool) -> tuple[str, ...]:
@@ -255,7 +254,7 @@ def _one(image: Tensor) -> Tensor:
 
 
 def _sized(image: Tensor, smallest: int, largest: int) -> Tensor:
-    """`[3, H, W]`, enlarged or reduced by a whole factor so that the longer side lies within the bounds, if it can."""
+    """Scale `[3, H, W]` by a whole factor, to bring the longer side within the bounds if possible."""
     side = max(image.shape[1:])
     if side < smallest:
         factor = -(-smallest // side)
@@ -267,7 +266,7 @@ def _sized(image: Tensor, smallest: int, largest: int) -> Tensor:
 
 
 def _caption(text: str, size: int, width: int) -> list[str]:
-    """At most `_CAPTION_LINES` lines, at most `width` pixels wide; the middle gives way to an ellipsis."""
+    """Wrap to at most `_CAPTION_LINES` lines of `width` pixels; an ellipsis replaces the middle if need be."""
     text = drawable(text)
 
     def shortened(left_out: int) -> list[str]:
@@ -284,7 +283,7 @@ def _caption(text: str, size: int, width: int) -> list[str]:
 
 
 def _wrapped(text: str, size: int, width: int) -> Iterator[str]:
-    """Lines of whole words, each at most `width` pixels wide; a word that is wider is broken."""
+    """Yield lines of whole words, at most `width` pixels wide; break wider words."""
     font, line = _font(size), ""
     for word in text.split():
         longer = f"{line} {word}" if line else word
@@ -303,7 +302,7 @@ def _wrapped(text: str, size: int, width: int) -> Iterator[str]:
 
 
 def _fitting(font: _Font, word: str, width: int) -> int:
-    """How many of a word's signs, at least one, are at most `width` pixels wide."""
+    """Count the leading letters of a word, at least one, that fit in `width` pixels."""
     lengths = range(2, len(word) + 1)
     return 1 + bisect.bisect_left(lengths, True, key=lambda length: font.getlength(word[:length]) > width)
 
@@ -318,11 +317,12 @@ def _font(size: int) -> _Font:
 
 
 @functools.cache
-def _drawable_sign(sign: str) -> str:
+def _drawable_letter(letter: str) -> str:
     font = _font(13)
     missing = bytes(font.getmask("\uffff"))
-    if sign.isspace():
+    if letter.isspace():
         return " "
-    # An accented letter is its letter, then accents of its own, which are let go.
-    base = unicodedata.normalize("NFKD", sign)[:1]
-    return next((found for found in (sign, base) if found.isprintable() and bytes(font.getmask(found)) != missing), "?")
+    # Decomposed, an accented letter begins with the plain one.
+    base = unicodedata.normalize("NFKD", letter)[:1]
+    choices = (letter, base)
+    return next((found for found in choices if found.isprintable() and bytes(font.getmask(found)) != missing), "?")

@@ -1,17 +1,15 @@
-"""What a command has found, and how it is written: PNG sheets, arrays and an `index.html` that shows them."""
+"""The result of a `fastnst visualize` command, written as PNG sheets, arrays and an `index.html`."""
 
-import contextlib
 import errno
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fastnst.device import ran_out_of_memory
-from fastnst.errors import DataError, DeviceError, UserError
+from fastnst.errors import DataError, UserError
 from fastnst.images import printable, write_image
 from fastnst.storage import storage_error, write_atomic
 from fastnst.visualize.sheets.page import Figure, build_page
@@ -20,40 +18,22 @@ PAGE_NAME = "index.html"
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """One image for people, with the numbers behind it."""
-
-    name: str
-    """Of its file, without `.png`."""
-    tag: str
-    """In TensorBoard."""
-    image: np.ndarray
-    """uint8 `[H, W, 3]`."""
-    caption: str
-    alt: str
-    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Ending of the file's name → uint8 `[H, W, 3]` for `….png`, or numbers for `….npy`."""
-    table: Sequence[Sequence[str]] = ()
-    """Details for the page, the first row being the heads."""
-
-
-@dataclass(frozen=True)
 class Report:
-    """All that one command shows."""
+    """The result of one command."""
 
     title: str
     about: str
-    """What is seen, and how to read it."""
+    """How to read the figures."""
     settings: Mapping[str, str]
-    sheets: Sequence[Sheet]
+    figures: Sequence[Figure]
 
 
 def check_out(out: Path) -> None:
-    """Refuse, before any work, an output folder that cannot be one.
+    """Check, before any work, that results can be written to a folder.
 
     Raises:
         UserError: a file has that name.
-        DataError: it cannot be written to.
+        DataError: no permission to write there.
     """
     try:
         if out.exists() and not out.is_dir():
@@ -67,12 +47,12 @@ def check_out(out: Path) -> None:
 
 
 def write_report(report: Report, out: Path, *, command: str, inputs: Sequence[Path]) -> list[Path]:
-    """Write sheets, arrays and, last, the page. Files of the same names are replaced, others stay, inputs always do.
+    """Write images, arrays and, last, the page. Replaces files of the same names, but never an input.
 
     Args:
-        report: all of it; nothing is computed here.
-        out: the folder; made if need be.
-        command: the command line, for the page.
+        report: the results.
+        out: the folder; created if absent.
+        command: the command line, shown on the page.
         inputs: files that must not be replaced.
 
     Returns:
@@ -80,17 +60,12 @@ def write_report(report: Report, out: Path, *, command: str, inputs: Sequence[Pa
 
     Raises:
         UserError: a result would replace an input.
-        DataError: an image's name leaves no room for the result's, or the storage refuses.
+        DataError: a file name would be too long, or writing fails.
     """
     contents: dict[str, np.ndarray] = {}
-    figures = []
-    for sheet in report.sheets:
-        contents[f"{sheet.name}.png"] = sheet.image
-        extras = {sheet.name + ending: array for ending, array in sheet.extras.items()}
-        contents |= extras
-        size = sheet.image.shape[1], sheet.image.shape[0]
-        figures.append(Figure(f"{sheet.name}.png", size, sheet.caption, sheet.alt, list(extras), sheet.table))
-    page = build_page(report.title, report.about, {"command": command, **report.settings}, figures)
+    for figure in report.figures:
+        contents |= figure.files
+    page = build_page(report.title, report.about, {"command": command, **report.settings}, report.figures)
     kept = {path.resolve() for path in inputs}
     for name in [*contents, PAGE_NAME]:
         if len(os.fsencode(name)) > 255:
@@ -107,14 +82,14 @@ def write_report(report: Report, out: Path, *, command: str, inputs: Sequence[Pa
 
 
 def as_markdown(report: Report, command: str) -> str:
-    """Title, meaning and settings, for TensorBoard's text page."""
+    """Format title, explanation and settings for TensorBoard's text page."""
     rows = {"command": command, **report.settings}
     lines = [f"    {name:12} {printable(value)}" for name, value in rows.items()]
     return "\n".join([f"## {printable(report.title)}", "", printable(report.about), "", *lines])
 
 
 def image_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each image's results: the file's without its suffix, numbered where several are alike."""
+    """Name the results of each image after its file, without the suffix; number equal names."""
     names: list[str] = []
     for path in paths:
         name, again = path.stem, 2
@@ -122,17 +97,6 @@ def image_names(paths: Sequence[Path]) -> list[str]:
             name, again = f"{path.stem}-{again}", again + 1
         names.append(name)
     return names
-
-
-@contextlib.contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    """DeviceError, with what may help, where the device's memory is too small."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise DeviceError(f"out of memory; {advice}") from error
 
 
 def _npy(array: np.ndarray) -> bytes:

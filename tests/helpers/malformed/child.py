@@ -8,6 +8,7 @@ peak growth of memory in MiB. Each call has 30 seconds.
 import contextlib
 import io
 import json
+import logging
 import re
 import resource
 import shutil
@@ -24,7 +25,7 @@ from fastnst.cli import main as cli
 from fastnst.config import load_config
 from fastnst.errors import UserError
 from fastnst.images import read_image
-from fastnst.models.published import load_lengstrom_npz
+from fastnst.models.pretrained import load_lengstrom_npz
 from fastnst.models.style_model import load_style_model
 from fastnst.models.weights import load_vgg19
 from fastnst.training.run_dir.checkpoint import latest_checkpoint
@@ -42,7 +43,7 @@ def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
     folder, photo, model = Path(given["folder"]), given["photo"], given["model"]
     out = folder / "out"
     if way == "vgg":
-        yield "load_vgg19", lambda: load_vgg19(str(path), last_layer="relu1_1", notify=lambda _: None)
+        yield "load_vgg19", lambda: load_vgg19(str(path), last_layer="relu1_1")
         options = ("--layer", "relu1_1", "--maps", 0, "--size", 32, "--device", "cpu", "--out", out)
         yield "visualize", lambda: command("visualize", "deconvnet", photo, "--vgg", path, *options)
     elif way == "style":
@@ -73,9 +74,14 @@ def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
 
 def newest(run: Path) -> None:
     """Raise the messages about skipped checkpoints as an error."""
-    messages: list[str] = []
-    if latest_checkpoint(run, messages.append) is None:
-        raise UserError("; ".join(messages))
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    logging.getLogger("fastnst").addHandler(handler)
+    try:
+        if latest_checkpoint(run) is None:
+            raise UserError(told.getvalue())
+    finally:
+        logging.getLogger("fastnst").removeHandler(handler)
 
 
 def command(*arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""Images that somebody made to fill the memory or to take for ever; each is small on the disk."""
+"""Small files that try to fill the memory or to take for ever."""
 
 import io
 import struct
@@ -7,21 +7,23 @@ from pathlib import Path
 
 from PIL import Image
 
+from helpers.bad_image_fixtures import chunk, png, zeros
+
 LARGE = 9400
 """Pixels a side: just within Pillow's limit on their number."""
 
 
 def hostile_images(folder: Path) -> list[tuple[Path, bool]]:
-    """Files, and whether each may be read: what it attempts comes to nothing."""
+    """Make malformed files; return each with whether it may be read after all, harmlessly."""
     folder.mkdir()
     refused = {
-        "png_of_400_million_pixels.png": png(20_000, 20_000, zlib.compress(bytes(1 << 20))),
-        "png_of_2_to_62_pixels.png": png((1 << 31) - 1, (1 << 31) - 1, b""),
-        "png_with_negative_sides.png": png(0xFFFFFFFF, 0xFFFFFFFF, b""),
-        "png_without_pixels.png": png(0, 0, b""),
-        "png_of_empty_chunks.png": png(64, 64, b"", more=b"".join(chunk(b"IDAT", b"") for _ in range(50_000))),
-        "png_text_bomb.png": png(64, 64, _pixels(64), more=chunk(b"zTXt", b"k\0\0" + _packed(100 << 20))),
-        "png_text_bombs.png": png(64, 64, _pixels(64), more=chunk(b"zTXt", b"k\0\0" + _packed(1 << 20)) * 100),
+        "png_of_400_million_pixels.png": png(20_000, 20_000, 8, 2, zlib.compress(bytes(1 << 20))),
+        "png_of_2_to_62_pixels.png": png((1 << 31) - 1, (1 << 31) - 1, 8, 2, b""),
+        "png_with_negative_sides.png": png(0xFFFFFFFF, 0xFFFFFFFF, 8, 2, b""),
+        "png_without_pixels.png": png(0, 0, 8, 2, b""),
+        "png_of_empty_chunks.png": png(64, 64, 8, 2, b"", *[chunk(b"IDAT", b"")] * 50_000),
+        "png_text_bomb.png": png(64, 64, 8, 2, _pixels(64), chunk(b"zTXt", b"k\0\0" + zeros(100 << 20))),
+        "png_text_bombs.png": png(64, 64, 8, 2, _pixels(64), *[chunk(b"zTXt", b"k\0\0" + zeros(1 << 20))] * 100),
         "jpeg_of_65500_squared.jpg": _jpeg_of(65_500, 65_500),
         "tiff_of_2_to_62_pixels.tif": tiff([(256, 4, 1, (1 << 31) - 1), (257, 4, 1, (1 << 31) - 1)]),
         "tiff_with_a_tag_of_4_gib.tif": tiff([(256, 4, 1, 64), (257, 4, 1, 64), (270, 2, 0xFFFFFFF0, 8)]),
@@ -36,9 +38,9 @@ def hostile_images(folder: Path) -> list[tuple[Path, bool]]:
         "gif_bomb.png": b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(64),
     }
     harmless = {
-        "png_profile_bomb.png": png(64, 64, _pixels(64), before=chunk(b"iCCP", b"p\0\0" + _packed(200 << 20))),
-        "png_pixels_bomb.png": png(64, 64, _pixels(64) + _packed(200 << 20)),
-        "png_pixels_bomb_in_one.png": png(64, 64, _packed(200 << 20)),
+        "png_profile_bomb.png": png(64, 64, 8, 2, _pixels(64), chunk(b"iCCP", b"p\0\0" + zeros(200 << 20))),
+        "png_pixels_bomb.png": png(64, 64, 8, 2, _pixels(64) + zeros(200 << 20)),
+        "png_pixels_bomb_in_one.png": png(64, 64, 8, 2, zeros(200 << 20)),
         "tiff_chain_without_end.tif": _chained_tiff(),
         "webp_of_many_frames.webp": _frames(),
         "jpeg_with_a_large_profile.jpg": _jpeg_with_profile(),
@@ -49,20 +51,20 @@ def hostile_images(folder: Path) -> list[tuple[Path, bool]]:
 
 
 def largest_images(folder: Path, *, all_modes: bool) -> list[Path]:
-    """Sound images of 88 million pixels, in modes that are converted: that must not take many copies.
+    """Make valid images of 88 million pixels in modes that are converted, which must not take many copies.
 
     Args:
-        folder: to be made.
-        all_modes: also those that take some seconds each to make and to read.
+        folder: created.
+        all_modes: include the modes that take seconds each to make and to read.
     """
     folder.mkdir()
     files = {
-        "gray_16_bits.png": png(LARGE, LARGE, _rows(2 * LARGE + 1), bits=16, colour=0),
-        "colour.png": png(LARGE, LARGE, _rows(3 * LARGE + 1)),
+        "gray_16_bits.png": png(LARGE, LARGE, 16, 0, _rows(2 * LARGE + 1)),
+        "colour.png": png(LARGE, LARGE, 8, 2, _rows(3 * LARGE + 1)),
     }
     if all_modes:
-        files["transparent.png"] = png(LARGE, LARGE, _rows(4 * LARGE + 1), colour=6)
-        files["gray_and_transparent.png"] = png(LARGE, LARGE, _rows(2 * LARGE + 1), colour=4)
+        files["transparent.png"] = png(LARGE, LARGE, 8, 6, _rows(4 * LARGE + 1))
+        files["gray_and_transparent.png"] = png(LARGE, LARGE, 8, 4, _rows(2 * LARGE + 1))
         files["black_and_white.tif"] = _saved("1", "TIFF", compression="group4")
         files["32_bits.tif"] = _saved("I", "TIFF", compression="tiff_adobe_deflate")
         files["ink_turned.tif"] = _saved("CMYK", "TIFF", compression="tiff_adobe_deflate", tiffinfo={274: 6})
@@ -72,28 +74,8 @@ def largest_images(folder: Path, *, all_modes: bool) -> list[Path]:
     return [folder / name for name in files]
 
 
-def png(
-    width: int,
-    height: int,
-    pixels: bytes,
-    *,
-    bits: int = 8,
-    colour: int = 2,
-    before: bytes = b"",
-    more: bytes = b"",
-) -> bytes:
-    """A PNG, of RGB unless `colour` says otherwise; `pixels` as they are, compressed or not."""
-    header = chunk(b"IHDR", struct.pack(">2L5B", width, height, bits, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + before + more + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    """One chunk of a PNG, its checksum right."""
-    return struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data))
-
-
 def tiff(tags: list[tuple[int, int, int, int]], *, following: int = 0, pixels: bytes = b"") -> bytes:
-    """One directory of (tag, type, count, value), at byte 8, and where the next one lies."""
+    """A TIFF with one directory of (tag, type, count, value), at byte 8, and the offset of the next one."""
     entries = b"".join(struct.pack("<2H2L", *tag) for tag in sorted(tags))
     return b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + struct.pack("<L", following) + pixels
 
@@ -106,12 +88,6 @@ def _chained_tiff() -> bytes:
     """The next directory is this one."""
     place = [(273, 4, 1, 8 + 2 + 12 * 9 + 4), (278, 4, 1, 64), (279, 4, 1, 64 * 64)]
     return tiff([*_plain_tags(64), *place], following=8, pixels=bytes(64 * 64))
-
-
-def _packed(size: int) -> bytes:
-    packer = zlib.compressobj(9)
-    block = bytes(1 << 20)
-    return b"".join(packer.compress(block) for _ in range(size >> 20)) + packer.flush()
 
 
 def _pixels(side: int) -> bytes:
