@@ -174,7 +174,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Remot
     return path, RemoteFile("http://127.0.0.1:9/", hashlib.sha256(data).hexdigest(), len(data), path.name)
 
 
-def test_cached_weights_are_checked_in_full_at_every_load(
+def test_load_vgg19_checks_cached_weights_at_every_load(
     cached: tuple[Path, RemoteFile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, source = cached
