@@ -2,8 +2,8 @@
 
 Nothing here imports torch at module level, so that the tests of imports see what users see.
 
-Slow tests: the files in `_SLOW`; kernel tests in Triton's interpreter except those `…_by_hand`; kernel tests that match
-`_SLOW_OF_KERNELS`; tests marked `slow`. `scripts/test.sh --quick` leaves them out. Files run in the order of `_SLOW`,
+Slow tests: the files in `_SLOW`; kernel tests in Triton's interpreter except those `…_by_hand`; names that match
+`_SLOW_NAMES`; tests marked `slow`. `scripts/test.sh --quick` leaves them out. Files run in the order of `_SLOW`,
 longest first, so that the workers of pytest-xdist finish together. Add a file when it takes more than eight seconds.
 """
 
@@ -31,7 +31,7 @@ TEST_DATA = Path(os.environ.get("FASTNST_TEST_DATA") or PROJECT / "../shared/dat
 
 _INTERPRETER = re.compile(r"^tests/kernels/.*[\[-]interpreter[\]-]")
 _QUICK_IN_INTERPRETER = re.compile(r"_by_hand\[")
-_SLOW_OF_KERNELS = re.compile(r"^tests/kernels/.*(gradcheck|opcheck|registered_as|compile|one_graph)")
+_SLOW_NAMES = re.compile(r"::test_.*(gradcheck|opcheck|registered_as|compile|one_graph)")
 _SLOW = (
     "kernels/test_compiled",
     "training/test_trainer",
@@ -198,7 +198,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return _SLOW.index(file) if file in _SLOW else len(_SLOW)
 
     for item in items:
-        if rank(item) in range(-1, len(_SLOW)) or (rank(item) >= 0 and _SLOW_OF_KERNELS.search(item.nodeid)):
+        if rank(item) in range(-1, len(_SLOW)) or (rank(item) >= 0 and _SLOW_NAMES.search(item.nodeid)):
             item.add_marker("slow")
     items.sort(key=rank)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from fastnst.doctor.installation import fits, pip_install, wanted_version
+from fastnst.doctor.installation import pip_install, unusable, wanted_version
 from fastnst.doctor.verdict import Verdict, failed, passed, warned
 from fastnst.doctor.workers import Results, format_error
 
@@ -86,13 +86,11 @@ def probe_jpeg_engines() -> list[dict[str, Any]]:
 
 
 def check_pillow(results: Results) -> Verdict:
-    pillow, wanted = results["pillow"], wanted_version(results, "pillow")
-    reinstall = f"reinstall pip's build:\n  pip install --force-reinstall 'pillow{wanted}'"
-    if "broken" in pillow:
-        return failed(f"cannot be imported: {pillow['broken']}", reinstall)
+    if (verdict := unusable(results, "pillow")) is not None:
+        return verdict
+    pillow = results["pillow"]
     version = pillow["version"]
-    if not fits(results, "pillow"):
-        return failed(f"{version}; fastnst needs {wanted}", reinstall)
+    reinstall = f"reinstall pip's build:\n  pip install --force-reinstall 'pillow{wanted_version(results, 'pillow')}'"
     if missing := [name.upper() for name in ("jpeg", "png") if not pillow[name]]:
         return failed(f"{version} without {' and '.join(missing)}", reinstall)
     lacks = [] if pillow["turbo"] else ["libjpeg-turbo (JPEG is read more slowly)"]
@@ -125,22 +123,21 @@ def check_dali(results: Results) -> Verdict:
 
 
 def check_jpeg_engines(results: Results) -> Verdict | Sequence[Verdict]:
-    engines = results["jpeg_engines"]
-    if not engines:
+    gpus = results["jpeg_engines"]
+    if not gpus:
         return passed("no usable GPU: JPEGs are decoded on the CPU")
-    verdicts = []
-    for index, one in enumerate(engines):
-        name = None if len(engines) == 1 else f"JPEG decoder {index}"
-        if "unknown" in one:
-            fix = "nothing breaks: DALI detects them itself. To show them here:\n  " + pip_install("nvidia-nvjpeg")
-            verdicts.append(Verdict("WARN", f"unknown: {one['unknown']}", fix, name))
-        elif one["engines"]:
-            cores = f" of {one['cores']} cores" if one["cores"] else ""
-            plural = "s" if one["engines"] > 1 else ""
-            verdicts.append(Verdict("PASS", f"{one['engines']} engine{plural}{cores} in the GPU", name=name))
-        else:
-            verdicts.append(Verdict("PASS", "none in this GPU: DALI decodes on its CUDA cores", name=name))
-    return verdicts
+    names = [None] if len(gpus) == 1 else [f"JPEG decoder {index}" for index in range(len(gpus))]
+    return [_check_engines(gpu, name) for gpu, name in zip(gpus, names, strict=True)]
+
+
+def _check_engines(gpu: dict[str, Any], name: str | None) -> Verdict:
+    if "unknown" in gpu:
+        fix = "nothing breaks: DALI detects them itself. To show them here:\n  " + pip_install("nvidia-nvjpeg")
+        return Verdict("WARN", f"unknown: {gpu['unknown']}", fix, name)
+    if not gpu["engines"]:
+        return Verdict("PASS", "none in this GPU: DALI decodes on its CUDA cores", name=name)
+    cores = f" of {gpu['cores']} cores" if gpu["cores"] else ""
+    return Verdict("PASS", f"{gpu['engines']} engine{'s' if gpu['engines'] > 1 else ''}{cores} in the GPU", name=name)
 
 
 def _decoded(encoded: Any, device: str) -> Any:

@@ -1,5 +1,6 @@
 """Python and packages: present, compatible, importable."""
 
+import contextlib
 import importlib
 import platform
 import subprocess
@@ -126,17 +127,15 @@ def check_packages(results: Results) -> Verdict:
 
 
 def check_torch(results: Results) -> Verdict:
-    torch, wanted = results["torch"], wanted_version(results, "torch")
-    if "broken" in torch:
-        return failed(f"cannot be imported: {torch['broken']}", f"install it:\n  {pip_install('torch' + wanted)}")
+    if (verdict := unusable(results, "torch")) is not None:
+        return verdict
+    torch = results["torch"]
     found = f"{torch['version']}, " + (f"CUDA {torch['cuda']} build" if torch["cuda"] else "CPU build")
-    if not fits(results, "torch"):
-        return failed(f"{found}; fastnst needs {wanted}", f"install one that fits:\n  {pip_install('torch' + wanted)}")
     if not torch["cuda"] and (gpus := results.get("driver").get("gpus")):
         return warned(
             f"{found} cannot use this machine's {gpus} NVIDIA GPU{'s' if gpus > 1 else ''}",
             "install the CUDA build, pip's default on Linux:\n"
-            f"  pip uninstall --yes torch && {pip_install('torch' + wanted)}",
+            f"  pip uninstall --yes torch && {pip_install('torch' + wanted_version(results, 'torch'))}",
         )
     return passed(found)
 
@@ -159,20 +158,26 @@ def check_triton(results: Results) -> Verdict:
 
 
 def check_tensorboard(results: Results) -> Verdict:
-    tensorboard, wanted = results["tensorboard"], wanted_version(results, "tensorboard")
-    install = pip_install("tensorboard" + wanted)
-    if "broken" in tensorboard:
-        found = f"cannot be imported: {tensorboard['broken']}; training writes its log with it"
-        return failed(found, f"install it:\n  {install}")
-    version = tensorboard["version"]
-    if not fits(results, "tensorboard"):
-        return failed(f"{version}; fastnst needs {wanted}", f"install one that fits:\n  {install}")
+    if (verdict := unusable(results, "tensorboard")) is not None:
+        return verdict
+    tensorboard = results["tensorboard"]
     if tensorboard["server"] is None:
         return warned(
-            f"{version}, without its data server ({tensorboard['why']}): logs load slowly",
-            f"install it, if long logs are a trouble:\n  {pip_install('tensorboard-data-server')}",
+            f"{tensorboard['version']}, without its data server ({tensorboard['why']}): logs load slowly",
+            f"install it if long logs load too slowly:\n  {pip_install('tensorboard-data-server')}",
         )
-    return passed(f"{version}, data server {tensorboard['server']}")
+    return passed(f"{tensorboard['version']}, data server {tensorboard['server']}")
+
+
+def unusable(results: Results, name: str) -> Verdict | None:
+    """Return FAIL if a package cannot be imported or is of a wrong version; probe and package have the same name."""
+    package, wanted = results[name], wanted_version(results, name)
+    install = pip_install(name + wanted)
+    if "broken" in package:
+        return failed(f"cannot be imported: {package['broken']}", f"install it:\n  {install}")
+    if not fits(results, name):
+        return failed(f"{package['version']}; fastnst needs {wanted}", f"install one that fits:\n  {install}")
+    return None
 
 
 def versions(results: Results) -> dict[str, str | None]:
@@ -214,14 +219,12 @@ def _package(requirement: Any) -> dict[str, Any]:
 
 
 def _version(distribution: str) -> str | None:
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _requires(distribution: str) -> list[str]:
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:
-        return []
+    return []

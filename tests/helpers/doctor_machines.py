@@ -18,18 +18,9 @@ def package(version: str | None, wanted: str, *, fits: bool = True, needed: bool
 
 HEALTHY: dict[str, Any] = {
     "packages": {
-        "python": "3.12.3",
-        "implementation": "CPython",
-        "system": "Linux",
-        "release": "6.8.0",
-        "machine": "x86_64",
-        "libc": "glibc 2.39",
-        "fastnst": "0.1.0",
-        "triton": "3.7.1",
-        "requires_python": ">=3.11",
-        "python_fits": True,
-        "triton_pin": "==3.7.1",
-        "triton_pairs": True,
+        **{"python": "3.12.3", "implementation": "CPython", "requires_python": ">=3.11", "python_fits": True},
+        **{"system": "Linux", "release": "6.8.0", "machine": "x86_64", "libc": "glibc 2.39", "fastnst": "0.1.0"},
+        **{"triton": "3.7.1", "triton_pin": "==3.7.1", "triton_pairs": True},
         "packages": {
             "torch": package("2.13.0", ">=2.11"),
             "triton": package("3.7.1", ">=3.6"),
@@ -49,25 +40,13 @@ HEALTHY: dict[str, Any] = {
     "kernels": {"settings": {}, "gpus": 1, "implementation": "triton", "error": 2e-4, "interpreted": False},
     "jpeg_engines": [{"engines": 7, "cores": 0}],
     "host": {
-        "memory": 128 * GIB,
-        "available": 100 * GIB,
-        "limit": None,
-        "room": None,
-        "cores": 16,
-        "usable": 16,
-        "quota": None,
-        "omp": None,
-        "files": 1024,
-        "files_hard": 4096,
+        **{"memory": 128 * GIB, "available": 100 * GIB, "limit": None, "room": None, "cores": 16, "usable": 16},
+        **{"quota": None, "omp": None, "files": 1024, "files_hard": 4096},
     },
     "shared_memory": {"size": 64 * 2**20, "free": 64 * 2**20},
     "folders": {
-        "here_free": 64 * GIB,
-        "here_writable": True,
-        "cache": "/var/cache/fastnst",
-        "cache_exists": True,
-        "cache_free": 64 * GIB,
-        "cache_refused": None,
+        **{"here_free": 64 * GIB, "here_writable": True, "cache": "/var/cache/fastnst", "cache_exists": True},
+        **{"cache_free": 64 * GIB, "cache_refused": None},
     },
     "weights": {
         "files": [
@@ -102,9 +81,10 @@ def machine(**changes: Any) -> Results:
 
 
 def with_package(name: str, **changes: Any) -> dict[str, Any]:
+    """Return the changes of `machine` that change one package."""
     packages = copy.deepcopy(HEALTHY["packages"]["packages"])
     packages[name] |= changes
-    return {"packages": packages}
+    return {"packages": {"packages": packages}}
 
 
 def row_of(name: str, **changes: Any) -> Row:

@@ -264,21 +264,21 @@ SECURE = (
         LOG,
         "flags | os.O_NOFOLLOW | os.O_CLOEXEC",
         "flags | os.O_CLOEXEC",
-        "tests/security/test_runs.py::test_a_link_to_nothing_makes_nothing_there[metrics.jsonl]",
+        "tests/security/test_runs.py::test_train_creates_nothing_through_a_dangling_link[metrics.jsonl]",
     ),
     Fault(
         "pickles of any kind loaded",
         WEIGHTS,
         "weights_only=True",
         "weights_only=False",
-        "tests/security/test_network.py::test_a_payload_does_not_run_where_nobody_looked_at_it_before",
+        "tests/security/test_network.py::test_load_vgg19_runs_no_payload_even_without_vetting",
     ),
     Fault(
         "SHA-256 of cached weights not checked",
         WEIGHTS,
         "if digest == source.sha256:",
         "if digest:",
-        "tests/security/test_network.py::test_cached_weights_are_checked_in_full_at_every_load",
+        "tests/security/test_network.py::test_load_vgg19_checks_cached_weights_at_every_load",
     ),
     Fault(
         "SHA-256 of downloaded weights not checked",
@@ -351,7 +351,7 @@ NUMBERS = (
         WINOGRAD,
         "g = g.flip(1) if backward else g",
         "g = g.flip(0).flip(0) if backward else g",
-        "tests/kernels/test_winograd.py::test_one_pixel_gives_the_kernel_turned_round",
+        "tests/kernels/test_winograd.py::test_convolve_one_pixel_gives_the_flipped_kernel",
     ),
     Fault(
         "weight's gradient without the sum over bands",

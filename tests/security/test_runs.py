@@ -21,7 +21,7 @@ from fastnst.training.run_dir.checkpoint import FOLDER, STATE, TENSORS
 from fastnst.training.train import train
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.report import PAGE_NAME, Report, write_report
-from helpers.malformed_files import Call
+from helpers.malformed.files import Call
 
 
 @pytest.fixture(scope="module")
@@ -154,29 +154,19 @@ def exchange(run: Path, name: str, data: bytes) -> None:
     (newest / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _without_weights(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.conv1.weight"]
-
-
-def _of_another_size(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.conv1.weight"] = torch.zeros(1)
-
-
-def _of_integers(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["rng.cpu"] = tensors["rng.cpu"].int()
-
-
-def _not_finite(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.conv1.weight"].fill_(float("nan"))
-
-
-def _no_random_state(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["rng.cpu"] = torch.full_like(tensors["rng.cpu"], 255)
-
-
-@pytest.mark.parametrize("change", [_without_weights, _of_another_size, _of_integers, _not_finite, _no_random_state])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("model.conv1.weight"),
+        lambda tensors: tensors.update({"model.conv1.weight": torch.zeros(1)}),
+        lambda tensors: tensors["model.conv1.weight"].fill_(float("nan")),
+        lambda tensors: tensors.update({"rng.cpu": tensors["rng.cpu"].int()}),
+        lambda tensors: tensors["rng.cpu"].fill_(255),
+    ],
+    ids=["without_weights", "other_size", "not_finite", "integers", "no_random_state"],
+)
 def test_train_resume_refuses_a_checkpoint_with_wrong_tensors(
-    config: Config, run: Path, change: Callable[[dict[str, torch.Tensor]], None]
+    config: Config, run: Path, change: Callable[[dict[str, torch.Tensor]], object]
 ) -> None:
     tensors = load((max((run / FOLDER).glob("step_*")) / TENSORS).read_bytes())
     change(tensors)

@@ -27,8 +27,8 @@ from fastnst.models.style_model import FORMAT_VERSION, KIND, save_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.run_dir.checkpoint import FOLDER, save_checkpoint
 from fastnst.training.run_dir.layout import CONFIG_NAME
-from helpers.malformed_safetensors import malformed_safetensors, safetensors_bytes
-from helpers.malformed_zips import Record, raw_zip, zeros
+from helpers.malformed.safetensors import malformed_safetensors, safetensors_bytes
+from helpers.malformed.zips import Record, raw_zip, zeros
 
 GIB = 1 << 30
 
