@@ -285,17 +285,11 @@ def load_config(
             the value, what is allowed and the nearest name.
     """
     in_file = {} if file is None else read_toml(file)
-    in_environment: dict[str, Any] = {}
-    for key, text in environment_texts(os.environ if environment is None else environment).items():
-        _put(in_environment, key, parse_value(text, _annotation(RENAMED_KEYS.get(key, key))))
-    on_command_line: dict[str, Any] = {}
-    for key, value in {"preset": preset, **(options or {})}.items():
-        if value is not None:
-            _put(on_command_line, key, value)
-    for key, text in map(split_assignment, assignments):
-        _put(on_command_line, key, parse_value(text, _annotation(RENAMED_KEYS.get(key, key))))
-
-    sources = ((str(file), in_file), ("the environment", in_environment), ("the command line", on_command_line))
+    variables = environment_texts(os.environ if environment is None else environment)
+    in_environment = _nested((key, _parse(key, text)) for key, text in variables.items())
+    given = [(key, value) for key, value in {"preset": preset, **(options or {})}.items() if value is not None]
+    given += [(key, _parse(key, text)) for key, text in map(split_assignment, assignments)]
+    sources = ((str(file), in_file), ("the environment", in_environment), ("the command line", _nested(given)))
     name: Any = DEFAULT_PRESET
     for source, values in sources:
         update_old_keys(values, source)
@@ -323,13 +317,22 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, key = dotted.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"{dotted!r} sets a key below {section!r}, which already has a value")
-    values[key] = value
+def _parse(key: str, text: str) -> Any:
+    return parse_value(text, _annotation(RENAMED_KEYS.get(key, key)))
+
+
+def _nested(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Turn dotted keys into nested dictionaries; a later pair overrides an earlier one."""
+    nested: dict[str, Any] = {}
+    for dotted, value in pairs:
+        *sections, key = dotted.split(".")
+        values = nested
+        for section in sections:
+            values = values.setdefault(section, {})
+            if not isinstance(values, dict):
+                raise UserError(f"{dotted!r} sets a key below {section!r}, which already has a value")
+        values[key] = value
+    return nested
 
 
 def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> None:

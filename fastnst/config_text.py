@@ -65,19 +65,19 @@ def update_old_keys(values: dict[str, Any], source: str) -> None:
     Raises:
         UserError: a key is set under both names.
     """
-    for old, instead in RETIRED_KEYS.items():
-        section, _, key = old.partition(".")
-        if isinstance(values.get(section), dict) and key in values[section]:
-            del values[section][key]
-            _warn_once(f"{source}: {old} no longer does anything: {instead}")
-    for old, new in RENAMED_KEYS.items():
-        (section, old_key), new_key = old.split("."), new.partition(".")[2]
+    for old in (*RETIRED_KEYS, *RENAMED_KEYS):
+        section, _, old_key = old.partition(".")
         keys = values.get(section)
         if not isinstance(keys, dict) or old_key not in keys:
             continue
-        if new_key in keys:
+        value = keys.pop(old_key)
+        if old in RETIRED_KEYS:
+            _warn_once(f"{source}: {old} no longer does anything: {RETIRED_KEYS[old]}")
+            continue
+        new = RENAMED_KEYS[old]
+        if new.partition(".")[2] in keys:
             raise UserError(f"{source}: {old} is the old name of {new}, and both are set; remove {old}")
-        keys[new_key] = keys.pop(old_key)
+        keys[new.partition(".")[2]] = value
         _warn_once(f"{source}: {old} is now named {new}; the old name still works")
 
 

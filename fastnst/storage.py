@@ -84,15 +84,12 @@ def is_leftover(name: str) -> bool:
 
 def make_folder(folder: Path) -> None:
     """Create a folder and its missing parents durably; raises OSError."""
-    missing, above = [], folder
-    while not above.exists():
-        missing.append(above)
-        above = above.parent
-    for new in reversed(missing):
-        new.mkdir(exist_ok=True)
-        # A folder with write but no read permission cannot be fsynced.
-        with contextlib.suppress(PermissionError):
-            sync_folder(new.parent)
+    for new in reversed([folder, *folder.parents]):
+        if not new.exists():
+            new.mkdir(exist_ok=True)
+            # A folder with write but no read permission cannot be fsynced.
+            with contextlib.suppress(PermissionError):
+                sync_folder(new.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 

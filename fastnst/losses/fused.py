@@ -1,7 +1,7 @@
 """The perceptual loss with its own hand-written gradient: no autograd graph, and no weight gradients.
 
 Legend: φ the frozen VGG19 up to the deepest layer in use; L the loss. A stage is a convolution, its ReLU and, where a
-block ends, the pooling, whose switches are a 0/1 matrix S:
+block ends, the pooling with its switches, a 0/1 matrix S:
 
     z = W ∗ x + b        y = max(z, 0)        p = S y
 

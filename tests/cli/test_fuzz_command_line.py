@@ -1,4 +1,4 @@
-"""Command lines without end: a documented exit code, no traceback, nothing written but where it is told."""
+"""Random command lines: a documented exit code, no traceback, nothing written elsewhere."""
 
 import contextlib
 import io
@@ -150,7 +150,7 @@ several = settings(max_examples=120, suppress_health_check=[HealthCheck.function
 @example(["train", "--steps", "9" * 5000, "--dry-run"])
 @example(["stylize", "model.safetensors", "photo.png", "--out", ""])
 @example(["visualize", "transform", "run", "photo.png", "--out", "out", "--checkpoint", "9" * 30])
-def test_command_lines(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+def test_main_with_random_options(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     check(folder, arguments, monkeypatch)
 
 
@@ -158,13 +158,13 @@ def test_command_lines(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments:
     st.lists(words | st.sampled_from(["-h", "--help", "--version", "train", "--", "-", "--set", "data"]), max_size=4)
 )
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_words(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+def test_main_with_random_words(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     check(folder, arguments, monkeypatch)
 
 
 @pytest.mark.campaign
 @given(command_lines())
 @settings(several, max_examples=5000)
-def test_command_lines_by_the_thousand(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+def test_main_with_many_random_options(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     """A quarter of an hour: `pytest -m campaign tests/cli/test_fuzz_command_line.py`."""
     check(folder, arguments, monkeypatch)

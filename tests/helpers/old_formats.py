@@ -62,7 +62,7 @@ deterministic = false
 seed = 0
 log_every = 1
 sample_every = 50
-samples = 1
+samples = 0
 checkpoint_every = 2
 keep_checkpoints = 3
 

@@ -1,7 +1,7 @@
 """Faults in the product's own code, and for each the test that must fail with it.
 
 They guard exact resume, crash safety, security and numerics. `test_planted_faults.py` plants them, one at a time, into
-copies of the project.
+a copy of the project.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ TRAIN, TRAINER, STYLE_RUN, INPUTS, DIVERGENCE, SIGNALS, DETERMINISM = (
 STEP, GRAPHED = (f"fastnst/training/step/{name}.py" for name in ("train_step", "graphed_step"))
 CHECKPOINT, RESUME, LAYOUT = (f"fastnst/training/run_dir/{name}.py" for name in ("checkpoint", "resume", "layout"))
 LOG, STORAGE, WEIGHTS = "fastnst/run_log/writer.py", "fastnst/storage.py", "fastnst/models/weights.py"
-VETTING, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/cpu/winograd.py"
+FILE_CHECKS, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/cpu/winograd.py"
 
 TRAINING = "tests/training"
 EQUALS = f"{TRAINING}/test_resume.py::test_train_resume_equals_an_undisturbed_run"
@@ -138,7 +138,7 @@ LOGGED = (
         LOG,
         "purge_step = start_step + 1 if start_step else 0",
         "purge_step = 0",
-        f"{TRAINING}/test_resume.py::test_train_resume_logs_each_step_once_to_tensorboard[4]",
+        f"{EQUALS}[fp32-4-2]",
     ),
     Fault(
         "steps behind the checkpoint stay in metrics.jsonl",
@@ -247,7 +247,7 @@ DURABLE = (
         SIGNALS,
         "if self._deferred and self.signum is None:",
         "if self._deferred:",
-        f"{TRAINING}/test_signals.py::test_deferred_keeps_the_first_signal_and_raises_the_second",
+        f"{TRAINING}/test_signals.py::test_deferred_keeps_the_first_signal_and_raises_the_second[15]",
     ),
 )
 
@@ -285,18 +285,18 @@ SECURE = (
         "fastnst/models/download.py",
         "if (found := sha256_of(part)) == source.sha256:",
         "if found := sha256_of(part):",
-        "tests/models/test_weights.py::test_download_refuses_wrong_bytes",
+        "tests/models/test_download.py::test_download_refuses_wrong_bytes",
     ),
     Fault(
         "names in pickles not checked",
-        VETTING,
+        FILE_CHECKS,
         "not _NAMES.fullmatch(str(argument))",
         "False",
         PICKLE,
     ),
     Fault(
         "compressed records accepted",
-        VETTING,
+        FILE_CHECKS,
         "if method or packed != length:",
         "if False:",
         "tests/models/test_file_checks.py::test_check_torch_file_refuses_compressed_record",

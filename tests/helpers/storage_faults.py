@@ -1,8 +1,7 @@
-"""A layer over the calls that write, make durable, name and remove files: it records them, and lets one of them fail.
+"""Record the calls that write, sync, rename and remove files below a folder, and let one of them fail.
 
-It stands where Python hands over to the operating system (`os.open`, `os.fsync`, `os.rename`, …, and the raw files
-below `open`), so it sees what the product really does, in whatever library. Calls of the main thread and those of other
-threads, such as TensorBoard's writer, are counted apart: each of the two sequences is the same in every run.
+It patches the functions by which Python calls the operating system (`os.open`, `os.fsync`, `os.rename`, …, and the raw
+files below `open`), so it sees every library's calls.
 """
 
 import builtins
@@ -10,7 +9,6 @@ import contextlib
 import io
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,16 +32,15 @@ class Call:
 
 @dataclass
 class StorageFaults:
-    """Watches a folder; with `fail_at`, one call fails, or with `for_good` all from that one on.
+    """Watch the folder `root`; call `fail_at` fails, or with `for_good` all from that one on.
 
-    A write that fails has written half of its bytes before.
+    A write that fails has written half of its bytes.
     """
 
     root: Path
     fail_at: int | None = None
     code: int = 0
     for_good: bool = False
-    in_main_thread: bool = True
     calls: list[Call] = field(default_factory=list)
     failed: Call | None = None
 
@@ -63,8 +60,7 @@ class StorageFaults:
     def hit(self, name: str, path: Any, target: Any = None, dir_fd: int | None = None) -> None:
         """Count a call, if it is one below the folder; raise if it is the one that is to fail."""
         inside = self._relative(path, dir_fd)
-        of_main_thread = threading.current_thread() is threading.main_thread()
-        if inside is None or of_main_thread != self.in_main_thread:
+        if inside is None:
             return
         call = Call(name, inside, "" if target is None else self._relative(target, None) or str(target))
         self.calls.append(call)

@@ -49,3 +49,20 @@ def run_ranks(
         for rank in range(world_size)
     ]
     return server.run_together(cases)
+
+
+def codes(ended: list[Ended]) -> list[int]:
+    """Exit codes by rank; none has printed a traceback."""
+    for each in ended:
+        assert "Traceback" not in each.printed, each.printed
+    return [each.code for each in ended]
+
+
+def messages(ended: list[Ended]) -> list[tuple[int, str]]:
+    """Rank and text of each error message."""
+    return [
+        (rank, line.removeprefix("fastnst: "))
+        for rank, each in enumerate(ended)
+        for line in each.printed.splitlines()
+        if line.startswith("fastnst: ")
+    ]

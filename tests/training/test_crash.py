@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from fastnst.training.run_dir.checkpoint import checkpoint_steps
 from helpers.crash_points import Case
 from helpers.fork_server import Ended, ForkServer, arguments, next_command
-from helpers.run_comparison import assert_same_outcome, leftovers
+from helpers.run_comparison import assert_same_outcome
 
 EVERY = 2
 """Steps between two checkpoints, as `arguments` has it."""
@@ -206,13 +205,3 @@ def test_train_resume_after_random_kills_of_loaders(killer: Killer, tmp_path: Pa
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
     killer.at_random(8, 7, tmp_path, steps=12, real_loader=loader)
-
-
-def test_save_checkpoint_removes_what_a_killed_save_left(killer: Killer, tmp_path: Path) -> None:
-    argv = killer.command(tmp_path, 4, "pillow")
-    killer.server.run(Case(argv, str(tmp_path), point="mid-write:tensors", occurrence=2))
-    (part, file) = leftovers(tmp_path / "run")
-    assert file.startswith(f"{part}/.state.safetensors.")
-    killer.server.run(Case(next_command(argv), str(tmp_path), point="before-rename:model"))
-    assert checkpoint_steps(tmp_path / "run") == [4]
-    assert [path for path in leftovers(tmp_path / "run") if path.startswith("checkpoints")] == []

@@ -103,13 +103,6 @@ class FakeStream:
     def wait_stream(self, other: "FakeStream") -> None:
         self._notes.append(f"{self.name} waits for {other.name}")
 
-    def record_event(self) -> str:
-        self._notes.append(f"{self.name} is marked")
-        return f"mark of {self.name}"
-
-    def wait_event(self, event: str) -> None:
-        self._notes.append(f"{self.name} waits for {event}")
-
 
 class FakeCuda:
     """Stands for `torch.cuda` as far as `CudaStreams` goes; the end of a capture fails where `fails` is set, and, like
@@ -176,20 +169,6 @@ def test_cuda_streams_capture_on_a_side_stream_that_waits_both_ways(monkeypatch:
         *("side waits for main", "steps on side", "main waits for side"),
         # Loaders' threads may allocate meanwhile.
         *("side is captured, thread_local", "replay on main", "the processor waits", "reset"),
-    ]
-
-
-def test_cuda_streams_mark_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    streams = CudaStreams(torch.device("cuda", 0))
-    feed = _Feed(streams)
-    for number in range(3):
-        assert feed.fetch(iter([torch.full((1,), number)])).tolist() == [number]
-    later = ["main is marked", "feed is marked", "main waits for mark of feed"]
-    assert cuda.notes == [
-        *("feed is marked", "main waits for mark of feed"),
-        *later,
-        *("main is marked", "feed waits for mark of main", "feed is marked", "main waits for mark of feed"),
     ]
 
 

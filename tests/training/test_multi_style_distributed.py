@@ -7,19 +7,13 @@ import pytest
 
 from fastnst.training.run_dir.checkpoint import checkpoint_steps
 from fastnst.training.run_dir.style_folder import STYLES_NAME
-from helpers.fork_server import Ended, ForkServer, arguments
+from helpers.fork_server import ForkServer, arguments
 from helpers.run_comparison import assert_same_outcome
-from helpers.torchrun_helpers import run_ranks
+from helpers.torchrun_helpers import codes, run_ranks
 
 STEPS = 4
 SETTINGS = ("train.batch_size=4", "train.checkpoint_every=2", "train.keep_checkpoints=5")
 NAMES = ("image_00", "image_01")
-
-
-def codes(ended: list[Ended]) -> list[int]:
-    for each in ended:
-        assert "Traceback" not in each.printed, each.printed
-    return [each.code for each in ended]
 
 
 def command(photos: Path, out: Path, *names: str) -> tuple[str, ...]:

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from fastnst.config import Config
 from fastnst.errors import DataError, StoppedBySignal, UserError
@@ -21,6 +19,7 @@ from fastnst.training.run_dir.checkpoint import Checkpoint, latest_checkpoint, l
 from fastnst.training.signals import StopRequest
 from fastnst.training.step.train_step import NetTrainer
 from fastnst.training.style_run import StyleRun
+from helpers.run_comparison import assert_same_outcome
 from helpers.tiny_runs import SmallNet, logged, make_small, small_config, train_small
 
 
@@ -28,9 +27,6 @@ from helpers.tiny_runs import SmallNet, logged, make_small, small_config, train_
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    # Two event files of one process and second are told apart, and sorted, by a number without leading zeros: a tenth
-    # one would be read before the ninth. Real runs go on in another process.
-    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
 
 
 class Killed(Exception):
@@ -59,25 +55,6 @@ def newest(run: Path) -> Checkpoint:
     return checkpoint
 
 
-def assert_same_run(whole: Path, parts: Path) -> None:
-    """Weights, optimiser, random states, all else that is kept, the metrics and the style model: bit for bit."""
-    one, other = newest(whole), newest(parts)
-    assert one.step == other.step
-    assert one.state == other.state
-    assert one.tensors.keys() == other.tensors.keys()
-    for name, tensor in one.tensors.items():
-        assert torch.equal(tensor, other.tensors[name]), name
-    assert logged(whole) == logged(parts)
-    assert_same_model(whole, parts)
-
-
-def assert_same_model(one: Path, other: Path) -> None:
-    assert read_style_metadata(one) == read_style_metadata(other)
-    weights, others = (load_file(run / "model.safetensors") for run in (one, other))
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
-
-
 def train_killed_at(
     monkeypatch: pytest.MonkeyPatch, step: int, name: str, config: Config, run: Path, *, after: bool = False
 ) -> None:
@@ -98,23 +75,7 @@ def test_train_resume_equals_an_undisturbed_run(
     messages = train_small(config, tmp_path / "parts", resume=True)
     assert any(message.startswith(f"resuming at step {saved}" if saved else "training: ") for message in messages)
     assert any(message.endswith("holds no checkpoint yet; starting at step 0") for message in messages) is (not saved)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.parametrize("step", [2, 4])
-def test_train_resume_logs_each_step_once_to_tensorboard(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    """Also if the run was killed before its first checkpoint, and begins again."""
-    config = small_config(generated_photos)
-    train_killed_at(monkeypatch, step, "_save_checkpoint", config, tmp_path)
-    train_small(config, tmp_path, resume=True)
-    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "histograms": 0})
-    events.Reload()
-    points = [(event.step, event.value) for event in events.Scalars("loss/total")]
-    assert [step for step, _ in points] == [1, 2, 3, 4, 5]
-    assert points == [(row["step"], pytest.approx(row["loss/total"], rel=1e-6)) for row in logged(tmp_path)]
-    assert [event.step for event in events.Histograms("conv1/weight")] == [0, 2, 4, 5]
+    assert_same_outcome(tmp_path / "parts", tmp_path / "whole")
 
 
 class NetWithStatistics(SmallNet):
@@ -153,7 +114,7 @@ def test_train_resume_restores_random_states_and_running_statistics(
     train_small(config, tmp_path / "parts", resume=True)
     assert drawn == expected
     assert "model.running_mean" in newest(tmp_path / "whole").tensors
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_outcome(tmp_path / "parts", tmp_path / "whole")
 
 
 # The style model is written behind the checkpoint.
@@ -171,7 +132,7 @@ def test_train_resume_writes_a_style_model_that_lags_behind_its_checkpoint(
     messages = train_small(config, tmp_path / "parts", resume=True)
     if step == 5:
         assert messages[-1].startswith("nothing to do: 5 of 5 steps are done")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_outcome(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("length", [None, 0, -1])
@@ -187,7 +148,7 @@ def test_train_resume_writes_a_style_model_that_is_missing_or_cut_short(
     if length is not None:
         model.write_bytes(content[:length])
     train_small(config, tmp_path / "parts", resume=True)
-    assert_same_model(tmp_path / "whole", tmp_path / "parts")
+    assert_same_outcome(tmp_path / "parts", tmp_path / "whole")
 
 
 # Damaged checkpoints.
@@ -202,7 +163,7 @@ def test_train_resume_takes_the_checkpoint_before_a_damaged_one(generated_photos
     messages = train_small(config, tmp_path / "parts", resume=True)
     assert any(message.startswith(f"checkpoint passed over: {damaged} is damaged") for message in messages)
     assert any(message.startswith("resuming at step 4") for message in messages)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_outcome(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_train_resume_does_not_restart_when_all_checkpoints_are_damaged(generated_photos: Path, tmp_path: Path) -> None:

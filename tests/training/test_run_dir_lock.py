@@ -1,6 +1,5 @@
 """A run directory has one owner: of several processes that start in it at once, one trains and the others end."""
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -22,43 +21,32 @@ def undisturbed(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pyt
     return folder / "run"
 
 
-def start_together(fork_server: ForkServer, argv: tuple[str, ...], tmp_path: Path) -> None:
-    """All at once, in processes of their own; asserts that one of them did all the work."""
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "after a kill"])
+def test_lock_run_lets_one_of_several_processes_train(
+    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path, resume: bool
+) -> None:
+    argv = arguments(few_photos, tmp_path / "run", steps=STEPS)
+    if resume:
+        ended = fork_server.run(Case(argv, str(tmp_path), point="after-backward", occurrence=3))
+        assert ended.killed
+        assert (tmp_path / "run" / LOCK_NAME).exists()
     folders = [tmp_path / f"process {number}" for number in range(PROCESSES)]
     # They come to the lock at the same moment, and the owner has not ended before the others have.
     all_there = tuple(str(folder / "before-lock") for folder in folders)
     cases = []
     for folder in folders:
         others_gone = tuple(str(other / "ended") for other in folders if other != folder)
-        cases.append(Case(argv, str(folder), meetings=(("before-lock", all_there), ("before-close", others_gone))))
-    ended = fork_server.run_together(cases)
-    (owner,) = [one for one in ended if one.code == 0]
+        meetings = (("before-lock", all_there), ("before-close", others_gone))
+        cases.append(Case(next_command(argv), str(folder), meetings=meetings))
+    owner, *others = sorted(fork_server.run_together(cases), key=lambda ended: ended.code)
+    assert owner.code == 0
     assert owner.steps
-    for other in ended:
-        if other is not owner:
-            assert other.code == 2, other.printed
-            (said,) = [line for line in other.printed.splitlines() if line.startswith("fastnst: ")]
-            assert "is in use by another fastnst process; wait for it to end or choose another --out" in said
-            assert other.steps == []
-            assert "Traceback" not in other.printed
-
-
-def test_lock_run_among_processes_that_begin_one_run(
-    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
-) -> None:
-    start_together(fork_server, arguments(few_photos, tmp_path / "run", steps=STEPS), tmp_path)
-    assert_same_outcome(tmp_path / "run", undisturbed)
-
-
-def test_lock_run_among_processes_that_resume_a_killed_run(
-    fork_server: ForkServer, undisturbed: Path, few_photos: Path, tmp_path: Path
-) -> None:
-    """A killed process holds no lock."""
-    argv = arguments(few_photos, tmp_path / "run", steps=STEPS)
-    ended = fork_server.run(Case(argv, str(tmp_path), point="after-backward", occurrence=3, signals=(signal.SIGKILL,)))
-    assert ended.killed
-    assert (tmp_path / "run" / LOCK_NAME).exists()
-    start_together(fork_server, next_command(argv), tmp_path)
+    for other in others:
+        assert other.code == 2, other.printed
+        (message,) = [line for line in other.printed.splitlines() if line.startswith("fastnst: ")]
+        assert "is in use by another fastnst process; wait for it to end or choose another --out" in message
+        assert other.steps == []
+        assert "Traceback" not in other.printed
     assert_same_outcome(tmp_path / "run", undisturbed)
 
 

@@ -226,7 +226,7 @@ def test_train_lists_a_failure_durably_before_its_step(scene: Scene, monkeypatch
 
 
 def test_train_logs_only_the_first_of_many_failures(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rejected_images, "MOST_MESSAGES", 2)
+    monkeypatch.setattr(rejected_images, "MAX_MESSAGES", 2)
     messages = scene.train(scene.config("dali", "data.max_failed_percent=60"), "run", scene.paths[4:9])
     assert sum("failed in step" in message for message in messages) == 2
     assert sum("further images" in message for message in messages) == 1

@@ -1,5 +1,6 @@
 """Which batch size or image size fits into memory, and the messages that say so."""
 
+import bisect
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,11 +34,7 @@ def required_memory(need: Estimate) -> int:
 def largest_that_fits(config: Config, available: int, *, device_type: str, styles: int = 1) -> tuple[int, int] | None:
     """Find the largest `train.batch_size` that fits, or else the largest image size for a single image.
 
-    Args:
-        config: see `estimate`.
-        available: bytes.
-        device_type: `cuda` or `cpu`.
-        styles: see `estimate`.
+    Args are those of `estimate`, and the available bytes.
 
     Returns:
         Batch size, at most that of `config`, and image size: that of `config`, or a smaller multiple of 16 if not even
@@ -64,34 +61,23 @@ def largest_that_fits(config: Config, available: int, *, device_type: str, style
 
 def _largest_image(required: Callable[[int], int], side: int, available: int) -> tuple[int, int] | None:
     """Search for the largest multiple of `SIZE_STEP` below `side` that fits."""
-    sizes = range(SIZE_STEP, side, SIZE_STEP)
-    low, high = 0, len(sizes)  # sizes[:low] fit or are too small, sizes[high:] do not fit
-    any_fits = False
-    while low < high:
-        middle = (low + high) // 2
+
+    def required_or_zero(size: int) -> int:
         try:
-            fits = required(sizes[middle]) <= available
+            return required(size)
         except UserError:
-            # Too small an image for a layer of the loss.
-            low = middle + 1
-            continue
-        any_fits |= fits
-        low, high = (middle + 1, high) if fits else (low, middle)
-    return (1, sizes[low - 1]) if any_fits else None
+            return 0  # too small an image for a layer of the loss
+
+    sizes = range(SIZE_STEP, side, SIZE_STEP)
+    fitting = bisect.bisect_right(sizes, available, key=required_or_zero)
+    return (1, sizes[fitting - 1]) if fitting and required_or_zero(sizes[fitting - 1]) else None
 
 
 @contextlib.contextmanager
 def explained_memory_errors(
     config: Config, device: torch.device, dist_env: DistEnv = _SINGLE_PROCESS, *, styles: int = 1
 ) -> Iterator[None]:
-    """Turn out-of-memory errors into a DeviceError that says what would fit.
-
-    Args:
-        config: resolved (no `auto`).
-        device: of the run.
-        dist_env: the run's processes.
-        styles: number of styles trained together.
-    """
+    """Turn out-of-memory errors into a DeviceError that says what would fit; `config` is resolved (no `auto`)."""
     available = available_memory_per_process(device, dist_env)
     try:
         yield
@@ -118,11 +104,11 @@ def describe_shortage(
     """Say what to change if a run should not fit into memory; None if it should fit.
 
     Args:
-        config: see `estimate`; with one process's share of the batch.
+        config: see `estimate`, with one process's share of the batch.
         need: estimate of `config`.
         available: bytes per process.
         device_type: `cuda` or `cpu`.
-        processes: that share a batch.
+        processes: number of processes that share a batch.
         styles: number of styles trained together.
     """
     if required_memory(need) <= available:

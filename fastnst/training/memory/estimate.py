@@ -67,14 +67,14 @@ def estimate(config: Config, *, device_type: str, styles: int = 1) -> Estimate:
     ):
         shape = (config.train.batch_size, side, side, 3)
         batch = torch.empty(shape, dtype=torch.uint8 if fused else torch.float32).permute(0, 3, 1, 2)
-        made = functional_call(net, fake_net, (batch,), {"pre_activation": fused})
-        painted = {"painted": net.output_mapping(made.shape[2:], batch.shape[2:])} if fused else {}
-        of_loss = functional_call(loss_pass, fake_loss, (made, batch), painted)
+        output = functional_call(net, fake_net, (batch,), {"pre_activation": fused})
+        mapping = {"mapping": net.output_mapping(output.shape[2:], batch.shape[2:])} if fused else {}
+        loss_tensors = functional_call(loss_pass, fake_loss, (output, batch), mapping)
     if fused:
-        for tensor in of_loss:
+        for tensor in loss_tensors:
             keep(tensor)
     activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in fixed)
-    del of_loss  # not earlier: freed storages' addresses, the keys of `saved`, are reused
+    del loss_tensors  # not earlier: freed storages' addresses, the keys of `saved`, are reused
     trained, frozen = (sum(p.nbytes for p in module.parameters()) for module in (net, vgg))
     cast = frozen // 4 * dtype.itemsize if fused and dtype != torch.float32 else 0
     trained *= styles
@@ -94,13 +94,13 @@ class _FusedPass(nn.Module):
         super().__init__()
         self.loss, self.dtype = loss, dtype
 
-    def forward(self, raw: Tensor, content: Tensor, painted: OutputMapping) -> list[Tensor]:
+    def forward(self, pre_activation: Tensor, content: Tensor, mapping: OutputMapping) -> list[Tensor]:
         """Return all tensors alive when the backward begins."""
         engine = FusedPerceptualLoss(self.loss, self.dtype)
         targets = engine.content_targets(content)
-        u, _ = engine.preprocess(raw, painted)
+        u, _ = engine.preprocess(pre_activation, mapping)
         kept = [x for stage in engine.forward(u) for x in (*stage.outputs().values(), stage.switches)]
-        return [x for x in (raw, *targets.values(), *kept) if x is not None]
+        return [x for x in (pre_activation, *targets.values(), *kept) if x is not None]
 
 
 def _fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:

@@ -38,14 +38,8 @@ ARCHITECTURE_KEYS = ("model.architecture", "model.norm")
 def validate_run_dir(out: Path, config: Config, *, resume: bool, allow_changes: bool = False) -> list[str]:
     """Check that a run with `config` may start, or resume, in `out`; writes nothing.
 
-    Args:
-        out: the run directory.
-        config: the new configuration.
-        resume: continue the run in `out`.
-        allow_changes: accept a configuration that differs from the saved one.
-
     Returns:
-        What differs from the saved configuration; see `config_differences`.
+        What differs from the saved configuration, accepted with `allow_changes`; see `config_differences`.
 
     Raises:
         UserError: a new run, and `out` is not empty; or a resumed run with another configuration.
@@ -101,16 +95,7 @@ def config_differences(before: Mapping[str, str], now: Mapping[str, str]) -> lis
 
 
 def refuse_another_network(where: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse weights of another architecture, which no option allows.
-
-    Args:
-        where: the run directory or checkpoint, for the message.
-        before: configuration of its weights; see `config_values`.
-        now: configuration of the resuming run.
-
-    Raises:
-        DataError: naming both architectures.
-    """
+    """Raise DataError if the weights in `where` have another architecture than the run; see `config_values`."""
     fixed = [{key: values[key] for key in ARCHITECTURE_KEYS if key in values} for values in (before, now)]
     if differences := config_differences(*fixed):
         raise DataError(

@@ -22,10 +22,7 @@ class RejectedImages:
         run: the run directory.
         manifest: result of the check.
         late: known failures of earlier processes of this run.
-        quiet: do not log further failures; another style of the run does.
-
-    Raises:
-        DataError: writing failed.
+        quiet: log nothing; another style of the run does.
     """
 
     def __init__(self, run: Path, manifest: Manifest, late: Sequence[ReadFailure], *, quiet: bool = False) -> None:

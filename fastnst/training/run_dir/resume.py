@@ -45,12 +45,7 @@ def checkpoint_to_resume(run: Path) -> Checkpoint | None:
 
 
 def diff_provenance(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bool) -> list[str]:
-    """Describe each difference from the checkpoint's provenance, with both values.
-
-    Args:
-        checkpoint: the checkpoint to resume from.
-        now: `provenance` of this process.
-        allow: return the differences instead of raising.
+    """Describe each difference between a checkpoint's and today's `provenance`, with both values.
 
     Raises:
         UserError: configuration or world size changed, and `allow` is false.

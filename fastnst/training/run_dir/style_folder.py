@@ -20,12 +20,7 @@ LARGEST_FILE = 1 << 22
 
 
 class MultiStyleDir:
-    """Validate and write the folder that `--out` names when several styles are trained.
-
-    Args:
-        out: the folder.
-        styles: style name → image.
-    """
+    """Validate and write the folder `out` of several styles (name → image)."""
 
     def __init__(self, out: Path, styles: Mapping[str, Path]) -> None:
         self._out, self._styles = out, dict(styles)
@@ -101,19 +96,10 @@ def run_configs(config: Config, styles: Mapping[str, Path], out: Path) -> dict[P
 def validate_run_dirs(
     configs: Mapping[Path, Config], folder: MultiStyleDir | None, *, resume: bool, allow_changes: bool
 ) -> list[list[str]]:
-    """Check the run directories of one or several styles; writes nothing.
-
-    Args:
-        configs: by run directory.
-        folder: their parent, if there are several styles.
-        resume: continue the existing runs.
-        allow_changes: accept configurations that differ from the saved ones.
+    """Check the run directories of one style, or of several in `folder`; see `validate_run_dir`.
 
     Returns:
         For each run, what differs from its saved configuration.
-
-    Raises:
-        UserError, DataError: see `validate_run_dir` and `MultiStyleDir.validate`.
     """
     if folder is not None:
         folder.validate(resume=resume)

@@ -93,7 +93,7 @@ class TransformDeconvnet:
             UserError: an unknown layer or none, images of another shape, or whole numbers instead of floats.
         """
         if not layers:
-            raise UserError(f"no layer is asked for; name at least one of {', '.join(self.layers)}")
+            raise UserError(f"no layer was given; name at least one of {', '.join(self.layers)}")
         for layer in layers:
             self._check_layer(layer)
         if not images.is_floating_point():
@@ -173,7 +173,7 @@ class TransformDeconvnet:
         rectify: bool,
         renormalise: bool,
     ) -> Tensor:
-        """Project `signal` `[K, C, H', W']` at a layer to `[K, 3, H, W]`; `images` `[K]` select the norm statistics."""
+        """Project `signal` `[K, C, H', W']` of `images` `[K]` at a layer to `[K, 3, H, W]`."""
         passages = recording.passages
 
         def through(name: str, module: ConvLayer | UpLayer, signal: Tensor, before: Passage) -> Tensor:

@@ -115,7 +115,7 @@ def _in_evaluation_mode(net: TransformNet) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _listening(net: TransformNet, note: _Note) -> Iterator[None]:
-    """Call `note` after every convolution: with its layer, module, result, placing, and the normed, placed result.
+    """Call `note` after every convolution and norm, with the results of both.
 
     Between a convolution and its norm there is no module to hook, so each layer's `normalise` is wrapped.
     """
