@@ -329,11 +329,10 @@ def test_pre_commit_hooks_run_each_part_of_lint() -> None:
     assert re.findall(r"entry: (.*)", text) == [f"scripts/lint.sh {part}" for part in ("check", "format", "types")]
 
 
-def test_lists_of_slow_tests_name_files() -> None:
-    from conftest import _SLOW, slow_name
-
-    files = {slow_name(path) for path in (ROOT / "tests").rglob("test_*.py")}
-    assert set(_SLOW) - files == set()
+def test_list_of_slow_tests_names_files(pytestconfig: pytest.Config) -> None:
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    files = {conftest.slow_name(path) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(conftest._SLOW) - files == set()
 
 
 def setup_error(*extras: str, **environment: str) -> str:
