@@ -1,6 +1,6 @@
 """How many bytes the library's kernels are given for an op, from their launches, noted without a GPU.
 
-Where launches cannot be noted (no Triton, or its interpreter), it is what `fastnst_kernels.cost` says of the op.
+Where launches cannot be noted (no Triton, or its interpreter), it is what `inspection.cost` says of the op.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def launched_bytes(op: str, shape: Shape, dtype: torch.dtype, *, backward: bool 
         shape: `[N, C, H, W]` of its picture; of the result for an unpooling.
         dtype: of the pictures.
         backward: of the op's backward instead.
-        options: as `fastnst_kernels.cost` has them, and how a norm places its result; `residual_border`: pixels that
+        options: as `inspection.cost` has them, and how a norm places its result; `residual_border`: pixels that
             the residual is larger at each side.
     """
     if not can_record():
@@ -51,7 +51,7 @@ def launched_bytes(op: str, shape: Shape, dtype: torch.dtype, *, backward: bool 
 
 
 def _modules() -> list[Any]:
-    return [importlib.import_module(f"{fk.__name__}.{found.name}") for found in pkgutil.iter_modules(fk.__path__)]
+    return [importlib.import_module(found.name) for found in pkgutil.walk_packages(fk.__path__, f"{fk.__name__}.")]
 
 
 def _norm(x: Tensor, residual: bool = False, residual_border: int = 0, **options: Any) -> tuple[Tensor, list[Tensor]]:

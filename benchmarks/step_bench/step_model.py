@@ -4,7 +4,7 @@ FLOPs are those of matrix products (convolutions, Gram matrices), a multiply-add
 arithmetic between them is far below what the same bytes take.
 
 Bytes that we move: what each operation of the planned step reads and writes, once per operand: convolutions with bias
-and ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.recording` notes the operands of each
+and ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.inspection` notes the operands of each
 launch for an H100, without one), and the passes that are left between them: ReLU masks of layers that no loss taps,
 sums of residual gradients, casts of weights and weight gradients, the cut behind transposed convolutions.
 
