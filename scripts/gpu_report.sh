@@ -114,7 +114,7 @@ fi
 
 # Compiling is most of the work before anything can be timed, and goes to all cores where pytest-xdist is at hand.
 parallel=()
-if "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist loadgroup); fi
+if [[ -z $smoke ]] && "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist loadgroup); fi
 # pytest-benchmark has no part in the tests, and would remark on the parallel processes.
 tests=tests/kernels
 [[ -z $smoke ]] || tests=tests/kernels/test_max_pool.py
