@@ -253,23 +253,23 @@ def test_between_layers_nothing_runs_but_convolutions_and_norms(
 ) -> None:
     """No pad, addition, ReLU or enlargement; in the backward the gradients of a fork are added, once per block."""
     monkeypatch.setattr(transform_net, "_enlarges_in_norm", lambda _: True)
-    monkeypatch.setattr(winograd, "pays", lambda *_: False)  # it is a convolution of many operators
+    monkeypatch.setattr(winograd, "is_faster", lambda *_: False)  # it is a convolution of many operators
     net = _net(architecture)
     x = _pictures(1, 3, 32, 32)
     with _Passes() as forward:
         y = net(x)
     copies = {"clone": cut} if cut else {}
     # The first is counted with them, the last, which makes a picture, is not.
-    assert forward.names == {"convolution": 15, "instance_norm": 15, **copies}
+    assert forward.names == {"convolution": 15, "norm": 15, **copies}
     with _Passes() as backward:
         y.sum().backward()
-    assert backward.names["instance_norm_backward"] == 15
+    assert backward.names["norm_backward"] == 15
     assert backward.names["convolution_backward"] == 15
-    others = set(backward.names) - {"instance_norm_backward", "convolution_backward", "add"}
+    others = set(backward.names) - {"norm_backward", "convolution_backward", "add"}
     assert not others & {"constant_pad_nd", "reflection_pad2d_backward", "threshold_backward", "upsample_nearest2d"}
     assert backward.names["add"] <= 5
     # What the convolutions after a norm ran on is not kept but made again, each once.
-    assert backward.names["normalize"] == 15
+    assert backward.names["norm"] == 15
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])

@@ -78,7 +78,8 @@ def test_upsample_pad_by_hand(tier, mode, upsample, border, size, expected):
     ],
 )
 def test_norm_with_upsample_pad_agrees_with_torch(tier, norm, layout, dtype, mode, border, options):
-    x = LAYOUTS[layout](randn((1, 2, 5, 5), dtype, tier.device))
+    shape = (1, 2, 5, 5) if tier.name == "interpreter" else (1, 3, 5, 7)
+    x = LAYOUTS[layout](randn(shape, dtype, tier.device))
     y, dx, *_ = check(norm, x, border, padding_mode=mode, **options)
     assert same_format(y, x)
     assert same_format(dx, x)
