@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import pytest
 from kernel_bench import options
-from kernel_bench.catalogue import OPS
+from kernel_bench.ops.catalogue import OPS
 from kernel_bench.session import OutOfTime, Session, extra_info
 from kernel_bench.timing import Clock
 

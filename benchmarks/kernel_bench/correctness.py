@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernel_bench.ops import BACKWARD, Inputs, Op
+from kernel_bench.ops.op import BACKWARD, Inputs, Op
 
 NORM = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 ELEMENT = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}

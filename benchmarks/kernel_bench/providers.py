@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernel_bench.ops import Op
+from kernel_bench.ops.op import Op
 
 Function = Callable[..., Tensor]
 

@@ -14,7 +14,7 @@ from fastnst_kernels import runtime
 from kernel_bench import correctness
 from kernel_bench.environment import environment
 from kernel_bench.launches import count_launches
-from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape
+from kernel_bench.ops.op import BACKWARD, FORWARD, Draw, Inputs, Op, Shape
 from kernel_bench.providers import COPY, PROVIDERS, Function
 from kernel_bench.timing import Contender, Timing, timer_for
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from kernel_bench import correctness, options, timing
-from kernel_bench.catalogue import OPS
 from kernel_bench.launches import count_launches
+from kernel_bench.ops.catalogue import OPS
 from kernel_bench.providers import PROVIDERS, Provider
 from kernel_bench.session import Measurement, OutOfTime, Session, Settings
 

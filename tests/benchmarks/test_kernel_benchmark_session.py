@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_bench.catalogue import OPS
+from kernel_bench.ops.catalogue import OPS
 from kernel_bench.providers import COPY
 from PIL import Image
 from step_bench.providers import PROVIDERS

@@ -11,7 +11,7 @@ from fastnst_kernels import instance_norm
 from fastnst_kernels.conv.convolution import _as_nchw, convolution
 from fastnst_kernels.cpu import winograd
 from fastnst_kernels.norm.recompute import recomputed_instance_norm
-from helpers.kernel_cases import LAYOUTS, parameters, randn
+from helpers.kernels.kernel_cases import LAYOUTS, parameters, randn
 from helpers.op_counter import OpCounter
 from helpers.tolerances import assert_as_exact_as_torch
 

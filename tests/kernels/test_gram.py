@@ -14,7 +14,7 @@ from fastnst_kernels import (
 from fastnst_kernels.gram import kernels as gram_kernels
 from fastnst_kernels.gram import product
 from fastnst_kernels.gram.style_loss import style_matrix_reference
-from helpers.kernel_cases import (
+from helpers.kernels.kernel_cases import (
     DTYPES,
     LAYOUTS,
     check_bad_input,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastnst_kernels import StyleMatrix, gram_matrix, loss_relu_backward, style_loss_and_matrix
-from helpers.byte_counter import count_bytes
-from helpers.kernel_cases import LAYOUTS, in_interpreter, randn
+from helpers.kernels.byte_counter import count_bytes
+from helpers.kernels.kernel_cases import LAYOUTS, in_interpreter, randn
 
 both_formats = pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 

@@ -9,8 +9,8 @@ from fastnst_kernels.gram import kernels as gram_kernels
 from fastnst_kernels.gram import loss_relu_backward, product
 from fastnst_kernels.gram.kernels import gram_on_triton
 from fastnst_kernels.gram.product import product_on_triton
-from helpers.kernel_cases import in_interpreter
-from helpers.last_program import LastProgram
+from helpers.kernels.kernel_cases import in_interpreter
+from helpers.kernels.last_program import LastProgram
 
 # More than 2³¹ elements; in the contiguous format the rows of one tile of 128 channels are that far apart, too.
 CHANNELS_LAST, CONTIGUOUS = (2, 64, 4096, 4104), (1, 128, 4200, 4200)

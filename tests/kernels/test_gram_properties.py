@@ -13,7 +13,7 @@ from fastnst_kernels import (
     style_loss_reference,
 )
 from fastnst_kernels.gram.style_loss import style_matrix_reference
-from helpers.kernel_cases import DTYPES, LAYOUTS, examples, gradients, randn, same_format, whole_numbers
+from helpers.kernels.kernel_cases import DTYPES, LAYOUTS, examples, gradients, randn, same_format, whole_numbers
 
 channels = st.sampled_from([1, 2, 3, 7, 8, 16, 17, 24, 32, 33, 64, 65, 72, 100])
 shapes = st.tuples(st.integers(1, 3), channels, st.integers(1, 9), st.sampled_from([1, 2, 3, 5, 8, 13, 31]))

@@ -14,7 +14,7 @@ from fastnst_kernels import (
     uint8_to_input,
     uint8_to_input_reference,
 )
-from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, randn, same_bits, with_dtypes
+from helpers.kernels.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, randn, same_bits, with_dtypes
 from helpers.tolerances import assert_as_exact_as_torch
 
 # Sizes and padding: rows that fill vectors and that do not, padding wider than the image, more than one block.

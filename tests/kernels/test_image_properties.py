@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastnst_kernels import output_to_vgg_input, output_to_vgg_input_backward, uint8_to_input
-from helpers.kernel_cases import DTYPES, LAYOUTS, examples, whole_numbers
+from helpers.kernels.kernel_cases import DTYPES, LAYOUTS, examples, whole_numbers
 
 seeds = st.integers(0, 2**16)
 dtypes = st.sampled_from(DTYPES)

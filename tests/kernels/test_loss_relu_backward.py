@@ -14,7 +14,7 @@ from fastnst_kernels import (
     style_loss_reference,
 )
 from fastnst_kernels.gram.style_loss import style_matrix_reference
-from helpers.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, randn, same_format
+from helpers.kernels.kernel_cases import DTYPES, LAYOUTS, check_bad_input, check_op, randn, same_format
 from helpers.tolerances import assert_as_exact_as_torch
 
 SHAPES = [(2, 3, 7, 11), (1, 17, 5, 13), (2, 32, 13, 9), (3, 5, 1, 1), (1, 72, 4, 6), (1, 136, 8, 3), (1, 512, 1, 2)]

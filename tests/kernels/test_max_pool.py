@@ -12,7 +12,7 @@ from fastnst_kernels import (
 )
 from fastnst_kernels.pool import kernels as max_pool_kernels
 from fastnst_kernels.pool.max_pool import _plane_index, gather_switches_reference
-from helpers.kernel_cases import (
+from helpers.kernels.kernel_cases import (
     LAYOUTS,
     check_bad_input,
     check_op,

@@ -11,9 +11,9 @@ from fastnst_kernels import (
 )
 from fastnst_kernels.pool import kernels as max_pool_kernels
 from fastnst_kernels.pool import kernels_2x2
-from helpers.byte_counter import count_bytes
-from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
-from helpers.last_program import LastProgram
+from helpers.kernels.byte_counter import count_bytes
+from helpers.kernels.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
+from helpers.kernels.last_program import LastProgram
 
 
 @in_interpreter

@@ -16,7 +16,15 @@ from fastnst_kernels import (
     max_unpool2d_switches_reference,
 )
 from fastnst_kernels.pool.max_pool import gather_switches_reference
-from helpers.kernel_cases import DTYPES, LAYOUTS, examples, same_bits, same_format, switches_of_torch, whole_numbers
+from helpers.kernels.kernel_cases import (
+    DTYPES,
+    LAYOUTS,
+    examples,
+    same_bits,
+    same_format,
+    switches_of_torch,
+    whole_numbers,
+)
 
 gather_switches = torch.ops.fastnst.gather_switches
 

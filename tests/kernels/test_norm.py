@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastnst_kernels import batch_norm, instance_norm, instance_norm_reference, runtime
 from fastnst_kernels.norm import dispatch
 from fastnst_kernels.norm.upsample_pad import UpsamplePad
-from helpers.kernel_cases import (
+from helpers.kernels.kernel_cases import (
     DTYPES,
     LAYOUTS,
     check_bad_input,
@@ -22,7 +22,7 @@ from helpers.kernel_cases import (
     spread_like,
     with_dtypes,
 )
-from helpers.norm_cases import NORMS, check, op, run, running_statistics
+from helpers.kernels.norm_cases import NORMS, check, op, run, running_statistics
 from helpers.tolerances import assert_as_exact_as_torch
 
 # Odd and prime sides; C = 3, 17 and 32; a single sample; more rows than a tile holds.

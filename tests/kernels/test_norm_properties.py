@@ -6,8 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastnst_kernels.norm.upsample_pad import UpsamplePad
-from helpers.kernel_cases import DTYPES, LAYOUTS, examples, parameters, randn, same_bits, same_format, whole_numbers
-from helpers.norm_cases import NORMS, PAD_OPTIONS, check, op, residual_for, run
+from helpers.kernels.kernel_cases import (
+    DTYPES,
+    LAYOUTS,
+    examples,
+    parameters,
+    randn,
+    same_bits,
+    same_format,
+    whole_numbers,
+)
+from helpers.kernels.norm_cases import NORMS, PAD_OPTIONS, check, op, residual_for, run
 
 TRAINED = NORMS[:2]
 SIDES = [1, 2, 3, 4, 5, 7]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from fastnst_kernels import instance_norm, runtime
 from fastnst_kernels.norm import dispatch
 from fastnst_kernels.norm.upsample_pad import UpsamplePad
-from helpers.byte_counter import count_bytes
-from helpers.kernel_cases import LAYOUTS, in_interpreter, parameters, randn, same_bits
-from helpers.norm_cases import check, op, residual_for, run
-from helpers.resident_programs import programs_at_once
+from helpers.kernels.byte_counter import count_bytes
+from helpers.kernels.kernel_cases import LAYOUTS, in_interpreter, parameters, randn, same_bits
+from helpers.kernels.norm_cases import check, op, residual_for, run
+from helpers.kernels.resident_programs import programs_at_once
 
 H200 = runtime.Chip(multiprocessors=132, capability=(9, 0), l2_bytes=50 * 2**20)
 BF16, FP32 = torch.bfloat16, torch.float32

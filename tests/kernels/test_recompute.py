@@ -11,7 +11,7 @@ from fastnst_kernels import batch_norm, instance_norm
 from fastnst_kernels.conv.convolution import convolution
 from fastnst_kernels.norm.recompute import recomputed_batch_norm, recomputed_instance_norm
 from fastnst_kernels.norm.upsample_pad import UpsamplePad
-from helpers.kernel_cases import DTYPES, LAYOUTS, check_op, parameters, randn, same_bits
+from helpers.kernels.kernel_cases import DTYPES, LAYOUTS, check_op, parameters, randn, same_bits
 from helpers.op_counter import OpCounter
 from helpers.tolerances import assert_as_exact_as_torch
 

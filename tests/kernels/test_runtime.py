@@ -8,7 +8,7 @@ import torch
 
 import fastnst_kernels
 from fastnst_kernels import runtime
-from helpers.kernel_cases import LAYOUTS
+from helpers.kernels.kernel_cases import LAYOUTS
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -15,8 +15,8 @@ from fastnst_kernels.norm.upsample_pad import (
     upsample_pad_adjoint,
     upsample_pad_reference,
 )
-from helpers.kernel_cases import LAYOUTS, check_bad_input, randn, same_bits, same_format
-from helpers.norm_cases import check, op, run, torch_upsample_pad
+from helpers.kernels.kernel_cases import LAYOUTS, check_bad_input, randn, same_bits, same_format
+from helpers.kernels.norm_cases import check, op, run, torch_upsample_pad
 
 MODES = ["reflect", "symmetric", "zeros"]
 # [[1, 2, 3], [4, 5, 6]] padded by one.

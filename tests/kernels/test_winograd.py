@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastnst_kernels.cpu import winograd
-from helpers.kernel_cases import randn
+from helpers.kernels.kernel_cases import randn
 from helpers.tolerances import FLOOR
 
 

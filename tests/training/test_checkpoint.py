@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -25,12 +24,6 @@ from fastnst.training.run_dir.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with mock.patch.object(os, "fsync"):
-        yield
 
 
 def some_tensors(seed: int = 0) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ on would leave a gap, and would find no room for its checkpoint. Only failures t
 
 import errno
 import itertools
-import os
 import re
 import shutil
 from pathlib import Path
@@ -26,12 +25,6 @@ from helpers.tiny_runs import make_small, small_arguments
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
 REASONS = {errno.ENOSPC: "No space left", errno.EIO: "Input/output error", errno.EROFS: "Read-only file system"}
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`StorageFaults` records and fails calls of `os.fsync`; what the disk does then is not tested here."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def is_tidying(call: Call) -> bool:

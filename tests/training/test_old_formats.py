@@ -1,7 +1,6 @@
 """Files of fastnst 0.1.0 are resumed, loaded and stylized with: configurations, runs, checkpoints, models, caches."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,6 @@ Fastnst = Callable[..., tuple[int, str, str]]
 @pytest.fixture(autouse=True)
 def _warn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     config_text._warn_once.cache_clear()
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

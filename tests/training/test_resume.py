@@ -1,7 +1,6 @@
 """`train --resume`: all state comes back, each step is logged once, the style model follows its checkpoint."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from helpers.tiny_runs import SmallNet, logged, make_small, small_config, train_
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 class Killed(Exception):

@@ -1,6 +1,5 @@
 """`train --resume` with changes: named with both values, and refused, or with `--allow-changes` logged."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from helpers.tiny_runs import make_small, small_arguments, small_config, train_s
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fastnst import storage
 from fastnst.data.cache import format
 from fastnst.data.cache.build import build_cache
 from fastnst.data.loaders import open_loader
@@ -24,10 +23,9 @@ Fastnst = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks, small shards, no fsync; but real loaders."""
+    """Small networks, small shards, but real loaders."""
     make_small(monkeypatch)
     monkeypatch.setattr("fastnst.training.trainer.open_loader", open_loader)
-    monkeypatch.setattr(storage.os, "fsync", lambda _: None)
     monkeypatch.setattr(format, "SHARD_BYTES", 10_000)
 
 

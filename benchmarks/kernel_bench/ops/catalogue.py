@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kernel_bench import image_ops, layer_ops, norm_ops
-from kernel_bench.ops import Op
+from kernel_bench.ops import image_ops, layer_ops, norm_ops
+from kernel_bench.ops.op import Op
 
 _EPILOGUES = tuple(norm_ops.EPILOGUES)
 

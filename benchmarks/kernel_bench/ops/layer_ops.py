@@ -12,7 +12,7 @@ from torch import Tensor
 import fastnst_kernels as fk
 from fastnst_kernels.inspection import cost
 from fastnst_kernels.inspection.cost import Cost
-from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
+from kernel_bench.ops.op import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
 
 LAYER_SIZES: tuple[Size, ...] = ((64, 256, 256), (128, 128, 128), (256, 64, 64), (512, 32, 32), (512, 16, 16))
 SMALL_LAYER_SIZES: tuple[Size, ...] = ((16, 32, 32), (32, 16, 16))

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastnst_kernels as fk
 from fastnst_kernels.inspection import cost
 from fastnst_kernels.inspection.cost import Cost
-from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
+from kernel_bench.ops.op import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
 
 NORM_SIZES: tuple[Size, ...] = ((32, 256, 256), (64, 128, 128), (128, 64, 64))
 SMALL_NORM_SIZES: tuple[Size, ...] = ((8, 32, 32), (16, 16, 16))

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from helpers.byte_counter import Traffic
+from helpers.kernels.byte_counter import Traffic
 
 _PREFIX = "one_pass_"
 _TIMEOUT_S = 120.0

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastnst_kernels as fk
 from fastnst_kernels.inspection import cost
 from fastnst_kernels.inspection.cost import Cost
-from kernel_bench.ops import FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
+from kernel_bench.ops.op import FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
 
 SIZES: tuple[Size, ...] = ((3, 256, 256),)
 SMALL_SIZES: tuple[Size, ...] = ((3, 48, 48),)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastnst_kernels import batch_norm, batch_norm_reference, instance_norm, instance_norm_reference
 from fastnst_kernels.norm.upsample_pad import UpsamplePad, upsample_pad_reference
-from helpers.kernel_cases import gradients, parameters, randn
+from helpers.kernels.kernel_cases import gradients, parameters, randn
 from helpers.tolerances import assert_as_exact_as_torch
 
 EPS = 1e-5

@@ -1,0 +1,1 @@
+"""The ops that are compared: arguments, shapes and references."""
