@@ -19,7 +19,7 @@ Fastnst = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
-def _warn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def _warn_again() -> None:
     config_text._warn_once.cache_clear()
 
 
