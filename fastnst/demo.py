@@ -6,7 +6,6 @@ cup of coffee); the style image is drawn here.
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +34,7 @@ RANDOM_WEIGHTS = (
 _PALETTE = ("#0b1e3f", "#123c69", "#1f6f8b", "#3fa7a3", "#e8c547", "#f2e3bc", "#d1603d", "#7a1e2c")
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    image: Path
-    model: Path
-
-
-def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None = None) -> DemoResult:
+def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None = None) -> tuple[Path, Path]:
     """Train a style on crops of a few photos, and stylize one of them.
 
     Args:
@@ -49,6 +42,9 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
         vgg: as `--vgg`; if `auto` finds no weights and cannot download them, the demo says so and uses `random`.
         steps: training steps; None: enough to show the style.
         stop: as for `train`.
+
+    Returns:
+        The stylized image and the style model.
 
     Raises:
         UserError: scikit-image is not installed, or `out` holds another run.
@@ -81,7 +77,8 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
     config = load_config(preset="vgg-conv3", assignments=assignments, options=options | {"loss.vgg": vgg})
     (model,) = train(config, out, stop=stop)
     shown = next(path for path in photos if path.stem == SHOWN)
-    return DemoResult(stylize_files(out, [shown], images / f"{SHOWN}-stylised.png")[0], model)
+    (stylized,) = stylize_files(out, [shown], images / f"{SHOWN}-stylised.png")
+    return stylized, model
 
 
 def write_photos(folder: Path) -> list[Path]:

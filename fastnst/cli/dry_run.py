@@ -20,15 +20,7 @@ def print_plan(
     resume: bool,
     allow_changes: bool,
 ) -> None:
-    """Print what a run would need, and write nothing.
-
-    Args:
-        config: as for `train`, like the others.
-        styles: name → image, if there are several.
-        out: what --out names.
-        dist_env: the processes that share the run.
-        resume: whether a run is continued.
-        allow_changes: with `resume`, even with another configuration.
+    """Print what a run would need, and write nothing; the arguments are those of `train`.
 
     Raises:
         UserError: what would keep the run from starting.

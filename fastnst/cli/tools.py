@@ -35,9 +35,9 @@ def demo(out: Path, vgg: str, steps: int | None) -> None:
     """Train a small style on images that ship with a dependency, and stylize one of them."""
     from fastnst.demo import run_demo
 
-    result = run_demo(out, vgg=vgg, steps=steps, stop=stop_request())
-    click.echo(f"stylised image {result.image}")
-    click.echo(f"style model      {result.model}")
+    image, model = run_demo(out, vgg=vgg, steps=steps, stop=stop_request())
+    click.echo(f"stylised image {image}")
+    click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
 
 

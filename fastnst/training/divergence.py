@@ -22,14 +22,7 @@ from fastnst.training.step.train_step import NetTrainer
 
 
 class DivergenceMonitor:
-    """Stops a run whose numbers are not finite; all ranks ask at the same steps.
-
-    Args:
-        trainer: what is watched.
-        config: limits, and values that the message names.
-        group: the processes that share the run.
-        out: the run directory.
-    """
+    """Stops a run whose numbers are not finite; all ranks check at the same steps."""
 
     def __init__(self, trainer: NetTrainer, config: TrainConfig, group: ProcessGroup, out: Path) -> None:
         self._trainer, self._config, self._group, self._out = trainer, config, group, out

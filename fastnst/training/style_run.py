@@ -54,13 +54,13 @@ class StyleLog(logging.LoggerAdapter[logging.Logger]):
 
 
 class StyleRun:
-    """What belongs to one style, in one process of the run; only rank 0's writes.
+    """One style in one process of the run; only rank 0 writes.
 
     Args:
         inputs: configuration, style image, training images and VGG19.
         out: the run directory, locked by rank 0.
         group: the processes that share the run.
-        name: of the style, in a run of several.
+        name: of the style, if there are several.
         shared_vgg: the trainer of another style of the run; φ's prepared weights are kept once.
     """
 
@@ -98,8 +98,8 @@ class StyleRun:
         """Load the newest valid checkpoint, if there is one.
 
         Args:
-            changes: what is known to differ from the run's saved configuration.
-            allow_changes: go on though something differs from what the checkpoint was trained with.
+            changes: differences from the run's saved configuration.
+            allow_changes: accept differences from what the checkpoint was trained with.
         """
         if not self.group.is_rank_zero:
             self._load(None)
@@ -136,14 +136,7 @@ class StyleRun:
         return RejectedImages(self.out, self.inputs.manifest, failures, quiet=quiet)
 
     def log_start(self, graph: "GraphDef | None") -> "GraphDef | None":
-        """Log what does not change, in a run that begins.
-
-        Args:
-            graph: of another style's networks, which are alike, if it is known.
-
-        Returns:
-            The graph.
-        """
+        """In a run that begins, log what does not change; pass the returned graph to the next style."""
         if self.samples is None or self.run_log is None or self.done:
             return graph
         return self.samples.log_start(self.run_log, graph)

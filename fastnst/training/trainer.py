@@ -119,7 +119,8 @@ class Trainer:
                     profile.step()
                     if signum and step < last:
                         self.group.exit_unless()
-                        raise self._stopped(signum, step)
+                        kept = f"which is saved; go on with: fastnst train --resume --out {self.out}"
+                        raise StoppedBySignal(signum, f"stopped at step {step} of {last}, {kept}")
             for style in active:
                 style.log_summary()
         # Too late to end a step early, but the sender still learns that the signal was received.
@@ -137,7 +138,7 @@ class Trainer:
         *,
         is_final: bool,
     ) -> str | None:
-        """Log the losses if they are due; return them for the progress bar."""
+        """Log the losses if they are due; return them for the progress report."""
         if is_final or step == 1 or step % self.config.train.log_every == 0:
             speed = functools.cache(meter.read)  # read once, after the first style's loss
             with record_span("logging"):
@@ -160,13 +161,6 @@ class Trainer:
                 projections=every > 0 and (is_last or step % every == 0),
                 checkpoint=is_final or step % train.checkpoint_every == 0,
             )
-
-    def _stopped(self, signum: int, step: int) -> StoppedBySignal:
-        return StoppedBySignal(
-            signum,
-            f"stopped at step {step} of {self.num_steps}, which is saved; "
-            f"go on with: fastnst train --resume --out {self.out}",
-        )
 
     def _prepare_run_dirs(self, done: int) -> SyncedFailures:
         """Write each run's configuration and list of rejected images; return what replaces unreadable ones."""
@@ -220,11 +214,12 @@ class Trainer:
     def _announcement(self, done: int) -> str:
         verb = f"resuming at step {done}" if done else "training"
         loader = loader_name(self.inputs.manifest, self.config.data)
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
         styles = "" if len(self.styles) == 1 else f"{len(self.styles)} styles, "
         return (
             f"{verb}: {styles}{self.num_steps} steps of {self.config.train.batch_size} images, "
             f"{len(self.inputs.manifest.images)} in the folder, {self.config.data.image_size} px, "
-            f"{self.config.train.precision} on {_device_name(self.device)}, loader {loader}; "
+            f"{self.config.train.precision} on {device}, loader {loader}; "
             f"run directory {self.out}"
         )
 
@@ -240,7 +235,3 @@ class Trainer:
                 f"{error}. The other styles end with it, at their last checkpoints; go on with each of them by "
                 f"fastnst train --resume --out {self.out}/NAME"
             ) from error
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

@@ -107,10 +107,7 @@ class SyncedBatches:
     """Iterates over this rank's batches, with replacements that are the same on all ranks.
 
     Args:
-        loader: made with `failures.replacements`.
-        sampler: of the loader.
-        rank: of the loader.
-        failures: shared by all ranks.
+        loader: made with `sampler`, `rank` and `failures.replacements`.
         start_step: the first step, from 0.
         read_ahead: steps that the loader may have begun to read.
     """

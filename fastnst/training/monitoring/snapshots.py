@@ -50,12 +50,8 @@ class SampleLogger:
     def log_start(self, run_log: RunLog, graph: "GraphDef | None" = None) -> "GraphDef":
         """Log what does not change (configuration, graph, style, content), and the untrained network.
 
-        Args:
-            run_log: of a run that begins.
-            graph: of networks like these, if it is known: to trace it takes seconds.
-
         Returns:
-            The graph.
+            The networks' graph; pass it to the next style as `graph`, since tracing it takes seconds.
         """
         config = self._inputs.config
         run_log.config(config)

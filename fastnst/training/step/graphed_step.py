@@ -47,12 +47,7 @@ def wants_capture(config: TrainConfig, device: torch.device) -> bool:
 
 
 def capture_unsupported_reason(config: TrainConfig, *, processes: int = 1) -> str | None:
-    """Return why the steps of such a run cannot be captured; None if they can.
-
-    Args:
-        config: of the run.
-        processes: that share each step.
-    """
+    """Return why the steps of such a run cannot be captured; None if they can."""
     if processes > 1:
         return f"{processes} processes share each step"
     if config.compile:
@@ -66,13 +61,7 @@ def capture_unsupported_reason(config: TrainConfig, *, processes: int = 1) -> st
 
 
 class GraphedStep:
-    """`train_step`, captured as a CUDA graph where that is supported; otherwise it just calls `train_step`.
-
-    Args:
-        config: of the run.
-        device: where it trains.
-        processes: that share each step.
-    """
+    """`train_step`, captured as a CUDA graph where that is supported; otherwise it just calls `train_step`."""
 
     def __init__(self, config: TrainConfig, device: torch.device, *, processes: int = 1) -> None:
         self._streams: CudaStreams | None = None
@@ -99,16 +88,7 @@ class GraphedStep:
         return next(batches) if self._feed is None else self._feed.fetch(batches)
 
     def __call__(self, step: int, batch: Tensor, trainers: Sequence[NetTrainer]) -> list[LossTerms]:
-        """Train each net on a batch; see `train_step`.
-
-        Args:
-            step: counted from 1.
-            batch: uint8 `[N, H, W, 3]` on the device.
-            trainers: one per style; the later ones share φ with the first.
-
-        Returns:
-            The detached terms of each, on the device; later steps do not change them.
-        """
+        """Train each net on a batch; see `train_step`. Later steps do not change the returned terms."""
         if self._streams is None:
             return train_step(step, batch, trainers)
         state = tuple((trainer, trainer.state_version) for trainer in trainers)
@@ -162,12 +142,7 @@ def _log_launched(reason: str) -> None:
 
 
 class _Captured:
-    """A graph of one step, and the tensors by which it is fed and read.
-
-    Args:
-        streams: on which it is captured.
-        batch: of the shape and type that it will take.
-        trainers: have made launched steps before.
+    """A graph of one step for batches like `batch`, and the tensors by which it is fed and read.
 
     Raises:
         RuntimeError: the capture failed.
