@@ -37,8 +37,8 @@ def launched_bytes(op: str, shape: Shape, dtype: torch.dtype, *, backward: bool 
         shape: `[N, C, H, W]` of its image; of the result for an unpooling.
         dtype: of the images.
         backward: of the op's backward instead.
-        options: those of `fastnst_kernels.inspection.cost`, and the layout of a norm's result; `residual_border`: pixels
-            by which the residual is larger at each side.
+        options: those of `fastnst_kernels.inspection.cost`, and the layout of a norm's result; `residual_border`:
+            pixels by which the residual is larger at each side.
     """
     if not can_record():
         return _least(op, shape, dtype, backward, options)

@@ -240,7 +240,7 @@ def test_doctor_command_prints_the_report(
     assert text.splitlines()[8:11] == [
         "FAIL  NVIDIA driver  580.65.06, for CUDA up to 12.4; this torch needs 13.0",
         "                     fix: install a driver for CUDA 13.0, or torch's build for CUDA 12",
-        "FAIL  GPU            the driver has one, torch cannot use it: training runs on the CPU, hundreds of times",
+        "FAIL  GPU            the driver has one, torch cannot use it: training runs on the CPU, far slower",
     ]
     assert text.endswith("\n\n17 passed, 0 warned, 2 failed\n")
     code, text, _ = fastnst("doctor", "--json")
