@@ -55,7 +55,7 @@ def main() -> None:
 @click.version_option(package_name="fastnst")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Train feed-forward style-transfer networks at the speed of the GPU, and see what they learn.
+    """Train feed-forward style-transfer networks, and see what they learn.
 
     Exit codes: 0 done, 2 usage, 3 bad data, weights or storage, 4 training diverged, 5 no device or memory,
     128+n stopped by signal n.

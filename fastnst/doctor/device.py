@@ -130,7 +130,7 @@ def check_gpus(results: Results) -> Verdict | Sequence[Verdict]:
     if found["gpus"]:
         several = len(found["gpus"]) > 1
         return [_check_gpu(gpu, f"GPU {index}" if several else None) for index, gpu in enumerate(found["gpus"])]
-    slow = "training runs on the CPU, hundreds of times slower"
+    slow = "training runs on the CPU, far slower"
     if not driver.get("gpus"):
         return warned(
             f"none: {slow}",
@@ -183,7 +183,7 @@ def check_kernels(results: Results) -> Verdict:
     found += f", {kernels['error']:.0e} off the reference"
     capable = all(tuple(gpu["capability"]) >= _TENSOR_CORES_WITH_BF16 for gpu in results.get("gpus").get("gpus", []))
     if kernels["interpreted"]:
-        return warned(f"{found}: interpreted, thousands of times slower", "unset it:\n  unset TRITON_INTERPRET")
+        return warned(f"{found}: interpreted, for tests only", "unset it:\n  unset TRITON_INTERPRET")
     if kernels["gpus"] and not triton and capable:
         fix = "unset FASTNST_KERNELS" if "FASTNST_KERNELS" in kernels["settings"] else "see Triton"
         return warned(f"{found}: slower than the kernels", fix)
