@@ -87,10 +87,7 @@ def train(
         changing = {"resume": resume, "allow_changes": allow_changes}
         check_run_dirs = functools.partial(_check_run_dirs, configs, style_dir, group, **changing)
         check_run_dirs()
-        with (
-            determinism.algorithms(config.train),
-            explained_memory_errors(config, device, dist_env, styles=len(runs)),
-        ):
+        with determinism.algorithms(config.train), explained_memory_errors(config, device, dist_env, styles=len(runs)):
             inputs = _read_inputs(configs, device, group, resume=resume)
             with _locked(out, runs, style_dir, group, resume=resume):
                 changes = check_run_dirs()
