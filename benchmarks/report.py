@@ -1,10 +1,10 @@
-"""Kernel benchmarks as a table, targets and a picture.
+"""Kernel benchmarks as a table, targets and a plot.
 
     pytest benchmarks/ --benchmark-json kernels.json
     python benchmarks/report.py kernels.json --markdown kernels.md --plot kernels.png
 
-Without `--markdown` the table goes to standard output. Several files of one device make one report; where they measured
-the same, the last one counts.
+Without `--markdown` the table goes to standard output. Several files of one device make one report; of the same
+measurement the last one counts.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     pytest benchmarks/ --benchmark-disable                  checks every provider and times none
     pytest benchmarks/ --help                               the options are under "kernel benchmarks"
 
-One test is one provider in one direction. All that are asked for of one op and shape are checked and timed together, in
-turns, when the first of them runs; each then hands its own repetitions to pytest-benchmark. A provider whose result is
-wrong fails and has no row.
+One test is one provider in one direction. All selected ones of an op and shape are checked and timed together, in
+turns, when the first of them runs; each then gives its own repetitions to pytest-benchmark. A provider with a wrong
+result fails and has no row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("op", "shape", "direction", "provider"), rows)
 
 
-def _asked_for(request: pytest.FixtureRequest, op: str, shape: tuple[int, ...]) -> set[tuple[str, str]]:
+def _selected(request: pytest.FixtureRequest, op: str, shape: tuple[int, ...]) -> set[tuple[str, str]]:
     """Provider and direction of all selected tests of this op and shape."""
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     return {(p["provider"], p["direction"]) for p in parameters if p.get("op") == op and p.get("shape") == shape}
@@ -44,7 +44,7 @@ def _asked_for(request: pytest.FixtureRequest, op: str, shape: tuple[int, ...]) 
 
 @pytest.mark.benchmark(timer=_CLOCK)
 def test_kernel(benchmark, session: Session, request, op: str, shape, direction: str, provider: str) -> None:
-    wanted = _asked_for(request, op, shape)
+    wanted = _selected(request, op, shape)
     try:
         outcome = session.outcome(OPS[op], shape, provider, direction, wanted)
     except OutOfTime as spent:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environment if need be, then train a small style and paint a picture with it.
+# Set up the environment if need be, then train a small style and stylize a photo with it.
 #
 #   scripts/demo.sh [DEMO ARGUMENT…]      for example: scripts/demo.sh --out runs/second --vgg random
 #

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in less than nine minutes and without a network: the kernel tests on it, the
-# kernel benchmarks, whole training steps beside plain PyTorch, the loaders; tables, a picture, one page.
+# Test and measure on a GPU, in less than nine minutes and without a network: kernel tests, kernel benchmarks, training
+# steps beside plain PyTorch, loaders; tables, a plot, one page.
 #
 #   scripts/gpu_report.sh [--all] [--smoke] [--dry-run]
 #
-#   --all       every batch size and torch.compile's max-autotune, too, and as long as that takes
-#   --smoke     a few small cases, to try this script; the only thing it is good for without a GPU
+#   --all       every batch size and torch.compile's max-autotune, without a time limit
+#   --smoke     a few small cases, to try this script, also without a GPU
 #   --dry-run   print the commands, run none
 #
 #   OUT=/folder/for/results          default: benchmarks/results/gpu_DATE
-#   PHOTOS=/folder/of/photographs    what the loaders read, for example COCO's train2017; without it they are left out
+#   PHOTOS=/folder/of/photos         read by the loaders, for example COCO's train2017; without it they are skipped
 #   PYTHON=/path/to/python           default: the project's environment, else python3; the project need not be installed
-#   FASTNST_REVISION=COMMIT          what to call the code where the tree travelled without its history
+#   FASTNST_REVISION=COMMIT          the revision to report where there is no git history
 #
-# What fails is reported and the rest goes on; the exit code is then 1. What cannot be tried, because pictures or a package
-# are missing, is left out with a line that says so, which is no failure. It leaves report.md, the page with all tables;
-# kernels, end_to_end and, with PHOTOS, data_pipeline as .json; kernels.png, environment.txt, log.txt.
+# A step that fails is reported, the others run, and the exit code is 1. A step without its photos or packages is skipped
+# with a line, which is no failure. Results: report.md (all tables), kernels, end_to_end and, with PHOTOS, data_pipeline
+# as .json; kernels.png, environment.txt, log.txt.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -43,7 +43,7 @@ cd -- "$root"
 export PYTHONPATH=$root:$root/kernels:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
 
-# What the steps together may take; each has a limit of its own, so that one that hangs leaves time for the others.
+# Seconds for all steps together; each has its own limit, so that one that hangs leaves time for the others.
 deadline=525
 [[ -z $all ]] || deadline=1000000
 failed=()
@@ -80,7 +80,7 @@ skip() {
     fi
 }
 
-# lacks PACKAGE…: the names of those that cannot be imported
+# lacks PACKAGE…: prints the names of those that cannot be imported
 lacks() {
     local package
     for package in "$@"; do
@@ -88,15 +88,15 @@ lacks() {
     done
 }
 
-facts() {
+environment() {
     "$python" -m kernel_bench.environment
     if command -v nvidia-smi >/dev/null; then
         nvidia-smi --format=csv --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu
     fi
 }
 
-# benchmarks NAME SECONDS SELECTION: in a process of their own, so that a kernel that hangs takes no other's figures along.
-# They stop beginning new cases well before their limit, because what is cut off leaves no figures at all.
+# benchmarks NAME SECONDS SELECTION: in one process each, so that a kernel that hangs loses no other's results. They start
+# no new case shortly before their limit, because an aborted process writes no results.
 benchmarks() {
     local options=(--kernel-batch 16 --kernel-providers fastnst,eager,compile,copy --kernel-seconds $(($2 - 20)))
     [[ -z $all ]] || options=(--kernel-batch 4,16,32)
@@ -109,13 +109,13 @@ parts=$out/parts
 if [[ -z $dry ]]; then
     mkdir -p -- "$parts"
     : >"$out/log.txt"
-    facts 2>&1 | tee "$out/environment.txt" || failed+=("environment")
+    environment 2>&1 | tee "$out/environment.txt" || failed+=("environment")
 fi
 
-# Compiling is most of the work before anything can be timed, and goes to all cores where pytest-xdist is at hand.
+# Compilation dominates the time before measuring: use all cores if pytest-xdist is installed.
 parallel=()
 if "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist loadgroup); fi
-# pytest-benchmark has no part in the tests, and would remark on the parallel processes.
+# pytest-benchmark would warn about parallel processes.
 tests=tests/kernels
 [[ -z $smoke ]] || tests=tests/kernels/test_max_pool.py
 step "kernel tests on the GPU" 75 "$python" -m pytest $tests -m gpu -q -p no:cacheprovider -p no:benchmark \
@@ -129,13 +129,13 @@ else
     fi
     benchmarks instance_norm 50 instance_norm
     benchmarks gram 35 "style_loss or gram_matrix"
-    benchmarks pool 35 "max_pool2d or max_unpool2d or picture_input or network_boundary"
-    benchmarks tap 35 tap_backward
+    benchmarks pool 35 "max_pool2d or max_unpool2d or uint8_to_input or output_to_vgg_input"
+    benchmarks loss_relu 35 loss_relu_backward
     benchmarks batch_norm 45 batch_norm
 fi
 
-# Whole steps and loaders. Tuning compiled steps by trial takes minutes where its cache is cold, so they have a process of
-# their own; the largest batch comes first, and what is measured is written batch by batch.
+# Training steps and loaders. Autotuning compiled steps takes minutes with a cold cache, so they have their own process;
+# the largest batch comes first, and results are written batch by batch.
 photos=${PHOTOS:-}
 missing=$(lacks pydantic)
 if [[ -n $missing ]]; then
@@ -171,21 +171,21 @@ found=("$parts/…")
 if [[ -z $dry ]]; then
     found=()
     for file in "$parts"/*.json; do
-        [[ ! -s $file ]] || found+=("$file") # what was killed may have left an empty one
+        [[ ! -s $file ]] || found+=("$file") # a killed process leaves an empty one
     done
 fi
 step "report" 20 "$python" benchmarks/report.py ${found[@]+"${found[@]}"} --merge "$out/kernels.json" \
     --markdown "$out/kernels.md" --plot "$out/kernels.png"
 [[ -z $dry ]] || exit 0
 
-# One page of all that there is.
+# One page with all results.
 for page in "$parts"/end_to_end.md "$parts"/end_to_end_compiled.md "$parts"/end_to_end_fed.md "$out"/kernels.md; do
     [[ ! -s $page ]] || { cat -- "$page" && printf '\n'; }
 done >"$out/report.md"
 if [[ -s $out/data_pipeline.json ]]; then
     {
         printf '# Loaders\n\n```\n'
-        sed -n '/^== data pipeline$/,/^== data pipeline: exit/p' "$out/log.txt" | grep 'pictures/s' || true
+        sed -n '/^== data pipeline$/,/^== data pipeline: exit/p' "$out/log.txt" | grep 'images/s' || true
         printf '```\n'
     } >>"$out/report.md"
 fi
@@ -194,4 +194,4 @@ if ((${#failed[@]})); then
     printf 'gpu_report: failed: %s; see %s\n' "$(printf '%s, ' "${failed[@]}" | sed 's/, $//')" "$out/log.txt" >&2
     exit 1
 fi
-printf 'gpu_report: all is in %s\n' "$out"
+printf 'gpu_report: results in %s\n' "$out"

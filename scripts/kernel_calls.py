@@ -1,7 +1,7 @@
-"""What the kernel report is about: the public ops at the shapes that count and at odd ones, and rules for each kernel.
+"""The calls of the kernel report, at the networks' shapes and odd ones, and the rules for kernels.
 
-The ops run on uninitialised CPU tensors while their launches are recorded. Nobody touches the tensors' pages, so the
-largest shapes cost neither time nor memory.
+The ops run on uninitialised CPU tensors while their launches are recorded. The tensors' pages are never touched, so
+the largest shapes cost neither time nor memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch
 from op_calls import OPS
 
 import fastnst_kernels as fk
-from fastnst_kernels import cost
-from fastnst_kernels.inspection import CompiledKernel, Launch, record
-from fastnst_kernels.recording import kernels_of
+from fastnst_kernels.inspection import CompiledKernel, Launch, cost, record
+from fastnst_kernels.inspection.recording import kernels_of
 
 Shape = tuple[int, int, int, int]
 
@@ -33,65 +32,65 @@ LAYER_SHAPES = ((64, 256, 256), (128, 128, 128), (256, 64, 64), (512, 32, 32), (
 BATCHES = (4, 16, 32)
 # Channels that are no multiple of 16, of 8, of 2; one channel.
 ODD_SHAPES: tuple[Shape, ...] = ((3, 24, 13, 11), (2, 20, 9, 10), (4, 3, 33, 32), (2, 1, 5, 7))
-LARGE_SHAPE: Shape = (1, 32, 1024, 1536)  # held by no GPU at once
-NARROW_SHAPE: Shape = (2, 8, 1, 2)  # smaller than what its border mirrors
+LARGE_SHAPE: Shape = (1, 32, 1024, 1536)  # too large for one pass on any GPU
+NARROW_SHAPE: Shape = (2, 8, 1, 2)  # smaller than what its padding mirrors
 
 ADD: dict[str, Any] = {"residual": True, "relu": True}
-ENLARGE: dict[str, Any] = {"relu": True, "upsample": 2, "padding": 1}
+UPSAMPLE: dict[str, Any] = {"relu": True, "upsample": 2, "padding": 1}
 EPILOGUES: tuple[dict[str, Any], ...] = (
     {},
     {"relu": True},
     {"residual": True},
     ADD,
     {"relu": True, "padding": 1},
-    ENLARGE,
+    UPSAMPLE,
 )
 TRAINING: dict[str, Any] = {"training": True}
 INFERENCE: dict[str, Any] = {"training": False}
-# The norms' kernels are long and differ by what is left out of them, so unless asked to be thorough, the report has
-# them with everything in, and every type, layout and way through the dispatch once: options, shape, type, layout.
+# The norms' kernels are long and differ in which parts are left out. So, unless it is thorough, the report has the full
+# ones, and every dtype, layout and branch of the dispatch once: options, shape, dtype, layout.
 NORM_CASES: dict[str, tuple[tuple[dict[str, Any], Shape, str, str], ...]] = {
     "instance_norm": (
         (ADD, (16, 32, 256, 256), "bf16", "channels_last"),
-        (ENLARGE, (16, 64, 128, 128), "bf16", "channels_last"),
+        (UPSAMPLE, (16, 64, 128, 128), "bf16", "channels_last"),
         (ADD, (4, 128, 64, 64), "bf16", "channels_last"),
         (ADD, (16, 128, 64, 64), "fp16", "channels_last"),
         (ADD, (16, 64, 128, 128), "fp32", "channels_last"),
-        (ENLARGE, (16, 64, 128, 128), "bf16", "contiguous"),
-        # What johnson's transform net launches besides.
+        (UPSAMPLE, (16, 64, 128, 128), "bf16", "contiguous"),
+        # Also launched by johnson's transform net.
         ({"relu": True, "padding": 1}, (16, 64, 128, 128), "bf16", "channels_last"),
         ({"residual": True, "padding": 1}, (16, 128, 64, 64), "bf16", "channels_last"),
         ({"relu": True}, (16, 32, 256, 256), "bf16", "channels_last"),
     ),
     "batch_norm": (
         (TRAINING | ADD, (16, 32, 256, 256), "bf16", "channels_last"),
-        (TRAINING | ENLARGE, (4, 128, 64, 64), "bf16", "channels_last"),
+        (TRAINING | UPSAMPLE, (4, 128, 64, 64), "bf16", "channels_last"),
         (TRAINING | ADD, (16, 128, 64, 64), "bf16", "contiguous"),
         (INFERENCE | ADD, (16, 64, 128, 128), "bf16", "channels_last"),
-        (INFERENCE | ENLARGE, (16, 128, 64, 64), "fp16", "contiguous"),
+        (INFERENCE | UPSAMPLE, (16, 128, 64, 64), "fp16", "contiguous"),
     ),
 }
 LAYER_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "gram_matrix": ({},),
     "style_loss": ({},),
-    "tap_backward": ({"style": True}, {"content": True}),
+    "loss_relu_backward": ({"style": True}, {"content": True}),
     "max_pool2d_switches": ({},),
     "max_unpool2d_switches": ({},),
 }
-PICTURE_SHAPE = (3, 256, 256)
-# With the border of each transform net; a batch of bytes and what stands between networks is channels_last.
-PICTURE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "picture_input": ({}, {"padding": 4}, {"padding": 40}),
-    "network_boundary": ({},),
-    "network_boundary_backward": ({},),
+IMAGE_SHAPE = (3, 256, 256)
+# With the padding of each transform net; uint8 batches and images between networks are channels_last.
+IMAGE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "uint8_to_input": ({}, {"padding": 4}, {"padding": 40}),
+    "output_to_vgg_input": ({},),
+    "output_to_vgg_input_backward": ({},),
 }
-# In 16-bit types these are for tensor cores.
-PRODUCTS = ("gram_matrix", "style_loss", "tap_backward style")
+# In 16-bit dtypes these run on tensor cores.
+PRODUCTS = ("gram_matrix", "style_loss", "loss_relu_backward style")
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op with options on one kind of picture. `hot`: training spends its time there, so the rules on speed hold."""
+    """An op with options on one kind of image; rules on speed apply if it is `hot`, used in training."""
 
     op: str
     options: dict[str, Any]
@@ -120,12 +119,12 @@ class Call:
 
     @property
     def bytes(self) -> int:
-        """Of all launches' operands: what is moved if no launch reads or writes anything twice."""
+        """Bytes of all launches' operands: moved if no launch reads or writes anything twice."""
         return sum(launch.bytes for launch in self.launches)
 
     @property
     def minimum_bytes(self) -> int:
-        """What no design could do without (`fastnst_kernels.cost`)."""
+        """The lower bound of any design (`inspection.cost`)."""
         counter = getattr(cost, self.case.op + ("_backward" if self.direction == "backward" else ""), None)
         if self.case.op == "max_pool2d_switches" and self.direction == "backward":
             counter = cost.max_unpool2d_switches
@@ -134,8 +133,7 @@ class Call:
 
 
 def cases(op: str, thorough: bool = False) -> Iterator[Case]:
-    """The cases of one op: `thorough`, every combination at the shapes that count, else one for each kernel, table
-    entry, type and layout."""
+    """The cases of one op: one per kernel, table entry, dtype and layout; `thorough`: every combination."""
     pairs = [(dtype, layout) for layout in LAYOUTS for dtype in DTYPES]
     odd_kinds = list(product(ODD_SHAPES, pairs) if thorough else zip(ODD_SHAPES, cycle(pairs[::3] + pairs[2:3])))
     if op in NORM_CASES:
@@ -149,11 +147,11 @@ def cases(op: str, thorough: bool = False) -> Iterator[Case]:
             yield from (Case(op, mode, shape, *pair, hot=False) for shape, pair in odd_kinds)
             for pair in pairs if thorough else pairs[:1]:
                 yield Case(op, mode | ADD, LARGE_SHAPE, *pair, hot=False)
-                yield Case(op, mode | ENLARGE, NARROW_SHAPE, *pair, hot=False)
+                yield Case(op, mode | UPSAMPLE, NARROW_SHAPE, *pair, hot=False)
         return
-    if op in PICTURE_OPTIONS:
-        for options, n, dtype in product(PICTURE_OPTIONS[op], BATCHES if thorough else BATCHES[1:2], DTYPES):
-            yield Case(op, options, (n, *PICTURE_SHAPE), dtype, "channels_last", hot=True)
+    if op in IMAGE_OPTIONS:
+        for options, n, dtype in product(IMAGE_OPTIONS[op], BATCHES if thorough else BATCHES[1:2], DTYPES):
+            yield Case(op, options, (n, *IMAGE_SHAPE), dtype, "channels_last", hot=True)
         yield from (Case(op, {}, (2, 3, 13, 11), dtype, "channels_last", hot=False) for dtype in DTYPES)
         return
     for options in LAYER_OPTIONS[op]:
@@ -182,7 +180,7 @@ def record_calls(
     thorough: bool = False,
     only: Callable[[Case], bool] = lambda _: True,
 ) -> list[Call]:
-    """The calls of every case of `ops`, as they would be launched on `architecture`."""
+    """The calls of every case of `ops` on `architecture`."""
     chosen = [case for op in ops for case in cases(op, thorough) if case.dtype in dtypes and only(case)]
     calls = []
     products = torch.backends.cuda.matmul
@@ -205,17 +203,17 @@ def record_calls(
 
 def package_modules() -> list[ModuleType]:
     """All modules of the kernel library."""
-    return [importlib.import_module(f"{fk.__name__}.{found.name}") for found in pkgutil.iter_modules(fk.__path__)]
+    return [importlib.import_module(found.name) for found in pkgutil.walk_packages(fk.__path__, f"{fk.__name__}.")]
 
 
 def unreached_kernels(calls: Sequence[Call]) -> list[str]:
-    """Kernels of the library that none of the calls launched."""
+    """Kernels of the library that no call launched."""
     reached = {launch.kernel for call in calls for launch in call.launches}
     return sorted({name for module in package_modules() for name in kernels_of(module)} - reached)
 
 
 def broken_rules(kernels: Sequence[CompiledKernel], calls: Sequence[Call]) -> list[str]:
-    """What is wrong with the kernels, one line each; the rules are in `kernels/README.md`."""
+    """The rules of `kernels/README.md` that kernels break, one line each."""
     hot = {launch.identity for call in calls if call.case.hot for launch in call.launches}
     found = []
     for kernel in kernels:
@@ -235,14 +233,14 @@ def describe(configuration: Any) -> str:
 
 
 def _narrow_accesses(kernel: CompiledKernel) -> list[str]:
-    """A picture in 16 bits whose channels lie side by side, a multiple of 8 of them, comes and goes in 16 bytes."""
-    pictures = [
+    """16-bit channels_last images with C a multiple of 8 that are not accessed in 16 bytes."""
+    images = [
         operand
         for launch in kernel.launches
         for operand in launch.operands
         if operand.channels_last and operand.dtype.itemsize == 2 and operand.shape[1] % 8 == 0
     ]
-    names = {operand.name for operand in pictures}
+    names = {operand.name for operand in images}
     read, written = sorted(names & kernel.reads), sorted(names & kernel.writes)
     found = []
     if read and kernel.widest_load < 128:
@@ -253,7 +251,7 @@ def _narrow_accesses(kernel: CompiledKernel) -> list[str]:
 
 
 def slow_products(kernels: Sequence[CompiledKernel], calls: Sequence[Call]) -> list[str]:
-    """The products of 16-bit features run on tensor cores; on Hopper on those of a warp group."""
+    """Products of 16-bit features that do not run on tensor cores (on Hopper: of a warp group)."""
     matrix = {kernel.launches[0].identity: kernel.matrix for kernel in kernels}
     seen = set()
     for call in calls:
@@ -270,22 +268,22 @@ def slow_products(kernels: Sequence[CompiledKernel], calls: Sequence[Call]) -> l
 
 @contextmanager
 def watched_tables() -> Iterator[list[str]]:
-    """Yields a list that holds, afterwards, the entries of the kernels' configuration tables that nobody looked up."""
+    """Yield a list that afterwards contains the unread entries of the configuration tables."""
     unread: list[str] = []
-    places = [
+    tables = [
         (module, name, table)
         for module in package_modules()
         if kernels_of(module)
         for name, table in vars(module).items()
         if name.isupper() and isinstance(table, dict)
     ]
-    watches = {id(table): _Watched(table) for _, _, table in places}  # a table may have a name in several modules
-    for module, name, table in places:
+    watches = {id(table): _Watched(table) for _, _, table in tables}  # a table may have a name in several modules
+    for module, name, table in tables:
         setattr(module, name, watches[id(table)])
     try:
         yield unread
     finally:
-        for module, name, table in places:
+        for module, name, table in tables:
             setattr(module, name, table)
             unread += [f"{module.__name__}.{name}[{key!r}]" for key in table if key not in watches[id(table)].read]
 
@@ -295,7 +293,7 @@ class _Watched(dict[Any, Any]):
         super().__init__(table)
         self.read: set[Any] = set()
 
-    def __iter__(self) -> Iterator[Any]:  # without it, `**table` would not come by `__getitem__`
+    def __iter__(self) -> Iterator[Any]:  # without it, `**table` would bypass `__getitem__`
         return super().__iter__()
 
     def __getitem__(self, key: Any) -> Any:

@@ -1,13 +1,13 @@
-"""What every kernel compiles to, for GPUs that need not be there, and whether that is as it should be.
+"""Compile every kernel for several GPUs, without having one, and check the machine code against rules.
 
     python scripts/kernel_report.py [--architecture sm_80,sm_90,sm_100] [--dtype bf16,fp16,fp32] [--op OP,…]
                                     [--thorough] [--json FILE] [--markdown FILE] [--bytes FILE] [--jobs N]
 
-Records the launches of all public ops, forward and backward, at the shapes that count and at odd ones; compiles each
-distinct kernel with each of its configurations; prints registers, spills, shared memory, programs that fit on a
-multiprocessor, widths of global accesses, matrix instructions and code size; and how many bytes the launches of a call
-move against the least that it could. Exits with 1 if a kernel breaks a rule of `kernels/README.md`. What was compiled
-before comes out of Triton's cache.
+Records the launches of all public ops, forward and backward, at the networks' shapes and at odd ones; compiles each
+distinct kernel with each of its configurations; prints registers, spills, shared memory, programs per multiprocessor,
+widths of global accesses, matrix instructions and code size; and the bytes that the launches of a call move over the
+minimum. Exits with 1 if a kernel breaks a rule of `kernels/README.md`. Kernels compiled before come from Triton's
+cache.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import triton
 from kernel_calls import (
     ADD,
     DTYPES,
-    ENLARGE,
+    IMAGE_OPTIONS,
+    IMAGE_SHAPE,
     LAYER_SHAPES,
     NORM_SHAPES,
     OPS,
-    PICTURE_OPTIONS,
-    PICTURE_SHAPE,
+    UPSAMPLE,
     Call,
     Case,
     broken_rules,
@@ -42,8 +42,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastnst_kernels.disassembly import BULK
 from fastnst_kernels.inspection import ARCHITECTURES, CompiledKernel, compile_launches
+from fastnst_kernels.inspection.disassembly import BULK
 
 BEGIN = "<!-- written by python scripts/kernel_report.py --bytes kernels/README.md -->"
 END = "<!-- end -->"
@@ -51,7 +51,7 @@ END = "<!-- end -->"
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the report says, before it is written in one form or another."""
+    """The content of the report, before it is formatted."""
 
     calls: list[Call]
     kernels: list[CompiledKernel]
@@ -66,7 +66,7 @@ def make_report(
     *,
     thorough: bool = False,
 ) -> Report:
-    """Records (`thorough`: every combination), compiles in `jobs` processes, and judges.
+    """Record (`thorough`: every combination), compile in `jobs` processes, and check.
 
     Raises:
         RuntimeError: a kernel does not compile.
@@ -82,10 +82,10 @@ def make_report(
 def kernel_row(kernel: CompiledKernel) -> dict[str, str]:
     """A kernel's figures as text, by column."""
     largest = max(kernel.launches[0].operands, key=lambda operand: operand.bytes)
-    pictures = [operand for operand in kernel.launches[0].operands if len(operand.shape) == 4]
-    lead = pictures[0] if pictures else largest
+    images = [operand for operand in kernel.launches[0].operands if len(operand.shape) == 4]
+    lead = images[0] if images else largest
     name = {dtype: short for short, dtype in DTYPES.items()}.get(lead.dtype, str(lead.dtype).removeprefix("torch."))
-    layout = ("channels_last" if lead.channels_last else "contiguous") if pictures else "matrix"
+    layout = ("channels_last" if lead.channels_last else "contiguous") if images else "matrix"
     options = ("num_warps", "num_stages")
     chosen = {key: value for key, value in kernel.configuration.items() if key not in options}
     limit = kernel.architecture.shared_memory
@@ -128,27 +128,27 @@ def traffic_rows(calls: Sequence[Call], shapes: Sequence[tuple[int, int, int]]) 
 
 
 def is_in_tables(case: Case) -> bool:
-    """Whether the tables of bytes tell of it: bf16, channels_last, N = 16; of the norms' epilogues, the ends."""
+    """Whether it is in the tables of bytes: bf16, channels_last, N = 16; of the norms' epilogues three."""
     epilogue = {name: value for name, value in case.options.items() if name != "training"}
     kind = (case.dtype, case.layout, case.shape[0], case.hot)
     return kind == ("bf16", "channels_last", 16, True) and (
-        not case.op.endswith("norm") or epilogue in ({}, ADD, ENLARGE)
+        not case.op.endswith("norm") or epilogue in ({}, ADD, UPSAMPLE)
     )
 
 
 def bytes_section() -> str:
-    """The tables of bytes in `kernels/README.md`. Nothing need be compiled for them."""
+    """The tables of bytes in `kernels/README.md`; nothing is compiled."""
     calls = record_calls("sm_90", thorough=True, only=is_in_tables)
     norms = [call for call in calls if call.case.op.endswith("norm")]
-    pictures = [call for call in calls if call.case.op in PICTURE_OPTIONS]
-    layers = [call for call in calls if not call.case.op.endswith("norm") and call.case.op not in PICTURE_OPTIONS]
-    kinds = ((norms, NORM_SHAPES), (layers, LAYER_SHAPES), (pictures, [PICTURE_SHAPE]))
+    images = [call for call in calls if call.case.op in IMAGE_OPTIONS]
+    layers = [call for call in calls if not call.case.op.endswith("norm") and call.case.op not in IMAGE_OPTIONS]
+    kinds = ((norms, NORM_SHAPES), (layers, LAYER_SHAPES), (images, [IMAGE_SHAPE]))
     tables = [_markdown_table(traffic_rows(*kind)) for kind in kinds]
     return "\n\n".join("\n".join(table) for table in tables)
 
 
 def with_bytes_section(text: str) -> str:
-    """`text` with its section of bytes written anew.
+    """`text` with its section of bytes rewritten.
 
     Raises:
         ValueError: it has no such section.
@@ -161,9 +161,9 @@ def with_bytes_section(text: str) -> str:
 
 
 def as_markdown(report: Report) -> str:
-    """The report as a file: two of them, before and after a change, show what it did to the machine code."""
+    """The report as a file: compare those before and after a change."""
     lines = [
-        "# What the kernels compile to",
+        "# Machine code of the kernels",
         "",
         f"Written by `scripts/kernel_report.py`, without a GPU; Triton {triton.__version__}.",
         "",
@@ -172,13 +172,13 @@ def as_markdown(report: Report) -> str:
     ]
     kinds: dict[tuple[str, str], list[CompiledKernel]] = {}
     for kernel in report.kernels:
-        kinds.setdefault((kernel.module.rpartition(".")[2], kernel.kernel), []).append(kernel)
+        kinds.setdefault((kernel.module.removeprefix("fastnst_kernels."), kernel.kernel), []).append(kernel)
     for (module, name), kernels in kinds.items():
         rows: dict[tuple[str, str], dict[str, str]] = {}
         for kernel in kernels:
             kind, configuration = kernel_row(kernel)["type, layout"], f"`{_shortened(kernel.configuration)}`"
             row = rows.setdefault((kind, configuration), {"type, layout": kind, "configuration": configuration})
-            # Kernels of one configuration may differ in which of their arguments are multiples of 16.
+            # Kernels of one configuration may differ in which arguments are multiples of 16.
             known = row.get(kernel.architecture.name, "").split("<br>")
             row[kernel.architecture.name] = "<br>".join(sorted({*known, _cell(kernel)} - {""}))
         lines += ["", f"## `{module}.{name}`", "", *_markdown_table(list(rows.values()))]
@@ -187,7 +187,7 @@ def as_markdown(report: Report) -> str:
 
 
 def _shortened(configuration: Mapping[str, Any]) -> str:
-    """Without what is off."""
+    """Without options that are off."""
     return describe({name: value for name, value in configuration.items() if value not in (False, None, 0)})
 
 
@@ -264,7 +264,7 @@ def as_json(report: Report) -> dict[str, Any]:
 def show(report: Report, console: Console) -> None:
     """Tables for a terminal."""
     calls = [call for call in report.calls if call.architecture == report.calls[0].architecture]
-    for shapes in (NORM_SHAPES, LAYER_SHAPES, [PICTURE_SHAPE]):
+    for shapes in (NORM_SHAPES, LAYER_SHAPES, [IMAGE_SHAPE]):
         title = "Bytes moved over the minimum (launches); bf16, channels_last, N = 16"
         _print_table(console, title, traffic_rows(calls, shapes))
     for architecture in ARCHITECTURES.values():
@@ -312,9 +312,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.command()
 @_choice("--architecture", list(ARCHITECTURES), "GPUs to compile for.")
-@_choice("--dtype", list(DTYPES), "Types of the pictures.")
+@_choice("--dtype", list(DTYPES), "Types of the images.")
 @_choice("--op", list(OPS), "Ops to record.")
-@click.option("--thorough", is_flag=True, help="Every combination, instead of one for each way through the dispatch.")
+@click.option("--thorough", is_flag=True, help="Every combination, instead of one per branch of the dispatch.")
 @click.option("--json", "json_file", type=_FILE, help="Write all figures here.")
 @click.option("--markdown", type=_FILE, help="Write tables here.")
 @click.option("--bytes", "readme", type=_FILE, help="Write the tables of bytes into this file; compile nothing.")
@@ -329,12 +329,12 @@ def main(
     readme: Path | None,
     jobs: int,
 ) -> None:
-    """Compile every kernel without a GPU; print registers, spills, shared memory, access widths and the like."""
+    """Compile every kernel without a GPU; print registers, spills, shared memory and access widths."""
     if readme is not None:
         readme.write_text(with_bytes_section(readme.read_text("utf-8")), "utf-8")
         return
     report = make_report(architecture, op, dtype, jobs, thorough=thorough)
-    # Into a file or a pipe, lines as wide as the tables are.
+    # In a file or a pipe, lines as wide as the tables.
     console = Console(width=None if sys.stdout.isatty() else 320)
     show(report, console)
     if json_file is not None:

@@ -1,4 +1,4 @@
-"""How each public op is called for the kernel report: what it needs beside the picture x, on uninitialised memory."""
+"""The calls of the public ops for the kernel report, on uninitialised memory; x is the image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastnst_kernels as fk
 
-# Each makes what its op needs beside x and returns the result with the tensors whose gradients are wanted.
+# Each creates the op's other arguments and returns the result and the tensors that need gradients.
 Outcome = tuple[Tensor, list[Tensor]]
 
 
@@ -56,11 +56,11 @@ def _max_unpool(x: Tensor, kernel_size: int = 2, stride: int = 2) -> Outcome:
     return fk.max_unpool2d_switches(y, switches, sides, kernel_size, stride), [y]
 
 
-def _tap_backward(x: Tensor, style: bool = False, content: bool = False) -> Outcome:
-    """A gradient itself, it has none."""
+def _loss_relu_backward(x: Tensor, style: bool = False, content: bool = False) -> Outcome:
+    """Without gradients: it computes one itself."""
     n, c = x.shape[:2]
     vector = torch.empty(n)
-    y = fk.tap_backward(
+    y = fk.loss_relu_backward(
         x.detach(),
         incoming=torch.empty_like(x),
         style_matrix=fk.StyleMatrix(torch.empty(n, c, c, dtype=x.dtype), vector) if style else None,
@@ -71,27 +71,27 @@ def _tap_backward(x: Tensor, style: bool = False, content: bool = False) -> Outc
     return y, []
 
 
-def _picture_input(x: Tensor, padding: int = 0) -> Outcome:
-    """x gives the shape and the result's type."""
+def _uint8_to_input(x: Tensor, padding: int = 0) -> Outcome:
+    """x gives the shape and the result's dtype."""
     n, c, h, w = x.shape
-    pictures = torch.empty((n, h, w, c), dtype=torch.uint8).permute(0, 3, 1, 2)
+    images = torch.empty((n, h, w, c), dtype=torch.uint8).permute(0, 3, 1, 2)
     vector = torch.empty(c)
-    return fk.picture_input(pictures, 1 / 255, vector, vector.clone(), padding=padding, dtype=x.dtype), []
+    return fk.uint8_to_input(images, 1 / 255, vector, vector.clone(), padding=padding, dtype=x.dtype), []
 
 
-def _network_boundary(x: Tensor) -> Outcome:
+def _output_to_vgg_input(x: Tensor) -> Outcome:
     z, mean, gain = x.detach(), torch.empty(3), torch.empty(3)
     window = (0, 0, *x.shape[2:])
-    u, _ = fk.network_boundary(z, mean, gain, window=window, tanh=True, factor=0.5, offset=0.5, dtype=x.dtype)
+    u, _ = fk.output_to_vgg_input(z, mean, gain, window=window, tanh=True, factor=0.5, offset=0.5, dtype=x.dtype)
     return u, []
 
 
-def _network_boundary_backward(x: Tensor) -> Outcome:
-    """A gradient itself, it has none."""
+def _output_to_vgg_input_backward(x: Tensor) -> Outcome:
+    """Without gradients: it computes one itself."""
     z, du, gain, watch = x.detach(), torch.empty_like(x.detach()), torch.empty(3), torch.empty(())
     window, weights = (0, 0, *x.shape[2:]), (1.0, 1.0)
     options = {"window": window, "tanh": True, "factor": 0.5, "variation": weights, "watch": watch}
-    return fk.network_boundary_backward(z, du, gain, **options), []
+    return fk.output_to_vgg_input_backward(z, du, gain, **options), []
 
 
 OPS: dict[str, Callable[..., Outcome]] = {
@@ -99,10 +99,10 @@ OPS: dict[str, Callable[..., Outcome]] = {
     "batch_norm": _batch_norm,
     "gram_matrix": _gram_matrix,
     "style_loss": _style_loss,
-    "tap_backward": _tap_backward,
+    "loss_relu_backward": _loss_relu_backward,
     "max_pool2d_switches": _max_pool,
     "max_unpool2d_switches": _max_unpool,
-    "picture_input": _picture_input,
-    "network_boundary": _network_boundary,
-    "network_boundary_backward": _network_boundary_backward,
+    "uint8_to_input": _uint8_to_input,
+    "output_to_vgg_input": _output_to_vgg_input,
+    "output_to_vgg_input_backward": _output_to_vgg_input_backward,
 }

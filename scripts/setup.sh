@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Make the environment: a virtual environment that holds fastnst, installed in place, and what it needs.
+# Set up a virtual environment with fastnst, installed in place, and its dependencies.
 #
 #   scripts/setup.sh [EXTRA…]          extras: test (tests, benchmarks, lint), demo
 #
-#   PYTHON=/path/to/python             interpreter to build on; default: the first of python3, python3.13, … that will do
-#   FASTNST_VENV=/path/to/environment  where the environment goes; default: .venv in the project
+#   PYTHON=/path/to/python             interpreter to use; default: the first of python3, python3.13, … that is usable
+#   FASTNST_VENV=/path/to/environment  default: .venv in the project
 #
-# Run again, it returns at once unless pyproject.toml, the constraints or the wanted extras have changed.
+# Returns at once if pyproject.toml, the constraints and the extras have not changed since the last call.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -20,8 +20,7 @@ fail() {
     exit 1
 }
 
-# Prints what is wrong with an interpreter, or nothing. Running it is the only proof: a name on the PATH may be a shim
-# without a Python behind it.
+# Prints what is wrong with an interpreter, or nothing. It must be run: a name on the PATH may be a shim without a Python.
 fault_of() {
     local version
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || { echo "does not run"; return; }
@@ -55,8 +54,8 @@ make_venv() {
     if [[ -e $venv/pyvenv.cfg ]]; then
         fault=$(fault_of "$venv/bin/python")
         [[ -n $fault ]] || return 0
-        # The interpreter it was made from has gone, or it was never finished.
-        say "$venv/bin/python $fault; making the environment anew"
+        # Its interpreter is gone, or it was never finished.
+        say "$venv/bin/python $fault; making the environment again"
         options=(--clear)
     elif [[ -e $venv && -n $(ls -A -- "$venv" 2>/dev/null || echo "a file") ]]; then
         fail "$venv exists and is not a virtual environment; remove it, or choose another with FASTNST_VENV"
@@ -66,7 +65,7 @@ make_venv() {
     "$python" -m venv ${options[@]+"${options[@]}"} "$venv" || fail "cannot make the environment $venv; see the message above"
 }
 
-# Everything that an installation depends on. The folder is part of it because an installation in place points to it.
+# Hash of everything that the installation depends on, the folder included: an installation in place points to it.
 fingerprint() {
     { printf '%s\n' "$root" && cat -- "$root/pyproject.toml" "$root/scripts/constraints.txt"; } | sha256sum | cut -d ' ' -f 1
 }
@@ -76,10 +75,10 @@ for extra in ${wanted[@]+"${wanted[@]}"}; do
     [[ $extra == test || $extra == demo ]] || fail "unknown extra '$extra'; extras: test, demo"
 done
 
-# One set-up at a time in one project; a second one waits and then finds the work done.
+# One setup at a time per project; a second one waits and finds the work done.
 if command -v flock >/dev/null; then
     exec 9<"${BASH_SOURCE[0]}"
-    flock --nonblock 9 || { say "another set-up is at work here; waiting for it"; flock 9; }
+    flock --nonblock 9 || { say "waiting for another setup of this project"; flock 9; }
 fi
 
 current=$(fingerprint)
@@ -96,16 +95,16 @@ if [[ $installed_fingerprint == "$current" && -z $missing && -z $(fault_of "$ven
 fi
 
 make_venv
-# What is there already stays, so that the demo and the tests do not undo each other's work.
+# Keep installed extras, so that demo and tests do not undo each other's work.
 extras=$(printf '%s\n' $installed_extras ${wanted[@]+"${wanted[@]}"} | sort -u | paste -s -d ' ')
 target="$root"
 [[ -z $extras ]] || target="${root}[${extras// /,}]"
-say "installing fastnst${extras:+ (${extras// /, })} and what it needs into $venv; the first time this takes minutes"
+say "installing fastnst${extras:+ (${extras// /, })} and its dependencies into $venv; the first time takes minutes"
 rm -f -- "$stamp"
 quiet=(--quiet)
-[[ ! -t 1 ]] || quiet=()  # on a terminal, pip's progress bars show that it is alive
+[[ ! -t 1 ]] || quiet=()  # on a terminal, show pip's progress bars
 "$venv/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check \
     --constraint "$root/scripts/constraints.txt" --editable "$target" ||
-    fail "the installation failed; pip's message above says why (no network? no space left?)" "mend that and run this again"
+    fail "the installation failed; pip's message above says why (no network? no space left?)" "fix that and run this again"
 printf '%s\n%s\n' "$current" "$extras" >"$stamp"
 say "ready: $venv/bin/fastnst --help"

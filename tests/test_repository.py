@@ -1,20 +1,20 @@
-"""The project as a whole: lint, types, the direction of imports, what an import may do, what a wheel holds."""
+"""The repository: lint, types, imports, sizes, names, packaging, scripts."""
 
 import ast
-import hashlib
+import io
 import os
 import re
 import subprocess
 import sys
-import tempfile
+import tokenize
 import tomllib
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from packaging.requirements import Requirement
 
 import fastnst
@@ -24,7 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PACKAGES = {"fastnst": ROOT / "fastnst", "fastnst_kernels": ROOT / "kernels" / "fastnst_kernels"}
 PRODUCT = sorted(file for folder in PACKAGES.values() for file in folder.rglob("*.py"))
 
-# Imports run downward only. Parts of one floor import one another only where it is named here.
+# Imports run downward only; parts of one layer import each other only as MAY_IMPORT_NEIGHBOURS says.
 LAYERS = (
     {"cli", "__main__", "demo"},
     {"training"},
@@ -37,6 +37,18 @@ LAYERS = (
     {"errors", "progress"},
 )
 MAY_IMPORT_NEIGHBOURS = {"cli": {"demo"}, "__main__": {"cli"}, "config": {"config_text"}}
+
+TOP_LEVEL = {
+    *(".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *("README.md", "benchmarks", "fastnst", "kernels", "pyproject.toml", "scripts", "tests"),
+}
+# Names that the glossary of CONTRIBUTING.md replaces.
+OLD_NAMES = {
+    *("RunOrder", "Team", "Pulse", "Guard", "Health", "Looks", "Steps", "Placing", "Painted", "Taps"),
+    *("Replacements", "LateFailure", "StyleFolder", "Facts", "judge", "obstacle", "abandon", "notify", "leads"),
+    *("of_leader", "first_on_each_machine", "leave_to", "launched", "of_one_process", "check_shareable", "first_bad"),
+    *("read_square", "origin_of", "changes_since", "named_styles", "prepare_runs", "train_styles", "through_relu"),
+}
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +64,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def python(code: str, *arguments: str) -> str:
-    """What `code` prints in a new interpreter that finds both packages."""
+    """Return the stdout of `code` in a new interpreter that finds both packages."""
     done = run(sys.executable, "-c", code, *arguments, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -76,7 +88,6 @@ def modules_imported_by(file: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}:{node.lineno}: imports are absolute here"
-            # `from fastnst import config` names a module, `from fastnst import __version__` does not: keep both.
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
@@ -89,7 +100,7 @@ def layer_of(part: str) -> int:
     for height, layer in enumerate(reversed(LAYERS)):
         if part in layer:
             return height
-    raise AssertionError(f"fastnst.{part} has no layer; give it one in {Path(__file__).name} and in the design")
+    raise AssertionError(f"fastnst.{part} has no layer; give it one in {Path(__file__).name}")
 
 
 def wrong_imports(file: Path) -> list[str]:
@@ -110,13 +121,12 @@ def test_imports_run_downward() -> None:
     assert [line for file in files for line in wrong_imports(file)] == []
 
 
-def test_the_kernels_know_nothing_of_fastnst() -> None:
+def test_kernels_do_not_import_fastnst() -> None:
     files = list(PACKAGES["fastnst_kernels"].rglob("*.py"))
     assert files
     for file in files:
         names = {module.split(".")[0] for _, module in modules_imported_by(file)}
         assert "fastnst" not in names, file
-    assert python("import sys, fastnst_kernels; print('fastnst' in sys.modules)").strip() == "False"
 
 
 IMPORT_ALL_WATCHING_CUDA = """
@@ -134,13 +144,14 @@ def watch(owner, name, harmless_for_others):
     original = getattr(owner, name)
     setattr(owner, name, watched)
 
-# Starting CUDA is forbidden to all; asking about it, which torch itself does, to this project.
+# Nobody may initialize CUDA; only torch itself may ask about it.
 watch(torch.cuda, "_lazy_init", False)
 for name in ("is_available", "device_count", "current_device", "get_device_properties", "get_device_capability"):
     watch(torch.cuda, name, True)
 
 count = 0
-for root in ("fastnst", "fastnst_kernels"):
+for root in ("fastnst_kernels", "fastnst"):
+    assert "fastnst" not in sys.modules or root == "fastnst"
     package = importlib.import_module(root)
     for module in pkgutil.walk_packages(package.__path__, root + "."):
         if not module.name.endswith("__main__"):
@@ -169,90 +180,70 @@ HEAVY = ("torch", "triton", "nvidia", "tensorboard", "numpy", "PIL", "safetensor
         "from fastnst.cli.main import cli; cli.main(['stylize', '--help'], standalone_mode=False)",
     ],
 )
-def test_what_only_tells_or_configures_imports_nothing_heavy(code: str) -> None:
+def test_help_version_and_configuration_import_nothing_heavy(code: str) -> None:
     printed = python(f"import sys\n{code}\nprint('loaded', [name for name in {HEAVY!r} if name in sys.modules])")
     assert printed.splitlines()[-1] == "loaded []"
 
 
-@pytest.mark.parametrize("first", ["import fastnst.inference", "from fastnst import stylize", "import fastnst"])
-def test_public_names_come_whatever_is_imported_first(first: str) -> None:
-    code = f"""
-{first}
-import fastnst
-from fastnst import *
-import fastnst.inference
-print([type(getattr(fastnst, name)).__name__ for name in ("TransformNet", "VGG19", "PerceptualLoss")])
-print([type(value).__name__ for value in (stylize, load_style_model, load_config, train)])
-print(sorted(set(fastnst.__all__) - set(dir(fastnst))))
-"""
-    assert python(code).splitlines() == ["['type', 'type', 'type']", str(["function"] * 4), "[]"]
+def test_public_names_are_lazy_and_hide_no_module() -> None:
+    assert [name for name in fastnst.__all__ if getattr(fastnst, name) is None] == []
+    assert set(fastnst.__all__) <= set(dir(fastnst))
+    assert callable(fastnst.stylize)
+    modules = {path.stem for path in PACKAGES["fastnst"].iterdir()}
+    assert modules & set(fastnst.__all__) == set()
 
 
-def test_an_unknown_public_name_is_an_attribute_error() -> None:
+def test_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Deconvolver'"):
         fastnst.Deconvolver  # noqa: B018
 
 
-# The code itself.
+# Sizes and names.
 
 
-@pytest.mark.parametrize("file", PRODUCT, ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_file_is_too_long_to_read(file: Path) -> None:
-    assert len(file.read_text("utf-8").splitlines()) <= 400
+def test_top_level_holds_what_the_design_names() -> None:
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    if listed.returncode:
+        pytest.skip(f"not a git checkout: {listed.stderr.strip()}")
+    assert {line.partition("/")[0] for line in listed.stdout.splitlines()} - TOP_LEVEL == set()
 
 
-def dangers(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """What turns bytes from elsewhere into running code."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            yield from (
-                (node.lineno, f"imports {name}")
-                for name in names
-                if name.split(".")[0] in {"pickle", "dill", "marshal"}
-            )
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if called in {"eval", "exec", "os.system", "os.popen", "__import__"}:
-            yield node.lineno, f"calls {called}"
-        if called == "torch.load" and keywords.get("weights_only") != "True":
-            yield node.lineno, "torch.load without weights_only=True"
-        if called in {"np.load", "numpy.load"} and keywords.get("allow_pickle", "False") != "False":
-            yield node.lineno, "numpy.load with pickle"
-        if keywords.get("shell", "False") != "False":
-            yield node.lineno, "a shell"
+@pytest.mark.parametrize(("roots", "limit"), [(tuple(PACKAGES.values()), 12), ((ROOT / "tests",), 25)])
+def test_folders_hold_few_files(roots: tuple[Path, ...], limit: int) -> None:
+    counts = Counter(file.parent.relative_to(ROOT) for root in roots for file in root.rglob("*.py"))
+    assert {str(folder): count for folder, count in counts.items() if count > limit} == {}
 
 
-@pytest.mark.parametrize("file", PRODUCT, ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_file_runs_what_it_reads(file: Path) -> None:
-    assert list(dangers(ast.parse(file.read_text("utf-8")))) == []
+def test_files_are_short() -> None:
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text("utf-8").splitlines()) for file in PRODUCT}
+    assert {file: length for file, length in lengths.items() if length > 400} == {}
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import pickle",
-        "from pickle import loads",
-        "eval(text)",
-        "exec(text)",
-        "torch.load(file)",
-        "torch.load(file, weights_only=False)",
-        "np.load(file, allow_pickle=True)",
-        "subprocess.run(text, shell=True)",
-        "os.system(text)",
-    ],
-)
-def test_the_search_for_dangers_finds_them(code: str) -> None:
-    assert len(list(dangers(ast.parse(code)))) >= 1
-    assert list(dangers(ast.parse("net.eval(); torch.load(f, weights_only=True); np.load(f); run(a)"))) == []
+def test_functions_are_short() -> None:
+    lengths = {
+        f"{file.relative_to(ROOT)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for file in PRODUCT
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno
+    }
+    long = {name: length for name, length in lengths.items() if length > 60}
+    assert len(long) <= 0.01 * len(lengths), long
 
 
-@pytest.mark.parametrize("file", PRODUCT, ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_file_is_unfinished(file: Path) -> None:
-    found = re.search(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b", file.read_text("utf-8"))
-    assert found is None, found
+@pytest.mark.parametrize("name", ["fastnst", "fastnst_kernels"])
+def test_old_names_stay_gone(name: str) -> None:
+    found = [
+        f"{file.relative_to(ROOT)}:{token.start[0]} {token.string}"
+        for file in PACKAGES[name].rglob("*.py")
+        for token in tokenize.generate_tokens(io.StringIO(file.read_text("utf-8")).readline)
+        if token.type == tokenize.NAME and token.string in OLD_NAMES
+    ]
+    assert found == []
+
+
+def test_no_file_is_unfinished() -> None:
+    word = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
+    assert [str(file.relative_to(ROOT)) for file in PRODUCT if word.search(file.read_text("utf-8"))] == []
 
 
 # Packaging.
@@ -284,7 +275,7 @@ def test_each_dependency_is_pinned_within_its_range() -> None:
     assert {requirement.name for requirement in wanted} == set(pinned)
 
 
-def test_a_wheel_holds_both_packages_whole_and_nothing_else(tmp_path: Path) -> None:
+def test_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     done = run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -300,11 +291,12 @@ def test_a_wheel_holds_both_packages_whole_and_nothing_else(tmp_path: Path) -> N
     }
     assert held == files
     assert {f"fastnst/presets/{name}.toml" for name in ("hwalsuklee", "johnson", "lengstrom", "vgg-conv3")} <= held
+    assert {"fastnst/py.typed", "fastnst_kernels/py.typed"} <= held
     assert "fastnst = fastnst.cli.main:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_license_is_the_one_that_is_named() -> None:
+def test_license_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text("utf-8")
     assert PYPROJECT["project"]["license"] == "Apache-2.0"
     assert "Apache License" in text
@@ -318,7 +310,7 @@ SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_scripts_can_be_run_and_stop_at_the_first_error(script: Path) -> None:
+def test_scripts_are_executable_and_stop_at_the_first_error(script: Path) -> None:
     assert os.access(script, os.X_OK)
     text = script.read_text("utf-8")
     assert text.startswith("#!/usr/bin/env bash\n")
@@ -327,20 +319,30 @@ def test_scripts_can_be_run_and_stop_at_the_first_error(script: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_continuous_integration_runs_the_tests() -> None:
-    assert "./scripts/test.sh" in (ROOT / ".ci" / "run").read_text("utf-8")
+def test_ci_runs_the_whole_tests() -> None:
+    assert (ROOT / ".ci" / "run").read_text("utf-8").splitlines()[-1] == "exec ./scripts/test.sh"
+    assert "\n      - run: .ci/run\n" in (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+
+
+def test_pre_commit_hooks_run_each_part_of_lint() -> None:
+    text = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    assert re.findall(r"entry: (.*)", text) == [f"scripts/lint.sh {part}" for part in ("check", "format", "types")]
+
+
+def test_list_of_slow_tests_names_files(pytestconfig: pytest.Config) -> None:
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    files = {conftest.slow_name(path) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(conftest._SLOW) - files == set()
 
 
 def setup_error(*extras: str, **environment: str) -> str:
-    # One at a time, whichever process has these tests: a second set-up would say that it waits for the first.
-    with FileLock(Path(tempfile.gettempdir()) / f"fastnst-setup-{hashlib.sha256(bytes(ROOT)).hexdigest()[:16]}.lock"):
-        done = run(ROOT / "scripts" / "setup.sh", *extras, **environment)
+    done = run(ROOT / "scripts" / "setup.sh", *extras, **environment)
     assert done.returncode == 1
     assert done.stdout == ""
     return done.stderr
 
 
-def test_setup_says_what_it_lacks(tmp_path: Path) -> None:
+def test_setup_names_what_is_missing(tmp_path: Path) -> None:
     venv = str(tmp_path / "venv")
     assert "unknown extra 'tests'; extras: test, demo" in setup_error("tests", FASTNST_VENV=venv)
     assert "PYTHON=/nowhere/python does not run" in setup_error(FASTNST_VENV=venv, PYTHON="/nowhere/python")
@@ -351,7 +353,7 @@ def test_setup_says_what_it_lacks(tmp_path: Path) -> None:
     assert not Path(venv).exists()
 
 
-def test_setup_finds_no_python_that_will_do(tmp_path: Path) -> None:
+def test_setup_without_a_usable_python(tmp_path: Path) -> None:
     tools = ("bash", "dirname", "sha256sum", "cut", "cat", "ls", "flock")
     for tool in tools:
         found = run("bash", "-c", f"command -v {tool}").stdout.strip()
@@ -365,7 +367,7 @@ def test_setup_finds_no_python_that_will_do(tmp_path: Path) -> None:
     assert "install Python 3.11 or newer with its venv module" in text
 
 
-def test_setup_leaves_a_folder_alone_that_is_no_environment(tmp_path: Path) -> None:
+def test_setup_keeps_a_folder_that_is_no_environment(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("data")
     assert "exists and is not a virtual environment" in setup_error(FASTNST_VENV=str(tmp_path))
     assert (tmp_path / "precious").read_text() == "data"

@@ -1,14 +1,14 @@
-"""Nothing is timed that computes something else: each provider's result and gradients against fp64, on the same inputs.
+"""Check each provider's result and gradients against fp64, on the same inputs, before it is timed.
 
-The truth is the PyTorch formulation in fp64 (fp32 where memory would not do) on the inputs as they are, rounded to
-their dtype. Two rules, both of which NaN breaks:
+The truth is the PyTorch formulation in fp64 (fp32 if memory is short) on the inputs, rounded to their dtype. Two
+rules, both of which NaN breaks:
 
     ‖a − t‖ / ‖t‖ ≤ NORM[dtype]         and for every element        |a − t| ≤ ELEMENT[dtype]·(|t| + rms(t))
 
-They are wide enough for a few roundings to the dtype in a row, as eager PyTorch does between ops, and far too narrow
-for a wrong formula, a missed border or an element that nobody wrote. Where x lies so near a ReLU's kink that rounding
-decides on which side, its gradient may be either value and is not compared; the sums over it, the gradients of weight
-and bias, hardly notice. The tests of the kernels themselves (`tests/kernels`) are stricter.
+They are wide enough for a few successive roundings to the dtype, as in eager PyTorch between ops, and far too narrow
+for a wrong formula, a missed border or an unwritten element. Where x is so near a ReLU's kink that rounding decides on
+the side, its gradient may be either value and is not compared; the gradients of weight and bias, sums over it, hardly
+change. The tests of the kernels (`tests/kernels`) are stricter.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from kernel_bench.ops import BACKWARD, Inputs, Op
 NORM = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 ELEMENT = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
-_MEMORY_SHARE = 0.5  # of what is free, for an fp64 computation of the truth
-_COPIES = 8  # tensors of the larger of input and output that such a computation holds at once, roughly
+_MEMORY_SHARE = 0.5  # of the free memory, for an fp64 computation of the truth
+_COPIES = 8  # tensors of the larger of input and output that such a computation holds at once, about
 
 
 class WrongResult(AssertionError):
-    """A provider computes something else than the truth."""
+    """A provider's result is not the truth."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Output, gradients per leaf and fixed tensors after one call, all in high precision, and where x is undecided."""
+    """Output, gradients and fixed tensors after one call, in high precision; where x is undecided."""
 
     output: Tensor
     gradients: dict[str, Tensor]
@@ -43,7 +43,7 @@ class Truth:
 
 
 def truth_of(op: Op, inputs: Inputs, dy: Tensor, dtype: torch.dtype) -> Truth:
-    """What `op` must give for `inputs` in `dtype` and the upstream gradient `dy`."""
+    """The results of `op` for `inputs` in `dtype` and the upstream gradient `dy`."""
     high = _precision(inputs, dy)
     leaves = {name: leaf.detach().to(high) for name, leaf in inputs.leaves.items()}
     fixed = {name: value.to(high) if value.is_floating_point() else value for name, value in inputs.fixed.items()}
@@ -63,10 +63,10 @@ def truth_of(op: Op, inputs: Inputs, dy: Tensor, dtype: torch.dtype) -> Truth:
 def check(
     truth: Truth, dtype: torch.dtype, output: Tensor, gradients: dict[str, Tensor], fixed: dict[str, Tensor]
 ) -> None:
-    """Compares everything that a provider computed with the truth.
+    """Compare all results of a provider with the truth.
 
     Raises:
-        WrongResult: something is off; names it, its error and what is allowed.
+        WrongResult: names the result, its error and the allowed one.
     """
     faults = list(_faults("the result", output, truth.output, None, dtype))
     for name, gradient in gradients.items():
@@ -81,7 +81,7 @@ def check(
 
 
 def _faults(what: str, actual: Tensor, truth: Tensor, undecided: Tensor | None, dtype: torch.dtype) -> Iterator[str]:
-    assert actual.shape == truth.shape  # the result's was checked, the gradients' autograd sees to
+    assert actual.shape == truth.shape  # the result's was checked, autograd checks the gradients'
     error = (actual.detach().to(truth.dtype) - truth).abs()
     if undecided is not None:
         error = error.masked_fill(undecided, 0.0)
@@ -95,7 +95,7 @@ def _faults(what: str, actual: Tensor, truth: Tensor, undecided: Tensor | None, 
 
 
 def _precision(inputs: Inputs, dy: Tensor) -> torch.dtype:
-    """fp64 where its temporaries fit beside what is there."""
+    """fp64 if its temporaries fit into memory."""
     if dy.device.type != "cuda":
         return torch.float64
     elements = max(tensor.numel() for tensor in (*inputs.all(), dy))
@@ -107,7 +107,7 @@ Function = Callable[..., Tensor]
 
 
 def run(op: Op, function: Function, inputs: Inputs, dy: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Output, gradients, and `dy` in the memory format of the output, in which it would come back to each provider.
+    """Output, gradients, and `dy` in the memory format of the output, as autograd would pass it.
 
     Raises:
         WrongResult: the output is not of `dy`'s shape.

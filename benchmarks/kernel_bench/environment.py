@@ -1,4 +1,4 @@
-"""What a figure depends on: the machine, the versions, the revision of the code, the day."""
+"""The conditions of a measurement: machine, versions, revision of the code, date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """Names and versions that stand beside every measurement."""
+    """Names and versions that are stored with every measurement."""
     on_gpu = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
     return {
@@ -42,10 +42,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The commit that is checked out, `FASTNST_REVISION` where the tree travelled without its history, or `unknown`."""
+    """The commit that is checked out, `FASTNST_REVISION` if the tree has no history, or `unknown`."""
     if given := os.environ.get("FASTNST_REVISION"):
         return given
-    # A tree without a history of its own may lie inside another project's.
+    # A tree without its own history may be inside another project's.
     if _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel") != str(ROOT):
         return "unknown"
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
@@ -65,7 +65,7 @@ def _query(field: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, or nothing where it is missing or fails."""
+    """The output of a command, or nothing if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

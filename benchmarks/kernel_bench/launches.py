@@ -1,4 +1,4 @@
-"""What the library's own launches are given: how many there are, and how large their operands are together."""
+"""Count the library's own launches and the bytes of their operands."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Traffic:
     """Launches within a `count_launches` block.
 
     Attributes:
-        launches: how many kernels of the library were launched.
-        operand_bytes: of all their tensors together: what they move if each reads or writes each of its tensors once.
+        launches: kernels of the library that were launched.
+        operand_bytes: of all their tensors: moved if each launch reads or writes each of its tensors once.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Traffic:
 
 
 class _Counted:
-    """Stands where a kernel stood, and hands everything on to it."""
+    """Replaces a kernel; counts and calls it."""
 
     def __init__(self, kernel: Any, traffic: Traffic) -> None:
         self._kernel, self._traffic = kernel, traffic
@@ -44,7 +44,7 @@ class _Counted:
 
 @contextmanager
 def count_launches() -> Iterator[Traffic]:
-    """Counts within the block. Kernels are modules' attributes that end in `_kernel`; that is where it gets in."""
+    """Count within the block; kernels are the modules' attributes that end in `_kernel`."""
     traffic = Traffic()
     replaced = []
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "fastnst_kernels"]

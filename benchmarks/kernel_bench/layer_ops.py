@@ -1,4 +1,4 @@
-"""What the loss network's layers need beside convolutions: Gram matrices, style losses, pooling, gradients at taps."""
+"""The loss network's layers: Gram matrices, style losses, pooling, gradients at layers with losses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnst_kernels as fk
-from fastnst_kernels import cost
-from fastnst_kernels.cost import Cost
+from fastnst_kernels.inspection import cost
+from fastnst_kernels.inspection.cost import Cost
 from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
 
 LAYER_SIZES: tuple[Size, ...] = ((64, 256, 256), (128, 128, 128), (256, 64, 64), (512, 32, 32), (512, 16, 16))
@@ -24,8 +24,8 @@ def _features(draw: Draw, shape: Shape) -> Inputs:
 
 def _features_and_target(draw: Draw, shape: Shape) -> Inputs:
     _, c, h, w = shape
-    painting = draw.vector((c, h * w), deviation=1.5).relu_()
-    return Inputs(_features(draw, shape).leaves, {"target": painting @ painting.mT / (c * h * w)})
+    style = draw.vector((c, h * w), deviation=1.5).relu_()
+    return Inputs(_features(draw, shape).leaves, {"target": style @ style.mT / (c * h * w)})
 
 
 def _eager_gram(features: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def _eager_style_loss(features: Tensor, target: Tensor) -> Tensor:
 
 
 def _gram_gradient(draw: Draw, y: Tensor, shape: Shape) -> Tensor:
-    """Large, as under loss scaling: fp16 could not hold the features' gradient otherwise."""
+    """Large, as with loss scaling: otherwise the features' gradient underflows in fp16."""
     return draw.vector(tuple(y.shape), deviation=shape[2] * shape[3] / 32)
 
 
@@ -80,7 +80,7 @@ def _fastnst_pool(x: Tensor) -> Tensor:
 
 
 def _unpool_inputs(draw: Draw, shape: Shape) -> Inputs:
-    """`shape` is that of the output; switches and PyTorch's indices say the same."""
+    """`shape` is that of the output; switches and PyTorch's indices are equivalent."""
     pooled = draw.images(shape)
     _, indices = F.max_pool2d(pooled, 2, 2, return_indices=True)
     switches = fk.max_pool2d_switches_reference(pooled)[1].contiguous(memory_format=draw.memory_format)
@@ -106,10 +106,10 @@ def _unpool_costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
     return {FORWARD: cost.max_unpool2d_switches(shape, dtype), BACKWARD: backward}
 
 
-# Gradients at tapped layers: the incoming one, the style's and the content's, through the ReLU.
+# Gradients at layers with losses: incoming, style and content, through the ReLU.
 
 
-def _tap_inputs(draw: Draw, shape: Shape, *, style: bool) -> Inputs:
+def _loss_relu_inputs(draw: Draw, shape: Shape, *, style: bool) -> Inputs:
     n, c, h, w = shape
     fixed = {"features": draw.images(shape).relu_(), "incoming": draw.images(shape)}
     if not style:
@@ -117,44 +117,46 @@ def _tap_inputs(draw: Draw, shape: Shape, *, style: bool) -> Inputs:
         return Inputs({}, fixed | {"content_target": content, "content_factor": draw.vector((n,), mean=1.0)})
     target = draw.vector((c, c), mean=0.5 / c, deviation=0.5 / c)
     matrix = fk.style_loss_and_matrix(fixed["features"], target)[1]
-    # The style's share comes to about the size of the incoming gradient.
+    # The style term becomes about as large as the incoming gradient.
     factor = draw.vector((n,), mean=1.0, deviation=0.1) * (c * h * w)
     return Inputs({}, fixed | {"values": matrix.values, "scale": matrix.scale, "style_factor": factor})
 
 
-def _eager_tap_style(features: Tensor, incoming: Tensor, values: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-    """The scaling meets the C × C matrix, the incoming gradient joins in the product's own epilogue."""
+def _eager_loss_relu_style(features: Tensor, incoming: Tensor, values: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+    """The C × C matrix is scaled; the product's own epilogue adds the incoming gradient."""
     _, c, h, w = features.shape
     matrix = (values * (scale * factor / (c * h * w)).view(-1, 1, 1)).to(features.dtype)
     total = torch.baddbmm(incoming.flatten(2).mT, features.flatten(2).mT, matrix).mT.unflatten(2, (h, w))
     return torch.ops.aten.threshold_backward(total, features, 0)
 
 
-def _eager_tap_content(features: Tensor, incoming: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+def _eager_loss_relu_content(features: Tensor, incoming: Tensor, target: Tensor, factor: Tensor) -> Tensor:
     total = incoming + factor.to(features.dtype).view(-1, 1, 1, 1) * (features - target)
     return torch.ops.aten.threshold_backward(total, features, 0)
 
 
-def _fastnst_tap_style(features: Tensor, incoming: Tensor, values: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+def _fastnst_loss_relu_style(
+    features: Tensor, incoming: Tensor, values: Tensor, scale: Tensor, factor: Tensor
+) -> Tensor:
     matrix = fk.StyleMatrix(values, scale)
-    return fk.tap_backward(features, incoming=incoming, style_matrix=matrix, style_factor=factor)
+    return fk.loss_relu_backward(features, incoming=incoming, style_matrix=matrix, style_factor=factor)
 
 
-def _fastnst_tap_content(features: Tensor, incoming: Tensor, target: Tensor, factor: Tensor) -> Tensor:
-    return fk.tap_backward(features, incoming=incoming, content_target=target, content_factor=factor)
+def _fastnst_loss_relu_content(features: Tensor, incoming: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    return fk.loss_relu_backward(features, incoming=incoming, content_target=target, content_factor=factor)
 
 
-def _tap(*, style: bool) -> Op:
+def _loss_relu(*, style: bool) -> Op:
     def costs(shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
-        return {FORWARD: cost.tap_backward(shape, dtype, style=style, content=not style)}
+        return {FORWARD: cost.loss_relu_backward(shape, dtype, style=style, content=not style)}
 
     return Op(
-        "tap_backward+style" if style else "tap_backward+content",
+        "loss_relu_backward+style" if style else "loss_relu_backward+content",
         LAYER_SIZES,
         SMALL_LAYER_SIZES,
-        partial(_tap_inputs, style=style),
-        _fastnst_tap_style if style else _fastnst_tap_content,
-        _eager_tap_style if style else _eager_tap_content,
+        partial(_loss_relu_inputs, style=style),
+        _fastnst_loss_relu_style if style else _fastnst_loss_relu_content,
+        _eager_loss_relu_style if style else _eager_loss_relu_content,
         costs,
         image_gradient,
         has_matrix_product=style,
@@ -195,5 +197,5 @@ MAX_UNPOOL = Op(
     _unpool_costs,
     image_gradient,
 )
-TAP_STYLE = _tap(style=True)
-TAP_CONTENT = _tap(style=False)
+LOSS_RELU_STYLE = _loss_relu(style=True)
+LOSS_RELU_CONTENT = _loss_relu(style=False)

@@ -1,4 +1,4 @@
-"""Instance and batch norm, with what follows them in a transform net: ReLU, residual, upsampling, padding."""
+"""Instance and batch norm with their epilogues: ReLU, residual, upsampling, padding."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnst_kernels as fk
-from fastnst_kernels import cost
-from fastnst_kernels.cost import Cost
+from fastnst_kernels.inspection import cost
+from fastnst_kernels.inspection.cost import Cost
 from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape, Size, image_gradient
 
 NORM_SIZES: tuple[Size, ...] = ((32, 256, 256), (64, 128, 128), (128, 64, 64))
@@ -41,7 +41,7 @@ def _norm_inputs(draw: Draw, shape: Shape, *, residual: bool, running: bool) -> 
     return Inputs(leaves, statistics if running else {})
 
 
-def _enlarge(y: Tensor, relu: bool, upsample: int, padding: int) -> Tensor:
+def _epilogue(y: Tensor, relu: bool, upsample: int, padding: int) -> Tensor:
     y = F.relu(y) if relu else y
     y = F.interpolate(y, scale_factor=upsample, mode="nearest") if upsample > 1 else y
     return F.pad(y, (padding,) * 4, mode="reflect") if padding else y
@@ -58,7 +58,7 @@ def _eager_instance_norm(
     padding: int = 0,
 ) -> Tensor:
     y = F.instance_norm(x, weight=weight, bias=bias)
-    return _enlarge(y if residual is None else y + residual, relu, upsample, padding)
+    return _epilogue(y if residual is None else y + residual, relu, upsample, padding)
 
 
 def _eager_batch_norm(
@@ -73,7 +73,7 @@ def _eager_batch_norm(
 ) -> Tensor:
     *residual, running_mean, running_var = others
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training=training, momentum=0.1)
-    return _enlarge(y + residual[0] if residual else y, relu, upsample, padding)
+    return _epilogue(y + residual[0] if residual else y, relu, upsample, padding)
 
 
 def _fastnst_instance_norm(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor, **options: Any) -> Tensor:
@@ -85,7 +85,7 @@ def _fastnst_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, *others: Tensor
     return fk.batch_norm(x, weight, bias, mean, variance, residual=residual[0] if residual else None, **options)
 
 
-def _near_the_relu(inputs: Inputs, epsilon: float, *, eager: Callable[..., Tensor]) -> Tensor:
+def _near_the_kink(inputs: Inputs, epsilon: float, *, eager: Callable[..., Tensor]) -> Tensor:
     fixed = [tensor.clone() for tensor in inputs.fixed.values()]
     z = eager(*inputs.leaves.values(), *fixed)
     parts = [inputs.leaves["bias"].view(1, -1, 1, 1)]
@@ -120,5 +120,5 @@ def norm(name: str, epilogue: str, training: bool | None = None) -> Op:
         partial(eager, **mode, **options),
         costs,
         image_gradient,
-        partial(_near_the_relu, eager=partial(eager, **mode)) if options.get("relu") else None,
+        partial(_near_the_kink, eager=partial(eager, **mode)) if options.get("relu") else None,
     )

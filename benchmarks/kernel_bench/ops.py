@@ -1,8 +1,7 @@
-"""What an op under test consists of: inputs, the library's call, a good PyTorch user's formulation, the least it costs.
+"""An op: inputs, the library's call, a good PyTorch user's formulation, the minimum cost.
 
-The PyTorch formulation serves four times: as the eager contender, as what torch.compile compiles, in fp64 as the truth
-that every contender is held against, and as documentation of what the op computes. It keeps channels_last wherever
-PyTorch's own ops do.
+The PyTorch formulation has four uses: as the eager provider, as the input of torch.compile, in fp64 as the truth that
+every provider is compared with, and as documentation of the op. It keeps channels_last wherever PyTorch's own ops do.
 
 A call takes the leaves (tensors that want a gradient) and then the fixed tensors, in the order of `Inputs`.
 """
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastnst_kernels.cost import Cost
+from fastnst_kernels.inspection.cost import Cost
 
 Shape = tuple[int, int, int, int]
 Size = tuple[int, int, int]  # C, H, W
@@ -56,15 +55,15 @@ class Op:
     """One op with one set of options.
 
     Attributes:
-        name: shown in tables and used to select tests.
-        sizes: C, H, W of the input that counts (for unpooling, of the output).
-        small_sizes: likewise, where only the harness is to be tried.
+        name: in tables, and to select tests.
+        sizes: C, H, W of the main input (for unpooling, of the output).
+        small_sizes: likewise, to try the harness.
         inputs: draws them for a shape.
         fastnst: the library's call.
         eager: the PyTorch formulation.
-        costs: per direction that exists, the least that it costs.
+        costs: the minimum cost per direction that exists.
         upstream: the gradient of the output, given the output and the shape; fp32.
-        undecided: where x lies so near a kink that rounding decides on its gradient, from fp64 inputs.
+        undecided: where x is so near a kink that rounding decides on its gradient, from fp64 inputs.
         has_matrix_product: whether torch.compile's max-autotune has something to choose.
     """
 
@@ -80,7 +79,7 @@ class Op:
     has_matrix_product: bool = False
 
     def cost(self, shape: Shape, dtype: torch.dtype, direction: str) -> Cost:
-        """The least of one direction; forward and backward together are the sum of both."""
+        """The minimum cost of one direction; forward and backward together are the sum."""
         costs = self.costs(shape, dtype)
         return costs[FORWARD] + costs[BACKWARD] if direction == BOTH else costs[direction]
 
@@ -90,5 +89,5 @@ class Op:
 
 
 def image_gradient(draw: Draw, y: Tensor, _: Shape) -> Tensor:
-    """Neither centred nor independent of `y`: else its sums, the gradients of weight and bias, would be remainders."""
+    """Neither centred nor independent of `y`: else the gradients of weight and bias would be rounding."""
     return draw.vector(tuple(y.shape), mean=0.5).add_(y, alpha=0.5)

@@ -1,6 +1,6 @@
-"""What a run may choose, from the command line of pytest; `--help` lists it under "kernel benchmarks".
+"""The options of a run on pytest's command line; `--help` lists them under "kernel benchmarks".
 
-Without a GPU the defaults are small shapes and PyTorch's own code: that tries the harness and says nothing of kernels.
+Without a GPU the defaults are small shapes and PyTorch's own code: they test the harness, not the kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kernel_bench.session import DTYPES, LAYOUTS, Settings
 SETTINGS = pytest.StashKey[Settings]()
 
 _ON_GPU = (FASTNST, EAGER, COMPILE, MAX_AUTOTUNE, COPY)
-_ON_CPU = (FASTNST, EAGER, COPY)  # compiling takes longer there than all else together: ask for it
+_ON_CPU = (FASTNST, EAGER, COPY)  # compiling takes longer than the rest there: ask for it
 
 
 def add(group: pytest.OptionGroup) -> None:
@@ -25,7 +25,7 @@ def add(group: pytest.OptionGroup) -> None:
     add(
         "--kernel-providers",
         metavar="NAME,…",
-        help=f"of {', '.join((*PROVIDERS, COPY))}; default: what suits the device",
+        help=f"of {', '.join((*PROVIDERS, COPY))}; default: those that suit the device",
     )
     add("--kernel-dtype", choices=list(DTYPES), default="bf16", help="default: %(default)s")
     add("--kernel-layout", choices=list(LAYOUTS), default="channels_last", help="default: %(default)s")
@@ -68,8 +68,8 @@ def settings(config: pytest.Config) -> Settings:
         layout=config.getoption("kernel_layout"),
         providers=providers,
         rounds=rounds,
-        warm_up=8 if on_gpu else 1,  # on a GPU the timer learns in these rounds, too, how far it must keep ahead
+        warm_up=8 if on_gpu else 1,  # on a GPU the timer also learns in these rounds how far it must queue ahead
         seconds=config.getoption("kernel_seconds"),
-        # With other processes at work, pytest-benchmark measures nothing either.
+        # pytest-benchmark measures nothing in parallel processes either.
         check_only=config.getoption("benchmark_disable") or "PYTEST_XDIST_WORKER" in os.environ,
     )

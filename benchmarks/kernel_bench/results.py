@@ -1,4 +1,4 @@
-"""Reads what a run left, holds it against the targets, and writes it as Markdown."""
+"""Read the results of a run, compare them with the targets, and format them as Markdown."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class UnusableResults(Exception):
 
 @dataclass
 class Results:
-    """Rows of one or more runs on one device, the last of each kind, and what else their files say.
+    """Rows of one or more runs on one device, the last of each kind, and the ceilings of each run.
 
     Attributes:
         rows: `extra_info` of each benchmark.
-        ceilings: GB/s of the plain copy at the beginning and at the end of each run.
+        ceilings: GB/s of the plain copy at the beginning and end of each run.
     """
 
     rows: list[Row]
@@ -58,7 +58,7 @@ class Results:
         return list(dict.fromkeys(row["provider"] for row in self.rows))
 
     def batch_to_show(self) -> int:
-        """16, for which the targets are; else the largest."""
+        """16, the targets' batch; else the largest."""
         batches = {row["shape"][0] for row in self.rows}
         return _TARGET_BATCH if _TARGET_BATCH in batches else max(batches)
 
@@ -68,7 +68,7 @@ def _key(row: Row) -> tuple[str, tuple[int, ...], str, str]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The content of one of pytest-benchmark's JSON files; only the kernel benchmarks in it.
+    """The kernel benchmarks in one of pytest-benchmark's JSON files.
 
     Raises:
         UnusableResults: it is missing, is something else, or has none.
@@ -103,7 +103,7 @@ def _ceilings(content: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def merge(files: Sequence[Path], target: Path) -> None:
-    """Writes one file with the benchmarks of all; what else a file holds is the first one's.
+    """Write one file with the benchmarks of all; other content is that of the first file.
 
     Raises:
         UnusableResults: as for `read`.
@@ -116,15 +116,15 @@ def merge(files: Sequence[Path], target: Path) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted of the library for some ops in one direction, at N = 16 on an H200, for every shape.
+    """A target of the library for some ops in one direction, at N = 16 on an H200, for every shape.
 
     Attributes:
         text: for the table.
         op: the ops' name up to a `+`.
         direction: forward, backward or both.
         least: of `value`.
-        cases: how many combinations of op and shape there are to be measured.
-        against: the provider whose time over the library's is the value; without one it is TB/s.
+        cases: combinations of op and shape to measure.
+        against: the value is this provider's time over the library's; without one it is TB/s.
     """
 
     text: str
@@ -174,7 +174,7 @@ TARGETS = [
 
 @dataclass(frozen=True)
 class Verdict:
-    """`met`, `not met`, `not measured` or, where no case fails but some are missing, `not measured in full`."""
+    """`met`, `not met`, `not measured` or, if no case fails but some are missing, `not measured in full`."""
 
     target: Target
     word: str
@@ -184,10 +184,10 @@ class Verdict:
     measured: int
 
 
-def judge(target: Target, results: Results) -> Verdict:
-    """Met means: by every case, on the device, in the dtype and layout that the target is for."""
-    facts, values = results.environment, []
-    if _TARGET_DEVICE in facts["device"] and (facts["dtype"], facts["layout"]) == _TARGET_FORM:
+def check(target: Target, results: Results) -> Verdict:
+    """Met: by every case, on the target's device, dtype and layout."""
+    conditions, values = results.environment, []
+    if _TARGET_DEVICE in conditions["device"] and (conditions["dtype"], conditions["layout"]) == _TARGET_FORM:
         for op, shape in results.cases(target.direction, _TARGET_BATCH):
             value = target.value(results, op, shape) if op.partition("+")[0] == target.op else None
             if value is not None:
@@ -202,25 +202,26 @@ def judge(target: Target, results: Results) -> Verdict:
 
 def markdown(results: Results) -> str:
     """The whole report."""
-    facts = results.environment
-    of = [f"{facts['device']}", f"PyTorch {facts['torch']}", f"Triton {facts['triton']}"]
-    if facts["driver"]:
-        of += [f"CUDA {facts['cuda']}", f"driver {facts['driver']}"]
+    conditions = results.environment
+    of = [f"{conditions['device']}", f"PyTorch {conditions['torch']}", f"Triton {conditions['triton']}"]
+    if conditions["driver"]:
+        of += [f"CUDA {conditions['cuda']}", f"driver {conditions['driver']}"]
     parts = [
         "# Kernel benchmarks",
-        f"{', '.join(of)}; {facts['date']}, revision {facts['revision']}; {facts['dtype']}, {facts['layout']}.",
-        "Times are medians of device time with cold caches; GB/s counts the bytes that the op must move at least; "
-        "% is of a plain copy in the same run. A provider that computed something else has no row.",
+        f"{', '.join(of)}; {conditions['date']}, revision {conditions['revision']}; "
+        f"{conditions['dtype']}, {conditions['layout']}.",
+        "Times are medians of device time with cold caches; GB/s counts the minimum bytes of the op; "
+        "% is of a plain copy in the same run. A provider with wrong results has no row.",
         _ceiling_text(results),
     ]
-    if facts["device_type"] == "cpu":
+    if conditions["device_type"] == "cpu":
         parts.append("**Measured on a CPU with PyTorch's own code: this says nothing about the kernels.**")
     parts += ["## Targets", _target_table(results)]
     for direction in DIRECTIONS:
         if results.cases(direction):
             parts += [f"## {direction.replace('+', ' + ').capitalize()}", _table(results, direction)]
     if remarks := _remarks(results):
-        parts += ["## To be taken with care", "\n".join(f"- {remark}" for remark in remarks)]
+        parts += ["## Caveats", "\n".join(f"- {remark}" for remark in remarks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -233,7 +234,7 @@ def _ceiling_text(results: Results) -> str:
 def _target_table(results: Results) -> str:
     lines = []
     for target in TARGETS:
-        verdict = judge(target, results)
+        verdict = check(target, results)
         worst = "" if verdict.worst is None else f"{verdict.worst:.2f}{target.unit} ({verdict.where})"
         count = (
             "" if verdict.worst is None else f": {verdict.met} of {verdict.measured} measured, {target.cases} in all"

@@ -1,4 +1,4 @@
-"""From an op and a shape to figures: draw inputs, check every provider, time those that are right, in turns."""
+"""Measure an op at a shape: draw inputs, check every provider, time those that are right, in turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kernel_bench.ops import BACKWARD, FORWARD, Draw, Inputs, Op, Shape
 from kernel_bench.providers import COPY, PROVIDERS, Function
 from kernel_bench.timing import Contender, Timing, timer_for
 
-_PROFILING_SECONDS = 15.0  # of one run; launches are good to know, but not worth the time that figures need
+_PROFILING_SECONDS = 15.0  # of one run; counting launches must not take the time of measurements
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -26,7 +26,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run may choose; the defaults depend on whether there is a GPU (`options.py`)."""
+    """The settings of a run; the defaults depend on whether there is a GPU (`options.py`)."""
 
     device: torch.device
     batches: tuple[int, ...]
@@ -53,9 +53,9 @@ class Measurement:
 
     Attributes:
         timing: the repetitions.
-        peak_bytes: the most that was allocated beyond what was there before; None on a CPU.
-        launches: of kernels and copies, by the profiler; None where it cannot look at the device or had no time left.
-        moved_bytes: what the library's launches move if each reads or writes each of its tensors once; else None.
+        peak_bytes: the most memory allocated during the call; None on a CPU.
+        launches: of kernels and copies, from the profiler; None if it cannot see the device or had no time left.
+        moved_bytes: by the library's launches, if each reads or writes each of its tensors once; else None.
     """
 
     timing: Timing
@@ -64,15 +64,15 @@ class Measurement:
     moved_bytes: int | None
 
 
-Outcome = Measurement | Exception | None  # None: it is right, and times were not asked for
+Outcome = Measurement | Exception | None  # None: correct, not timed
 
 
 class OutOfTime(Exception):
-    """The run's time was spent before this case began."""
+    """The run's time limit passed before this case began."""
 
 
 class Session:
-    """One run. Holds the results of one case at a time: the tests of a case follow each other."""
+    """One run. Holds the results of one case at a time: the tests of a case run one after another."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -91,17 +91,17 @@ class Session:
         return 2 * half / timing.percentile(50)
 
     def outcome(self, op: Op, shape: Shape, provider: str, direction: str, wanted: set[tuple[str, str]]) -> Outcome:
-        """The measurement of one provider and direction, or why there is none.
+        """The measurement of one provider and direction, or the error.
 
         Args:
             op: what is timed.
             shape: of its input.
-            provider: whose figures are asked for.
+            provider: to return.
             direction: forward, backward or both.
-            wanted: all pairs of provider and direction that will be asked for; they are measured together.
+            wanted: all selected pairs of provider and direction; they are measured together.
 
         Raises:
-            OutOfTime: this case has not begun, and the time for all cases is spent.
+            OutOfTime: this case has not begun, and the time limit has passed.
         """
         if self._case != (op.name, shape):
             limit = self.settings.seconds
@@ -110,7 +110,7 @@ class Session:
             self._case = (op.name, shape)
             try:
                 self._outcomes = self._measure(op, shape, wanted)
-            except Exception as fault:  # too little memory, say; the next case may still go well
+            except Exception as fault:  # too little memory, for example; the next case may still run
                 self._outcomes = dict.fromkeys(wanted, fault)
         return self._outcomes[provider, direction]
 
@@ -141,7 +141,7 @@ class Session:
     def _checked(
         self, op: Op, inputs: Inputs, shape: Shape, draw: Draw, names: Sequence[str], wanted: set[tuple[str, str]]
     ) -> tuple[dict[str, tuple[Function, Tensor]], dict[tuple[str, str], Outcome]]:
-        """Function and upstream gradient of each provider that computes the right thing; the faults of the others."""
+        """Function and upstream gradient of each correct provider; the faults of the others."""
         dtype = draw.dtype
         with torch.no_grad():
             like = op.eager(*inputs.leaves.values(), *(tensor.clone() for tensor in inputs.fixed.values()))
@@ -151,7 +151,7 @@ class Session:
         right: dict[str, tuple[Function, Tensor]] = {}
         outcomes: dict[tuple[str, str], Outcome] = {}
         for name in names:
-            # Nobody sees what another has changed.
+            # Each provider has its own copies, which it may change.
             own = replace(inputs, fixed={key: value.clone() for key, value in inputs.fixed.items()})
             own = replace(own, leaves={key: leaf.requires_grad_() for key, leaf in inputs.leaves.items()})
             try:
@@ -159,12 +159,12 @@ class Session:
                 output, gradients, own_dy = correctness.run(op, function, own, dy)
                 correctness.check(truth, dtype, output, gradients, dict(own.fixed))
                 right[name] = (function, own_dy)
-            except Exception as fault:  # whatever it is, it is this provider's failure and not the others'
+            except Exception as fault:  # fails this provider only
                 outcomes.update({pair: fault for pair in wanted if pair[0] == name})
         return right, outcomes
 
     def _copy(self, moved: int) -> Contender:
-        """A copy that reads and writes `moved` bytes together; of random ones, since zeros can be faster."""
+        """A copy that reads and writes `moved` bytes together; random ones, since zeros can be faster."""
         source = torch.randint(256, (max(1, moved // 2),), dtype=torch.uint8, device=self.settings.device)
         target = torch.empty_like(source)
         return Contender(lambda _: target.copy_(source))
@@ -188,7 +188,7 @@ class Session:
             torch.cuda.synchronize()
         self._profiled += time.monotonic() - began
         on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return peak, len(on_device) or None  # without events the profiler could not look at the device
+        return peak, len(on_device) or None  # without events the profiler could not see the device
 
 
 def _moved_bytes(contender: Contender) -> int | None:
@@ -203,7 +203,7 @@ def _contender(function: Function, inputs: Inputs, dy: Tensor, direction: str) -
     if direction == FORWARD:
         return Contender(lambda _: function(*arguments))
     if direction == BACKWARD:
-        # A forward of its own for each: keeping one for all would forbid torch.compile to reuse its memory.
+        # A forward for each repetition: keeping one for all would prevent torch.compile from reusing its memory.
         return Contender(lambda y: torch.autograd.grad(y, leaves, dy), lambda: function(*arguments))
     return Contender(lambda _: torch.autograd.grad(function(*arguments), leaves, dy))
 
@@ -211,17 +211,17 @@ def _contender(function: Function, inputs: Inputs, dy: Tensor, direction: str) -
 def extra_info(
     session: Session, op: Op, shape: Shape, provider: str, direction: str, measurement: Measurement
 ) -> dict[str, Any]:
-    """What stands beside a row's times in the JSON; rates are those of the median."""
+    """The data of a row in the JSON beside its times; rates are those of the median."""
     settings, timing = session.settings, measurement.timing
     cost = op.cost(shape, DTYPES[settings.dtype], direction)
     median = timing.percentile(50)
     rate = cost.minimum_bytes / median
-    probe = torch.empty(0, dtype=DTYPES[settings.dtype], device=settings.device)
+    example = torch.empty(0, dtype=DTYPES[settings.dtype], device=settings.device)
     return {
         "op": op.name,
         "direction": direction,
         "provider": provider,
-        "implementation": runtime.implementation(probe) if provider == "fastnst" else provider,
+        "implementation": runtime.implementation(example) if provider == "fastnst" else provider,
         "shape": list(shape),
         "dtype": settings.dtype,
         "layout": settings.layout,

@@ -1,22 +1,21 @@
-"""How long a call takes on the device, not on the way to it.
+"""Measure the time of a call on the device, without launch overhead.
 
 A repetition on a GPU is: prepare (a backward needs a forward); write a buffer larger than L2, as often as needed;
 record an event; call; record an event.
 
-- The writes push the inputs out of L2, so that each repetition reads them from memory, as a training step would, in
-  which other layers' tensors have passed through since. They also leave L2 full of lines that must be written back
-  while the call runs. That is meant: the last lines that the call itself writes stay in L2 when its time ends, so every
-  call pays for its predecessor's, about as much as it leaves behind. With a clean L2 a copy of 100 MB would look faster
-  than the memory is.
+- The writes evict the inputs from L2, so that each repetition reads them from memory, as in a training step, in which
+  other layers' tensors have passed through L2. They also leave L2 full of lines that must be written back during the
+  call. This is intended: the last lines that the call itself writes stay in L2 when its time ends, so every call pays
+  for its predecessor's, about as many as it leaves. With a clean L2 a copy of 100 MB would appear faster than memory.
 - The writes also keep the device busy until the host has queued the whole call, so that launching, which takes longer
-  than many a kernel, is not in the time. This is checked for each repetition: if the device has reached the first event
-  by the time the last launch is queued, the repetition does not count and more writes go ahead of the next. Unlike
-  replays of a captured graph, this works alike for autograd, compiled and cooperatively launched code, and memory comes
-  from the caching allocator as it does in training.
-- Contenders take turns, one repetition each, and each round begins with the next of them. Whatever drifts (clocks,
-  temperature, other load) drifts for all; how much it did is reported.
+  than many kernels, is not in the time. This is checked for each repetition: if the device has reached the first event
+  when the last launch is queued, the repetition does not count and the next has more writes. Unlike replays of a
+  captured graph, this works for autograd, compiled and cooperatively launched code, and memory comes from the caching
+  allocator as in training.
+- Contenders take turns, one repetition each, and each round begins with the next of them. Drift (clocks, temperature,
+  other load) affects all alike; it is reported.
 
-Between two events with nothing between them about a microsecond passes; it is measured and reported, not subtracted.
+Two events with nothing in between are about a microsecond apart; this is measured and reported, not subtracted.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _MOST_FLUSHES = 512  # about 30 ms on an H200; a call that takes the host longer
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed: `call` of what `prepare` returned. The preparation is not in the time."""
+    """The call that is timed, with the result of `prepare`, which is not in the time."""
 
     call: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
@@ -57,7 +56,7 @@ class Timing:
         return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
     def drift(self) -> float:
-        """Median of the second half of the repetitions over that of the first; 1 means that nothing changed."""
+        """Median of the second half of the repetitions over that of the first; 1: no drift."""
         half = len(self.seconds) // 2
         if half == 0:
             return 1.0
@@ -66,7 +65,7 @@ class Timing:
 
 
 class CpuTimer:
-    """Wall-clock time of a call, with the caches full of something else."""
+    """Wall-clock time of a call with cold caches."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(_CPU_CACHE_BYTES, dtype=torch.int8)
@@ -86,7 +85,7 @@ class CpuTimer:
         return timings
 
     def overhead(self) -> float:
-        """Seconds that this timer sees where nothing happens."""
+        """Seconds that this timer measures for nothing."""
         return self.measure([Contender(lambda _: None)], 50, 5)[0].percentile(50)
 
 
@@ -112,14 +111,14 @@ class CudaTimer:
                 if round_ >= 0:
                     timings[index].launch_overhead_included |= not ahead
                     begun.append((index, start, end))
-            # Bounds the queue; the next call finds the device idle and its own flushes ahead of it, as any other does.
+            # Bounds the queue; the next call, like any other, begins with an idle device and its own flushes.
             torch.cuda.synchronize()
             for index, start, end in begun:
                 timings[index].seconds.append(start.elapsed_time(end) / 1000)
         return timings
 
     def _queue(self, contender: Contender, flushes: int) -> tuple[torch.cuda.Event, torch.cuda.Event, bool]:
-        """The events around one call, and whether all of it was queued before the device came to it."""
+        """The events around one call, and whether it was queued completely before the device reached it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         prepared = contender.prepare()
         for _ in range(flushes):
@@ -130,7 +129,7 @@ class CudaTimer:
         return start, end, not start.query()
 
     def overhead(self) -> float:
-        """Seconds that this timer sees where nothing happens."""
+        """Seconds that this timer measures for nothing."""
         return self.measure([Contender(lambda _: None)], 50, 5)[0].percentile(50)
 
 
@@ -138,7 +137,7 @@ Timer = CpuTimer | CudaTimer
 
 
 def turns(count: int, round_: int) -> list[int]:
-    """The order of `count` contenders in a round: each goes first as often as any other."""
+    """The order of `count` contenders in a round: each is first equally often."""
     return [(round_ + i) % count for i in range(count)]
 
 
@@ -147,10 +146,10 @@ def timer_for(device: torch.device) -> Timer:
 
 
 class Clock:
-    """A clock that shows measured time: what lets pytest-benchmark's own statistics, tables and JSON carry it.
+    """A clock that replays measured times for pytest-benchmark's statistics, tables and JSON.
 
     pytest-benchmark reads a timer, calls a function, reads the timer again. Here the timer is this clock and the
-    function moves it on by the next repetition, which was measured on the device, in turns with the other providers.
+    function advances it by the next repetition, which was measured on the device, in turns with the other providers.
     """
 
     def __init__(self) -> None:
@@ -160,7 +159,7 @@ class Clock:
         return self._now
 
     def replay(self, seconds: Sequence[float]) -> Callable[[], None]:
-        """A function that takes, by this clock, each of `seconds` in turn."""
+        """A function that takes each of `seconds` in turn on this clock."""
         remaining = iter(seconds)
 
         def play() -> None:

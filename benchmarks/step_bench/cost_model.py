@@ -24,7 +24,7 @@ import torch
 
 from fastnst.config import Config
 from fastnst.device import DTYPES
-from fastnst_kernels import cost
+from fastnst_kernels.inspection import cost
 from step_bench.kernel_traffic import launched_bytes
 from step_bench.layer_shapes import Conv, VggLayer, transform_convs, vgg_layers
 from step_bench.operations import (
@@ -69,8 +69,8 @@ class _Step:
     def run(self) -> list[Operation]:
         self._inputs()
         self._transform_forward()
-        self._vgg_forward(VGG, self.vgg, "ŷ", keeps=True)
-        self._vgg_forward(CONTENT, self.content, "x", keeps=False)
+        self._vgg_forward(VGG, self.vgg, "ŷ", for_backward=True)
+        self._vgg_forward(CONTENT, self.content, "x", for_backward=False)
         self._losses()
         self._vgg_backward()
         self._transform_backward()
@@ -103,7 +103,7 @@ class _Step:
             "from bytes",
             reads={"batch": self.batch * 3 * self.side**2},
             writes={f"{who} to {first}": self._bytes(3, side)},
-            moved=launched_bytes("picture_input", self._shape(3, self.side), self.dtype, padding=border),
+            moved=launched_bytes("uint8_to_input", self._shape(3, self.side), self.dtype, padding=border),
         )
 
     def _transform_forward(self) -> None:
@@ -138,7 +138,7 @@ class _Step:
             "scale, normalise",
             reads={source: self._bytes(3, self.side)},
             writes={"ŷ to conv1_1": self._bytes(3, self.side)},
-            moved=launched_bytes("network_boundary", self._shape(3, self.side), self.dtype),
+            moved=launched_bytes("output_to_vgg_input", self._shape(3, self.side), self.dtype),
         )
 
     def _weight(self, conv: Conv) -> dict[str, int]:
@@ -156,8 +156,7 @@ class _Step:
         if conv.residual:
             options["residual_border"] = (self.block_side[conv.name] - conv.out) // 2
         kind = f"{self.config.model.norm}_norm"
-        layout = {"upsample": conv.upsample, "padding": conv.padding, "padding_mode": conv.mode}
-        moved = launched_bytes(kind, shape, self.dtype, backward=backward, **options, **layout)
+        moved = launched_bytes(kind, shape, self.dtype, backward=backward, **options, **conv.layout._asdict())
         norm = getattr(cost, kind + ("_backward" if backward else ""))
         training = {"training": True} if self.config.model.norm == "batch" else {}
         # Statistics and per-channel vectors: the cost of the op without its images.
@@ -165,14 +164,14 @@ class _Step:
         vectors = least - (3 if backward else 2) * self._bytes(conv.outputs, conv.out)
         self.ops.add(part, conv.name, kind, reads=reads, writes=writes, vectors=vectors, moved=moved)
 
-    def _vgg_forward(self, part: str, layers: Sequence[VggLayer], who: str, *, keeps: bool) -> None:
+    def _vgg_forward(self, part: str, layers: Sequence[VggLayer], who: str, *, for_backward: bool) -> None:
         source = f"{who} to conv1_1"
         for layer in layers:
             result = f"{who} {layer.name}"
             size = self._bytes(layer.inputs, layer.side)
             if layer.is_pool:
                 switches = self._bytes(layer.outputs, layer.side // 2) // self.item
-                written = {result: switches * self.item} | ({f"{result} switches": switches} if keeps else {})
+                written = {result: switches * self.item} | ({f"{result} switches": switches} if for_backward else {})
                 shape = self._shape(layer.inputs, layer.side)
                 moved = launched_bytes("max_pool2d_switches", shape, self.dtype)
                 self.ops.add(part, layer.name, "pool", reads={source: size}, writes=written, moved=moved)
@@ -242,7 +241,7 @@ class _Step:
                     reads[f"x {layer.name}"] = size
                 shape = self._shape(layer.outputs, layer.side)
                 moved = launched_bytes(
-                    "tap_backward", shape, self.dtype, incoming=incoming is not None, style=style, content=content
+                    "loss_relu_backward", shape, self.dtype, incoming=incoming is not None, style=style, content=content
                 )
                 flops = 2 * self.batch * layer.outputs**2 * layer.side**2 if style else 0
                 self.ops.add(VGG_BACK, layer.relu, "tap", flops=flops, reads=reads, writes={masked: size}, moved=moved)
@@ -272,7 +271,7 @@ class _Step:
             "scale, normalise",
             reads={self.into_vgg: images, self.pre_activation: images},
             writes={"d out placed": images},
-            moved=launched_bytes("network_boundary_backward", self._shape(3, self.side), self.dtype),
+            moved=launched_bytes("output_to_vgg_input_backward", self._shape(3, self.side), self.dtype),
         )
         # Name and bytes of the gradient around a block, until it is added.
         around: tuple[str, int] | None = None
@@ -284,7 +283,7 @@ class _Step:
             if conv.has_norm:
                 reads = {gradient: self._bytes(conv.outputs, conv.laid_out), made: size}
                 writes = {f"d {made}": size}
-                if conv.residual and max(conv.padding):
+                if conv.residual and max(conv.layout.padding):
                     around = f"d around {conv.name}", size
                     writes[around[0]] = size
                 elif conv.residual:

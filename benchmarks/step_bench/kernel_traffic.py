@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import fastnst_kernels as fk
-from fastnst_kernels import cost, runtime
-from fastnst_kernels.recording import record
+from fastnst_kernels import runtime
+from fastnst_kernels.inspection import cost
+from fastnst_kernels.inspection.recording import record
 
 ARCHITECTURE = "sm_90"
 
@@ -73,7 +74,7 @@ def _norm(x: Tensor, residual: bool = False, residual_border: int = 0, **options
 def _tap(x: Tensor, incoming: bool = True, style: bool = False, content: bool = False) -> tuple[Tensor, list[Tensor]]:
     n, c = x.shape[:2]
     vector = torch.empty(n)
-    result = fk.tap_backward(
+    result = fk.loss_relu_backward(
         x.detach(),
         incoming=torch.empty_like(x) if incoming else None,
         style_matrix=fk.StyleMatrix(torch.empty(n, c, c, dtype=x.dtype), vector) if style else None,
@@ -95,17 +96,17 @@ def _unpool(x: Tensor) -> tuple[Tensor, list[Tensor]]:
 def _input(x: Tensor, padding: int = 0) -> tuple[Tensor, list[Tensor]]:
     n, c, h, w = x.shape
     images = torch.empty((n, h, w, c), dtype=torch.uint8).permute(0, 3, 1, 2)
-    return fk.picture_input(images, 1 / 255, padding=padding, dtype=x.dtype), []
+    return fk.uint8_to_input(images, 1 / 255, padding=padding, dtype=x.dtype), []
 
 
 def _boundary(x: Tensor) -> tuple[Tensor, list[Tensor]]:
     vector, ending = torch.empty(3), {"window": (0, 0, *x.shape[2:]), "tanh": True, "factor": 0.5}
-    return fk.network_boundary(x.detach(), vector, vector, **ending, offset=0.5, dtype=x.dtype)[0], []
+    return fk.output_to_vgg_input(x.detach(), vector, vector, **ending, offset=0.5, dtype=x.dtype)[0], []
 
 
 def _boundary_backward(x: Tensor) -> tuple[Tensor, list[Tensor]]:
     ending = {"window": (0, 0, *x.shape[2:]), "tanh": True, "factor": 0.5, "variation": (1.0, 1.0)}
-    return fk.network_boundary_backward(x.detach(), torch.empty_like(x), torch.empty(3), **ending), []
+    return fk.output_to_vgg_input_backward(x.detach(), torch.empty_like(x), torch.empty(3), **ending), []
 
 
 _CALLS: dict[str, Any] = {
@@ -114,10 +115,10 @@ _CALLS: dict[str, Any] = {
     "style_loss": lambda x: (fk.style_loss(x.detach(), torch.empty(x.shape[1], x.shape[1])), []),
     "max_pool2d_switches": lambda x: (fk.max_pool2d_switches(x.detach())[0], []),
     "max_unpool2d_switches": _unpool,
-    "tap_backward": _tap,
-    "picture_input": _input,
-    "network_boundary": _boundary,
-    "network_boundary_backward": _boundary_backward,
+    "loss_relu_backward": _tap,
+    "uint8_to_input": _input,
+    "output_to_vgg_input": _boundary,
+    "output_to_vgg_input_backward": _boundary_backward,
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastnst.config import Config
 from fastnst.models.architectures import ARCHITECTURES
+from fastnst.models.transform_net import InputLayout
 from fastnst.models.vgg19 import BLOCKS, deepest_layer
 
 
@@ -17,7 +18,7 @@ class Conv:
     Attributes:
         side: of the input as it is stored, padded and upsampled.
         out: side of the result.
-        upsample, padding, mode: layout that the norm gives the next convolution's input.
+        layout: of the norm's result, which is the next convolution's input.
     """
 
     name: str
@@ -30,9 +31,7 @@ class Conv:
     has_norm: bool
     relu: bool
     residual: bool
-    upsample: int
-    padding: tuple[int, int, int, int]
-    mode: str
+    layout: InputLayout
 
     @property
     def reach(self) -> int:
@@ -42,7 +41,7 @@ class Conv:
     @property
     def laid_out(self) -> int:
         """Side of the norm's result in its layout."""
-        return self.upsample * self.out + self.padding[0] + self.padding[1]
+        return self.layout.upsample * self.out + sum(self.layout.padding[:2])
 
     @property
     def flops(self) -> int:
@@ -59,20 +58,19 @@ def transform_convs(config: Config) -> tuple[int, list[Conv]]:
     plan += [(f"res{block}.conv{index}", 4 * width, 4 * width, 3, 1) for block in range(1, 6) for index in (1, 2)]
     plan += [("up1", 4 * width, 2 * width, 3, 1), ("up2", 2 * width, width, 3, 1), ("out", width, 3, 9, 1)]
 
-    def input_layout(name: str, kernel: int, stride: int, size: int) -> tuple[int, tuple[int, int, int, int], str]:
-        """Upsampling and padding of a convolution's input of `size`."""
+    def input_layout(name: str, kernel: int, stride: int, size: int) -> InputLayout:
+        """Layout of a convolution's input of `size`."""
         if name.startswith("up"):
-            return (2, (1,) * 4, "reflect") if nearest else (1, (0,) * 4, "reflect")
+            return InputLayout(2, (1,) * 4) if nearest else InputLayout()
         if spec.padding == "reflect":
-            return 1, (kernel // 2,) * 4, "reflect"
+            return InputLayout(padding=(kernel // 2,) * 4)
         if stride > 1:
             total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-            return 1, (total // 2, total - total // 2) * 2, "zeros"
-        return 1, (0,) * 4, "reflect"
+            return InputLayout(padding=(total // 2, total - total // 2) * 2, padding_mode="zeros")
+        return InputLayout()
 
     size = config.data.image_size + 2 * spec.border
-    _, padding, _ = input_layout("conv1", 9, 1, size)
-    first = stored = size + padding[0] + padding[1]
+    first = stored = size + sum(input_layout("conv1", 9, 1, size).padding[:2])
     convs = []
     for index, (name, inputs, outputs, kernel, stride) in enumerate(plan):
         if name.startswith("up"):
@@ -82,7 +80,7 @@ def transform_convs(config: Config) -> tuple[int, list[Conv]]:
         else:
             size = math.ceil(size / stride)
         last = name == "out"
-        layout: tuple[int, tuple[int, int, int, int], str] = (1, (0,) * 4, "reflect")
+        layout = InputLayout()
         if not last:
             following, _, _, *shape = plan[index + 1]
             layout = input_layout(following, *shape, size)
@@ -98,9 +96,7 @@ def transform_convs(config: Config) -> tuple[int, list[Conv]]:
                 has_norm=not last or spec.norm_on_output,
                 relu=not last and not name.endswith(".conv2"),
                 residual=name.endswith(".conv2"),
-                upsample=layout[0],
-                padding=layout[1],
-                mode=layout[2],
+                layout=layout,
             )
         )
         stored = convs[-1].laid_out

@@ -1,4 +1,4 @@
-"""`fastnst visualize …`: options and help; torch and all that needs it is imported inside the commands."""
+"""`fastnst visualize …`: options and help; torch is imported inside the commands only."""
 
 import logging
 import os

@@ -60,14 +60,9 @@ class ImageReplacer:
     ) -> None:
         self._manifest, self._max_percent, self._on_failure = manifest, max_percent, on_failure
         self._allowed = max_failures(len(manifest.images), max_percent)
-        self._failed: dict[int, ReadFailure] = {}
-        earlier = list(earlier)
-        positions = {entry.path: index for index, entry in enumerate(manifest.images)} if earlier else {}
-        for failure in earlier:
-            if failure.entry.path in positions:
-                self._failed[positions[failure.entry.path]] = failure
-        if earlier:
-            self._check_count()
+        index_of = {entry.path: index for index, entry in enumerate(manifest.images)}
+        self._failed = {index_of[each.entry.path]: each for each in earlier if each.entry.path in index_of}
+        self._check_count()
 
     def replace(self, step: int, indices: np.ndarray) -> np.ndarray:
         """Replace failed images among the sampler's indices, int64 `[B]`, of `step` (from 0)."""

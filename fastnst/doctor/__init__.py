@@ -1,21 +1,20 @@
-"""`fastnst doctor`: what this machine has for training, what is wrong with it, and how to mend that.
+"""`fastnst doctor`: check this machine and installation, and say how to fix what is wrong.
 
-Read `children` (facts are gathered in processes of their own), `verdict` (what a check is), `report` (how it reads),
-then the topics, each with its probes, which look, and its judges, which decide from what the probes found:
-`installation`, `images`, `device`, `host`, `storage`.
+Read `workers` (probes run in child processes), `verdict` and `report`, then the topics: `installation`, `images`,
+`device`, `host`, `storage`. In each, `probe_…` functions measure, and `check_…` functions turn results into verdicts.
 
-Nothing here goes to the network. Nothing stays behind but what Triton puts into its own cache when it compiles.
+No probe uses the network. Only Triton's own compile cache is written.
 """
 
 from collections.abc import Sequence
 
 from fastnst.doctor import device, host, images, installation, storage
-from fastnst.doctor.children import Probe, collect
 from fastnst.doctor.report import Report, report
 from fastnst.doctor.verdict import DEVICE, INSTALLATION, STORAGE, Check
+from fastnst.doctor.workers import Probe, run_probes
 
-# Two processes: one for all that needs torch, which is slow to import, one for the rest.
-LANES = (
+# Two processes: one for the probes that import torch, which is slow, one for the rest.
+WORKERS = (
     (
         Probe("torch", "fastnst.doctor.installation:probe_torch", 60),
         Probe("triton", "fastnst.doctor.installation:probe_triton", 60),
@@ -36,34 +35,34 @@ LANES = (
     ),
 )
 
-_REINSTALL = "install fastnst anew, in an environment of its own"
-_DRIVER = "see whether nvidia-smi answers; if not, restart the machine or install the driver anew"
+_REINSTALL = "reinstall fastnst in a new environment"
+_DRIVER = "run nvidia-smi; if it does not answer, restart the machine or reinstall the driver"
 _DISK = "see whether the disk answers: ls ~/.cache, df"
 _KERNEL = "is this a Linux with /proc and /sys?"
 
 CHECKS = (
-    Check("Python", installation.judge_python, INSTALLATION, _REINSTALL),
-    Check("platform", installation.judge_platform, INSTALLATION, _REINSTALL),
-    Check("packages", installation.judge_packages, INSTALLATION, _REINSTALL),
-    Check("torch", installation.judge_torch, INSTALLATION, "install torch anew"),
-    Check("Triton", installation.judge_triton, INSTALLATION, _REINSTALL),
-    Check("TensorBoard", installation.judge_tensorboard, INSTALLATION, "install torch and tensorboard anew"),
-    Check("Pillow", images.judge_pillow, INSTALLATION, "install pillow anew"),
-    Check("DALI", images.judge_dali, INSTALLATION, "train with --loader pillow, or install nvidia-dali-cuda130 anew"),
-    Check("NVIDIA driver", device.judge_driver, DEVICE, _DRIVER),
-    Check("GPU", device.judge_gpus, DEVICE, f"if torch is as it should be, {_DRIVER}"),
-    Check("kernels", device.judge_kernels, DEVICE, "go on without them:\n  export FASTNST_KERNELS=reference"),
-    Check("JPEG decoder", images.judge_jpeg_engines, DEVICE, _DRIVER),
-    Check("memory", host.judge_memory, DEVICE, _KERNEL),
-    Check("CPU", host.judge_cpu, DEVICE, _KERNEL),
-    Check("/dev/shm", host.judge_shared_memory, DEVICE, _KERNEL),
-    Check("open files", host.judge_files, DEVICE, _KERNEL),
-    Check("disk", storage.judge_disk, STORAGE, _DISK),
-    Check("cache", storage.judge_cache, STORAGE, _DISK),
-    Check("VGG19 weights", storage.judge_weights, STORAGE, f"if torch is as it should be, {_DISK}"),
+    Check("Python", installation.check_python, INSTALLATION, _REINSTALL),
+    Check("platform", installation.check_platform, INSTALLATION, _REINSTALL),
+    Check("packages", installation.check_packages, INSTALLATION, _REINSTALL),
+    Check("torch", installation.check_torch, INSTALLATION, "reinstall torch"),
+    Check("Triton", installation.check_triton, INSTALLATION, _REINSTALL),
+    Check("TensorBoard", installation.check_tensorboard, INSTALLATION, "reinstall torch and tensorboard"),
+    Check("Pillow", images.check_pillow, INSTALLATION, "reinstall pillow"),
+    Check("DALI", images.check_dali, INSTALLATION, "train with --loader pillow, or reinstall nvidia-dali-cuda130"),
+    Check("NVIDIA driver", device.check_driver, DEVICE, _DRIVER),
+    Check("GPU", device.check_gpus, DEVICE, f"if torch passes, {_DRIVER}"),
+    Check("kernels", device.check_kernels, DEVICE, "disable them:\n  export FASTNST_KERNELS=reference"),
+    Check("JPEG decoder", images.check_jpeg_engines, DEVICE, _DRIVER),
+    Check("memory", host.check_memory, DEVICE, _KERNEL),
+    Check("CPU", host.check_cpu, DEVICE, _KERNEL),
+    Check("/dev/shm", host.check_shared_memory, DEVICE, _KERNEL),
+    Check("open files", host.check_files, DEVICE, _KERNEL),
+    Check("disk", storage.check_disk, STORAGE, _DISK),
+    Check("cache", storage.check_cache, STORAGE, _DISK),
+    Check("VGG19 weights", storage.check_weights, STORAGE, f"if torch passes, {_DISK}"),
 )
 
 
-def examine(lanes: Sequence[Sequence[Probe]] = LANES, checks: Sequence[Check] = CHECKS) -> Report:
-    """Look at this machine. Raises nothing: what goes wrong is a row that failed."""
-    return report(collect(lanes), checks)
+def examine(workers: Sequence[Sequence[Probe]] = WORKERS, checks: Sequence[Check] = CHECKS) -> Report:
+    """Examine this machine. Never raises: an error becomes a failed row."""
+    return report(run_probes(workers), checks)

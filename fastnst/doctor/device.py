@@ -1,4 +1,4 @@
-"""The NVIDIA driver, the GPUs, and whether the kernels run on them, or their PyTorch paths where there is none."""
+"""The NVIDIA driver, the GPUs, and the kernels (their PyTorch paths without a GPU)."""
 
 import ctypes
 import os
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastnst.doctor.children import Facts
 from fastnst.doctor.verdict import Verdict, failed, gib, passed, warned
+from fastnst.doctor.workers import Results
 
 _SETTINGS = ("FASTNST_KERNELS", "FASTNST_COOPERATIVE", "TRITON_INTERPRET")
 _TENSOR_CORES_WITH_BF16 = (8, 0)
 _LITTLE_MEMORY = 4 * 2**30
-"""Bytes: both networks and a batch of four at 256² fit into less."""
+"""Bytes: both networks and a batch of four at 256² need less."""
 _LARGEST_ERROR = 0.01
-"""Relative, of a kernel against its reference; TF32 rounds to 0.0005."""
+"""Relative error of a kernel against its reference; TF32 rounds to 0.0005."""
 
 _DRIVER_ADVICE = "install NVIDIA's driver; in a container, hand the GPU in (docker run --gpus all …)"
 _NVIDIA_PCI_VENDOR = "0x10de"
@@ -24,7 +24,7 @@ _CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH = 95
 
 
 def probe_driver() -> dict[str, Any]:
-    """What the driver says of itself through NVML, its library for management: no CUDA, no torch, no second program."""
+    """Ask the driver for its version through NVML, without CUDA or torch."""
     found: dict[str, Any] = {"pci": _nvidia_displays(), "library": False}
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
@@ -47,7 +47,7 @@ def probe_driver() -> dict[str, Any]:
 
 
 def probe_gpus() -> dict[str, Any]:
-    """What torch can use, and why it can use nothing."""
+    """Ask torch for its GPUs, or for the reason why there are none."""
     import torch
 
     found: dict[str, Any] = {"visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "reason": None, "gpus": []}
@@ -78,7 +78,7 @@ def probe_gpus() -> dict[str, Any]:
 
 
 def probe_kernels() -> dict[str, Any]:
-    """Instance norm and Gram matrix of a small tensor, on each GPU or on the CPU, beside their references."""
+    """Compare instance norm and Gram matrix with their references, on each GPU or on the CPU."""
     import torch
 
     from fastnst_kernels import gram_matrix, gram_matrix_reference, instance_norm, instance_norm_reference, runtime
@@ -99,24 +99,24 @@ def probe_kernels() -> dict[str, Any]:
             (gram_matrix(images), gram_matrix_reference(images)),
         ):
             errors.append(((one - reference).abs().max() / reference.abs().max()).item())
-    # Not `max`, which overlooks NaN.
+    # torch's max keeps NaN, Python's may not.
     return found | {"gpus": gpus, "error": torch.tensor(errors).max().item(), "interpreted": runtime.INTERPRETING}
 
 
-def judge_driver(facts: Facts) -> Verdict:
-    driver = facts["driver"]
-    torch_cuda, usable = facts.get("torch").get("cuda"), facts.get("gpus").get("gpus")
+def check_driver(results: Results) -> Verdict:
+    driver = results["driver"]
+    torch_cuda, usable = results.get("torch").get("cuda"), results.get("gpus").get("gpus")
     if "version" not in driver:
         if driver["pci"]:
             found = f"{driver['pci']} NVIDIA GPU{'s' if driver['pci'] > 1 else ''} on the bus, and no driver"
             return warned(found + (f" answers ({driver['broken']})" if driver["library"] else ""), _DRIVER_ADVICE)
         if "mismatch" in driver.get("broken", ""):
             return failed(f"does not answer: {driver['broken']}", "restart the machine: the driver was updated")
-        return passed("none, and no NVIDIA GPU that would need one")
+        return passed("none, and no NVIDIA GPU")
     found = f"{driver['version']}, for CUDA up to {_dotted(driver['cuda'])}"
     if torch_cuda is None:
         return passed(found)
-    # Minor versions of CUDA go together, and so does an older driver with NVIDIA's compatibility package.
+    # CUDA's minor versions are compatible; an older driver works with NVIDIA's compatibility package.
     if driver["cuda"][0] < int(torch_cuda.split(".")[0]) and not usable:
         return failed(
             f"{found}; this torch needs {torch_cuda}",
@@ -125,11 +125,11 @@ def judge_driver(facts: Facts) -> Verdict:
     return passed(f"{found}; torch uses {torch_cuda}")
 
 
-def judge_gpus(facts: Facts) -> Verdict | Sequence[Verdict]:
-    found, driver, torch = facts["gpus"], facts.get("driver"), facts.get("torch")
+def check_gpus(results: Results) -> Verdict | Sequence[Verdict]:
+    found, driver, torch = results["gpus"], results.get("driver"), results.get("torch")
     if found["gpus"]:
         several = len(found["gpus"]) > 1
-        return [_judge_gpu(gpu, f"GPU {index}" if several else None) for index, gpu in enumerate(found["gpus"])]
+        return [_check_gpu(gpu, f"GPU {index}" if several else None) for index, gpu in enumerate(found["gpus"])]
     slow = "training runs on the CPU, hundreds of times slower"
     if not driver.get("gpus"):
         return warned(
@@ -147,24 +147,24 @@ def judge_gpus(facts: Facts) -> Verdict | Sequence[Verdict]:
     return failed(f"the driver has one, torch cannot use it{reason}: {slow}", "see NVIDIA driver and torch")
 
 
-def _judge_gpu(gpu: dict[str, Any], name: str | None) -> Verdict:
+def _check_gpu(gpu: dict[str, Any], name: str | None) -> Verdict:
     capability = _dotted(gpu["capability"])
     found = f"{gpu['name']}, compute capability {capability}, {gib(gpu['free'])} of {gib(gpu['total'])} free"
     if tuple(gpu["capability"]) < _TENSOR_CORES_WITH_BF16:
         fix = "it works with --precision fp16 and PyTorch's own operations; the kernels and bf16 need 8.0 or newer"
         return Verdict("WARN", f"{found}: no bf16, and the Triton kernels do not run", fix, name)
     if gpu["free"] < _LITTLE_MEMORY:
-        fix = "end what else uses it (nvidia-smi shows what), or choose a small train.batch_size; see --dry-run"
+        fix = "end other processes on it (nvidia-smi lists them), or choose a small train.batch_size; see --dry-run"
         return Verdict("WARN", found, fix, name)
     if not gpu["cooperative"]:
-        fix = "keep norms to two launches, which need none:\n  export FASTNST_COOPERATIVE=0"
+        fix = "make the norms use two launches instead:\n  export FASTNST_COOPERATIVE=0"
         return Verdict("WARN", f"{found}: no cooperative launch", fix, name)
     return Verdict("PASS", f"{found}, cooperative launch", name=name)
 
 
-def judge_kernels(facts: Facts) -> Verdict:
+def check_kernels(results: Results) -> Verdict:
     try:
-        kernels = facts["kernels"]
+        kernels = results["kernels"]
     except Exception as error:
         if "C compiler" in str(error):
             return failed(str(error), "Triton needs a C compiler, for example:\n  apt install gcc")
@@ -178,10 +178,10 @@ def judge_kernels(facts: Facts) -> Verdict:
     if not kernels["error"] <= _LARGEST_ERROR:
         return failed(
             f"{found}, with wrong results: {kernels['error']:.1e} off the reference",
-            "go on without them, and report this:\n  export FASTNST_KERNELS=reference",
+            "disable them, and report this:\n  export FASTNST_KERNELS=reference",
         )
     found += f", {kernels['error']:.0e} off the reference"
-    capable = all(tuple(gpu["capability"]) >= _TENSOR_CORES_WITH_BF16 for gpu in facts.get("gpus").get("gpus", []))
+    capable = all(tuple(gpu["capability"]) >= _TENSOR_CORES_WITH_BF16 for gpu in results.get("gpus").get("gpus", []))
     if kernels["interpreted"]:
         return warned(f"{found}: interpreted, thousands of times slower", "unset it:\n  unset TRITON_INTERPRET")
     if kernels["gpus"] and not triton and capable:
@@ -191,7 +191,7 @@ def judge_kernels(facts: Facts) -> Verdict:
 
 
 def _nvidia_displays(root: Path = Path("/")) -> int:
-    """NVIDIA's display controllers on the PCI bus, whether or not a driver knows them."""
+    """Count NVIDIA's display controllers on the PCI bus, with or without a driver."""
     count = 0
     for device in (root / "sys/bus/pci/devices").glob("*"):
         try:

@@ -1,22 +1,22 @@
-"""The machine around the GPU: memory, cores, shared memory, open files."""
+"""Memory, CPU cores, shared memory, open files."""
 
 import os
 import resource
 from pathlib import Path
 from typing import Any
 
-from fastnst.doctor.children import Facts, in_words
 from fastnst.doctor.verdict import Verdict, failed, gib, passed, warned
+from fastnst.doctor.workers import Results, format_error
 
 _COMFORTABLE_MEMORY = 4 * 2**30
 _LEAST_MEMORY = 2**30
-"""Bytes: VGG19 as it is read from its file, and PyTorch."""
+"""Bytes: VGG19 while its file is read, and PyTorch."""
 _FEW_FILES = 512
-"""Sixteen loading processes with their pipes, libraries, the log and a checkpoint stay below."""
+"""Sixteen loader processes, libraries, the log and a checkpoint need fewer."""
 
 
 def probe_host(root: Path = Path("/")) -> dict[str, Any]:
-    """Memory and cores, with the limits of the control group (a container has one); `root` is where `/proc` hangs."""
+    """Measure memory and cores, with the limits of the control group (containers); `root` holds `/proc` and `/sys`."""
     meminfo = {}
     for line in (root / "proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -41,7 +41,7 @@ def probe_host(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def probe_shared_memory() -> dict[str, Any]:
-    """Whether processes can share a lock, as the Pillow loader's do: it is a file in `/dev/shm`."""
+    """Try to make a lock shared by processes, a file in `/dev/shm`: the Pillow loader needs one."""
     import multiprocessing
 
     found: dict[str, Any] = {"size": None, "free": None}
@@ -50,12 +50,12 @@ def probe_shared_memory() -> dict[str, Any]:
         found |= {"size": state.f_frsize * state.f_blocks, "free": state.f_frsize * state.f_bavail}
         multiprocessing.get_context("spawn").Lock()
     except (OSError, ImportError) as error:
-        found["broken"] = in_words(error)
+        found["broken"] = format_error(error)
     return found
 
 
-def judge_memory(facts: Facts) -> Verdict:
-    host = facts["host"]
+def check_memory(results: Results) -> Verdict:
+    host = results["host"]
     free, total = host["available"], f"{gib(host['memory'])}"
     if host["limit"] is not None:
         free = min(free, host["room"])
@@ -67,36 +67,38 @@ def judge_memory(facts: Facts) -> Verdict:
     return warned(f"{found}: little", fix) if free < _COMFORTABLE_MEMORY else passed(found)
 
 
-def judge_cpu(facts: Facts) -> Verdict:
-    host, threads = facts["host"], facts.get("torch").get("threads")
+def check_cpu(results: Results) -> Verdict:
+    host, threads = results["host"], results.get("torch").get("threads")
     found = f"{host['usable']} of {host['cores']} cores usable"
     share = float(host["usable"])
     if host["quota"] is not None and host["quota"] < share:
         share = host["quota"]
-        found += f", of which the control group grants {share:.3g}"
+        found += f"; the control group grants {share:.3g}"
     if threads is not None:
         found += f"; torch uses {threads} thread{'s' if threads > 1 else ''}"
     if host["omp"] is not None:
         found += f" (OMP_NUM_THREADS={host['omp']})"
     if threads is not None and threads > max(1.0, share):
         best = max(1, int(share))
-        return warned(f"{found}: they will wait for one another", f"set it:\n  export OMP_NUM_THREADS={best}")
+        return warned(f"{found}: too many, they wait for one another", f"set it:\n  export OMP_NUM_THREADS={best}")
     return passed(found)
 
 
-def judge_shared_memory(facts: Facts) -> Verdict:
-    shared = facts["shared_memory"]
+def check_shared_memory(results: Results) -> Verdict:
+    shared = results["shared_memory"]
     if "broken" in shared:
         return failed(
             f"processes cannot share a lock: {shared['broken']}",
             "train with --loader dali, or mount it (docker run --shm-size 64m …):\n"
             "  mount -t tmpfs -o mode=1777 tmpfs /dev/shm",
         )
-    return passed(f"{gib(shared['size'])}, {gib(shared['free'])} free; loaders keep only locks there: any size will do")
+    return passed(
+        f"{gib(shared['size'])}, {gib(shared['free'])} free; loaders keep only locks there: any size suffices"
+    )
 
 
-def judge_files(facts: Facts) -> Verdict:
-    soft, hard = facts["host"]["files"], facts["host"]["files_hard"]
+def check_files(results: Results) -> Verdict:
+    soft, hard = results["host"]["files"], results["host"]["files_hard"]
     found = f"{'any number' if soft is None else soft} per process"
     if soft is not None and soft < _FEW_FILES:
         most = _FEW_FILES if hard is None else min(hard, 4096)
@@ -109,7 +111,7 @@ def judge_files(facts: Facts) -> Verdict:
 
 
 def _control_groups(root: Path) -> list[Path]:
-    """Folders that may hold limits of this process: of both versions, its own group's and what a container shows."""
+    """Return the folders that may hold this process's limits, for cgroup v1 and v2."""
     base = root / "sys/fs/cgroup"
     folders = [base, base / "memory", base / "cpu"]
     try:
@@ -120,13 +122,13 @@ def _control_groups(root: Path) -> list[Path]:
         _, controllers, path = line.split(":", 2)
         top = base if not controllers else base / controllers
         own = top / path.lstrip("/")
-        # A limit of any group around this one holds here, too.
+        # The limits of enclosing groups apply, too.
         folders += [own, *(parent for parent in own.parents if parent.is_relative_to(top))]
     return list(dict.fromkeys(folders))
 
 
 def _memory_limit(group: Path) -> tuple[int, int] | None:
-    """Bytes that are left to a group, and its limit; None if it has none."""
+    """Return the free bytes and the limit of a group, or None without a limit."""
     limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
     used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes")
     if limit is None or used is None:
@@ -135,13 +137,13 @@ def _memory_limit(group: Path) -> tuple[int, int] | None:
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         statistics = {}
-    # Files that were read count as used, yet make room when it is needed.
+    # The page cache counts as used, but is reclaimable.
     cached = int(statistics.get("total_inactive_file") or statistics.get("inactive_file") or 0)
     return max(0, limit - used + cached), limit
 
 
 def _cpu_quota(group: Path) -> float | None:
-    """How many cores' time the group may use."""
+    """Return the group's CPU quota in cores."""
     try:
         quota, period = (group / "cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What decodes images: Pillow, DALI, and the engines that some GPUs have for JPEG."""
+"""Image decoders: Pillow, DALI, and the JPEG engines of some GPUs."""
 
 import ctypes
 import io
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from fastnst.doctor.children import Facts, in_words
-from fastnst.doctor.installation import fits, pip_install, wanted_version
+from fastnst.doctor.installation import pip_install, unusable, wanted_version
 from fastnst.doctor.verdict import Verdict, failed, passed, warned
+from fastnst.doctor.workers import Results, format_error
 
 _DALI = "nvidia-dali-cuda130"
 _LARGEST_DIFFERENCE = 4.0
 """Mean of |DALI - Pillow|, of 255, on an image without fine detail: two JPEG decoders differ by less than 2."""
 
-# Of nvjpeg.h.
+# From nvjpeg.h.
 _NVJPEG_BACKEND_HARDWARE = 3
 _NVJPEG_STATUS_ARCH_MISMATCH = 7
 
@@ -25,7 +25,7 @@ def probe_pillow() -> dict[str, Any]:
         import PIL
         from PIL import features
     except (ImportError, OSError) as error:
-        return {"broken": in_words(error)}
+        return {"broken": format_error(error)}
     turbo = features.check_feature("libjpeg_turbo")
     return {
         "version": PIL.__version__,
@@ -37,11 +37,11 @@ def probe_pillow() -> dict[str, Any]:
 
 
 def probe_dali() -> dict[str, Any]:
-    """Decode a small JPEG: on the CPU, and as training does on the first GPU where CUDA finds one."""
+    """Decode a small JPEG on the CPU and, if there is one, on the first GPU."""
     try:
         import nvidia.dali
     except (ImportError, OSError) as error:
-        return {"broken": in_words(error)}
+        return {"broken": format_error(error)}
     import numpy as np
     from PIL import Image
 
@@ -60,12 +60,12 @@ def probe_dali() -> dict[str, Any]:
         try:
             found["gpu"] = difference("mixed")
         except RuntimeError as error:
-            found["gpu_broken"] = in_words(error)
+            found["gpu_broken"] = format_error(error)
     return found
 
 
 def probe_jpeg_engines() -> list[dict[str, Any]]:
-    """Per GPU: its JPEG decoding engines, as nvJPEG counts them, or why that is not known."""
+    """Ask nvJPEG for the number of JPEG engines of each GPU."""
     import torch
 
     with warnings.catch_warnings():
@@ -76,23 +76,21 @@ def probe_jpeg_engines() -> list[dict[str, Any]]:
     try:
         nvjpeg = _nvjpeg()
     except OSError:
-        return [{"unknown": "nvJPEG, which knows, is not installed"}] * count
+        return [{"unknown": "nvJPEG is not installed"}] * count
     found = []
     for index in range(count):
-        torch.zeros(1, device=f"cuda:{index}")  # nvJPEG takes the GPU that is current
+        torch.zeros(1, device=f"cuda:{index}")  # makes the CUDA context; nvJPEG uses the current GPU
         with torch.cuda.device(index):
             found.append(_engines(nvjpeg))
     return found
 
 
-def judge_pillow(facts: Facts) -> Verdict:
-    pillow, wanted = facts["pillow"], wanted_version(facts, "pillow")
-    reinstall = f"install the build that pip has:\n  pip install --force-reinstall 'pillow{wanted}'"
-    if "broken" in pillow:
-        return failed(f"cannot be imported: {pillow['broken']}", reinstall)
+def check_pillow(results: Results) -> Verdict:
+    if (verdict := unusable(results, "pillow")) is not None:
+        return verdict
+    pillow = results["pillow"]
     version = pillow["version"]
-    if not fits(facts, "pillow"):
-        return failed(f"{version}; fastnst needs {wanted}", reinstall)
+    reinstall = f"reinstall pip's build:\n  pip install --force-reinstall 'pillow{wanted_version(results, 'pillow')}'"
     if missing := [name.upper() for name in ("jpeg", "png") if not pillow[name]]:
         return failed(f"{version} without {' and '.join(missing)}", reinstall)
     lacks = [] if pillow["turbo"] else ["libjpeg-turbo (JPEG is read more slowly)"]
@@ -102,14 +100,14 @@ def judge_pillow(facts: Facts) -> Verdict:
     return passed(f"{version}, libjpeg-turbo {pillow['turbo']}, WebP")
 
 
-def judge_dali(facts: Facts) -> Verdict:
-    dali = facts["dali"]
-    wanted = wanted_version(facts, _DALI)
+def check_dali(results: Results) -> Verdict:
+    dali = results["dali"]
+    wanted = wanted_version(results, _DALI)
     other = "train with --loader pillow, or "
     install = f"install it:\n  {pip_install(_DALI + wanted)}"
     if "broken" in dali:
         found = f"cannot be imported: {dali['broken']}; training loads images with it unless told otherwise"
-        needed = facts.get("packages").get("packages", {}).get(_DALI, {}).get("needed", True)
+        needed = results.get("packages").get("packages", {}).get(_DALI, {}).get("needed", True)
         return failed(found, other + install) if needed else warned(found, "train with --loader pillow")
     version = dali["version"]
     if "gpu_broken" in dali:
@@ -124,23 +122,22 @@ def judge_dali(facts: Facts) -> Verdict:
     return passed(f"{version}, decodes a JPEG on the {' and the '.join(place.upper() for place in places)}")
 
 
-def judge_jpeg_engines(facts: Facts) -> Verdict | Sequence[Verdict]:
-    engines = facts["jpeg_engines"]
-    if not engines:
+def check_jpeg_engines(results: Results) -> Verdict | Sequence[Verdict]:
+    gpus = results["jpeg_engines"]
+    if not gpus:
         return passed("no usable GPU: JPEGs are decoded on the CPU")
-    verdicts = []
-    for index, one in enumerate(engines):
-        name = None if len(engines) == 1 else f"JPEG decoder {index}"
-        if "unknown" in one:
-            fix = "nothing breaks; DALI finds out by itself. To have it shown here:\n  " + pip_install("nvidia-nvjpeg")
-            verdicts.append(Verdict("WARN", f"not known: {one['unknown']}", fix, name))
-        elif one["engines"]:
-            cores = f" of {one['cores']} cores" if one["cores"] else ""
-            plural = "s" if one["engines"] > 1 else ""
-            verdicts.append(Verdict("PASS", f"{one['engines']} engine{plural}{cores} in the GPU", name=name))
-        else:
-            verdicts.append(Verdict("PASS", "none in this GPU: DALI decodes on its CUDA cores", name=name))
-    return verdicts
+    names = [None] if len(gpus) == 1 else [f"JPEG decoder {index}" for index in range(len(gpus))]
+    return [_check_engines(gpu, name) for gpu, name in zip(gpus, names, strict=True)]
+
+
+def _check_engines(gpu: dict[str, Any], name: str | None) -> Verdict:
+    if "unknown" in gpu:
+        fix = "nothing breaks: DALI detects them itself. To show them here:\n  " + pip_install("nvidia-nvjpeg")
+        return Verdict("WARN", f"unknown: {gpu['unknown']}", fix, name)
+    if not gpu["engines"]:
+        return Verdict("PASS", "none in this GPU: DALI decodes on its CUDA cores", name=name)
+    cores = f" of {gpu['cores']} cores" if gpu["cores"] else ""
+    return Verdict("PASS", f"{gpu['engines']} engine{'s' if gpu['engines'] > 1 else ''}{cores} in the GPU", name=name)
 
 
 def _decoded(encoded: Any, device: str) -> Any:
@@ -158,7 +155,7 @@ def _decoded(encoded: Any, device: str) -> Any:
 
 
 def _cuda_devices() -> int:
-    """How many GPUs the driver offers to CUDA programs, without torch: this process may not have it."""
+    """Count CUDA devices without torch, which this process does not import."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -168,7 +165,7 @@ def _cuda_devices() -> int:
 
 
 def _nvjpeg() -> ctypes.CDLL:
-    """nvJPEG of the package that DALI brings, else the system's. Raises OSError if there is none."""
+    """Load nvJPEG from DALI's package or the system. Raises OSError if there is none."""
     names = [f"libnvjpeg.so.{major}" for major in (13, 12)]
     for distribution in metadata.distributions():
         if (distribution.name or "").lower().replace("_", "-").startswith("nvidia-nvjpeg"):

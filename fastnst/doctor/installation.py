@@ -1,5 +1,6 @@
-"""Python and the packages: there, of a version that goes together, and fit for work."""
+"""Python and packages: present, compatible, importable."""
 
+import contextlib
 import importlib
 import platform
 import subprocess
@@ -7,16 +8,16 @@ import warnings
 from importlib import metadata
 from typing import Any
 
-from fastnst.doctor.children import Facts, in_words
 from fastnst.doctor.verdict import Verdict, failed, passed, warned
+from fastnst.doctor.workers import Results, format_error
 
-# Of these, more than the version is looked at: they have lines of their own.
+# Checked beyond their versions, on lines of their own.
 _OWN_LINES = ("torch", "triton", "tensorboard", "pillow")
 _DALI = "nvidia-dali"
 
 
 def probe_packages() -> dict[str, Any]:
-    """Which versions are there, and which `fastnst` and torch ask for, out of their own metadata."""
+    """Compare installed versions with what the metadata of `fastnst` and torch ask for."""
     from packaging.requirements import Requirement
 
     found: dict[str, Any] = {
@@ -52,7 +53,7 @@ def probe_torch() -> dict[str, Any]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return {"broken": in_words(error)}
+        return {"broken": format_error(error)}
     return {"version": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
 
 
@@ -60,7 +61,7 @@ def probe_triton() -> dict[str, Any]:
     try:
         import triton  # noqa: F401
     except (ImportError, OSError) as error:
-        return {"broken": in_words(error)}
+        return {"broken": format_error(error)}
     return {}
 
 
@@ -68,23 +69,23 @@ def probe_tensorboard() -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            # What writes the log, rather than `tensorboard` alone: it needs more of it.
+            # The log writer needs more of tensorboard than `import tensorboard` does.
             import torch.utils.tensorboard  # noqa: F401
         import tensorboard
     except (ImportError, OSError) as error:
-        return {"broken": in_words(error)}
+        return {"broken": format_error(error)}
     version = tensorboard.__version__
     try:
         if (binary := importlib.import_module("tensorboard_data_server").server_binary()) is None:
             return {"version": version, "server": None, "why": "it does not exist for this platform"}
         done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True)
     except (ImportError, OSError, subprocess.SubprocessError) as error:
-        return {"version": version, "server": None, "why": in_words(error)}
+        return {"version": version, "server": None, "why": format_error(error)}
     return {"version": version, "server": done.stdout.split()[-1]}
 
 
-def judge_python(facts: Facts) -> Verdict:
-    packages = facts["packages"]
+def check_python(results: Results) -> Verdict:
+    packages = results["packages"]
     found = f"{packages['python']}, {packages['implementation']}"
     if not packages["python_fits"]:
         wanted = packages["requires_python"]
@@ -92,8 +93,8 @@ def judge_python(facts: Facts) -> Verdict:
     return passed(found)
 
 
-def judge_platform(facts: Facts) -> Verdict:
-    packages = facts["packages"]
+def check_platform(results: Results) -> Verdict:
+    packages = results["packages"]
     parts = (f"{packages['system']} {packages['release']}", packages["machine"], packages["libc"])
     found = ", ".join(part for part in parts if part)
     if (packages["system"], packages["machine"]) != ("Linux", "x86_64"):
@@ -104,8 +105,8 @@ def judge_platform(facts: Facts) -> Verdict:
     return passed(found)
 
 
-def judge_packages(facts: Facts) -> Verdict:
-    packages = facts["packages"]
+def check_packages(results: Results) -> Verdict:
+    packages = results["packages"]
     if packages["fastnst"] is None:
         return warned(
             "fastnst runs from a source tree that is not installed, so the versions it needs are not known",
@@ -125,32 +126,30 @@ def judge_packages(facts: Facts) -> Verdict:
     return passed(f"fastnst {packages['fastnst']}; {listed}")
 
 
-def judge_torch(facts: Facts) -> Verdict:
-    torch, wanted = facts["torch"], wanted_version(facts, "torch")
-    if "broken" in torch:
-        return failed(f"cannot be imported: {torch['broken']}", f"install it:\n  {pip_install('torch' + wanted)}")
+def check_torch(results: Results) -> Verdict:
+    if (verdict := unusable(results, "torch")) is not None:
+        return verdict
+    torch = results["torch"]
     found = f"{torch['version']}, " + (f"CUDA {torch['cuda']} build" if torch["cuda"] else "CPU build")
-    if not fits(facts, "torch"):
-        return failed(f"{found}; fastnst needs {wanted}", f"install one that fits:\n  {pip_install('torch' + wanted)}")
-    if not torch["cuda"] and (gpus := facts.get("driver").get("gpus")):
+    if not torch["cuda"] and (gpus := results.get("driver").get("gpus")):
         return warned(
-            f"{found}, beside {gpus} NVIDIA GPU{'s' if gpus > 1 else ''}, which it cannot use",
-            "install the CUDA build, which is what pip installs by default on Linux:\n"
-            f"  pip uninstall --yes torch && {pip_install('torch' + wanted)}",
+            f"{found} cannot use this machine's {gpus} NVIDIA GPU{'s' if gpus > 1 else ''}",
+            "install the CUDA build, pip's default on Linux:\n"
+            f"  pip uninstall --yes torch && {pip_install('torch' + wanted_version(results, 'torch'))}",
         )
     return passed(found)
 
 
-def judge_triton(facts: Facts) -> Verdict:
-    packages = facts["packages"]
+def check_triton(results: Results) -> Verdict:
+    packages = results["packages"]
     pin, known = packages["triton_pin"], packages["packages"].get("triton", {})
     install = pip_install("triton" + (pin or known.get("wanted", "")))
     version = packages["triton"]
     if version is None:
         return warned("not installed: the kernels' PyTorch paths run, slower on a GPU", f"install it:\n  {install}")
-    if "broken" in facts["triton"]:
-        found = f"{version} cannot be imported: {facts['triton']['broken']}; the kernels' PyTorch paths run"
-        return warned(found, f"install it anew:\n  {install.replace('install', 'install --force-reinstall', 1)}")
+    if "broken" in results["triton"]:
+        found = f"{version} cannot be imported: {results['triton']['broken']}; the kernels' PyTorch paths run"
+        return warned(found, f"reinstall it:\n  {install.replace('install', 'install --force-reinstall', 1)}")
     if pin is not None and not packages["triton_pairs"]:
         return warned(f"{version}; the installed torch is made for {pin}", f"install the pair:\n  {install}")
     if not known.get("fits", True):
@@ -158,48 +157,54 @@ def judge_triton(facts: Facts) -> Verdict:
     return passed(version + (", as torch asks for" if pin else "; torch's CPU build asks for none"))
 
 
-def judge_tensorboard(facts: Facts) -> Verdict:
-    tensorboard, wanted = facts["tensorboard"], wanted_version(facts, "tensorboard")
-    install = pip_install("tensorboard" + wanted)
-    if "broken" in tensorboard:
-        found = f"cannot be imported: {tensorboard['broken']}; training writes its log with it"
-        return failed(found, f"install it:\n  {install}")
-    version = tensorboard["version"]
-    if not fits(facts, "tensorboard"):
-        return failed(f"{version}; fastnst needs {wanted}", f"install one that fits:\n  {install}")
+def check_tensorboard(results: Results) -> Verdict:
+    if (verdict := unusable(results, "tensorboard")) is not None:
+        return verdict
+    tensorboard = results["tensorboard"]
     if tensorboard["server"] is None:
         return warned(
-            f"{version}, without its data server ({tensorboard['why']}): logs load slowly",
-            f"install it, if long logs are a trouble:\n  {pip_install('tensorboard-data-server')}",
+            f"{tensorboard['version']}, without its data server ({tensorboard['why']}): logs load slowly",
+            f"install it if long logs load too slowly:\n  {pip_install('tensorboard-data-server')}",
         )
-    return passed(f"{version}, data server {tensorboard['server']}")
+    return passed(f"{tensorboard['version']}, data server {tensorboard['server']}")
 
 
-def versions(facts: Facts) -> dict[str, str | None]:
-    """What matters to whoever reads a report, by name."""
-    packages, driver = facts.get("packages"), facts.get("driver")
+def unusable(results: Results, name: str) -> Verdict | None:
+    """Return FAIL if a package cannot be imported or is of a wrong version; probe and package have the same name."""
+    package, wanted = results[name], wanted_version(results, name)
+    install = pip_install(name + wanted)
+    if "broken" in package:
+        return failed(f"cannot be imported: {package['broken']}", f"install it:\n  {install}")
+    if not fits(results, name):
+        return failed(f"{package['version']}; fastnst needs {wanted}", f"install one that fits:\n  {install}")
+    return None
+
+
+def versions(results: Results) -> dict[str, str | None]:
+    """Return the versions that a bug report needs, by name."""
+    packages, driver = results.get("packages"), results.get("driver")
     named = {name: package["version"] for name, package in packages.get("packages", {}).items()}
     return {
         "fastnst": packages.get("fastnst"),
         "python": packages.get("python"),
         **named,
-        "cuda": facts.get("torch").get("cuda"),
+        "cuda": results.get("torch").get("cuda"),
         "nvidia-driver": driver.get("version"),
     }
 
 
-def fits(facts: Facts, name: str) -> bool:
-    """Whether a package's version is in the range that `fastnst` asks for, as far as that is known."""
-    return bool(facts.get("packages").get("packages", {}).get(name, {}).get("fits", True))
+def fits(results: Results, name: str) -> bool:
+    """Return whether a package's version is in the range of `fastnst`, True if unknown."""
+    return bool(results.get("packages").get("packages", {}).get(name, {}).get("fits", True))
 
 
-def wanted_version(facts: Facts, name: str) -> str:
-    """The range that `fastnst` asks for, such as `>=2.11`; empty where that is not known."""
-    return str(facts.get("packages").get("packages", {}).get(name, {}).get("wanted", ""))
+def wanted_version(results: Results, name: str) -> str:
+    """Return the range that `fastnst` asks for, such as `>=2.11`, or "" if unknown."""
+    return str(results.get("packages").get("packages", {}).get(name, {}).get("wanted", ""))
 
 
 def pip_install(*requirements: str) -> str:
-    """The command. Quoted, because a shell takes `>` for a redirection."""
+    """Return the command, quoted where a shell would redirect on `>`."""
     return "pip install " + " ".join(f"'{each}'" if set(each) & set("<>!~*;") else each for each in requirements)
 
 
@@ -214,14 +219,12 @@ def _package(requirement: Any) -> dict[str, Any]:
 
 
 def _version(distribution: str) -> str | None:
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _requires(distribution: str) -> list[str]:
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:
-        return []
+    return []

@@ -1,4 +1,4 @@
-"""From facts to lines that can be pasted anywhere: aligned, plain, without the names of user and machine."""
+"""Format results as aligned plain text without the names of the user and the machine."""
 
 import contextlib
 import getpass
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastnst.doctor import installation
-from fastnst.doctor.children import Facts, ProbeError, in_words
 from fastnst.doctor.verdict import Check, Status, Verdict
+from fastnst.doctor.workers import ProbeError, Results, format_error
 
 _PAGE = 110
 _INDENT = 21
@@ -27,7 +27,7 @@ class Row:
     found: str
     fix: str | None
     exit_code: int
-    """Of the command, if this is the first row that failed."""
+    """The command's exit code if this is the first failed row."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 if nothing failed, else that of the first row that did: 1 installation, 3 storage, 5 device or memory."""
+        """0, or the code of the first failed row: 1 installation, 3 storage, 5 device or memory."""
         return next((row.exit_code for row in self.rows if row.status == "FAIL"), 0)
 
     def as_json(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Report:
         return {"ok": self.exit_code == 0, "checks": checks, "versions": self.versions}
 
     def lines(self) -> Iterator[tuple[Status | None, str]]:
-        """The report as text; a line that begins with a status comes with it."""
+        """Yield (status, line); status is None for lines that do not begin with one."""
         for row in self.rows:
             first, *rest = _wrapped(row.found)
             yield row.status, f"{row.status}  {row.name:<{_INDENT - 6}}{first}"
@@ -58,30 +58,30 @@ class Report:
         yield None, f"{counts['PASS']} passed, {counts['WARN']} warned, {counts['FAIL']} failed"
 
 
-def report(facts: Facts, checks: Sequence[Check]) -> Report:
-    """What the facts come to, without the names of the user and of the machine."""
+def report(results: Results, checks: Sequence[Check]) -> Report:
+    """Evaluate the checks; the names of the user and the machine are replaced."""
     anonymous = _Anonymous()
     rows = []
     for check in checks:
-        for verdict in _verdicts(check, facts):
+        for verdict in _verdicts(check, results):
             fix = None if verdict.fix is None else anonymous(verdict.fix)
             rows.append(Row(verdict.name or check.name, verdict.status, anonymous(verdict.found), fix, check.exit_code))
-    return Report(rows, installation.versions(facts))
+    return Report(rows, installation.versions(results))
 
 
-def _verdicts(check: Check, facts: Facts) -> Sequence[Verdict]:
+def _verdicts(check: Check, results: Results) -> Sequence[Verdict]:
     try:
-        verdicts = check.judge(facts)
+        verdicts = check.function(results)
     except ProbeError as error:
-        return [Verdict("FAIL", str(error), check.if_not_known)]
+        return [Verdict("FAIL", str(error), check.fix_if_unknown)]
     except Exception as error:
-        # A mistake in a check is no reason to withhold the others.
-        return [Verdict("FAIL", f"the check itself failed: {in_words(error)}", check.if_not_known)]
+        # A bug in one check must not hide the others.
+        return [Verdict("FAIL", f"the check itself failed: {format_error(error)}", check.fix_if_unknown)]
     return [verdicts] if isinstance(verdicts, Verdict) else verdicts
 
 
 def _wrapped(text: str) -> list[str]:
-    """Lines that fit the page. A command stays whole, so that it can be pasted into a shell."""
+    """Wrap text to the page. A command stays on one line, to be pasted into a shell."""
     if text.startswith(" "):
         return [text]
     return textwrap.wrap(text, _PAGE - _INDENT, break_long_words=False, break_on_hyphens=False) or [""]

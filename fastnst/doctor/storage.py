@@ -1,4 +1,4 @@
-"""Disks, the cache folder, and VGG19's weights in it."""
+"""Free space, the cache folder, VGG19's weights."""
 
 import os
 import shlex
@@ -7,16 +7,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastnst.doctor.children import Facts
 from fastnst.doctor.verdict import Verdict, failed, gib, passed, warned
+from fastnst.doctor.workers import Results
 
 _COMFORTABLE_DISK, _LEAST_DISK = 2 * 2**30, 2**28
-"""Bytes for runs: checkpoints of one take some 100 MB, its log with images as much and more."""
+"""Bytes for runs: checkpoints take about 100 MB, a log with images as much or more."""
 _ELSEWHERE = "free some space there, or keep it elsewhere:\n  export FASTNST_CACHE=FOLDER"
 
 
 def probe_folders() -> dict[str, Any]:
-    """Room in the working directory and in the cache folder, and whether both can be written."""
+    """Measure free space in the working directory and the cache folder, and whether both are writable."""
     from fastnst.storage import cache_folder
 
     here, cache = Path.cwd(), cache_folder()
@@ -24,14 +24,14 @@ def probe_folders() -> dict[str, Any]:
     refused = None
     if there == cache:
         try:
-            # The only proof: permissions do not tell of read-only or full disks and of quotas.
+            # Writing is the only proof: permissions say nothing of full or read-only disks and quotas.
             with tempfile.TemporaryFile(dir=cache) as file:
                 file.write(b"fastnst")
                 file.flush()
         except OSError as error:
             refused = error.strerror or str(error)
     elif not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        refused = "it does not exist and cannot be made"
+        refused = "it does not exist and cannot be created"
     return {
         "here_free": shutil.disk_usage(here).free,
         "here_writable": os.access(here, os.W_OK | os.X_OK),
@@ -43,7 +43,7 @@ def probe_folders() -> dict[str, Any]:
 
 
 def probe_weights() -> dict[str, Any]:
-    """VGG19's weights where `--vgg auto` looks for them, read in full for their SHA-256. Nothing is downloaded."""
+    """Hash VGG19's weights where `--vgg auto` looks for them. Downloads nothing."""
     from fastnst.models.weights import TORCHVISION, URL_VARIABLE, cached_files
     from fastnst.storage import sha256_of
 
@@ -68,19 +68,19 @@ def probe_weights() -> dict[str, Any]:
     }
 
 
-def judge_disk(facts: Facts) -> Verdict:
-    folders = facts["folders"]
+def check_disk(results: Results) -> Verdict:
+    folders = results["folders"]
     found = f"{gib(folders['here_free'])} free in the working directory"
     if not folders["here_writable"]:
-        return warned(f"{found}, which may not be written to", "give runs and images a place with --out")
+        return warned(f"{found}, which is not writable", "give runs and images a place with --out")
     fix = "free some space, or give runs a place elsewhere with --out"
     if folders["here_free"] < _LEAST_DISK:
         return failed(found, fix)
     return warned(f"{found}: little", fix) if folders["here_free"] < _COMFORTABLE_DISK else passed(found)
 
 
-def judge_cache(facts: Facts) -> Verdict:
-    folders = facts["folders"]
+def check_cache(results: Results) -> Verdict:
+    folders = results["folders"]
     found = f"{folders['cache']}, {gib(folders['cache_free'])} free"
     if folders["cache_refused"]:
         return failed(
@@ -89,18 +89,18 @@ def judge_cache(facts: Facts) -> Verdict:
         )
     if folders["cache_free"] < _LEAST_DISK:
         return warned(f"{found}: little", _ELSEWHERE)
-    return passed(found + (", writable" if folders["cache_exists"] else ", to be made at first use"))
+    return passed(found + (", writable" if folders["cache_exists"] else ", created at first use"))
 
 
-def judge_weights(facts: Facts) -> Verdict:
-    weights = facts["weights"]
+def check_weights(results: Results) -> Verdict:
+    weights = results["weights"]
     damaged = [file for file in weights["files"] if file["size"] is not None and file["sha256"] != weights["wanted"]]
     right = [file for file in weights["files"] if file["sha256"] == weights["wanted"]]
     removal = "\n".join("  rm " + shlex.quote(file["path"]) for file in damaged)
     said = "; ".join(f"{file['path']} {_fault(file, weights)}" for file in damaged)
     if right:
         found = f"{right[0]['path']}, SHA-256 right"
-        return warned(f"{found}; but {said}", f"remove what is of no use:\n{removal}") if damaged else passed(found)
+        return warned(f"{found}; but {said}", f"remove the damaged file:\n{removal}") if damaged else passed(found)
     own = weights["files"][0]["path"]
     download = (
         f"  mkdir -p {shlex.quote(str(Path(own).parent))}\n"
@@ -112,7 +112,7 @@ def judge_weights(facts: Facts) -> Verdict:
     found = f"not here; --vgg auto downloads them at first use, {weights['size'] / 1e6:.0f} MB"
     if weights["part"] is not None:
         found += f" ({weights['part'] / 1e6:.0f} MB of them came before)"
-    free = facts.get("folders").get("cache_free")
+    free = results.get("folders").get("cache_free")
     if free is not None and free < weights["size"] - (weights["part"] or 0):
         return failed(f"{found}, and the cache folder has only {gib(free)} free", _ELSEWHERE)
     return warned(found, f"get them now, or give a file with --vgg FILE:\n{download}")
@@ -127,5 +127,5 @@ def _fault(file: dict[str, Any], weights: dict[str, Any]) -> str:
 
 
 def _address(url: str) -> str:
-    # The variable, quoted so that the shell fills it in: its value may be nobody else's business.
+    # Not the variable's value, which may be private: the shell fills it in.
     return f'"{url}"' if url.startswith("$") else url

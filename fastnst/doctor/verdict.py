@@ -1,14 +1,14 @@
-"""What a check comes to."""
+"""Verdicts and checks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fastnst.doctor.children import Facts
+from fastnst.doctor.workers import Results
 
 Status = Literal["PASS", "WARN", "FAIL"]
 
-# Exit codes: what fails here would end another command with the same one. A broken installation ends any with 1.
+# Exit codes: the same that other commands end with for such a fault; a broken installation ends any with 1.
 INSTALLATION, STORAGE, DEVICE = 1, 3, 5
 
 
@@ -19,9 +19,9 @@ class Verdict:
     status: Status
     found: str
     fix: str | None = None
-    """What to do, for all but PASS. Lines that begin with a space are commands."""
+    """What to do, for WARN and FAIL. Lines that begin with a space are commands."""
     name: str | None = None
-    """Where a check has several results, which one this is."""
+    """Replaces the check's name where a check has several verdicts."""
 
     def __post_init__(self) -> None:
         assert (self.fix is None) == (self.status == "PASS"), self
@@ -29,16 +29,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Check:
-    """A line, or a few, of the report.
-
-    `judge` takes the facts and touches nothing else. It need not handle the failure of a probe.
-    """
+    """One or a few lines of the report, decided by a pure function of the probes' results."""
 
     name: str
-    judge: Callable[[Facts], Verdict | Sequence[Verdict]]
+    function: Callable[[Results], Verdict | Sequence[Verdict]]
     exit_code: int
-    if_not_known: str
-    """The fix where the check itself could not be carried out."""
+    fix_if_unknown: str
+    """The fix if the check's probe, or the check itself, raised."""
 
 
 def passed(found: str) -> Verdict:
@@ -54,5 +51,5 @@ def failed(found: str, fix: str) -> Verdict:
 
 
 def gib(count: float) -> str:
-    """Bytes as GiB: one unit for all, so that lines compare."""
+    """Format bytes as GiB: one unit everywhere, so that lines compare."""
     return f"{count / 2**30:.1f} GiB"

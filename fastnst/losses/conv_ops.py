@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches, winograd
+from fastnst_kernels import max_pool2d_switches, max_unpool2d_switches
+from fastnst_kernels.cpu import winograd
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """W ∗ x + b with 3×3 kernels and zero padding, without autograd; arguments as in `convolve_relu`."""
-    if winograd.pays(x, weight):
+    if winograd.is_faster(x, weight):
         return winograd.convolve(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=1)
 
@@ -29,7 +30,7 @@ def convolve_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: `[K, C, 3, 3]` of x's type, channels_last.
         bias: `[K]` of x's type.
     """
-    if winograd.pays(x, weight):
+    if winograd.is_faster(x, weight):
         return winograd.convolve(x, weight, bias, relu=True)
     ones = (1, 1)
     if x.is_cuda and _fuses_on_cuda(x.dtype):
@@ -42,7 +43,7 @@ def convolve_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def convolve_backward(gradient: Tensor, weight: Tensor) -> Tensor:
     """Input gradient Wᵀ ∗ gradient of a convolution: `[N, K, H, W]` → `[N, C, H, W]`."""
-    if winograd.pays(gradient, weight):
+    if winograd.is_faster(gradient, weight):
         return winograd.input_gradient(gradient, weight)
     return F.conv_transpose2d(gradient, weight, padding=1)
 

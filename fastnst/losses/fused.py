@@ -1,7 +1,7 @@
 """The perceptual loss with its own hand-written gradient: no autograd graph, and no weight gradients.
 
 Legend: φ the frozen VGG19 up to the deepest layer in use; L the loss. A stage is a convolution, its ReLU and, where a
-block ends, the pooling, whose switches are a 0/1 matrix S:
+block ends, the pooling with its switches, a 0/1 matrix S:
 
     z = W ∗ x + b        y = max(z, 0)        p = S y
 
@@ -26,7 +26,7 @@ from fastnst.losses.fused_terms import FusedLossTerms
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import OutputMapping
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES, deepest_layer
-from fastnst_kernels import network_boundary, network_boundary_backward, picture_input
+from fastnst_kernels import output_to_vgg_input, output_to_vgg_input_backward, uint8_to_input
 
 
 class FusedPerceptualLoss:
@@ -120,7 +120,7 @@ class FusedPerceptualLoss:
         variation = loss.tv.weights(u.shape) if loss.tv.factor else (0.0, 0.0)
         saved = self.forward(u)
         del u
-        gradient = network_boundary_backward(
+        gradient = output_to_vgg_input_backward(
             *(pre_activation, self._backward(saved, fused_terms), self._gain),
             window=window,
             tanh=output_mapping.tanh,
@@ -135,9 +135,9 @@ class FusedPerceptualLoss:
         return fused_terms.terms(tv, nonfinite), gradient
 
     def preprocess(self, pre_activation: Tensor, output_mapping: OutputMapping) -> tuple[Tensor, Tensor]:
-        """φ's input `[N, 3, H, W]` for the stylized images, and the sums of `network_boundary`."""
+        """φ's input `[N, 3, H, W]` for the stylized images, and the sums of `output_to_vgg_input`."""
         mapping = output_mapping._asdict()
-        return network_boundary(pre_activation, self._mean, self._gain, **mapping, dtype=self._dtype)
+        return output_to_vgg_input(pre_activation, self._mean, self._gain, **mapping, dtype=self._dtype)
 
     @torch.no_grad()
     def forward(self, u: Tensor) -> list["SavedActivations"]:
@@ -147,7 +147,7 @@ class FusedPerceptualLoss:
     def _input_of(self, images: Tensor) -> Tensor:
         """φ's input for `images` `[N, 3, H, W]`, floating or uint8, in `dtype`."""
         if images.dtype == torch.uint8:
-            return picture_input(images, 1 / 255, self._gain, self._shift, dtype=self._dtype)
+            return uint8_to_input(images, 1 / 255, self._gain, self._shift, dtype=self._dtype)
         u = images.contiguous(memory_format=torch.channels_last) - self._mean.view(3, 1, 1)
         return u.mul_(self._gain.view(3, 1, 1)).to(self._dtype)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastnst.losses.conv_ops import relu_backward_
 from fastnst.losses.perceptual import ContentTerm, LossTerms, PerceptualLoss, StyleTerm
-from fastnst_kernels import StyleMatrix, style_loss_and_matrix, tap_backward
+from fastnst_kernels import StyleMatrix, loss_relu_backward, style_loss_and_matrix
 from fastnst_kernels.runtime import statistics_dtype
 
 
@@ -39,7 +39,7 @@ class FusedLossTerms:
             return relu_backward_(incoming, features)
         target, content_factor = content or (None, None)
         matrix, style_factor = style or (None, None)
-        return tap_backward(
+        return loss_relu_backward(
             features,
             incoming=incoming,
             style_matrix=matrix,
@@ -72,7 +72,7 @@ class FusedLossTerms:
         return LossTerms(self._loss.total(content, style, tv) + nonfinite, content, style, tv, layers)
 
     def _content_term(self, layer: str | None, features: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Record the layer's content term; return its target and its factor in `tap_backward`."""
+        """Record the layer's content term; return its target and its factor in `loss_relu_backward`."""
         if layer is None or layer not in self._loss.content:
             return None
         term, target = self._loss.content[layer], self._targets[layer]
@@ -86,7 +86,7 @@ class FusedLossTerms:
         return target, self._factor(2 * term.factor / features.numel(), features)
 
     def _style_term(self, layer: str | None, features: Tensor) -> tuple[StyleMatrix, Tensor] | None:
-        """Record the layer's style term; return its matrix and its factor in `tap_backward`."""
+        """Record the layer's style term; return its matrix and its factor in `loss_relu_backward`."""
         if layer is None or layer not in self._loss.style:
             return None
         term = self._loss.style[layer]

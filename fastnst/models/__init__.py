@@ -1,1 +1,1 @@
-"""The two networks: the transform net that is trained, and the frozen loss network φ that judges it."""
+"""The transform net, which is trained, and VGG19, the frozen loss network φ."""

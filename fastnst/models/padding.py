@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnst_kernels.placement import Placement, place, place_adjoint
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, upsample_pad, upsample_pad_adjoint
 
 
 def reflect_pad(x: Tensor, pad: int) -> Tensor:
@@ -33,16 +33,16 @@ def reflect_pad(x: Tensor, pad: int) -> Tensor:
 # A custom op, not an autograd.Function: torch.compile would turn each strip written in place into a copy of the whole.
 @torch.library.custom_op("fastnst::mirror_pad", mutates_args=())
 def _mirror(x: Tensor, rows: int, columns: int) -> Tensor:
-    return place(x.contiguous(memory_format=torch.channels_last), _border(rows, columns))
+    return upsample_pad(x.contiguous(memory_format=torch.channels_last), _border(rows, columns))
 
 
 @torch.library.custom_op("fastnst::mirror_pad_backward", mutates_args=())
 def _mirror_backward(grad: Tensor, rows: int, columns: int) -> Tensor:
-    return place_adjoint(grad.contiguous(memory_format=torch.channels_last), _border(rows, columns))
+    return upsample_pad_adjoint(grad.contiguous(memory_format=torch.channels_last), _border(rows, columns))
 
 
-def _border(rows: int, columns: int) -> Placement:
-    return Placement(1, (columns, columns, rows, rows), "reflect")
+def _border(rows: int, columns: int) -> UpsamplePad:
+    return UpsamplePad(1, (columns, columns, rows, rows), "reflect")
 
 
 def _allocate(x: Tensor, more_rows: int, more_columns: int) -> Tensor:

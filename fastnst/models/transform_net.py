@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fastnst.errors import DataError, UserError
 from fastnst.models.architectures import ARCHITECTURES
 from fastnst.models.padding import reflect_pad
-from fastnst_kernels import batch_norm, instance_norm, picture_input
-from fastnst_kernels.recomputed import convolution, recomputed_batch_norm, recomputed_instance_norm
+from fastnst_kernels import batch_norm, instance_norm, uint8_to_input
+from fastnst_kernels.conv.convolution import convolution
+from fastnst_kernels.norm.recompute import recomputed_batch_norm, recomputed_instance_norm
 
 NORMS = ("instance", "batch")
 LAYER_NAMES = ("conv1", "conv2", "conv3", "res1", "res2", "res3", "res4", "res5", "up1", "up2", "out")
@@ -152,25 +153,25 @@ class TransformNet(nn.Module):
         if x.dtype == torch.uint8:
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.conv1.weight.dtype
-            return picture_input(x, scale / 255.0, padding=border, dtype=dtype)
+            return uint8_to_input(x, scale / 255.0, padding=border, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         return reflect_pad(x if scale == 1.0 else x * scale, border)
 
-    def output_mapping(self, size: Sequence[int], wanted: Sequence[int]) -> OutputMapping:
-        """Map a pre-activation of height and width `size` to an image of height and width `wanted`."""
-        rows, columns = self.output_slices(size, wanted)
-        window = (rows.start, columns.start, wanted[0], wanted[1])
+    def output_mapping(self, size: Sequence[int], image_size: Sequence[int]) -> OutputMapping:
+        """Map a pre-activation of height and width `size` to an image of height and width `image_size`."""
+        rows, columns = self.output_slices(size, image_size)
+        window = (rows.start, columns.start, image_size[0], image_size[1])
         return OutputMapping(window, self.spec.tanh, self.spec.factor, self.spec.offset)
 
-    def output_slices(self, size: Sequence[int], wanted: Sequence[int]) -> tuple[slice, slice]:
+    def output_slices(self, size: Sequence[int], image_size: Sequence[int]) -> tuple[slice, slice]:
         """Rows and columns of the image in the pre-activation, which is larger: strided layers round odd sides up.
 
         TF "SAME" pads an odd side by one zero before it, an even side by none, and the transposed convolutions take
         every side for even: each odd side on the way moves the image by as much as it adds. Reflection moves nothing.
         """
         if self.spec.padding == "reflect":
-            return slice(0, wanted[0]), slice(0, wanted[1])
-        return slice(size[0] - wanted[0], size[0]), slice(size[1] - wanted[1], size[1])
+            return slice(0, image_size[0]), slice(0, image_size[1])
+        return slice(size[0] - image_size[0], size[0]), slice(size[1] - image_size[1], size[1])
 
     def _initialise(self, generator: torch.Generator | None) -> None:
         for layer in self.modules():
@@ -301,7 +302,7 @@ class UpLayer(_NormedLayer):
     def input_layout(self, x: Tensor) -> InputLayout:
         if not self.nearest:
             return InputLayout()
-        if _enlarges_in_norm(x):
+        if _upsamples_in_norm(x):
             return InputLayout(upsample=2, padding=(1, 1, 1, 1))
         return InputLayout(padding=(1, 1, 1, 1), padding_mode="symmetric")
 
@@ -309,14 +310,14 @@ class UpLayer(_NormedLayer):
         if not self.nearest:
             x = convolution(x, self.weight, stride=2, transposed=True)[:, :, :-1, :-1]
             x = x.contiguous(memory_format=torch.channels_last)
-        elif _enlarges_in_norm(x):
+        elif _upsamples_in_norm(x):
             x = convolution(x, self.weight)
         else:
             x = convolution(x, _doubling_kernel(self.weight), stride=2, padding=3, transposed=True)
         return self.normalise(x, next_layout)
 
 
-def _enlarges_in_norm(x: Tensor) -> bool:
+def _upsamples_in_norm(x: Tensor) -> bool:
     return x.is_cuda
 
 

@@ -1,4 +1,4 @@
-"""The graph of a computation for TensorBoard's graph page: blocks, layers, operators, and the tensors between them.
+"""The graph of a computation for TensorBoard: blocks, layers, operators and the tensors between them.
 
 A dispatch mode records the operators while the computation runs on fake tensors, which have a shape but no values, so
 nothing is computed and no memory is used. As in the paper's Figures 4 and 5, each operator is a node within the scopes

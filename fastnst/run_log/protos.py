@@ -1,4 +1,4 @@
-"""Protocol buffers for TensorBoard's histograms, hyper-parameters and custom scalars, from plain values."""
+"""Protocol buffers for TensorBoard's histograms, hyper-parameters and custom scalars."""
 
 from collections.abc import Sequence
 from pathlib import Path

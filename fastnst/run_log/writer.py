@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl`, and for TensorBoard the graph, scalars, histograms, images and text."""
+"""The log of a run: `metrics.jsonl`, and scalars, histograms, images, text and graph for TensorBoard."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def loss_scalars(terms: LossTerms) -> dict[str, float]:
 
 
 def training_graph(net: TransformNet, loss: PerceptualLoss, *, image_size: int, batch_size: int = 4) -> "GraphDef":
-    """Record one training step's forward pass, and both deconvnets, as a graph (the paper's Figures 4 and 5).
+    """Record one training step's forward pass and both deconvnets as a graph (the paper's Figures 4, 5).
 
     The top level holds `X_content`, `transform_net`, `vgg_transformed`, `vgg_content`, `loss` (with content, style, tv
     and total, unless their weight is 0) and `visualization`; each opens down to layers. Nothing is computed, and no
@@ -95,11 +95,11 @@ class RunLog:
     """
 
     def __init__(self, run: Path, *, start_step: int = 0) -> None:
-        self._path = run / METRICS_NAME
+        self._run, self._path = run, run / METRICS_NAME
         self._has_hyper_parameters = start_step > 0
         # Step 0 is written by a new run, and again by one killed before its first checkpoint.
         purge_step = start_step + 1 if start_step else 0
-        with self._storage(), contextlib.ExitStack() as on_error:
+        with _storage(self._run), contextlib.ExitStack() as on_error:
             _drop_rows_after(self._path, start_step)
             self._metrics: TextIO = on_error.enter_context(
                 open(self._path, "a", encoding="utf-8", opener=_open_no_link)
@@ -116,7 +116,7 @@ class RunLog:
         if error is None:
             try:
                 if self._has_hyper_parameters:
-                    with self._storage():
+                    with _storage(self._run):
                         self._events.add_summary(protos.session_end(time.time()))
             finally:
                 self.close()
@@ -128,7 +128,7 @@ class RunLog:
     def config(self, config: Config) -> None:
         """Log the resolved configuration, as a text page and as hyper-parameters."""
         self._has_hyper_parameters = True
-        with self._storage():
+        with _storage(self._run):
             self._events.add_text("config", "\n".join("    " + line for line in to_toml(config).splitlines()), 0)
             for summary in protos.session_start(protos.hyper_parameters(config), time.time()):
                 self._events.add_summary(summary)
@@ -137,19 +137,19 @@ class RunLog:
         """Log the networks' graph: see `training_graph`."""
         from tensorboard.compat.proto.event_pb2 import Event
 
-        with self._storage():
+        with _storage(self._run):
             self._events.add_event(Event(graph_def=graph.SerializeToString()))
 
     def layout(self, layers: Sequence[str]) -> None:
         """Log the custom-scalars page: all loss terms in one chart, then the terms of `layers`, then speed."""
-        with self._storage():
+        with _storage(self._run):
             self._events.add_chart_layout(protos.chart_layout(layers))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log a row of `metrics.jsonl`, and a point of each scalar chart."""
         # JSON has no NaN; null keeps the row readable by every parser.
         row = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        with self._storage():
+        with _storage(self._run):
             self._metrics.write(json.dumps({"step": step, **row}) + "\n")
             self._metrics.flush()
             for tag, value in values.items():
@@ -163,7 +163,7 @@ class RunLog:
         for name, parameter in net.named_parameters():
             values = protos.histogram(parameter.detach().float().cpu().numpy())
             if values is not None:
-                with self._storage():
+                with _storage(self._run):
                     self._events.add_histogram(name.replace(".", "/"), values, step)
 
     def images(self, step: int, tag: str, images: Tensor, captions: Iterable[str]) -> None:
@@ -174,27 +174,24 @@ class RunLog:
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image `[3, H, W]` in [0, 1] (clamped), with a slider over the steps."""
         scaled = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        with self._storage():
+        with _storage(self._run):
             self._events.add_image(tag, scaled.transpose(1, 2, 0), step)
 
     def flush(self) -> None:
         """Make everything durable, so that a log is never behind its checkpoint."""
-        with self._storage():
+        with _storage(self._run):
             self._metrics.flush()
-            for path in (self._path, *self._path.parent.glob("events.out.tfevents.*")):
+            for path in (self._path, *self._run.glob("events.out.tfevents.*")):
                 sync_file(path)
 
     def close(self) -> None:
         """Close both files."""
-        with self._storage(), contextlib.closing(self._events):
+        with _storage(self._run), contextlib.closing(self._events):
             self._metrics.close()
-
-    def _storage(self) -> contextlib.AbstractContextManager[None]:
-        return _storage(self._path.parent)
 
 
 def log_visualization(run: Path, sheets: Mapping[str, np.ndarray], *, step: int, text: str) -> None:
-    """Add images to the TensorBoard log of a run, in a file of their own, so that the run may still be training.
+    """Add images to a run's TensorBoard log, in a file of their own: the run may still be training.
 
     Args:
         run: the run directory.

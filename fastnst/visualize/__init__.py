@@ -1,1 +1,1 @@
-"""What the networks see: projections back to pixels, saliency, occlusion, and how they are drawn."""
+"""Visualizations: projections back to pixels, saliency, occlusion, and the sheets that show them."""

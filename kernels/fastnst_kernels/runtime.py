@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, how tensors are laid out, and the checks that every op shares.
+"""The choice of an op's implementation, memory layouts, and the checks that every op shares.
 
 Each op exists twice: in PyTorch (any device) and as Triton kernels (CUDA, or CPU tensors in Triton's interpreter).
 The environment variable `FASTNST_KERNELS` chooses, read at every call:
@@ -7,7 +7,7 @@ The environment variable `FASTNST_KERNELS` chooses, read at every call:
 |---|---|
 | `auto` (default) | Triton for CUDA tensors, and for CPU tensors under `TRITON_INTERPRET=1`; else the reference |
 | `reference` | always the reference |
-| `triton` | always Triton; an error where that cannot be |
+| `triton` | always Triton; an error where it cannot run |
 
 Kernels see a 4-D tensor as a contiguous `[P, R, Q]`: channels_last is `P=N, R=H·W, Q=C`, contiguous is `P=N·C, R=H·W,
 Q=1`. Both flatten (sample, channel) to the index `p·Q + q = n·C + c`, so one kernel serves both memory formats.
@@ -38,22 +38,22 @@ Result = TypeVar("Result")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
-# Triton decides between compiler and interpreter when a kernel is defined, so this cannot change afterwards.
+# Triton chooses between compiler and interpreter when a kernel is defined, so this cannot change afterwards.
 # The interpreter's `tl.dot` multiplies the bit patterns of bf16 (3.7.1), so kernels widen its operands first: exact.
 INTERPRETING: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 
-# Programs per launch that fill the largest GPU a few times over. A constant rather than a multiple of the device's
-# multiprocessors, so that sums are split, and therefore rounded, alike on every GPU.
+# Programs per launch, enough to fill the largest GPU a few times. A constant rather than a multiple of the device's
+# multiprocessors, so that sums are split, and therefore rounded, the same way on every GPU.
 TARGET_PROGRAMS = 512
 
 
 def jit(fn: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the bare function where Triton is missing and the kernel will never be launched."""
+    """`triton.jit`, or the bare function if Triton is missing and the kernel will never be launched."""
     return fn if triton is None else triton.jit(fn)
 
 
 def launches_on_its_device(fn: Callable[Concatenate[Tensor, Arguments], Result]) -> Callable[..., Result]:
-    """Makes the device of `fn`'s first argument the current one, on which Triton launches whatever the tensors' own."""
+    """Make the device of `fn`'s first argument current: Triton launches on the current device."""
 
     @wraps(fn)
     def launcher(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -64,7 +64,7 @@ def launches_on_its_device(fn: Callable[Concatenate[Tensor, Arguments], Result])
 
 
 def implementation(tensor: Tensor) -> Implementation:
-    """Which implementation an op runs for `tensor`.
+    """The implementation that an op runs for `tensor`.
 
     Raises:
         ValueError: `FASTNST_KERNELS` is not a known value, or asks for Triton where it cannot run.
@@ -74,15 +74,15 @@ def implementation(tensor: Tensor) -> Implementation:
         raise ValueError(f"FASTNST_KERNELS={choice!r} is unknown: use 'auto', 'triton' or 'reference'")
     if choice == "reference":
         return "reference"
-    obstacle = _obstacle(tensor)
-    if obstacle is None:
+    unsupported = _unsupported_reason(tensor)
+    if unsupported is None:
         return "triton"
     if choice == "triton":
-        raise ValueError(f"FASTNST_KERNELS=triton, but {obstacle}: use FASTNST_KERNELS=auto")
+        raise ValueError(f"FASTNST_KERNELS=triton, but {unsupported}: use FASTNST_KERNELS=auto")
     return "reference"
 
 
-def _obstacle(tensor: Tensor) -> str | None:
+def _unsupported_reason(tensor: Tensor) -> str | None:
     """Why the Triton kernels cannot take `tensor`, or None."""
     if triton is None:
         return "Triton is not installed"
@@ -100,7 +100,7 @@ def _obstacle(tensor: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Chip:
-    """What kernels need to know of a GPU: its multiprocessors, its compute capability, the size of its L2 cache."""
+    """The properties of a GPU that kernels use."""
 
     multiprocessors: int
     capability: tuple[int, int]
@@ -108,7 +108,7 @@ class Chip:
 
 
 def chip(tensor: Tensor) -> Chip | None:
-    """The GPU that holds `tensor`; None for the CPU, where programs run one after another."""
+    """The GPU that holds `tensor`; None for the CPU."""
     return _chip(tensor.device.index or 0) if tensor.device.type == "cuda" else None
 
 
@@ -124,8 +124,10 @@ def _compute_capability(index: int) -> tuple[int, int]:
 
 
 def allocate(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised contiguous memory on `like`'s device. Every kernel gets its outputs and scratch space here, so that
-    the tests can fill them with NaN first."""
+    """Uninitialised contiguous memory on `like`'s device.
+
+    Every kernel gets its outputs and scratch space here, so that the tests can fill them with NaN first.
+    """
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
 
 
@@ -138,24 +140,24 @@ def allocate_like(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dt
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The dense format in which an op works on `x` and returns its result: the nearest to `x`'s own strides.
+    """The dense format in which an op processes `x` and returns its result: the nearest to `x`'s strides.
 
-    `[N, C, 1, 1]` and the like are contiguous in both; their strides still tell what they came from.
+    Shapes such as `[N, C, 1, 1]` are contiguous in both; their strides still tell the format that they came from.
     """
     return torch.channels_last if x.stride(1) == 1 and x.stride(3) >= x.shape[1] else torch.contiguous_format
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """`x` in the memory format of `like` (itself by default); no copy where it is so already."""
+    """`x` in the memory format of `like` (itself by default); no copy if it has it already."""
     return x.contiguous(memory_format=memory_format_of(x if like is None else like))
 
 
 def laid_out_like(result: Tensor, x: Tensor) -> Tensor:
-    """`result` with the strides that `allocate_like(x)` has; no copy where it has them already."""
+    """`result` with the strides of `allocate_like(x)`; no copy if it has them already."""
     c, h, w = result.shape[1:]
     is_last = memory_format_of(x) == torch.channels_last
-    wanted = (h * w * c, 1, w * c, c) if is_last else (c * h * w, h * w, w, 1)
-    return result if result.stride() == wanted else allocate_like(x, dtype=result.dtype).copy_(result)
+    strides = (h * w * c, 1, w * c, c) if is_last else (c * h * w, h * w, w, 1)
+    return result if result.stride() == strides else allocate_like(x, dtype=result.dtype).copy_(result)
 
 
 def as_prq(x: Tensor) -> tuple[int, int, int]:
@@ -165,7 +167,7 @@ def as_prq(x: Tensor) -> tuple[int, int, int]:
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """float32 for all that the kernels take; float64 stays itself (gradcheck)."""
+    """float32 for the dtypes of the kernels; float64 for float64 (gradcheck)."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -179,11 +181,7 @@ def power_of_two(n: int) -> int:
 
 
 def check_images(name: str, x: Tensor) -> None:
-    """`x` is a non-empty floating `[N, C, H, W]`.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError unless `x` is a non-empty floating `[N, C, H, W]`."""
     if x.dim() != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected 4 dimensions [N, C, H, W]")
     if x.numel() == 0:
@@ -193,11 +191,7 @@ def check_images(name: str, x: Tensor) -> None:
 
 
 def check_per_channel(name: str, value: Tensor, x: Tensor) -> None:
-    """`value` is `[C]`, floating, on the device of `x [N, C, H, W]`.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError unless `value` is `[C]`, floating, on the device of `x [N, C, H, W]`."""
     if tuple(value.shape) != (x.shape[1],):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ({x.shape[1]},): x is {tuple(x.shape)}")
     if not value.is_floating_point():
@@ -206,17 +200,13 @@ def check_per_channel(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:
-    """`residual`, where given, is floating, on `x`'s device and of its shape, or larger by one border at all sides.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError unless `residual` is floating, on `x`'s device and of its shape, plus a margin."""
     if residual is None:
         return
     if residual.dim() != 4 or residual.shape[:2] != x.shape[:2] or not _surrounds(residual.shape[2:], x.shape[2:]):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}, expected x's {tuple(x.shape)}, "
-            "or height and width larger by the same even number, for a border that is left out"
+            "or height and width larger by the same even number, for a margin that is cropped"
         )
     if not residual.is_floating_point():
         raise ValueError(f"residual is {residual.dtype}, expected a floating type such as {x.dtype}")
@@ -229,10 +219,6 @@ def _surrounds(outer: Sequence[int], inner: Sequence[int]) -> bool:
 
 
 def check_same_device(name: str, a: Tensor, other_name: str, b: Tensor) -> None:
-    """Both tensors are on one device.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless both tensors are on one device."""
     if a.device != b.device:
         raise ValueError(f"{name} is on {a.device}, {other_name} on {b.device}: move both to one device")

@@ -1,4 +1,4 @@
-"""The parts of the kernel benchmarks: the check that comes before timing, the timers, the options."""
+"""The kernel benchmarks' correctness check, timers and options."""
 
 import re
 import sys
@@ -16,12 +16,12 @@ from kernel_bench.providers import PROVIDERS, Provider
 from kernel_bench.session import Measurement, OutOfTime, Session, Settings
 
 SMALL_NORM, SMALL_LAYER = (1, 16, 16, 16), (1, 32, 16, 16)
-SMALL_PICTURE = (1, 3, 48, 48)
-PICTURES = ("picture", "network")
+SMALL_IMAGE = (1, 3, 48, 48)
+IMAGES = ("uint8", "output")  # prefixes of the ops of images
 CPU = torch.device("cpu")
 
 
-# What is wrong is not timed.
+# Wrong results are not timed.
 
 
 def _session(*providers: str, **changes: Any) -> Session:
@@ -30,7 +30,7 @@ def _session(*providers: str, **changes: Any) -> Session:
 
 
 def _outcome_of(monkeypatch: pytest.MonkeyPatch, op: str, function: Callable[..., Any], dtype: str = "fp32") -> Any:
-    """What checking `function` as a provider of `op` comes to; beside it, PyTorch must be found right."""
+    """The outcome of checking `function` as a provider of `op`; beside it, PyTorch must pass."""
     monkeypatch.setitem(PROVIDERS, "candidate", Provider("candidate", lambda _: function))
     session = _session("candidate", "eager", dtype=dtype)
     shape = SMALL_NORM if "norm" in op else SMALL_LAYER
@@ -73,11 +73,11 @@ def _with_one_element(value: float) -> Callable[..., torch.Tensor]:
             "running_mean after the call errs",
         ),
         ("style_loss", lambda f, t: OPS["style_loss"].eager(f, t) * 1.001, "the result errs"),
-        ("tap_backward+content", lambda f, i, x, c: i + c.view(-1, 1, 1, 1) * (f - x), "the result errs"),
+        ("loss_relu_backward+content", lambda f, i, x, c: i + c.view(-1, 1, 1, 1) * (f - x), "the result errs"),
         ("max_unpool2d_switches", lambda y, s, i: OPS["max_unpool2d_switches"].eager(y, s, i ^ 1), "the result errs"),
     ],
 )
-def test_what_is_wrong_is_found(
+def test_session_finds_wrong_results(
     monkeypatch: pytest.MonkeyPatch, op: str, function: Callable[..., Any], message: str
 ) -> None:
     outcome = _outcome_of(monkeypatch, op, function)
@@ -85,7 +85,7 @@ def test_what_is_wrong_is_found(
     assert message in str(outcome)
 
 
-def test_a_provider_that_breaks_down_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_keeps_a_failing_provider_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no such kernel")
 
@@ -96,16 +96,16 @@ def test_a_provider_that_breaks_down_takes_no_other_along(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_the_library_and_pytorch_are_right(op: str, dtype: str) -> None:
-    """In the dtypes that the run above leaves out."""
+def test_session_finds_the_library_and_pytorch_right(op: str, dtype: str) -> None:
+    """In the dtypes that the benchmark run below leaves out."""
     session = _session("fastnst", "eager", dtype=dtype, layout="contiguous")
-    shape = SMALL_PICTURE if op.startswith(PICTURES) else SMALL_NORM if "norm" in op else SMALL_LAYER
+    shape = SMALL_IMAGE if op.startswith(IMAGES) else SMALL_NORM if "norm" in op else SMALL_LAYER
     wanted = {("fastnst", "forward"), ("eager", "forward")}
     assert session.outcome(OPS[op], shape, "fastnst", "forward", wanted) is None
     assert session.outcome(OPS[op], shape, "eager", "forward", wanted) is None
 
 
-def test_gradients_are_not_compared_where_rounding_decides_on_the_relu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_ignores_gradients_where_rounding_decides_on_the_relu(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["batch_norm_inference+relu"]
     assert _outcome_of(monkeypatch, op.name, op.eager, "bf16") is None
     truth = torch.tensor([1.0, 2.0])
@@ -116,13 +116,13 @@ def test_gradients_are_not_compared_where_rounding_decides_on_the_relu(monkeypat
         correctness.check(replace(half_decided, undecided=None), torch.bfloat16, shaped, {"x": actual}, {})
 
 
-def test_no_case_begins_after_the_time_is_spent() -> None:
+def test_session_begins_no_case_after_its_time_limit() -> None:
     session = _session("eager", seconds=0.0)
     with pytest.raises(OutOfTime, match="the 0 s for measuring were spent"):
         session.outcome(OPS["gram_matrix"], SMALL_LAYER, "eager", "forward", {("eager", "forward")})
 
 
-def test_what_cannot_even_be_drawn_fails_every_provider_of_its_case() -> None:
+def test_session_fails_every_provider_without_inputs() -> None:
     session = _session("eager", check_only=False)
     outcome = session.outcome(OPS["gram_matrix"], (1, -1, 4, 4), "eager", "forward", {("eager", "forward")})
     assert isinstance(outcome, RuntimeError)
@@ -131,14 +131,14 @@ def test_what_cannot_even_be_drawn_fails_every_provider_of_its_case() -> None:
 # Timing.
 
 
-def test_percentiles_and_drift() -> None:
+def test_timing_percentiles_and_drift() -> None:
     times = timing.Timing([4.0, 1.0, 3.0, 2.0, 5.0])
     assert [times.percentile(p) for p in (0, 20, 50, 80, 100)] == [1.0, 1.8, 3.0, 4.2, 5.0]
     assert timing.Timing([1.0, 1.0, 9.0, 2.0, 2.0]).drift() == 2.0
     assert timing.Timing([1.0]).drift() == 1.0
 
 
-def test_contenders_take_turns() -> None:
+def test_cpu_timer_takes_turns() -> None:
     rounds = [timing.turns(3, i) for i in range(3)]
     assert rounds == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
     seen: list[str] = []
@@ -151,7 +151,7 @@ def test_contenders_take_turns() -> None:
     assert seen == ["a", "call a", "b", "call b", "b", "call b", "a", "call a"] * 2
 
 
-def test_clock_shows_what_was_measured() -> None:
+def test_clock_replays_measured_times() -> None:
     clock = timing.Clock()
     play = clock.replay([0.5, 0.25])
     stamps = [clock()]
@@ -200,8 +200,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[timing.CudaTimer, _Device]:
     return timer, device
 
 
-def test_device_time_is_free_of_launching(gpu: tuple[timing.CudaTimer, _Device]) -> None:
-    """Both take the device 100 µs, but one takes the host 700 µs to queue, which is more than one flush hides."""
+def test_cuda_timer_excludes_launch_overhead(gpu: tuple[timing.CudaTimer, _Device]) -> None:
+    """Both take the device 100 µs, but one takes the host 700 µs to queue, more than one flush hides."""
     timer, device = gpu
     slow_to_launch = timing.Contender(lambda _: device.queue(700e-6, 100e-6))
     quick = timing.Contender(lambda _: device.queue(5e-6, 100e-6), lambda: device.queue(5e-6, 3e-3))
@@ -210,7 +210,7 @@ def test_device_time_is_free_of_launching(gpu: tuple[timing.CudaTimer, _Device])
         assert not times.launch_overhead_included
 
 
-def test_a_call_that_waits_for_the_device_is_marked(gpu: tuple[timing.CudaTimer, _Device]) -> None:
+def test_cuda_timer_marks_a_call_that_waits_for_the_device(gpu: tuple[timing.CudaTimer, _Device]) -> None:
     timer, device = gpu
 
     def waits(_: object) -> None:
@@ -222,7 +222,7 @@ def test_a_call_that_waits_for_the_device_is_marked(gpu: tuple[timing.CudaTimer,
     assert times.seconds == pytest.approx([400e-6] * 2)
 
 
-def test_launches_and_their_operands_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_launches_counts_operand_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda x, *_, **__: x.add_(grid[0])
@@ -240,15 +240,15 @@ def test_launches_and_their_operands_are_counted(monkeypatch: pytest.MonkeyPatch
     assert module.some_kernel is kernel
 
 
-# What is timed.
+# The ops and options.
 
 
-def test_the_shapes_that_count_are_timed() -> None:
+def test_catalogue_has_the_networks_shapes() -> None:
     norms = {(32, 256, 256), (64, 128, 128), (128, 64, 64)}
     layers = {(64, 256, 256), (128, 128, 128), (256, 64, 64), (512, 32, 32), (512, 16, 16)}
     for name, op in OPS.items():
-        pictures = {(3, 256, 256)} if name.startswith(PICTURES) else None
-        assert set(op.sizes) == (pictures or (norms if "norm" in name else layers))
+        images = {(3, 256, 256)} if name.startswith(IMAGES) else None
+        assert set(op.sizes) == (images or (norms if "norm" in name else layers))
     epilogues = {"", "+relu", "+residual", "+relu+pad", "+relu+up2+pad"}
     for norm in ("instance_norm", "batch_norm_training", "batch_norm_inference"):
         assert {name.removeprefix(norm) for name in OPS if name.startswith(norm)} == epilogues
@@ -260,7 +260,7 @@ def _options(**given: Any) -> Any:
     return options.settings(SimpleNamespace(getoption=values.__getitem__))
 
 
-def test_defaults_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_default_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     on_cpu = _options()
     assert (on_cpu.device, on_cpu.batches, on_cpu.small) == (CPU, (2,), True)
@@ -281,13 +281,13 @@ def test_defaults_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"kernel_rounds": 0}, "0; expected at least 1"),
     ],
 )
-def test_senseless_options_are_refused(given: dict[str, Any], message: str) -> None:
+def test_options_refuse_nonsense(given: dict[str, Any], message: str) -> None:
     with pytest.raises(pytest.UsageError, match=re.escape(message)):
         _options(**given)
 
 
-def test_a_measurement_says_what_it_is() -> None:
-    """On a CPU there is neither a peak of device memory nor a count of launches to be had, nor is one made up."""
+def test_measurement_on_a_cpu_has_no_device_figures() -> None:
+    """Neither a peak of device memory nor a count of launches."""
     session = _session("eager", "copy", check_only=False)
     wanted = {("eager", "forward"), ("copy", "forward")}
     outcome = session.outcome(OPS["gram_matrix"], SMALL_LAYER, "eager", "forward", wanted)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastnst.config import Config, preset_names
 from fastnst.models.transform_net import TransformNet
-from fastnst_kernels.gram import StyleMatrix, gram_product_reference
+from fastnst_kernels.gram.style_loss import StyleMatrix, gram_product_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, BATCH = 64, 2
@@ -121,7 +121,7 @@ def test_transform_convs_have_the_shapes_of_the_networks() -> None:
             assert list(layers) == [conv.name for conv in convs]
             for conv in convs:
                 # Nearest neighbours are doubled inside the up layers on a CPU, in the norm before them on a GPU.
-                doubles = architecture == "johnson" and conv.upsample == 2
+                doubles = architecture == "johnson" and conv.layout.upsample == 2
                 assert found[conv.name] == (conv.out + 2 if doubles else conv.laid_out), (architecture, size, conv)
 
 

@@ -223,7 +223,7 @@ def test_loader_close_early_and_twice(loader: str, manifest: Manifest) -> None:
 # seconds to import, the loader needs one function.
 SCRIPT = """
 if __name__ == "__main__":
-    import multiprocessing, sys, signal, types
+    import logging, multiprocessing, sys, signal, types
     from pathlib import Path
 
     sys.modules["torch"] = types.SimpleNamespace(from_numpy=lambda crops: crops)
@@ -232,6 +232,7 @@ if __name__ == "__main__":
     from fastnst.data.manifest import build_manifest
     from fastnst.data.sampler import Sampler
 
+    logging.basicConfig(format="%(message)s")
     interrupts = []
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
     manifest = build_manifest(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What `fastnst doctor` finds out about drivers, GPUs, kernels and decoders, on this machine and on faked ones."""
+"""Probes of `fastnst doctor` for drivers, GPUs, kernels and decoders, on this machine and on faked ones."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ from helpers.doctor_machines import row_of
 
 
 def nvml(status: int = 0) -> SimpleNamespace:
-    """Stands in for NVIDIA's management library."""
+    """A fake of NVIDIA's management library."""
 
     def driver_version(text: Any, length: ctypes.c_uint) -> int:
         assert length.value == len(text)
@@ -46,7 +46,7 @@ def nvml(status: int = 0) -> SimpleNamespace:
 
 
 def library(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
-    """Have any shared library be `found`, or be missing."""
+    """Make every shared library load as `found`, or fail to load if None."""
 
     def load(name: str) -> object:
         if found is None:
@@ -56,7 +56,7 @@ def library(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
     monkeypatch.setattr(ctypes, "CDLL", load)
 
 
-def test_the_driver_says_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_nvidia_displays", lambda: 2)
     library(monkeypatch, nvml())
     expected = {"pci": 2, "library": True, "version": "580.65.06", "cuda": [12, 4], "gpus": 2}
@@ -67,7 +67,7 @@ def test_the_driver_says_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.probe_driver() == {"pci": 2, "library": False}
 
 
-def test_display_controllers_of_nvidia_are_counted(tmp_path: Path) -> None:
+def test_nvidia_displays_counts_display_controllers(tmp_path: Path) -> None:
     assert device._nvidia_displays(tmp_path) == 0
     for address, vendor, kind in (
         ("a", "0x10de", "0x030200"),
@@ -87,7 +87,7 @@ def test_display_controllers_of_nvidia_are_counted(tmp_path: Path) -> None:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch believes that it has two GPUs; CUDA's library is faked by the test."""
+    """Make torch report two GPUs; the test fakes CUDA's library."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -99,7 +99,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_each_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def device_of(handle: Any, index: int) -> int:
         handle._obj.value = index + 100
         return 0
@@ -119,7 +119,7 @@ def test_each_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_why_torch_finds_no_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_gpus_reports_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_available() -> bool:
         warnings.warn("CUDA initialization: the driver is too old\nmore", UserWarning, stacklevel=1)
         return False
@@ -154,15 +154,15 @@ def nvjpeg(created: int, engines: int = 0, asked: int = 0) -> SimpleNamespace:
         (nvjpeg(7), {"engines": 0, "cores": 0}),  # NVJPEG_STATUS_ARCH_MISMATCH
         (nvjpeg(6), {"unknown": "nvJPEG answers with status 6"}),
         (nvjpeg(0, asked=1), {"unknown": "nvJPEG status 1"}),
-        (None, {"unknown": "nvJPEG, which knows, is not installed"}),
+        (None, {"unknown": "nvJPEG is not installed"}),
     ],
 )
-def test_nvjpeg_counts_engines(monkeypatch: pytest.MonkeyPatch, answer: object, found: dict[str, Any]) -> None:
+def test_probe_jpeg_engines(monkeypatch: pytest.MonkeyPatch, answer: object, found: dict[str, Any]) -> None:
     library(monkeypatch, answer)
     assert images.probe_jpeg_engines() == [found, found]
 
 
-def test_the_installed_nvjpeg_has_the_functions() -> None:
+def test_nvjpeg_of_dali_has_the_functions() -> None:
     pytest.importorskip("nvidia.dali", reason="nvJPEG comes with DALI")
     found = images._nvjpeg()
     assert found.nvjpegCreateEx
@@ -173,8 +173,8 @@ def test_the_installed_nvjpeg_has_the_functions() -> None:
 # Kernels and decoders.
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the paths on the CPU")
-def test_kernels_are_compared_with_their_references(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the CPU paths")
+def test_probe_kernels_compares_with_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTNST_KERNELS", "auto")
     found = device.probe_kernels()
     assert found["settings"]["FASTNST_KERNELS"] == "auto"
@@ -190,7 +190,7 @@ def test_kernels_are_compared_with_their_references(monkeypatch: pytest.MonkeyPa
         device.probe_kernels()
 
 
-def test_dali_is_compared_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_dali_compares_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali")
     monkeypatch.setattr(images, "_cuda_devices", lambda: 0)
     found = images.probe_dali()
@@ -200,7 +200,7 @@ def test_dali_is_compared_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row_of("DALI", dali=images.probe_dali()).status == "FAIL"
 
 
-def test_dali_that_fails_on_the_gpu_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_dali_that_fails_on_the_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali")
     decoded = images._decoded
 
@@ -216,7 +216,7 @@ def test_dali_that_fails_on_the_gpu_alone_is_told(monkeypatch: pytest.MonkeyPatc
     assert found["gpu_broken"] == "RuntimeError: CUDA driver version is insufficient"
 
 
-def test_pillow_without_webp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_pillow_without_webp(monkeypatch: pytest.MonkeyPatch) -> None:
     check = features.check
     monkeypatch.setattr(features, "check", lambda name: name != "webp" and check(name))
     found = images.probe_pillow()

@@ -1,4 +1,4 @@
-"""What `fastnst doctor` finds out about packages, containers, disks and weights, here and on faked machines."""
+"""Probes of `fastnst doctor` for packages, containers, disks and weights, on this machine and on faked ones."""
 
 import errno
 import hashlib
@@ -6,7 +6,6 @@ import multiprocessing
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +21,7 @@ from helpers.doctor_machines import row_of
 # Packages.
 
 
-def test_versions_are_held_against_the_packages_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_packages_compares_versions_with_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     pin = ["triton==0.0.1; platform_system == 'Linux'", "triton==9; extra == 'no'", "jinja2"]
     monkeypatch.setattr(installation, "_requires", lambda _: pin)
     own = SimpleNamespace(
@@ -48,7 +47,7 @@ def test_versions_are_held_against_the_packages_own_words(monkeypatch: pytest.Mo
     }
 
 
-def test_a_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_packages_of_a_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
@@ -63,7 +62,7 @@ def test_a_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("server", "why"), [(None, "does not exist for this platform"), ("/bin/false", "non-zero exit status 1")]
 )
-def test_tensorboard_without_its_data_server(monkeypatch: pytest.MonkeyPatch, server: str | None, why: str) -> None:
+def test_probe_tensorboard_without_data_server(monkeypatch: pytest.MonkeyPatch, server: str | None, why: str) -> None:
     fake = SimpleNamespace(server_binary=lambda: server)
     monkeypatch.setitem(sys.modules, "tensorboard_data_server", fake)
     found = installation.probe_tensorboard()
@@ -74,71 +73,55 @@ def test_tensorboard_without_its_data_server(monkeypatch: pytest.MonkeyPatch, se
 # Containers.
 
 
-@pytest.fixture
-def container(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """What is found below a root folder in which these files lie."""
+CGROUP_V2 = {
+    "proc/self/cgroup": "0::/\n",
+    "sys/fs/cgroup/memory.max": "8589934592\n",
+    "sys/fs/cgroup/memory.current": "6442450944\n",
+    "sys/fs/cgroup/memory.stat": "anon 100\ninactive_file 1073741824\n",
+    "sys/fs/cgroup/cpu.max": "150000 100000\n",
+}
+CGROUP_V2_NESTED = {
+    "proc/self/cgroup": "0::/slice/job/step\n",
+    "sys/fs/cgroup/slice/job/step/memory.max": "max\n",
+    "sys/fs/cgroup/slice/job/step/memory.current": "1\n",
+    "sys/fs/cgroup/slice/job/memory.max": "4294967296\n",
+    "sys/fs/cgroup/slice/job/memory.current": "5294967296\n",
+    "sys/fs/cgroup/slice/job/cpu.max": "max 100000\n",
+}
+CGROUP_V1 = {
+    "proc/self/cgroup": "4:memory:/docker/abc\n1:cpu:/docker/abc\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
+    "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes": "2147483648\n",
+    "sys/fs/cgroup/memory/docker/abc/memory.usage_in_bytes": "1073741824\n",
+    "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+    "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us": "50000\n",
+    "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us": "100000\n",
+}
 
-    def look(**files: str) -> dict[str, Any]:
-        memory = "MemTotal:       67108864 kB\nMemAvailable:   33554432 kB\nHugePages_Total:       0\n"
-        for name, text in {"proc/meminfo": memory, **files}.items():
-            file = tmp_path / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-        return host.probe_host(tmp_path)
 
-    return look
-
-
-def test_a_machine_without_control_groups(container: Callable[..., dict[str, Any]]) -> None:
-    found = container()
+@pytest.mark.parametrize(
+    ("files", "limits"),
+    [
+        ({}, (None, None, None)),
+        (CGROUP_V2, (8 * 2**30, 3 * 2**30, 1.5)),
+        (CGROUP_V2_NESTED, (4 * 2**30, 0, None)),
+        (CGROUP_V1, (2 * 2**30, 2**30, 0.5)),
+    ],
+    ids=["none", "v2", "nested", "v1"],
+)
+def test_probe_host_reads_control_groups(tmp_path: Path, files: dict[str, str], limits: tuple[Any, ...]) -> None:
+    memory = "MemTotal:       67108864 kB\nMemAvailable:   33554432 kB\nHugePages_Total:       0\n"
+    for name, text in {"proc/meminfo": memory, **files}.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    found = host.probe_host(tmp_path)
     assert (found["memory"], found["available"]) == (64 * 2**30, 32 * 2**30)
-    assert found["limit"] is found["room"] is found["quota"] is None
+    assert (found["limit"], found["room"], found["quota"]) == limits
 
 
-def test_limits_of_a_container(container: Callable[..., dict[str, Any]]) -> None:
-    found = container(
-        **{
-            "proc/self/cgroup": "0::/\n",
-            "sys/fs/cgroup/memory.max": "8589934592\n",
-            "sys/fs/cgroup/memory.current": "6442450944\n",
-            "sys/fs/cgroup/memory.stat": "anon 100\ninactive_file 1073741824\n",
-            "sys/fs/cgroup/cpu.max": "150000 100000\n",
-        }
-    )
-    assert (found["limit"], found["room"], found["quota"]) == (8 * 2**30, 3 * 2**30, 1.5)
-
-
-def test_limits_of_a_group_around_this_one_count(container: Callable[..., dict[str, Any]]) -> None:
-    found = container(
-        **{
-            "proc/self/cgroup": "0::/slice/job/step\n",
-            "sys/fs/cgroup/slice/job/step/memory.max": "max\n",
-            "sys/fs/cgroup/slice/job/step/memory.current": "1\n",
-            "sys/fs/cgroup/slice/job/memory.max": "4294967296\n",
-            "sys/fs/cgroup/slice/job/memory.current": "5294967296\n",
-            "sys/fs/cgroup/slice/job/cpu.max": "max 100000\n",
-        }
-    )
-    assert (found["limit"], found["room"], found["quota"]) == (4 * 2**30, 0, None)
-
-
-def test_limits_of_the_older_kind(container: Callable[..., dict[str, Any]]) -> None:
-    found = container(
-        **{
-            "proc/self/cgroup": "4:memory:/docker/abc\n1:cpu:/docker/abc\n",
-            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-            "sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
-            "sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes": "2147483648\n",
-            "sys/fs/cgroup/memory/docker/abc/memory.usage_in_bytes": "1073741824\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-            "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us": "50000\n",
-            "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us": "100000\n",
-        }
-    )
-    assert (found["limit"], found["room"], found["quota"]) == (2 * 2**30, 2**30, 0.5)
-
-
-def test_locks_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_shared_memory_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_lock() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -158,7 +141,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_the_cache_is_written_to_for_proof_and_left_as_it_was(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_folders_writes_to_the_cache_and_leaves_it_unchanged(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = storage.probe_folders()
     assert (found["cache"], found["cache_exists"], found["cache_refused"]) == (str(cache), False, None)
     assert not cache.exists()
@@ -175,19 +160,19 @@ def test_the_cache_is_written_to_for_proof_and_left_as_it_was(cache: Path, monke
     assert storage.probe_folders()["cache_refused"] == "Read-only file system"
 
 
-def test_a_cache_below_a_file_cannot_be_made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_folders_with_a_cache_below_a_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file")
     assert "Not a directory" in storage.probe_folders()["cache_refused"]
     monkeypatch.setenv("FASTNST_CACHE", str(cache / "deep" / "er"))
-    assert storage.probe_folders()["cache_refused"] == "it does not exist and cannot be made"
+    assert storage.probe_folders()["cache_refused"] == "it does not exist and cannot be created"
 
 
 @pytest.fixture
 def content(monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """The bytes that count as VGG19's weights; the network is out of reach."""
+    """Bytes that stand for VGG19's weights, without a network."""
 
     def no_network(*_: object, **__: object) -> None:
-        raise AssertionError("fastnst doctor went to the network")
+        raise AssertionError("fastnst doctor used the network")
 
     content = b"the weights" * 100
     small = replace(weights_module.TORCHVISION, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
@@ -196,7 +181,7 @@ def content(monkeypatch: pytest.MonkeyPatch) -> bytes:
     return content
 
 
-def test_weights_are_found_and_read_in_full(
+def test_probe_weights_hashes_every_file(
     cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     name = weights_module.TORCHVISION.file_name
@@ -226,7 +211,7 @@ def test_weights_are_found_and_read_in_full(
     assert row().status == "PASS"
 
 
-def test_weights_that_cannot_be_read(cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_weights_unreadable(cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(_: Path) -> str:
         raise OSError(errno.EIO, "Input/output error")
 

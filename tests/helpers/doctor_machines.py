@@ -1,11 +1,11 @@
-"""Facts about a machine with nothing to complain of, and about others: what the tests of `fastnst doctor` judge."""
+"""Probe results of a healthy machine and of others, for the tests of `fastnst doctor`."""
 
 import copy
 from typing import Any
 
 from fastnst.doctor import CHECKS
-from fastnst.doctor.children import Facts
 from fastnst.doctor.report import Row, report
+from fastnst.doctor.workers import Results
 
 GIB = 2**30
 SHA = "dc" * 32
@@ -16,21 +16,11 @@ def package(version: str | None, wanted: str, *, fits: bool = True, needed: bool
     return {"version": version, "wanted": wanted, "fits": fits, "needed": needed}
 
 
-# A machine with nothing to complain of.
 HEALTHY: dict[str, Any] = {
     "packages": {
-        "python": "3.12.3",
-        "implementation": "CPython",
-        "system": "Linux",
-        "release": "6.8.0",
-        "machine": "x86_64",
-        "libc": "glibc 2.39",
-        "fastnst": "0.1.0",
-        "triton": "3.7.1",
-        "requires_python": ">=3.11",
-        "python_fits": True,
-        "triton_pin": "==3.7.1",
-        "triton_pairs": True,
+        **{"python": "3.12.3", "implementation": "CPython", "requires_python": ">=3.11", "python_fits": True},
+        **{"system": "Linux", "release": "6.8.0", "machine": "x86_64", "libc": "glibc 2.39", "fastnst": "0.1.0"},
+        **{"triton": "3.7.1", "triton_pin": "==3.7.1", "triton_pairs": True},
         "packages": {
             "torch": package("2.13.0", ">=2.11"),
             "triton": package("3.7.1", ">=3.6"),
@@ -50,25 +40,13 @@ HEALTHY: dict[str, Any] = {
     "kernels": {"settings": {}, "gpus": 1, "implementation": "triton", "error": 2e-4, "interpreted": False},
     "jpeg_engines": [{"engines": 7, "cores": 0}],
     "host": {
-        "memory": 128 * GIB,
-        "available": 100 * GIB,
-        "limit": None,
-        "room": None,
-        "cores": 16,
-        "usable": 16,
-        "quota": None,
-        "omp": None,
-        "files": 1024,
-        "files_hard": 4096,
+        **{"memory": 128 * GIB, "available": 100 * GIB, "limit": None, "room": None, "cores": 16, "usable": 16},
+        **{"quota": None, "omp": None, "files": 1024, "files_hard": 4096},
     },
     "shared_memory": {"size": 64 * 2**20, "free": 64 * 2**20},
     "folders": {
-        "here_free": 64 * GIB,
-        "here_writable": True,
-        "cache": "/var/cache/fastnst",
-        "cache_exists": True,
-        "cache_free": 64 * GIB,
-        "cache_refused": None,
+        **{"here_free": 64 * GIB, "here_writable": True, "cache": "/var/cache/fastnst", "cache_exists": True},
+        **{"cache_free": 64 * GIB, "cache_refused": None},
     },
     "weights": {
         "files": [
@@ -87,8 +65,8 @@ NO_GPU = {"visible": None, "reason": None, "gpus": []}
 NO_DRIVER = {"pci": 0, "library": False}
 
 
-def machine(**changes: Any) -> Facts:
-    """`HEALTHY` changed: dictionaries are merged, `name__` or other values replace, a text is why a probe failed."""
+def machine(**changes: Any) -> Results:
+    """Return `HEALTHY` with changes: a dictionary is merged, `name__` replaces, a string is a probe's failure."""
     answers = copy.deepcopy(HEALTHY)
     failures = {}
     for name, change in changes.items():
@@ -99,24 +77,24 @@ def machine(**changes: Any) -> Facts:
             answers[name.removesuffix("__")] = change
         else:
             answers[name] |= change
-    return Facts(answers, failures)
+    return Results(answers, failures)
 
 
 def with_package(name: str, **changes: Any) -> dict[str, Any]:
+    """Return the changes of `machine` that change one package."""
     packages = copy.deepcopy(HEALTHY["packages"]["packages"])
     packages[name] |= changes
-    return {"packages": packages}
+    return {"packages": {"packages": packages}}
 
 
 def row_of(name: str, **changes: Any) -> Row:
-    """What the report says of `name` on a machine with these changes."""
+    """Return the report's row `name` for a machine with these changes."""
     return next(row for row in report(machine(**changes), CHECKS).rows if row.name == name)
 
 
-def check_row(row: Row, status: str, found: list[str], fix: list[str]) -> None:
+def assert_row(row: Row, status: str, found: str, fix: str) -> None:
+    """Compare a row with the wanted status; `found` and `fix` are parts, separated by " … ", that it must contain."""
     assert row.status == status, row
-    for words in found:
-        assert words in row.found
     assert (row.fix is None) == (status == "PASS")
-    for words in fix:
-        assert words in (row.fix or "")
+    assert [part for part in found.split(" … ") if part not in row.found] == []
+    assert [part for part in fix.split(" … ") if part not in (row.fix or "")] == []

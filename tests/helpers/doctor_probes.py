@@ -1,4 +1,4 @@
-"""Probes that answer, fail, hang and crash, for the tests of `fastnst doctor`; child processes import this by name."""
+"""Probes that answer, fail, hang and crash; the worker processes of `fastnst doctor` import them by name."""
 
 import os
 import signal
@@ -21,12 +21,12 @@ def exits() -> None:
     sys.exit(3)
 
 
-def cannot_be_told() -> object:
+def is_no_json() -> object:
     return object()
 
 
 def hangs() -> None:
-    # Where the test finds the process that it hopes is gone, and a child of that one.
+    # The test looks for this process and its child, which must both be gone afterwards.
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(os.environ["DOCTOR_TEST_FILE"]).write_text(f"{os.getpid()} {sleeper.pid}")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -27,7 +27,7 @@ TRAIN, TRAINER, STYLE_RUN, INPUTS, DIVERGENCE, SIGNALS, DETERMINISM = (
 STEP, GRAPHED = (f"fastnst/training/step/{name}.py" for name in ("train_step", "graphed_step"))
 CHECKPOINT, RESUME, LAYOUT = (f"fastnst/training/run_dir/{name}.py" for name in ("checkpoint", "resume", "layout"))
 LOG, STORAGE, WEIGHTS = "fastnst/run_log/writer.py", "fastnst/storage.py", "fastnst/models/weights.py"
-FILE_CHECKS, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/winograd.py"
+FILE_CHECKS, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/cpu/winograd.py"
 
 TRAINING = "tests/training"
 EQUALS = f"{TRAINING}/test_resume.py::test_train_resume_equals_an_undisturbed_run"
@@ -36,7 +36,7 @@ CHANGES = f"{TRAINING}/test_resume_changes.py::test_train_resume"
 ORDER = f"{TRAINING}/test_io_faults.py::test_save_checkpoint_writes_content_then_name_and_then_removes_old"
 WRITE = "tests/test_storage.py::test_write_atomic_syncs_the_content_before_it_renames"
 PICKLE = "tests/models/test_file_checks.py::test_check_torch_file_refuses_other_names_in_pickles"
-CONVOLUTION = "tests/kernels/test_winograd.py::test_it_is_pytorchs_convolution"
+CONVOLUTION = "tests/kernels/test_winograd.py::test_winograd_agrees_with_torch"
 
 RESUMED = (
     Fault(
@@ -247,7 +247,7 @@ DURABLE = (
         SIGNALS,
         "if self._deferred and self.signum is None:",
         "if self._deferred:",
-        f"{TRAINING}/test_signals.py::test_deferred_keeps_the_first_signal_and_raises_the_second",
+        f"{TRAINING}/test_signals.py::test_deferred_keeps_the_first_signal_and_raises_the_second[15]",
     ),
 )
 
@@ -264,28 +264,28 @@ SECURE = (
         LOG,
         "flags | os.O_NOFOLLOW | os.O_CLOEXEC",
         "flags | os.O_CLOEXEC",
-        "tests/security/test_runs.py::test_a_link_to_nothing_makes_nothing_there[metrics.jsonl]",
+        "tests/security/test_runs.py::test_train_creates_nothing_through_a_dangling_link[metrics.jsonl]",
     ),
     Fault(
         "pickles of any kind loaded",
         WEIGHTS,
         "weights_only=True",
         "weights_only=False",
-        "tests/security/test_network.py::test_a_payload_does_not_run_where_nobody_looked_at_it_before",
+        "tests/security/test_network.py::test_load_vgg19_runs_no_payload_even_without_vetting",
     ),
     Fault(
         "SHA-256 of cached weights not checked",
         WEIGHTS,
         "if digest == source.sha256:",
         "if digest:",
-        "tests/security/test_network.py::test_cached_weights_are_checked_in_full_at_every_load",
+        "tests/security/test_network.py::test_load_vgg19_checks_cached_weights_at_every_load",
     ),
     Fault(
         "SHA-256 of downloaded weights not checked",
         "fastnst/models/download.py",
         "if (found := sha256_of(part)) == source.sha256:",
         "if found := sha256_of(part):",
-        "tests/models/test_weights.py::test_download_refuses_wrong_bytes",
+        "tests/models/test_download.py::test_download_refuses_wrong_bytes",
     ),
     Fault(
         "names in pickles not checked",
@@ -351,7 +351,7 @@ NUMBERS = (
         WINOGRAD,
         "g = g.flip(1) if backward else g",
         "g = g.flip(0).flip(0) if backward else g",
-        "tests/kernels/test_winograd.py::test_one_pixel_gives_the_kernel_turned_round",
+        "tests/kernels/test_winograd.py::test_convolve_one_pixel_gives_the_flipped_kernel",
     ),
     Fault(
         "weight's gradient without the sum over bands",

@@ -50,7 +50,7 @@ def tier(request: pytest.FixtureRequest) -> Tier:
 
 
 def _why_interpreter_cannot_loop() -> str:
-    """Triton 3.6's interpreter converts loop bounds, arrays of one element, to int, which NumPy 2.4 refuses."""
+    """Triton 3.6's interpreter converts arrays of one element to int, which NumPy 2.4 refuses."""
     versions = triton.__version__, np.__version__
     triton_version, numpy_version = (tuple(int(part) for part in version.split(".")[:2]) for version in versions)
     if triton_version < (3, 7) and numpy_version >= (2, 4):
@@ -62,7 +62,7 @@ def _why_interpreter_cannot_loop() -> str:
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the ops allocate with NaN (bytes with 255), so that an element nobody writes cannot pass for a zero."""
+    """Fill allocations with NaN (bytes with 255), so that an unwritten element cannot pass for a zero."""
     allocate: Callable[..., torch.Tensor] = runtime.allocate
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -73,7 +73,7 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _InterpreterRun:
-    """A child pytest that runs `items` in Triton's interpreter and sends one line per report through a pipe."""
+    """A child pytest that runs `items` in Triton's interpreter and sends its reports through a pipe."""
 
     def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self._config = config

@@ -1,14 +1,16 @@
-"""Offsets beyond 2³¹: the last program of each launch runs over a tensor whose pages exist only where it looks."""
-
-from unittest import mock
+"""Offsets beyond 2³¹: the last program of each launch on a tensor with pages only where it accesses."""
 
 import numpy as np
 import pytest
 import torch
 
-from fastnst_kernels import gram_kernels, product_kernels, runtime, taps
-from fastnst_kernels.gram_kernels import gram_on_triton
-from fastnst_kernels.product_kernels import product_on_triton
+from fastnst_kernels import runtime
+from fastnst_kernels.gram import kernels as gram_kernels
+from fastnst_kernels.gram import loss_relu_backward, product
+from fastnst_kernels.gram.kernels import gram_on_triton
+from fastnst_kernels.gram.product import product_on_triton
+from helpers.kernel_cases import in_interpreter
+from helpers.last_program import LastProgram
 
 # More than 2³¹ elements; in the contiguous format the rows of one tile of 128 channels are that far apart, too.
 CHANNELS_LAST, CONTIGUOUS = (2, 64, 4096, 4104), (1, 128, 4200, 4200)
@@ -20,36 +22,6 @@ def zeros(shape, dtype):
     """Zeros that take up address space, and memory once they are written to."""
     size = {torch.bfloat16: np.int16, torch.float32: np.int32}[dtype]
     return torch.from_numpy(np.zeros(tuple(shape), size)).view(dtype)
-
-
-def interpreted(test):
-    """Runs `test` in the interpreter's tier alone."""
-    test = pytest.mark.usefixtures("tier")(test)
-    return pytest.mark.parametrize("tier", ["interpreter"], indirect=True)(test)
-
-
-class LastProgram:
-    """Stands where a kernel stood, and runs the last program of each launch alone."""
-
-    def __init__(self, kernel):
-        self.kernel, self.arguments = kernel, None
-
-    def __getitem__(self, grid):
-        from triton.runtime import interpreter
-
-        def launch(*args, **options):
-            self.arguments = dict(zip(self.kernel.arg_names, args, strict=False))
-            builder = interpreter.interpreter_builder
-            set_index = builder.set_grid_idx
-
-            def set_last(*_):
-                builder.set_grid_dim(grid[0], 1, 1)
-                set_index(grid[0] - 1, 0, 0)
-
-            with mock.patch.object(builder, "set_grid_idx", set_last):
-                self.kernel[(1,)](*args, **options)
-
-        return launch
 
 
 @pytest.fixture
@@ -90,9 +62,9 @@ def end_of(x):
     return x[-1].flatten(1)[:, -POSITIONS:].mT
 
 
-@interpreted
+@in_interpreter
 @LAYOUTS
-def test_gram(huge, shape, monkeypatch):
+def test_gram_kernels_beyond_32_bits(huge, shape, monkeypatch):
     """The last split holds the last positions; the merge's last tile is the last one of the last sample."""
     first, merge = huge(gram_kernels, "_gram_kernel"), huge(gram_kernels, "_merge_gram_kernel")
     _, c, h, w = shape
@@ -108,10 +80,10 @@ def test_gram(huge, shape, monkeypatch):
     torch.testing.assert_close(gram[-1, -32:, -32:], expected)
 
 
-@interpreted
+@in_interpreter
 @LAYOUTS
-def test_product_with_every_term(huge, shape):
-    huge(product_kernels, "_product_kernel")
+def test_product_kernel_beyond_32_bits(huge, shape):
+    huge(product, "_product_kernel")
     n, c = shape[:2]
     features, end = tensor(shape, 1)
     incoming, end_of_incoming = tensor(shape, 2)
@@ -127,13 +99,13 @@ def test_product_with_every_term(huge, shape):
     assert torch.equal(end_of(result)[-8:, -64:].float(), expected[-8:, -64:])
 
 
-@interpreted
+@in_interpreter
 @LAYOUTS
-def test_tap_without_a_style(huge, shape):
-    huge(taps, "_tap_kernel")
+def test_loss_relu_kernel_beyond_32_bits(huge, shape):
+    huge(loss_relu_backward, "_loss_relu_kernel")
     features, end = tensor(shape, 1)
     incoming, end_of_incoming = tensor(shape, 2)
-    result = taps._tap_on_triton(features, incoming, None, None)
+    result = loss_relu_backward._loss_relu_on_triton(features, incoming, None, None)
     expected = torch.where(end > 0, end_of_incoming, 0.0)
     # One program's block: the last positions' channels, or the last channel's positions.
     if shape == CHANNELS_LAST:

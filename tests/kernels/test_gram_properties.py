@@ -1,25 +1,19 @@
-"""What Gram matrices, the style loss and taps must satisfy for any shape, type, format and mix of terms."""
+"""Properties of Gram matrices, the style loss and its gradients for any shape, dtype and format."""
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LAYOUTS, gradients, randn, same_format
 
 from fastnst_kernels import (
     gram_matrix,
     gram_matrix_reference,
+    loss_relu_backward,
+    loss_relu_backward_reference,
     style_loss,
     style_loss_reference,
-    tap_backward,
-    tap_backward_reference,
 )
-from fastnst_kernels.gram import style_matrix_reference
-
-# Both fixtures, the tier and the poisoned allocations, may well last for all of a test's examples.
-cases = settings(
-    max_examples=16, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+from fastnst_kernels.gram.style_loss import style_matrix_reference
+from helpers.kernel_cases import DTYPES, LAYOUTS, examples, gradients, randn, same_format, whole_numbers
 
 channels = st.sampled_from([1, 2, 3, 7, 8, 16, 17, 24, 32, 33, 64, 65, 72, 100])
 shapes = st.tuples(st.integers(1, 3), channels, st.integers(1, 9), st.sampled_from([1, 2, 3, 5, 8, 13, 31]))
@@ -27,15 +21,9 @@ seeds = st.integers(0, 2**16)
 dtypes, layouts = st.sampled_from(DTYPES), st.sampled_from(sorted(LAYOUTS))
 
 
-def whole_numbers(shape, dtype, device, seed, low=-3, high=3):
-    """Small whole numbers, exact in any type; so are their products and sums in fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high + 1, shape, generator=generator).to(device, dtype)
-
-
-@cases
+@examples(16, interpreted=6)
 @given(shape=shapes, dtype=dtypes, layout=layouts, seed=seeds)
-def test_sums_of_whole_numbers_are_exact(tier, shape, dtype, layout, seed):
+def test_gram_matrix_of_whole_numbers_is_exact(tier, shape, dtype, layout, seed):
     """FᵀF is a whole number in fp32, so nothing but the division by C·K rounds, and G is symmetric."""
     features = LAYOUTS[layout](whole_numbers(shape, dtype, tier.device, seed))
     gram = gram_matrix(features)
@@ -44,9 +32,9 @@ def test_sums_of_whole_numbers_are_exact(tier, shape, dtype, layout, seed):
     assert torch.equal(gram, gram.mT)
 
 
-@cases
+@examples(16, interpreted=6)
 @given(shape=shapes, dtype=dtypes, layout=layouts, seed=seeds, shared=st.booleans())
-def test_style_loss_and_its_gradient(tier, shape, dtype, layout, seed, shared):
+def test_style_loss_of_whole_numbers(tier, shape, dtype, layout, seed, shared):
     n, c = shape[:2]
     features = LAYOUTS[layout](whole_numbers(shape, dtype, tier.device, seed))
     target = whole_numbers((c, c) if shared else (n, c, c), torch.float32, tier.device, seed + 1)
@@ -61,7 +49,7 @@ def test_style_loss_and_its_gradient(tier, shape, dtype, layout, seed, shared):
         assert (grad.double() - exact).abs().max().item() <= bound
 
 
-@cases
+@examples(16, interpreted=6)
 @given(
     shape=shapes,
     dtype=dtypes,
@@ -69,7 +57,7 @@ def test_style_loss_and_its_gradient(tier, shape, dtype, layout, seed, shared):
     seed=seeds,
     terms=st.sets(st.sampled_from(["incoming", "style", "content"]), min_size=1),
 )
-def test_tap_of_any_terms(tier, shape, dtype, layout, seed, terms):
+def test_loss_relu_backward_of_any_terms(tier, shape, dtype, layout, seed, terms):
     n, c = shape[:2]
     features = LAYOUTS[layout](whole_numbers(shape, dtype, tier.device, seed).relu())
     arguments = {}
@@ -82,12 +70,12 @@ def test_tap_of_any_terms(tier, shape, dtype, layout, seed, terms):
     if "content" in terms:
         arguments["content_target"] = LAYOUTS[layout](randn(shape, dtype, tier.device, seed=seed + 4))
         arguments["content_factor"] = whole_numbers((n,), torch.float32, tier.device, seed + 5)
-    result = tap_backward(features, **arguments)
+    result = loss_relu_backward(features, **arguments)
     wide = {
         name: type(value)(*(part.double() for part in value)) if isinstance(value, tuple) else value.double()
         for name, value in arguments.items()
     }
-    exact = tap_backward_reference(features.double(), **wide)
+    exact = loss_relu_backward_reference(features.double(), **wide)
     bound = 2 * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item())
     assert (result.double() - exact).abs().max().item() <= bound
     assert same_format(result, features)

@@ -1,5 +1,6 @@
-"""The kernel report can tell good machine code from bad: toy kernels whose faults are known."""
+"""The kernel report tells good machine code from bad: toy kernels with known faults."""
 
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -16,9 +17,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import kernel_calls  # noqa: E402
 import kernel_report  # noqa: E402
 
-from fastnst_kernels import inspection, recording, runtime  # noqa: E402
-from fastnst_kernels.disassembly import Instructions  # noqa: E402
-from fastnst_kernels.inspection import CompiledKernel, compile_launches, record  # noqa: E402
+from fastnst_kernels import runtime  # noqa: E402
+from fastnst_kernels.inspection import ARCHITECTURES, CompiledKernel, compile_launches, record, recording  # noqa: E402
+from fastnst_kernels.inspection.disassembly import Instructions  # noqa: E402
 from fastnst_kernels.runtime import jit, tl  # noqa: E402
 
 THIS = sys.modules[__name__]
@@ -32,7 +33,7 @@ def copy_kernel(x, y, shift, n, BLOCK: tl.constexpr):
 
 @jit
 def crowded_kernel(x, y, rows, BLOCK: tl.constexpr):
-    """Keeps eight blocks until all are loaded."""
+    """Hold eight blocks until all are loaded."""
     o = tl.arange(0, BLOCK)
     held = ()
     for i in tl.static_range(8):
@@ -54,7 +55,7 @@ def product_kernel(a, b, c, k, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEP
 
 @jit
 def walking_kernel(x, y, idle, n, BLOCK: tl.constexpr):  # noqa: ARG001
-    """Its pointers move; where it stores depends on what it loads."""
+    """Pointers move; the address of a store depends on a load."""
     p_x = x + tl.arange(0, BLOCK)
     for _ in range(n):
         if n > 3:
@@ -68,18 +69,20 @@ def wrong_kernel(x, BLOCK: tl.constexpr):
     tl.store(x + tl.arange(0, BLOCK), tl.arange(0, BLOCK + 1))
 
 
-def picture(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def image(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(2, 16, 32, 32, dtype=dtype, memory_format=torch.channels_last)
 
 
+@functools.cache
 def copied(architecture: str = "sm_90", shift: int = 16, **options: object) -> CompiledKernel:
-    x = picture()
+    x = image()
     with record([THIS], architecture) as launches:
         copy_kernel[(32,)](x, runtime.allocate_like(x), shift, x.numel(), BLOCK=1024, num_warps=4, **options)
     (kernel,) = compile_launches(launches)
     return kernel
 
 
+@functools.cache
 def multiplied(architecture: str, dtype: torch.dtype, side: int = 128, stages: int = 2) -> CompiledKernel:
     a, b, c = (torch.empty(side, 1024, dtype=dtype) for _ in range(3))
     with record([THIS], architecture) as launches:
@@ -93,11 +96,11 @@ def call_of(kernel: CompiledKernel, op: str, dtype: str, hot: bool = True) -> ke
     return kernel_calls.Call(case, "forward", kernel.architecture.name, kernel.launches)
 
 
-# What is recorded.
+# Recording.
 
 
-def test_a_launch_is_noted_with_its_operands() -> None:
-    x = picture()
+def test_record_notes_a_launch_with_its_operands() -> None:
+    x = image()
     with record([THIS], "sm_90") as launches:
         y = runtime.allocate_like(x)
         for _ in range(2):
@@ -114,8 +117,8 @@ def test_a_launch_is_noted_with_its_operands() -> None:
     assert (first.bytes, in_place.bytes) == (2 * x.nbytes, x.nbytes)
 
 
-def test_identities_tell_what_a_launcher_tells_apart() -> None:
-    x = picture()
+def test_launch_identity_is_that_of_the_machine_code() -> None:
+    x = image()
     with record([THIS], "sm_90") as launches:
         for shift, block, warps in ((16, 1024, 4), (3, 1024, 4), (16, 512, 4), (16, 1024, 8), (32, 1024, 4)):
             copy_kernel[(32,)](x, x, shift, 4096, BLOCK=block, num_warps=warps)
@@ -124,7 +127,7 @@ def test_identities_tell_what_a_launcher_tells_apart() -> None:
     assert same == first
 
 
-def test_everything_is_as_before_after_recording() -> None:
+def test_record_restores_everything() -> None:
     before = copy_kernel, runtime.implementation, runtime.chip, runtime.allocate
     try:
         with record([THIS], "sm_80"):
@@ -137,7 +140,7 @@ def test_everything_is_as_before_after_recording() -> None:
     assert runtime.implementation(torch.empty(1)) == "reference"
 
 
-def test_what_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_refuses_what_it_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"'sm_70' is unknown: use one of sm_80, sm_90, sm_100"), record([], "sm_70"):
         pass
     monkeypatch.setattr(runtime, "INTERPRETING", True)
@@ -148,11 +151,11 @@ def test_what_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-# What is compiled.
+# Compiling.
 
 
-@pytest.mark.parametrize("architecture", recording.ARCHITECTURES)
-def test_a_plain_copy_has_no_faults(architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compile_launches_finds_no_faults_in_a_copy(architecture: str) -> None:
     kernel = copied(architecture)
     assert (kernel.widest_load, kernel.widest_store) == (128, 128)
     assert (kernel.stack, kernel.local, kernel.shared_memory, kernel.matrix) == (0, 0, 0, {})
@@ -162,7 +165,7 @@ def test_a_plain_copy_has_no_faults(architecture: str) -> None:
     assert kernel_calls.broken_rules([kernel], [call_of(kernel, "instance_norm", "bf16")]) == []
 
 
-def test_what_is_read_and_written_is_known() -> None:
+def test_compiled_kernel_knows_reads_and_writes() -> None:
     kernel = copied()
     assert (kernel.reads, kernel.writes) == ({"x"}, {"y"})
     x = torch.zeros(1024, dtype=torch.int32)
@@ -178,7 +181,7 @@ def test_what_is_read_and_written_is_known() -> None:
     assert kernel_calls.broken_rules([large], [call_of(large, "instance_norm", "fp32", hot=False)]) == []
 
 
-def test_narrow_accesses_break_a_rule_where_it_matters() -> None:
+def test_broken_rules_names_narrow_loads_of_hot_calls() -> None:
     kernel = copied(shift=3)  # an odd shift: nobody can know that 16 bytes lie together
     assert (kernel.widest_load, kernel.widest_store) == (16, 128)
     hot, odd = (call_of(kernel, "instance_norm", "bf16", hot) for hot in (True, False))
@@ -188,13 +191,13 @@ def test_narrow_accesses_break_a_rule_where_it_matters() -> None:
     assert kernel_calls.broken_rules([kernel], [odd]) == []
 
 
-def test_narrow_stores_break_a_rule() -> None:
+def test_broken_rules_names_narrow_stores() -> None:
     kernel = replace(copied(), stores={32: 4, 64: 1})
     (line,) = kernel_calls.broken_rules([kernel], [call_of(kernel, "instance_norm", "bf16")])
     assert line.endswith("writes y in pieces of at most 64 bits")
 
 
-def test_spills_are_faults() -> None:
+def test_faults_names_spills() -> None:
     x = torch.empty(8 * 8192)
     with record([THIS], "sm_90") as launches:
         crowded_kernel[(1,)](x, x, 8192, BLOCK=8192, num_warps=4, maxnreg=64)
@@ -205,14 +208,14 @@ def test_spills_are_faults() -> None:
     assert "spills registers" in line
 
 
-def test_too_much_shared_memory_is_a_fault() -> None:
+def test_faults_names_too_much_shared_memory() -> None:
     kernel = multiplied("sm_80", torch.bfloat16, stages=5)
     assert kernel.shared_memory > 163 * 1024
     assert kernel.faults() == [f"needs {kernel.shared_memory} bytes of shared memory; sm_80 has {163 * 1024}"]
     assert kernel.programs_per_multiprocessor == 0
 
 
-def test_a_barrier_needs_room_for_all_programs() -> None:
+def test_faults_names_a_barrier_without_room() -> None:
     kernel = copied(launch_cooperative_grid=True)
     assert kernel.faults() == []
     launch = kernel.launches[0]
@@ -223,14 +226,14 @@ def test_a_barrier_needs_room_for_all_programs() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "mnemonic"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
-def test_matrix_instructions_are_found(architecture: str, mnemonic: str) -> None:
+def test_compiled_kernel_counts_matrix_instructions(architecture: str, mnemonic: str) -> None:
     kernel = multiplied(architecture, torch.bfloat16)
     assert set(kernel.matrix) == {mnemonic}
     assert kernel.multiplies_matrices
     assert kernel_calls.slow_products([kernel], [call_of(kernel, "gram_matrix", "bf16")]) == []
 
 
-def test_products_without_tensor_cores_break_a_rule() -> None:
+def test_slow_products_names_products_without_tensor_cores() -> None:
     kernel = multiplied("sm_90", torch.float32, side=32)
     assert (kernel.matrix, kernel.multiplies_matrices) == ({}, True)
     assert kernel_calls.slow_products([kernel], [call_of(kernel, "gram_matrix", "fp32")]) == []
@@ -240,16 +243,16 @@ def test_products_without_tensor_cores_break_a_rule() -> None:
     assert len(kernel_calls.slow_products([older], [call_of(older, "gram_matrix", "bf16")])) == 1
 
 
-def test_what_does_not_compile_is_named() -> None:
+def test_compile_launches_names_what_does_not_compile() -> None:
     with record([THIS], "sm_90") as launches:
         wrong_kernel[(1,)](torch.empty(8), BLOCK=8, num_warps=1)
     with pytest.raises(RuntimeError, match=r"wrong_kernel {'BLOCK': 8, 'num_warps': 1} for sm_90 does not compile"):
         compile_launches(launches)
 
 
-def test_processes_compile_the_same() -> None:
-    with record([inspection, THIS], "sm_90") as launches:
-        copy_kernel[(32,)](picture(), picture(), 16, 4096, BLOCK=1024, num_warps=4)
+def test_compile_launches_in_processes_gives_the_same() -> None:
+    with record([recording, THIS], "sm_90") as launches:
+        copy_kernel[(32,)](image(), image(), 16, 4096, BLOCK=1024, num_warps=4)
     assert compile_launches(launches, jobs=2) == compile_launches(launches)
     assert compile_launches([]) == compile_launches([], jobs=2) == []
 
@@ -272,7 +275,7 @@ def test_programs_per_multiprocessor(registers, warps, shared, tensor_memory, pr
     assert kernel.programs_per_multiprocessor == programs
 
 
-def test_instructions_are_counted_by_width() -> None:
+def test_instructions_add_counts_by_width() -> None:
     counts = Instructions()
     for line in (
         "LDG.E.128.CONSTANT",
@@ -295,10 +298,10 @@ def test_instructions_are_counted_by_width() -> None:
     assert counts.total == 11
 
 
-# What is reported.
+# The command.
 
 
-def test_the_command_writes_all_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_report_writes_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = "--architecture sm_90 --dtype bf16 --op max_pool2d_switches --jobs 1".split()  # noqa: SIM905
     files = ["--json", str(tmp_path / "report.json"), "--markdown", str(tmp_path / "report.md")]
     done = CliRunner().invoke(kernel_report.main, arguments + files)
@@ -310,7 +313,7 @@ def test_the_command_writes_all_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
     assert {kernel["architecture"] for kernel in data["kernels"]} == {"sm_90"}
     assert all(kernel["stack"] == kernel["local"] == 0 < kernel["registers"] for kernel in data["kernels"])
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "## `max_pool_2x2._pool_columns_kernel`" in text
+    assert "## `pool.kernels_2x2._pool_columns_kernel`" in text
     assert "| type, layout | configuration | sm_90 |" in text
     assert "None." in text
     monkeypatch.setattr(kernel_report, "broken_rules", lambda *_: ["sm_90 some_kernel: [slow]"])
@@ -319,7 +322,7 @@ def test_the_command_writes_all_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
     assert "broken: sm_90 some_kernel: [slow]" in done.output
 
 
-def test_bytes_are_held_against_the_minimum() -> None:
+def test_traffic_rows_compare_with_the_minimum() -> None:
     calls = kernel_calls.record_calls("sm_90", ["max_unpool2d_switches"], ["bf16"])
     rows = kernel_report.traffic_rows(calls, kernel_calls.LAYER_SHAPES)
     assert [(row["op"], row[""]) for row in rows] == [
@@ -333,13 +336,13 @@ def test_bytes_are_held_against_the_minimum() -> None:
     assert twice.bytes == 2 * call.bytes == 2 * call.minimum_bytes
 
 
-def test_the_command_knows_its_choices() -> None:
+def test_kernel_report_refuses_unknown_choices() -> None:
     done = CliRunner().invoke(kernel_report.main, ["--architecture", "sm_90,sm_75"])
     assert done.exit_code == 2
     assert "'sm_75' is not one of sm_80, sm_90, sm_100" in done.output
 
 
-def test_unreached_kernels_and_entries_are_named() -> None:
+def test_unreached_kernels_and_watched_tables_name_what_is_unused() -> None:
     calls = kernel_calls.record_calls("sm_90", ["gram_matrix"], ["bf16"])
     assert "copy_kernel" not in kernel_calls.unreached_kernels(calls)
     assert kernel_calls.unreached_kernels(calls)

@@ -1,18 +1,28 @@
-"""Pooling with switches and its adjoint in every tier: exactly PyTorch's values, places and gradients."""
+"""Pooling with switches and its adjoint in every tier: PyTorch's exact values and gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DTYPES, LAYOUTS, check_bad_input, gradients, randn, same_format, spread_like
 
 from fastnst_kernels import (
     max_pool2d_switches,
     max_pool2d_switches_reference,
-    max_pool_kernels,
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
-from fastnst_kernels.max_pool import _plane_index, gather_switches_reference
+from fastnst_kernels.pool import kernels as max_pool_kernels
+from fastnst_kernels.pool.max_pool import _plane_index, gather_switches_reference
+from helpers.kernel_cases import (
+    LAYOUTS,
+    check_bad_input,
+    check_op,
+    gradients,
+    randn,
+    same_format,
+    spread_like,
+    switches_of_torch,
+    with_dtypes,
+)
 from helpers.tolerances import assert_as_exact_as_torch
 
 # (shape, window, stride): even and odd sides, overlap, gaps between windows, one window, the largest window, stride 1.
@@ -27,19 +37,11 @@ CASES = [
     ("contiguous", (2, 3, 7, 8), 2, 2),
     ("contiguous", (1, 3, 6, 7), 3, 2),
 ]
-
-
-def switches_of_torch(x, kernel_size, stride):
-    """The rule of the switches, in plain words: find PyTorch's plane index, count rows and columns from the corner."""
-    y, index = F.max_pool2d(x, kernel_size, stride, return_indices=True)
-    row = index // x.shape[3] - torch.arange(y.shape[2], device=x.device)[:, None] * stride
-    column = index % x.shape[3] - torch.arange(y.shape[3], device=x.device) * stride
-    return y, (row * kernel_size + column).to(torch.uint8)
+every_case = pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride", "dtype"), with_dtypes(CASES), ids=str)
 
 
 def torch_unpool(y, switches, size, kernel_size, stride):
-    """One-hot windows, which `fold` puts where they belong, and adds. It wants windows that reach the border: unpool
-    what they cover, leave the rest 0."""
+    """`fold` of one-hot windows; it needs windows that reach the border, so the rest is padded."""
     n, c = y.shape[:2]
     hot = F.one_hot(switches.long(), kernel_size**2).to(y.dtype) * y[..., None]
     columns = hot.flatten(2, 3).permute(0, 1, 3, 2).reshape(n, c * kernel_size**2, -1)
@@ -48,9 +50,8 @@ def torch_unpool(y, switches, size, kernel_size, stride):
     return F.pad(inner, (0, size[1] - covered[1], 0, size[0] - covered[0]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
-def test_values_and_switches_are_torchs(tier, dtype, layout, shape, kernel_size, stride):
+@every_case
+def test_max_pool_values_and_switches_are_torchs(tier, layout, shape, kernel_size, stride, dtype):
     x = LAYOUTS[layout](randn(shape, dtype, tier.device))
     y, switches = max_pool2d_switches(x, kernel_size, stride)
     expected_y, expected_switches = switches_of_torch(x, kernel_size, stride)
@@ -61,18 +62,8 @@ def test_values_and_switches_are_torchs(tier, dtype, layout, shape, kernel_size,
     assert same_format(switches, x)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout(tier, layout):
-    x = LAYOUTS[layout](randn((2, 5, 7, 8), torch.float32, tier.device))
-    expected_y, expected_switches = switches_of_torch(x, 2, 2)
-    y, switches = max_pool2d_switches(x)
-    assert torch.equal(y, expected_y)
-    assert torch.equal(switches, expected_switches)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
-def test_gradient_is_torchs(tier, dtype, layout, shape, kernel_size, stride):
+@every_case
+def test_max_pool_gradient_is_torchs(tier, layout, shape, kernel_size, stride, dtype):
     x = LAYOUTS[layout](randn(shape, dtype, tier.device))
     dy = randn(switches_of_torch(x, kernel_size, stride)[0].shape, dtype, tier.device, seed=5)
 
@@ -86,9 +77,8 @@ def test_gradient_is_torchs(tier, dtype, layout, shape, kernel_size, stride):
     assert same_format(actual, x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layout", "shape", "kernel_size", "stride"), CASES)
-def test_unpool_and_its_gradient(tier, dtype, layout, shape, kernel_size, stride):
+@every_case
+def test_max_unpool_and_its_gradient(tier, layout, shape, kernel_size, stride, dtype):
     x = LAYOUTS[layout](randn(shape, dtype, tier.device))
     y, switches = max_pool2d_switches(x, kernel_size, stride)
     window, size = (kernel_size, stride), tuple(shape[2:])
@@ -106,7 +96,7 @@ def test_unpool_and_its_gradient(tier, dtype, layout, shape, kernel_size, stride
     assert same_format(d_actual, y)
 
 
-def test_first_of_equals(tier):
+def test_max_pool_takes_the_first_of_equals(tier):
     """Ties, an all-equal window, −∞ throughout: the first in row-major order."""
     inf = float("inf")
     rows = [[1, 1, 0, 2, 3, 3, -inf, -inf], [1, 1, 2, 2, 3, 3, -inf, -inf]]
@@ -117,7 +107,7 @@ def test_first_of_equals(tier):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2)])
-def test_nan_wins_as_in_torch(tier, layout, kernel_size, stride):
+def test_max_pool_takes_nan_as_torch_does(tier, layout, kernel_size, stride):
     x = randn((2, 5, 9, 9), torch.float32, tier.device)
     x[randn(x.shape, torch.float32, tier.device, seed=1) > 1] = float("nan")
     x = LAYOUTS[layout](x)
@@ -128,7 +118,7 @@ def test_nan_wins_as_in_torch(tier, layout, kernel_size, stride):
     assert torch.equal(switches, expected_switches)
 
 
-def test_unpool_by_hand(tier):
+def test_max_unpool_by_hand(tier):
     """Windows of 2 with stride 1 on a row of 3: both point at the middle, so their values add."""
     switches = torch.tensor([[1, 0]], dtype=torch.uint8, device=tier.device).view(1, 1, 1, 2)
     y = torch.tensor([[10.0, 5.0]], device=tier.device).view(1, 1, 1, 2)
@@ -136,7 +126,7 @@ def test_unpool_by_hand(tier):
     assert x.squeeze().tolist() == [[0, 15, 0], [0, 0, 0]]
 
 
-def test_adjoint(tier):
+def test_max_unpool_is_the_adjoint_of_gather(tier):
     """⟨S x, y⟩ = ⟨x, Sᵀy⟩ for any x, y and switches."""
     x, y = randn((2, 3, 7, 9), torch.float32, tier.device), randn((2, 3, 3, 4), torch.float32, tier.device, seed=1)
     switches = torch.randint(9, y.shape, generator=torch.Generator().manual_seed(2)).to(tier.device, torch.uint8)
@@ -145,7 +135,7 @@ def test_adjoint(tier):
     torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
 
 
-def test_switches_in_another_format(tier):
+def test_max_unpool_takes_switches_in_another_format(tier):
     y = LAYOUTS["channels_last"](randn((2, 3, 2, 4), torch.float32, tier.device))
     switches = torch.randint(4, y.shape, generator=torch.Generator().manual_seed(2)).to(tier.device, torch.uint8)
     assert switches.is_contiguous()
@@ -154,7 +144,7 @@ def test_switches_in_another_format(tier):
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
-def test_gradient_of_any_layout_twice(tier, layout):
+def test_max_pool_backward_takes_a_gradient_of_any_layout(tier, layout):
     x = LAYOUTS["channels_last"](randn((2, 5, 6, 8), torch.float32, tier.device)).requires_grad_()
     y = max_pool2d_switches(x)[0]
     dy = spread_like(y) if layout == "expanded" else LAYOUTS[layout](randn(y.shape, y.dtype, tier.device, seed=3))
@@ -163,7 +153,7 @@ def test_gradient_of_any_layout_twice(tier, layout):
         assert torch.equal(torch.autograd.grad(y, x, dy, retain_graph=True)[0], expected)
 
 
-def test_second_derivative(tier):
+def test_max_pool_second_derivative(tier):
     """The gradient with respect to dy of the gradient is the pooling's own selection."""
     x = randn((1, 2, 4, 6), torch.float32, tier.device).requires_grad_()
     y, switches = max_pool2d_switches(x)
@@ -175,7 +165,7 @@ def test_second_derivative(tier):
 
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 1)])
-def test_same_bits_twice(tier, kernel_size, stride):
+def test_max_pool_gives_the_same_bits_twice(tier, kernel_size, stride):
     x = randn((1, 3, 6, 7), torch.float32, tier.device)
     dy = randn(switches_of_torch(x, kernel_size, stride)[0].shape, torch.float32, tier.device, seed=1)
     first, second = (gradients(lambda x: max_pool2d_switches(x, kernel_size, stride)[0], [x], dy) for _ in range(2))
@@ -184,16 +174,16 @@ def test_same_bits_twice(tier, kernel_size, stride):
 
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2)])
-def test_registered_as_pytorch_demands(tier, kernel_size, stride):
+def test_pool_ops_pass_opcheck(tier, kernel_size, stride):
     x = LAYOUTS["channels_last"](randn((2, 3, 7, 8), torch.float32, tier.device)).requires_grad_()
-    torch.library.opcheck(torch.ops.fastnst.max_pool2d_switches, (x, kernel_size, stride))
+    check_op(torch.ops.fastnst.max_pool2d_switches, (x, kernel_size, stride), tier)
     y, switches = (t.detach() for t in max_pool2d_switches(x, kernel_size, stride))
     unpool = (y.requires_grad_(), switches, 7, 8, kernel_size, stride)
-    torch.library.opcheck(torch.ops.fastnst.max_unpool2d_switches, unpool)
-    torch.library.opcheck(torch.ops.fastnst.gather_switches, (x, switches, kernel_size, stride))
+    check_op(torch.ops.fastnst.max_unpool2d_switches, unpool, tier)
+    check_op(torch.ops.fastnst.gather_switches, (x, switches, kernel_size, stride), tier)
 
 
-def test_gradcheck():
+def test_pool_gradcheck():
     x = randn((1, 2, 5, 6), torch.float64).requires_grad_()
     switches = max_pool2d_switches(x, 3, 2)[1]
     y = randn(switches.shape, torch.float64, seed=1).requires_grad_()
@@ -205,7 +195,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: gather_switches_reference(x, switches, 3, 2), [x])
 
 
-def test_traced_in_one_graph(tier):
+def test_pool_and_unpool_compile_to_one_graph(tier):
     """Pool, unpool and both gradients, without a break."""
     x, dy = randn((2, 3, 5, 8), device=tier.device), randn((2, 3, 5, 8), device=tier.device, seed=1)
 
@@ -223,7 +213,7 @@ OUT_OF_RANGE = r"switches reach {}, but a window of {}×{} has 0 to {}: pass wha
 
 
 @pytest.mark.parametrize(("kernel_size", "size", "switch"), [(2, (5, 6), 4), (2, (4, 6), 255), (3, (7, 9), 9)])
-def test_switches_out_of_range(tier, monkeypatch, kernel_size, size, switch):
+def test_max_unpool_refuses_switches_out_of_range(tier, monkeypatch, kernel_size, size, switch):
     """An error, except on a GPU, which would have to be waited for, unless that is asked for."""
     switches = torch.zeros((1, 3, 2, 3), dtype=torch.uint8, device=tier.device)
     switches[0, 1, 1, 2] = switch
@@ -243,9 +233,11 @@ def test_switches_out_of_range(tier, monkeypatch, kernel_size, size, switch):
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("tier", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
-def test_kernels_drop_switches_out_of_range(tier, layout, kernel_size, stride):
-    """Whatever the byte, what it points at is inside the window or nowhere: the value is dropped, 0 is gathered. x lies
-    within a larger tensor of NaN, which no read may find and no write may change."""
+def test_pool_kernels_drop_switches_out_of_range(tier, layout, kernel_size, stride):
+    """The value of any byte out of range is dropped, or 0 is gathered.
+
+    x is inside a larger tensor of NaN, which must be neither read nor written.
+    """
     shape = (1, 5, 6, 7)
     y_shape = (1, 5, (6 - kernel_size) // stride + 1, (7 - kernel_size) // stride + 1)
     switches = torch.arange(5 * y_shape[2] * y_shape[3]) * 7 % 256
@@ -265,7 +257,7 @@ def test_kernels_drop_switches_out_of_range(tier, layout, kernel_size, stride):
     assert torch.equal(picked, gather_switches_reference(x, switches * in_range, kernel_size, stride) * in_range)
 
 
-def test_planes_beyond_32_bits():
+def test_plane_index_beyond_32_bits():
     """PyTorch's path finds windows beyond 2³¹ positions, too: the last of a tall column of pairs."""
     switches = torch.tensor([2, 3], dtype=torch.uint8).repeat(2**14).view(1, 1, 2**15, 1)
     index = _plane_index(switches, 2**17, 2, 2)
@@ -284,7 +276,7 @@ def test_planes_beyond_32_bits():
         ({"stride": 0}, r"stride is 0, expected at least 1"),
     ],
 )
-def test_bad_input_to_pool(change, message):
+def test_max_pool_refuses_bad_input(change, message):
     check_bad_input(max_pool2d_switches, {"x": torch.zeros(1, 3, 4, 5)} | change, message)
 
 
@@ -307,6 +299,6 @@ def test_bad_input_to_pool(change, message):
         ),
     ],
 )
-def test_bad_input_to_unpool(change, message):
+def test_max_unpool_refuses_bad_input(change, message):
     good = {"y": torch.zeros(1, 3, 2, 2), "switches": torch.zeros(1, 3, 2, 2, dtype=torch.uint8), "output_size": (4, 5)}
     check_bad_input(max_unpool2d_switches, good | change, message)

@@ -1,36 +1,28 @@
-"""What the 2×2 kernels move, counted, and where kernels find their elements when these outnumber 32 bits."""
-
-from collections.abc import Callable
+"""Bytes that the 2×2 kernels move, counted, and kernels on tensors of more than 2³¹ elements."""
 
 import pytest
 import torch
-from byte_counter import count_bytes
-from kernel_cases import DTYPES, LAYOUTS, randn
-from last_program import LastProgram
 
 from fastnst_kernels import (
     max_pool2d_switches,
     max_pool2d_switches_reference,
-    max_pool_2x2,
-    max_pool_kernels,
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
-
-
-def in_interpreter(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs `test`, which need not ask for the fixture `tier`, in the interpreter's tier alone."""
-    test = pytest.mark.usefixtures("tier")(test)
-    return pytest.mark.parametrize("tier", ["interpreter"], indirect=True)(test)
+from fastnst_kernels.pool import kernels as max_pool_kernels
+from fastnst_kernels.pool import kernels_2x2
+from helpers.byte_counter import count_bytes
+from helpers.kernel_cases import DTYPES, LAYOUTS, in_interpreter, randn
+from helpers.last_program import LastProgram
 
 
 @in_interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("shape", [(2, 64, 4, 16), (1, 512, 2, 4), (2, 24, 4, 18), (1, 3, 9, 11)])
-def test_each_byte_moves_once(layout, shape, dtype):
-    """In one launch each, at most 5% above the minimum: x, y, and one byte per window. Odd sides leave a rest of x
-    that no window covers, which the pool need not read and the unpool must set to zero."""
+def test_pool_2x2_moves_each_byte_once(layout, shape, dtype):
+    """In one launch each, at most 5% above the minimum: x, y, and one byte per window. Of odd sides
+    no window covers the last row or column of x, which the pool need not read and the unpool must set to zero."""
     x = LAYOUTS[layout](randn(shape, dtype))
     windows = x[..., ::2, ::2][..., : shape[2] // 2, : shape[3] // 2].numel()
     size = x.element_size()
@@ -52,8 +44,8 @@ def test_each_byte_moves_once(layout, shape, dtype):
 
 
 @in_interpreter
-def test_counter_counts():
-    """By hand: windows of 2 that step by 1 read the middle column of a 2×3 picture twice, all but once is unique."""
+def test_count_bytes_by_hand():
+    """Windows of 2 with stride 1 read the middle column of a 2×3 image twice."""
     x = torch.arange(6.0).view(1, 1, 2, 3)
     with count_bytes() as traffic:
         max_pool2d_switches(x, 2, 1)
@@ -65,10 +57,9 @@ def test_counter_counts():
 @in_interpreter
 @pytest.mark.parametrize(("side", "kernel_size"), [(3352, 2), (3351, 3)])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_more_elements_than_32_bits_count(monkeypatch, layout, side, kernel_size):
-    """Pool, gather and unpool at the last corner of 2.16·10⁹ elements, memory that nothing else touches. The last
-    program alone runs: an offset that overflowed would find other values there, or nothing at all."""
-    for module in (max_pool_2x2, max_pool_kernels):
+def test_pool_kernels_beyond_32_bits(monkeypatch, layout, side, kernel_size):
+    """The last program alone, at the end of 2.16·10⁹ elements, where an overflowed offset finds nothing."""
+    for module in (kernels_2x2, max_pool_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, LastProgram(getattr(module, name)))
 
@@ -112,7 +103,7 @@ def test_more_elements_than_32_bits_count(monkeypatch, layout, side, kernel_size
         ),
     ],
 )
-def test_what_the_kernels_cannot_count(shape, message):
+def test_pool_kernels_refuse_what_32_bits_cannot_count(shape, message):
     """Without memory, as the check comes before the launch."""
     n, c, h, w = shape
     x, y = (

@@ -1,4 +1,4 @@
-"""What pooling with switches must satisfy for any shape, window, type and layout, exactly.
+"""Properties of pooling with switches for any shape, window, dtype and layout, exactly.
 
 Values are small whole numbers, so that ties abound and no sum rounds, in any type: every comparison is for equality.
 """
@@ -6,9 +6,8 @@ Values are small whole numbers, so that ties abound and no sum rounds, in any ty
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LAYOUTS, same_format
 
 from fastnst_kernels import (
     max_pool2d_switches,
@@ -16,15 +15,10 @@ from fastnst_kernels import (
     max_unpool2d_switches,
     max_unpool2d_switches_reference,
 )
-from fastnst_kernels.max_pool import gather_switches_reference
+from fastnst_kernels.pool.max_pool import gather_switches_reference
+from helpers.kernel_cases import DTYPES, LAYOUTS, examples, same_bits, same_format, switches_of_torch, whole_numbers
 
 gather_switches = torch.ops.fastnst.gather_switches
-
-# Both fixtures, the tier and the poisoned allocations, may well last for all of a test's examples.
-cases = settings(
-    max_examples=20, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
 
 seeds = st.integers(0, 2**16)
 
@@ -38,16 +32,16 @@ def pairs_of_two(draw):
 
 @st.composite
 def windows(draw):
-    """Shape, window and stride: overlap, gaps, strides beyond the picture, single pixels."""
+    """Shape, window and stride: overlap, gaps, strides beyond the image, single pixels."""
     shape = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 7)), draw(st.integers(1, 11))
     return shape, draw(st.integers(1, min(3, *shape[2:]))), draw(st.integers(1, 4))
 
 
-def whole_numbers(shape, dtype, seed, device, special=()):
+def with_special(shape, dtype, seed, device, special=()):
     """Small whole numbers, one in eight of them replaced by one of `special`."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(-4, 5, shape, generator=generator).float()
+    x = whole_numbers(shape, torch.float32, "cpu", seed, most=4)
     if special:
+        generator = torch.Generator().manual_seed(seed + 1)
         chosen = torch.tensor(special)[torch.randint(len(special), shape, generator=generator)]
         x = torch.where(torch.randint(8, shape, generator=generator) == 0, chosen, x)
     return x.to(device, dtype)
@@ -55,26 +49,24 @@ def whole_numbers(shape, dtype, seed, device, special=()):
 
 def check_pool(tier, case, dtype, layout, seed, special):
     shape, kernel_size, stride = case
-    x = LAYOUTS[layout](whole_numbers(shape, dtype, seed, tier.device, special))
+    x = LAYOUTS[layout](with_special(shape, dtype, seed, tier.device, special))
     y, switches = max_pool2d_switches(x, kernel_size, stride)
-    expected, index = F.max_pool2d(x, kernel_size, stride, return_indices=True)
-    row = index // shape[3] - torch.arange(y.shape[2], device=x.device)[:, None] * stride
-    column = index % shape[3] - torch.arange(y.shape[3], device=x.device) * stride
+    expected, expected_switches = switches_of_torch(x, kernel_size, stride)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(switches, (row * kernel_size + column).to(torch.uint8))
+    assert torch.equal(switches, expected_switches)
     assert same_format(y, switches)
 
 
 def check_adjoints(tier, case, dtype, layout, seed):
-    """⟨S x, y⟩ = ⟨x, Sᵀy⟩ in fp64, S x and Sᵀy as in PyTorch's path, and the pool's gradient as in PyTorch's."""
+    """⟨S x, y⟩ = ⟨x, Sᵀy⟩ in fp64; S x, Sᵀy and the pool's gradient as in PyTorch."""
     shape, kernel_size, stride = case
-    x = LAYOUTS[layout](whole_numbers(shape, dtype, seed, tier.device)).requires_grad_()
+    x = LAYOUTS[layout](with_special(shape, dtype, seed, tier.device)).requires_grad_()
     pooled, switches = max_pool2d_switches(x, kernel_size, stride)
-    dy = LAYOUTS[layout](whole_numbers(pooled.shape, dtype, seed + 1, tier.device))
+    dy = LAYOUTS[layout](with_special(pooled.shape, dtype, seed + 1, tier.device))
     spread = max_unpool2d_switches(dy, switches, shape[2:], kernel_size, stride)
     expected = max_unpool2d_switches_reference(dy.double(), switches, shape[2:], kernel_size, stride)
     assert torch.equal(spread.double(), expected)
-    probe = LAYOUTS[layout](whole_numbers(shape, dtype, seed + 2, tier.device))
+    probe = LAYOUTS[layout](with_special(shape, dtype, seed + 2, tier.device))
     picked = gather_switches(probe, switches, kernel_size, stride)
     assert torch.equal(picked, gather_switches_reference(probe, switches, kernel_size, stride))
     assert (picked.double() * dy.double()).sum() == (probe.double() * spread.double()).sum()
@@ -88,50 +80,50 @@ dtypes, layouts = st.sampled_from(DTYPES), st.sampled_from(sorted(LAYOUTS))
 specials = st.sampled_from([(), (-float("inf"),), (float("nan"),), (float("nan"), float("inf"), -float("inf"), -0.0)])
 
 
-@cases
+@examples(20, interpreted=8)
 @given(case=pairs_of_two(), dtype=dtypes, layout=layouts, seed=seeds, special=specials)
-def test_pool_of_two(tier, case, dtype, layout, seed, special):
+def test_max_pool_2x2_of_any_input(tier, case, dtype, layout, seed, special):
     check_pool(tier, case, dtype, layout, seed, special)
 
 
-@cases
+@examples(20, interpreted=8)
 @given(case=windows(), dtype=dtypes, layout=layouts, seed=seeds, special=specials)
-def test_pool(tier, case, dtype, layout, seed, special):
+def test_max_pool_of_any_input(tier, case, dtype, layout, seed, special):
     check_pool(tier, case, dtype, layout, seed, special)
 
 
-@cases
+@examples(20, interpreted=8)
 @given(case=pairs_of_two(), dtype=dtypes, layout=layouts, seed=seeds)
-def test_adjoints_of_two(tier, case, dtype, layout, seed):
+def test_max_unpool_2x2_of_any_input(tier, case, dtype, layout, seed):
     check_adjoints(tier, case, dtype, layout, seed)
 
 
-@settings(cases, max_examples=16)
+@examples(20, interpreted=8)
 @given(case=windows(), dtype=dtypes, layout=layouts, seed=seeds)
-def test_adjoints(tier, case, dtype, layout, seed):
+def test_max_unpool_of_any_input(tier, case, dtype, layout, seed):
     check_adjoints(tier, case, dtype, layout, seed)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("shape", [(1, 512, 4, 4), (1, 3, 2, 66), (2, 1, 5, 34), (1, 96, 2, 2), (3, 5, 3, 8)])
-def test_blocks_of_every_kind(tier, layout, shape):
-    """Channels that fill a tile alone, rows longer than one, a single channel, blocks of channels, tiles of rows."""
+def test_pool_2x2_with_blocks_of_every_kind(tier, layout, shape):
+    """Channels that fill a tile, rows longer than one, a single channel, blocks of channels and of rows."""
     check_pool(tier, (shape, 2, 2), torch.float16, layout, 0, ())
     check_adjoints(tier, (shape, 2, 2), torch.float16, layout, 0)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -float("inf")])
 @pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2)])
-def test_constant_points_at_the_first(tier, kernel_size, stride, value):
+def test_max_pool_of_a_constant_points_at_the_first(tier, kernel_size, stride, value):
     x = LAYOUTS["channels_last"](torch.full((1, 17, 6, 7), value, device=tier.device))
     y, switches = max_pool2d_switches(x, kernel_size, stride)
     assert (y == value).all()
     assert not switches.any()
 
 
-def test_single_pixels(tier):
+def test_max_pool_of_single_pixels(tier):
     """H·W = 1 with windows of 1: the pool is the identity, and so is its adjoint."""
-    x = whole_numbers((1, 32, 1, 1), torch.bfloat16, 0, tier.device)
+    x = with_special((1, 32, 1, 1), torch.bfloat16, 0, tier.device)
     y, switches = max_pool2d_switches(x, 1, 1)
     assert torch.equal(y, x)
     assert not switches.any()
@@ -139,12 +131,12 @@ def test_single_pixels(tier):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reference_is_the_op(dtype):
+def test_max_pool_reference_is_the_op(dtype):
     """The plain functions say the same as the ops' PyTorch path, which takes shorter ways."""
-    x = whole_numbers((2, 3, 9, 8), dtype, 0, "cpu")
+    x = with_special((2, 3, 9, 8), dtype, 0, "cpu")
     for kernel_size, stride in [(2, 2), (3, 1), (3, 4)]:
         pooled = max_pool2d_switches(x, kernel_size, stride)
         expected = max_pool2d_switches_reference(x, kernel_size, stride)
-        assert all(torch.equal(a, b) for a, b in zip(pooled, expected, strict=True))
+        assert same_bits(pooled, expected)
         unpooled = max_unpool2d_switches(*pooled, (9, 8), kernel_size, stride)
         assert torch.equal(unpooled, max_unpool2d_switches_reference(*pooled, (9, 8), kernel_size, stride))

@@ -1,14 +1,14 @@
-"""Which implementation runs, in which format, and what importing the library may not do."""
+"""Which implementation runs, and in which memory format."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from kernel_cases import LAYOUTS
 
 import fastnst_kernels
 from fastnst_kernels import runtime
+from helpers.kernel_cases import LAYOUTS
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -23,22 +23,15 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_cpu_tensors_run_the_reference():
+def test_implementation_reads_the_environment_at_every_call(monkeypatch):
     assert runtime.implementation(torch.zeros(1)) == "reference"
-
-
-def test_environment_decides_at_every_call(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRETING", True)
     assert runtime.implementation(torch.zeros(1)) == "triton"
+    assert runtime.implementation(torch.zeros(1, dtype=torch.float64)) == "reference"
     monkeypatch.setenv("FASTNST_KERNELS", "reference")
     assert runtime.implementation(torch.zeros(1)) == "reference"
     monkeypatch.setenv("FASTNST_KERNELS", "triton")
     assert runtime.implementation(torch.zeros(1)) == "triton"
-
-
-def test_float64_runs_the_reference(monkeypatch):
-    monkeypatch.setattr(runtime, "INTERPRETING", True)
-    assert runtime.implementation(torch.zeros(1, dtype=torch.float64)) == "reference"
 
 
 @pytest.mark.parametrize(
@@ -48,13 +41,13 @@ def test_float64_runs_the_reference(monkeypatch):
         ("triton", r"FASTNST_KERNELS=triton, but the tensor is on the CPU .*: use FASTNST_KERNELS=auto"),
     ],
 )
-def test_choice_that_cannot_be(monkeypatch, value, message):
+def test_implementation_refuses_an_impossible_choice(monkeypatch, value, message):
     monkeypatch.setenv("FASTNST_KERNELS", value)
     with pytest.raises(ValueError, match=message):
         fastnst_kernels.gram_matrix(torch.zeros(1, 2, 3, 4))
 
 
-def test_without_triton_the_references_run():
+def test_implementation_without_triton_is_the_reference():
     code = """
 sys.modules["triton"] = None
 import torch, fastnst_kernels as k
@@ -65,18 +58,9 @@ print(k.runtime.triton, y.flatten().tolist(), switches.flatten().tolist())
     assert run_python(code).stdout.strip() == "None [5.0, 7.0, 13.0, 15.0] [3, 3, 3, 3]"
 
 
-def test_import_leaves_cuda_alone():
-    assert run_python("import torch, fastnst_kernels; print(torch.cuda.is_initialized())").stdout.strip() == "False"
-
-
-def test_knows_nothing_of_fastnst():
-    code = "import fastnst_kernels; print([m for m in sys.modules if m.split('.')[0] == 'fastnst'])"
-    assert run_python(code).stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1), (1, 1, 1, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_dense_memory_reads_as_prq(shape, layout):
+def test_as_prq_of_any_layout(shape, layout):
     """Read front to back as [P, R, Q], a dense tensor's memory holds plane n·C + c at p·Q + q, whatever r."""
     n, c = shape[:2]
     plane = torch.arange(n * c, dtype=torch.float32).view(n, c, 1, 1).expand(shape).contiguous()
@@ -87,7 +71,7 @@ def test_dense_memory_reads_as_prq(shape, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_allocation_follows_the_format(layout):
+def test_allocate_like_follows_the_format(layout):
     x = LAYOUTS[layout](torch.zeros(2, 3, 4, 5))
     y = runtime.allocate_like(x, (2, 3, 2, 1), torch.uint8)
     assert y.dtype == torch.uint8
@@ -96,6 +80,6 @@ def test_allocation_follows_the_format(layout):
     assert runtime.memory_format_of(x) == (torch.channels_last if "last" in layout else torch.contiguous_format)
 
 
-def test_small_arithmetic():
+def test_ceil_div_and_power_of_two():
     assert [runtime.ceil_div(n, 4) for n in (1, 4, 5)] == [1, 1, 2]
     assert [runtime.power_of_two(n) for n in (1, 2, 3, 5, 64, 65)] == [1, 2, 4, 8, 64, 128]

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import randn
 from torch import Tensor
 
-from fastnst_kernels import winograd
-from fastnst_kernels.recomputed import convolution, recomputed_instance_norm
+from fastnst_kernels.cpu import winograd
+from helpers.kernel_cases import randn
 from helpers.tolerances import FLOOR
 
 
@@ -26,13 +25,13 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
 
 
-def test_one_pixel_gives_the_kernel_turned_round() -> None:
+def test_convolve_one_pixel_gives_the_flipped_kernel() -> None:
     weight = torch.arange(1.0, 10.0, dtype=torch.float64).view(1, 1, 3, 3)
     x = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     x[0, 0, 1, 2] = 1
     turned = torch.tensor([[0, 9, 8, 7], [0, 6, 5, 4], [0, 3, 2, 1], [0, 0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(winograd.convolve(x, weight)[0, 0], turned)
-    # And backwards it is the kernel itself, about where the pixel lay.
+    # And backwards it is the kernel itself, around the pixel.
     upright = torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9], [0, 0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(winograd.input_gradient(x, weight)[0, 0], upright)
     # One gradient at one place: the pixels around it.
@@ -41,7 +40,7 @@ def test_one_pixel_gives_the_kernel_turned_round() -> None:
     torch.testing.assert_close(winograd.weight_gradient(pixels, x)[0, 0], around)
 
 
-def test_bias_and_relu() -> None:
+def test_convolve_adds_bias_then_relu() -> None:
     x, weight = torch.ones(1, 1, 6, 6), torch.ones(2, 1, 3, 3)
     y = winograd.convolve(x, weight, torch.tensor([1.0, -10.0]), padding=0, relu=True)
     torch.testing.assert_close(y[0, 0], torch.full((4, 4), 10.0))
@@ -59,7 +58,7 @@ def test_bias_and_relu() -> None:
     st.sampled_from((1, 20_000, 100_000, 2**24)),
     st.booleans(),
 )
-def test_it_is_pytorchs_convolution(
+def test_winograd_agrees_with_torch(
     samples: int, inputs: int, outputs: int, height: int, width: int, padding: int, cache: int, planes: bool
 ) -> None:
     """In fp64, any sizes, with one band or many, whole filters or slabs, from either memory format."""
@@ -85,8 +84,8 @@ def test_it_is_pytorchs_convolution(
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "size"), [(64, 128, 34), (128, 128, 17), (512, 512, 12)])
-def test_fp32_loses_a_few_bits_at_most(inputs: int, outputs: int, size: int) -> None:
-    """The tile's larger numbers cost precision: an error up to 8 times PyTorch's, plus the floor of all kernels."""
+def test_winograd_in_fp32_loses_a_few_bits_at_most(inputs: int, outputs: int, size: int) -> None:
+    """Larger intermediate values cost precision: up to 8 times PyTorch's error, plus the usual floor."""
     x = randn((4, inputs, size, size)).relu()
     weight, dz = randn((outputs, inputs, 3, 3), seed=2) / (3 * math.sqrt(inputs)), randn((4, outputs, size, size))
     exact = F.conv2d(x.double(), weight.double(), padding=1), *gradients(x.double(), weight.double(), dz.double(), 1)
@@ -97,7 +96,7 @@ def test_fp32_loses_a_few_bits_at_most(inputs: int, outputs: int, size: int) -> 
         assert error <= 8 * peer_error + FLOOR[torch.float32] * float(truth.norm())
 
 
-def test_the_same_bits_every_time() -> None:
+def test_winograd_gives_the_same_bits_twice() -> None:
     x, weight = randn((3, 64, 20, 24)), randn((128, 64, 3, 3), seed=2)
     assert torch.equal(winograd.convolve(x, weight), winograd.convolve(x, weight))
     dz = randn((3, 128, 20, 24), seed=3)
@@ -105,7 +104,7 @@ def test_the_same_bits_every_time() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stays_so_and_in_its_tiles(value: float) -> None:
+def test_convolve_keeps_nan_and_inf_in_their_tiles(value: float) -> None:
     x, weight = randn((2, 3, 12, 12)), randn((4, 3, 3, 3), seed=2)
     x[0, 1, 5, 5] = value
     y = winograd.convolve(x, weight, torch.zeros(4), relu=True)
@@ -129,52 +128,15 @@ def test_what_is_not_finite_stays_so_and_in_its_tiles(value: float) -> None:
         ((4, 128, 32, 32), (128, 128, 3, 3), {"padding": 3}, False),
     ],
 )
-def test_where_it_pays(shape: tuple[int, ...], filters: tuple[int, ...], options: dict, expected: bool) -> None:
-    assert winograd.pays(torch.empty(shape), torch.empty(filters), **options) is expected
+def test_is_faster_by_shape(shape: tuple[int, ...], filters: tuple[int, ...], options: dict, expected: bool) -> None:
+    assert winograd.is_faster(torch.empty(shape), torch.empty(filters), **options) is expected
 
 
-def test_it_takes_full_precision_on_a_cpu_alone() -> None:
+def test_is_faster_in_fp32_and_fp64_on_a_cpu_only() -> None:
     shapes = (4, 128, 32, 32), (128, 128, 3, 3)
     for dtype, expected in ((torch.float64, True), (torch.bfloat16, False), (torch.float16, False)):
-        assert winograd.pays(*(torch.empty(shape, dtype=dtype) for shape in shapes)) is expected
-    assert not winograd.pays(torch.empty(shapes[0], dtype=torch.float64), torch.empty(shapes[1]))
-    assert not winograd.pays(*(torch.empty(shape, device="meta") for shape in shapes))
+        assert winograd.is_faster(*(torch.empty(shape, dtype=dtype) for shape in shapes)) is expected
+    assert not winograd.is_faster(torch.empty(shapes[0], dtype=torch.float64), torch.empty(shapes[1]))
+    assert not winograd.is_faster(*(torch.empty(shape, device="meta") for shape in shapes))
     with torch._subclasses.FakeTensorMode():
-        assert not winograd.pays(*(torch.empty(shape) for shape in shapes))
-
-
-@pytest.mark.parametrize(("padding", "normed"), [(0, True), (1, True), (1, False)])
-def test_the_transform_nets_convolutions_take_it(padding: int, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a norm before, whose result is not kept, and without; the gradients of all are autograd's."""
-    used = []
-    for name in ("convolve", "input_gradient", "weight_gradient"):
-        real = getattr(winograd, name)
-        monkeypatch.setattr(winograd, name, lambda *a, _f=real, _n=name, **k: used.append(_n) or _f(*a, **k))
-    dtype = torch.float64 if normed else torch.float32
-    x = randn((2, 64, 18, 18)).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = (randn((128, 64, 3, 3), seed=2) / 24).to(dtype).requires_grad_()
-    bias = randn((128,), seed=3).to(dtype).requires_grad_()
-    scale, shift = (torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)) if normed else (None, None)
-
-    def outcome(convolve) -> list[Tensor]:
-        y = x if scale is None else recomputed_instance_norm(x, scale, shift, relu=True)
-        z = convolve(y)
-        return [z, *torch.autograd.grad(z.square().sum(), [x, weight, bias])]
-
-    own = outcome(lambda y: convolution(y, weight, bias, padding=padding))
-    assert used == ["convolve", "input_gradient", "weight_gradient"]
-    with torch.no_grad():
-        assert convolution(x, weight, bias, padding=padding).shape == own[0].shape
-    assert used[3:] == ["convolve"]
-    for actual, expected in zip(own, outcome(lambda y: F.conv2d(y, weight, bias, padding=padding)), strict=True):
-        limit = 1e-11 if normed else 1e-4
-        assert float((actual - expected).detach().norm()) <= limit * float(expected.detach().norm())
-
-
-def test_under_autocast_the_narrow_type_takes_pytorchs() -> None:
-    x, weight = randn((4, 64, 16, 16)).contiguous(memory_format=torch.channels_last), randn((128, 64, 3, 3), seed=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = convolution(x, weight, padding=1)
-        with torch.no_grad():
-            assert torch.equal(convolution(x, weight, padding=1), z)
-    assert z.dtype == torch.bfloat16
+        assert not winograd.is_faster(*(torch.empty(shape) for shape in shapes))

@@ -22,7 +22,8 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training.memory.estimate import estimate
 from fastnst.training.step.train_step import NetTrainer
-from fastnst_kernels import max_pool2d_switches, winograd
+from fastnst_kernels import max_pool2d_switches
+from fastnst_kernels.cpu import winograd
 from helpers.tiny_runs import logged, make_small, small_config, train_small
 from helpers.tolerances import FLOOR
 

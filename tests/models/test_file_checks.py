@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save
 
 from fastnst.models.file_checks import UnsafeFileError, check_safetensors_file, check_torch_file
-from helpers.malformed_files import Call, zipped
-from helpers.malformed_safetensors import with_header
-from helpers.malformed_zips import Record, raw_zip
+from helpers.malformed.files import Call, zipped
+from helpers.malformed.safetensors import with_header
+from helpers.malformed.zips import Record, raw_zip
 
 WEIGHTS = OrderedDict({"features.0.weight": torch.ones(4, 3), "features.0.bias": torch.arange(4.0).half()})
 

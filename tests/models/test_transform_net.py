@@ -20,7 +20,7 @@ from fastnst.models import transform_net
 from fastnst.models.architectures import ARCHITECTURES
 from fastnst.models.pretrained import load_lengstrom_npz
 from fastnst.models.transform_net import ConvLayer, TransformNet, UpLayer
-from fastnst_kernels import winograd
+from fastnst_kernels.cpu import winograd
 
 CHANNELS_LAST = torch.channels_last
 
@@ -179,7 +179,7 @@ def test_upsampling_on_a_gpu_is_the_same_network(norm: str, monkeypatch: pytest.
     x = _images(2, 3, 20, 24, dtype=torch.float64)
     outcomes = []
     for on_gpu in (False, True):
-        monkeypatch.setattr(transform_net, "_enlarges_in_norm", lambda _, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(transform_net, "_upsamples_in_norm", lambda _, on_gpu=on_gpu: on_gpu)
         y = net(x)
         outcomes.append((y, *_gradients(net, y)))
     for one, other in zip(*outcomes, strict=True):
@@ -209,7 +209,7 @@ def test_forward_runs_nothing_but_convolutions_and_norms(
     architecture: str, cut: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No pad, addition, ReLU or upsampling; the backward adds the gradients of a fork once per block."""
-    monkeypatch.setattr(transform_net, "_enlarges_in_norm", lambda _: True)
+    monkeypatch.setattr(transform_net, "_upsamples_in_norm", lambda _: True)
     monkeypatch.setattr(winograd, "pays", lambda *_: False)  # Winograd consists of many operators
     net = _net(architecture)
     x = _images(1, 3, 32, 32)

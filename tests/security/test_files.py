@@ -1,7 +1,6 @@
-"""Hostile files through every public way in: no code runs, memory stays bounded, a short refusal comes soon.
+"""Malformed files through every public entry point: no code runs, memory stays bounded, errors are short and quick.
 
-`helpers.malformed_*` make them; `helpers.malformed_child` gives them in, in a
-process of its own, whose peak of memory is measured for each.
+`helpers.malformed` make the files; `helpers.malformed.child` loads each in one child process and measures it.
 """
 
 import json
@@ -14,21 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fastnst.models.style_model import save_style_model
 from fastnst.models.transform_net import TransformNet
-from helpers.malformed_files import (
-    Hostile,
-    hostile_checkpoints,
-    hostile_configurations,
-    hostile_npz,
-    hostile_style_models,
-    hostile_weights,
+from helpers.malformed.files import (
+    Malformed,
+    malformed_checkpoints,
+    malformed_configurations,
+    malformed_npz,
+    malformed_style_models,
+    malformed_weights,
 )
-from helpers.malformed_images import hostile_images, largest_images
+from helpers.malformed.images import hostile_images, largest_images
 
-MOST_MIB = 1024
-WAYS = {
+MAX_MIB = 1024
+ENTRY_POINTS = {
     "vgg": {"load_vgg19", "visualize"},
     "style": {"load_style_model", "stylize"},
     "npz": {"load_lengstrom_npz"},
@@ -36,19 +36,18 @@ WAYS = {
     "checkpoint": {"latest_checkpoint", "visualize"},
     "image": {"read_image", "stylize", "data check"},
 }
+Results = list[dict[str, Any]]
 
 
-def give_in(files: Iterable[Hostile], folder: Path, canary: Path) -> list[dict[str, Any]]:
-    """How each file fared, in a new process."""
+def load_in_child(files: Iterable[Malformed], folder: Path, canary: Path) -> Results:
+    """Load each file through its entry points in a new process; return one result per file and entry point."""
     model, photo = folder / "model.safetensors", folder / "photo.png"
     save_style_model(model, TransformNet("johnson", generator=torch.Generator().manual_seed(0)), metadata={})
-    from PIL import Image
-
     Image.new("RGB", (40, 40), "teal").save(photo)
     given = {"files": [(file.way, str(file.path)) for file in files], "canary": str(canary)}
     given |= {"folder": str(folder), "model": str(model), "photo": str(photo)}
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.malformed_child"],
+        [sys.executable, "-m", "helpers.malformed.child"],
         input=json.dumps(given),
         capture_output=True,
         text=True,
@@ -62,72 +61,68 @@ def give_in(files: Iterable[Hostile], folder: Path, canary: Path) -> list[dict[s
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Hostile], list[dict[str, Any]]]:
-    """All files, and how they fared."""
-    folder = tmp_path_factory.mktemp("hostile")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Malformed], Results]:
+    """All files, and the results of loading them."""
+    folder = tmp_path_factory.mktemp("malformed")
     canary = folder / "canary"
     files = [
-        *hostile_weights(folder / "weights", canary),
-        *hostile_style_models(folder / "styles"),
-        *hostile_npz(folder / "npz", canary),
-        *hostile_configurations(folder / "configurations"),
-        *hostile_checkpoints(folder / "checkpoints"),
-        *(Hostile("image", path, harmless) for path, harmless in hostile_images(folder / "images")),
+        *(Malformed("large", path, harmless=True) for path in largest_images(folder / "large", all_modes=False)),
+        *malformed_weights(folder / "weights", canary),
+        *malformed_style_models(folder / "styles"),
+        *malformed_npz(folder / "npz", canary),
+        *malformed_configurations(folder / "configurations"),
+        *malformed_checkpoints(folder / "checkpoints"),
+        *(Malformed("image", path, harmless) for path, harmless in hostile_images(folder / "images")),
     ]
-    return files, give_in(files, folder, canary)
+    return files, load_in_child(files, folder, canary)
 
 
 def problems(results: Iterable[dict[str, Any]], harmless: set[str]) -> list[str]:
-    """What is wrong with how files fared, one line each."""
+    """Return one line per result that breaks a rule; files in `harmless` may load."""
     found = []
     for result in results:
         name = f"{result['way']} {result['file']} through {result['through']}"
         if result["canary"]:
             found.append(f"{name}: a payload ran")
-        if result["mib"] > MOST_MIB:
+        if result["mib"] > MAX_MIB:
             found.append(f"{name}: took {result['mib']} MiB")
         if result["ended"] != "refused" and not (result["ended"] == "read" and result["file"] in harmless):
             found.append(f"{name}: {result['ended']} {result['message']}")
         if result["ended"] == "refused" and not 20 < len(result["message"]) < 4100:
             found.append(f"{name}: a message of {len(result['message'])} characters")
         if result["through"] in ("stylize", "visualize", "train") and "\x1b" in result["message"]:
-            found.append(f"{name}: steers the terminal")
+            found.append(f"{name}: prints escape codes")
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_hostile_files_are_refused_shortly_and_cheaply(
-    way: str, hostile: tuple[list[Hostile], list[dict[str, Any]]]
-) -> None:
-    files, results = hostile
+@pytest.mark.parametrize("way", ENTRY_POINTS)
+def test_malformed_files_are_refused(way: str, loaded: tuple[list[Malformed], Results]) -> None:
+    files, results = loaded
     mine = [file for file in files if file.way == way]
     assert len(mine) >= 15
-    given_in = {(result["file"], result["through"]) for result in results if result["way"] == way}
-    assert {file.path.name for file in mine} == {name for name, _ in given_in}
-    assert {through for _, through in given_in} == WAYS[way]
+    given = {(result["file"], result["through"]) for result in results if result["way"] == way}
+    assert {file.path.name for file in mine} == {name for name, _ in given}
+    assert {through for _, through in given} == ENTRY_POINTS[way]
     harmless = {file.path.name for file in mine if file.harmless}
     assert problems([result for result in results if result["way"] == way], harmless) == []
 
 
-def _largest(tmp_path: Path, *, all_modes: bool) -> list[str]:
-    paths = largest_images(tmp_path / "large", all_modes=all_modes)
-    results = give_in([Hostile("image", path) for path in paths], tmp_path, tmp_path / "canary")
-    read = [result for result in results if result["through"] == "read_image"]
-    assert {result["ended"] for result in read} == {"read"}
-    return problems(read, {path.name for path in paths})
-
-
-def test_the_largest_images_take_less_than_a_gibibyte(tmp_path: Path) -> None:
-    assert _largest(tmp_path, all_modes=False) == []
+def test_largest_images_need_less_than_a_gibibyte(loaded: tuple[list[Malformed], Results]) -> None:
+    results = [result for result in loaded[1] if result["way"] == "large"]
+    assert {result["ended"] for result in results} == {"read"}
+    assert problems(results, {result["file"] for result in results}) == []
 
 
 @pytest.mark.campaign
-def test_the_largest_images_of_all_modes_take_less_than_a_gibibyte(tmp_path: Path) -> None:
+def test_largest_images_of_all_modes_need_less_than_a_gibibyte(tmp_path: Path) -> None:
     """About a minute: `pytest -m campaign tests/security/test_files.py`."""
-    assert _largest(tmp_path, all_modes=True) == []
+    paths = largest_images(tmp_path / "large", all_modes=True)
+    results = load_in_child([Malformed("large", path) for path in paths], tmp_path, tmp_path / "canary")
+    assert {result["ended"] for result in results} == {"read"}
+    assert problems(results, {path.name for path in paths}) == []
 
 
-def test_what_goes_wrong_is_found() -> None:
+def test_problems_finds_each_fault() -> None:
     fine = {"way": "vgg", "file": "a", "through": "visualize", "canary": False, "mib": 1, "ended": "refused"}
     fine["message"] = "a message that says what is wrong"
     assert problems([fine], set()) == []
@@ -145,8 +140,8 @@ def test_what_goes_wrong_is_found() -> None:
         assert len(problems([fine | change], set())) == 1, change
 
 
-def test_a_header_that_no_model_needs_is_not_parsed(hostile: tuple[list[Hostile], list[dict[str, Any]]]) -> None:
-    _, results = hostile
-    told = [result["message"] for result in results if "metadata_bomb" in result["file"]]
-    assert len(told) == 6
-    assert [message for message in told if "longer than" not in message] == []
+def test_huge_safetensors_headers_are_not_parsed(loaded: tuple[list[Malformed], Results]) -> None:
+    _, results = loaded
+    messages = [result["message"] for result in results if "metadata_bomb" in result["file"]]
+    assert len(messages) == 6
+    assert [message for message in messages if "longer than" not in message] == []

@@ -1,4 +1,4 @@
-"""Run directories that somebody prepared: links that lead out, configurations and checkpoints that are not ours."""
+"""Prepared run directories: links that lead out, foreign configurations and checkpoints."""
 
 import contextlib
 import hashlib
@@ -21,12 +21,12 @@ from fastnst.training.run_dir.checkpoint import FOLDER, STATE, TENSORS
 from fastnst.training.train import train
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.report import PAGE_NAME, Report, write_report
-from helpers.malformed_files import Call
+from helpers.malformed.files import Call
 
 
 @pytest.fixture(scope="module")
 def config(generated_photos: Path) -> Config:
-    """One of two steps, at sizes a test can afford."""
+    """A run of two tiny steps."""
     small = ("data.image_size=32", "train.batch_size=1", "data.workers=1", "data.loader=pillow", "train.steps=2")
     small += ("train.checkpoint_every=1", "train.samples=1", "visualize.every=0", "style.size=32", "train.device=cpu")
     options = {"data.folder": generated_photos, "style.image": generated_photos / "image_00.jpg"}
@@ -35,7 +35,7 @@ def config(generated_photos: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of that configuration, done."""
+    """The finished run of `config`."""
     out = tmp_path_factory.mktemp("trained") / "run"
     train(config, out)
     return out
@@ -43,13 +43,13 @@ def trained(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of the finished run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A folder of somebody's, with files that a run must not touch."""
+    """A folder outside the run, with files that it must not touch."""
     folder = tmp_path / "outside"
     (folder / "inner").mkdir(parents=True)
     (folder / "precious").write_text("precious")
@@ -69,13 +69,13 @@ def resume(config: Config, run: Path, *, steps: int = 3) -> None:
     train(longer, run, resume=True)
 
 
-def test_what_a_run_replaces_is_the_link_and_not_its_target(config: Config, run: Path, outside: Path) -> None:
+def test_train_replaces_links_and_not_their_targets(config: Config, run: Path, outside: Path) -> None:
     for name in ("metrics.jsonl", "rejected.jsonl", "model.safetensors"):
         (run / name).unlink()
         (run / name).symlink_to(outside / "precious")
     (run / FOLDER / ".step_00000003.part").symlink_to(outside / "inner")
     (run / FOLDER / "step_00000009").symlink_to(outside / "inner")
-    # Where a link stands in a checkpoint's way, no checkpoint is one of the two good ends.
+    # A link in a checkpoint's place may end the run; it must not be followed.
     with contextlib.suppress(DataError):
         resume(config, run)
     assert not any((run / name).is_symlink() for name in ("metrics.jsonl", "rejected.jsonl"))
@@ -83,7 +83,7 @@ def test_what_a_run_replaces_is_the_link_and_not_its_target(config: Config, run:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", ".lock", "checkpoints", "config.toml"])
-def test_a_link_to_nothing_makes_nothing_there(config: Config, run: Path, outside: Path, name: str) -> None:
+def test_train_creates_nothing_through_a_dangling_link(config: Config, run: Path, outside: Path, name: str) -> None:
     if (run / name).is_dir():
         shutil.rmtree(run / name)
     else:
@@ -94,7 +94,7 @@ def test_a_link_to_nothing_makes_nothing_there(config: Config, run: Path, outsid
     assert untouched(outside)
 
 
-def test_a_locks_target_stays_as_it_is(config: Config, run: Path, outside: Path) -> None:
+def test_train_keeps_the_target_of_a_linked_lock(config: Config, run: Path, outside: Path) -> None:
     (run / ".lock").unlink(missing_ok=True)
     (run / ".lock").symlink_to(outside / "precious")
     with pytest.raises(UserError, match=r"lock|link"):
@@ -102,17 +102,17 @@ def test_a_locks_target_stays_as_it_is(config: Config, run: Path, outside: Path)
     assert untouched(outside)
 
 
-def test_images_and_reports_replace_links(tmp_path: Path, outside: Path) -> None:
+def test_write_image_and_write_report_replace_links(tmp_path: Path, outside: Path) -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("painted.png", PAGE_NAME, "sheet.png"):
+    for name in ("stylized.png", PAGE_NAME, "sheet.png"):
         (out / name).symlink_to(outside / "precious")
-    write_image(out / "painted.png", image)
+    write_image(out / "stylized.png", image)
     report = Report("title", "about", {}, [Figure("sheet", "tag", image, "caption", "alt")])
     write_report(report, out, command="fastnst", inputs=[])
     assert untouched(outside)
-    assert not any((out / name).is_symlink() for name in ("painted.png", PAGE_NAME, "sheet.png"))
+    assert not any((out / name).is_symlink() for name in ("stylized.png", PAGE_NAME, "sheet.png"))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_images_and_reports_replace_links(tmp_path: Path, outside: Path) -> None
     ],
     ids=lambda change: "{}={}".format(*next(iter(change.items()))),
 )
-def test_a_configuration_that_points_elsewhere(run: Path, tmp_path: Path, change: dict[str, str]) -> None:
+def test_train_resume_with_paths_that_point_elsewhere(run: Path, tmp_path: Path, change: dict[str, str]) -> None:
     payload, canary = tmp_path / "vgg.pth", tmp_path / "canary"
     torch.save({"features.0.weight": Call(os.system, f"touch {canary}")}, payload)
     change = {key: str(payload) if value == "PAYLOAD" else value for key, value in change.items()}
@@ -143,7 +143,7 @@ def test_a_configuration_that_points_elsewhere(run: Path, tmp_path: Path, change
 
 
 def exchange(run: Path, name: str, data: bytes) -> None:
-    """Other bytes in the newest checkpoint, which its manifest vouches for; and no other checkpoint."""
+    """Replace a file of the newest checkpoint and its manifest entry; delete other checkpoints."""
     newest = max((run / FOLDER).glob("step_*"))
     for path in (run / FOLDER).glob("step_*"):
         if path != newest:
@@ -154,29 +154,19 @@ def exchange(run: Path, name: str, data: bytes) -> None:
     (newest / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _without_weights(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.conv1.weight"]
-
-
-def _of_another_size(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.conv1.weight"] = torch.zeros(1)
-
-
-def _of_integers(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["rng.cpu"] = tensors["rng.cpu"].int()
-
-
-def _not_finite(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.conv1.weight"].fill_(float("nan"))
-
-
-def _no_random_state(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["rng.cpu"] = torch.full_like(tensors["rng.cpu"], 255)
-
-
-@pytest.mark.parametrize("change", [_without_weights, _of_another_size, _of_integers, _not_finite, _no_random_state])
-def test_a_checkpoint_of_other_tensors(
-    config: Config, run: Path, change: Callable[[dict[str, torch.Tensor]], None]
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("model.conv1.weight"),
+        lambda tensors: tensors.update({"model.conv1.weight": torch.zeros(1)}),
+        lambda tensors: tensors["model.conv1.weight"].fill_(float("nan")),
+        lambda tensors: tensors.update({"rng.cpu": tensors["rng.cpu"].int()}),
+        lambda tensors: tensors["rng.cpu"].fill_(255),
+    ],
+    ids=["without_weights", "other_size", "not_finite", "integers", "no_random_state"],
+)
+def test_train_resume_refuses_a_checkpoint_with_wrong_tensors(
+    config: Config, run: Path, change: Callable[[dict[str, torch.Tensor]], object]
 ) -> None:
     tensors = load((max((run / FOLDER).glob("step_*")) / TENSORS).read_bytes())
     change(tensors)
@@ -193,19 +183,19 @@ def test_a_checkpoint_of_other_tensors(
         {"fingerprints": "x"},
         {"fingerprints": {"data": [1], "style": {"a": "b"}}},
         {"configuration": {"train.seed": [1], "\x1b[2J": 1}},
-        {"images": "x"},
+        {"pictures": "x"},
         {"world_size": {}},
     ],
     ids=str,
 )
-def test_a_checkpoint_of_another_state(config: Config, run: Path, change: dict[str, Any]) -> None:
+def test_train_resume_refuses_a_checkpoint_with_wrong_state(config: Config, run: Path, change: dict[str, Any]) -> None:
     state = json.loads((max((run / FOLDER).glob("step_*")) / STATE).read_text())
     exchange(run, STATE, json.dumps(state | change).encode())
     with pytest.raises(UserError):
         resume(config, run)
 
 
-def test_the_unchanged_run_goes_on(config: Config, run: Path) -> None:
+def test_train_resume_of_the_unchanged_run(config: Config, run: Path) -> None:
     exchange(run, STATE, (max((run / FOLDER).glob("step_*")) / STATE).read_bytes())
     resume(config, run)
     assert (run / FOLDER / "step_00000003").is_dir()

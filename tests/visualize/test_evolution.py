@@ -1,4 +1,4 @@
-"""Watching both networks: what is projected, of which map, that it follows the weights, and what it leaves alone."""
+"""ProjectionMonitor: which maps it projects, that it follows the weights, and that it changes nothing."""
 
 import pytest
 import torch

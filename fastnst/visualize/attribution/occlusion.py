@@ -1,4 +1,4 @@
-"""Occlusion maps: the drop of a target's score when part of the image is covered (Zeiler & Fergus 2014, §4.2)."""
+"""Occlusion maps: the drop of a score when part of the image is covered (Zeiler & Fergus 2014, §4.2)."""
 
 import math
 from collections.abc import Callable

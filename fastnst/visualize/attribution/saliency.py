@@ -1,4 +1,4 @@
-"""Saliency maps: a target's sensitivity to each pixel (Simonyan, Vedaldi & Zisserman 2013, arXiv:1312.6034)."""
+"""Saliency maps: a target's sensitivity to each pixel (Simonyan et al. 2013, arXiv:1312.6034)."""
 
 import math
 
@@ -30,7 +30,7 @@ def saliency(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Tensor:
-    """Compute the largest |∂score/∂pixel| of the three colours, pixels in [0, 1] (Simonyan et al. 2013, §3.1).
+    """Compute the largest |∂score/∂pixel| of the colours, pixels in [0, 1] (Simonyan et al. 2013, §3.1).
 
     - `plain`: the gradient itself.
     - `guided`: guided backpropagation (Springenberg et al. 2014, arXiv:1412.6806, §3.4): each ReLU passes a gradient
@@ -55,8 +55,7 @@ def saliency(
 
     Raises:
         DataError: a class, and the net ends before fc8.
-        UserError: unknown method, layer or map, images that do not fit, a negative or infinite `noise`, or a count
-            below 1.
+        UserError: unknown method, layer or map, images that do not fit, or a number out of range.
     """
     check_choice("saliency method", method, METHODS)
     check_at_least_one("batch_size", batch_size)
@@ -97,9 +96,5 @@ def _gradient(net: VGG19, images: Tensor, target: Target, *, guided: bool) -> Te
         # Hooks on the ReLUs' outputs vanish with this graph. A ReLU's own backward passes gradients of positive inputs,
         # the hook before it positive gradients.
         for name in relus:
-            outputs[name].register_hook(_positive_part)
+            outputs[name].register_hook(lambda gradient: gradient.clamp(min=0))
         return torch.autograd.grad(total_activation(outputs[target.layer], target).sum(), pixels)[0]
-
-
-def _positive_part(gradient: Tensor) -> Tensor:
-    return gradient.clamp(min=0)

@@ -70,15 +70,14 @@ def score(net: "VGG19", target: Target, images: "Tensor") -> "Tensor":
 
     Raises:
         DataError: a class, and the net ends before fc8.
-        UserError: unknown layer, a layer behind the net's last one, a map out of range, images of another shape or
-            type or too small for the layer.
+        UserError: the net has no such layer or map, or the images do not suit it.
     """
     check_target(net, target)
     return total_activation(net(as_input(net, images), [target.layer])[target.layer], target)
 
 
 def total_activation(activations: "Tensor", target: Target) -> "Tensor":
-    """Compute the score `[N]` from its layer's `[N, C, H, W]` or `[N, C]`; UserError if the map does not exist."""
+    """Compute the score `[N]` from its layer's `[N, C, H, W]` or `[N, C]`, or raise UserError."""
     import torch
 
     from fastnst.visualize.deconv.neurons import check_maps
@@ -129,6 +128,15 @@ def check_at_least_one(name: str, value: int) -> None:
         raise UserError(f"{name} is {value}; give at least 1")
 
 
+def channels_of(layer: str) -> int:
+    """Return the number of maps of a layer of VGG19; raise UserError for an unknown layer."""
+    from fastnst.models.vgg19 import LAYERS, WEIGHT_SHAPES, check_layer
+
+    check_layer(layer)
+    below = LAYERS[: LAYERS.index(layer) + 1]
+    return WEIGHT_SHAPES[next(name for name in reversed(below) if name in WEIGHT_SHAPES)][0]
+
+
 def _class_target(text: str) -> Target:
     if re.fullmatch(r"[+-]?[0-9]+", text):
         # Check the pattern first: Python refuses to parse thousands of digits.
@@ -149,12 +157,9 @@ def _class(number: int) -> Target:
 
 
 def _map_target(layer: str, text: str) -> Target:
-    from fastnst.models.vgg19 import LAYERS, WEIGHT_SHAPES, check_layer
     from fastnst.visualize.deconv.neurons import check_maps
 
-    check_layer(layer)
-    made_by = [name for name in LAYERS[: LAYERS.index(layer) + 1] if name in WEIGHT_SHAPES][-1]
-    channels = WEIGHT_SHAPES[made_by][0]
+    channels = channels_of(layer)
     if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
         raise UserError(f"target {layer}:{text} names no map; the maps of {layer} are 0 … {channels - 1}")
     check_maps(layer, [int(text)], channels)

@@ -1,4 +1,4 @@
-"""The strongest activations of VGG19's feature maps in a folder (Zeiler & Fergus 2014, §4.1 and Figure 2).
+"""The strongest activations of VGG19's maps in a folder (Zeiler & Fergus 2014, §4.1 and Figure 2).
 
 One pass over the images finds the strongest activations of the maps; a second one, over the images that hold them,
 projects each back to pixels and cuts out its receptive field.
@@ -59,11 +59,9 @@ class TopActivations:
 
 @dataclass(frozen=True)
 class TopPatches:
-    """The receptive field of each of the strongest activations; both `[M, count, 3, s, s]` float32 on the CPU.
+    """The receptive fields of the strongest activations, which may reach beyond the image.
 
-    It is s pixels wide and may reach beyond the image.
-
-    Attributes:
+    Attributes: both `[M, count, 3, s, s]` float32 on the CPU.
         projections: of the activation alone, signed; 0 outside the image.
         patches: of the image, RGB in [0, 1]; grey (0.5) outside the image.
     """
@@ -90,13 +88,7 @@ class RunningTop:
         self.positions = torch.full((maps, count, 2), -1, dtype=torch.int64, device=device)
 
     def merge(self, values: Tensor, images: Tensor, positions: Tensor) -> None:
-        """Add images.
-
-        Args:
-            values: `[M, B]`, the strongest activation of each map in each image.
-            images: `[B]` int64, none of them seen before.
-            positions: `[M, B, 2]` int64, of these activations.
-        """
+        """Add images `[B]` with each map's strongest activations `[M, B]` and their positions `[M, B, 2]`."""
         maps, count = self.values.shape
         values = torch.cat((self.values, values), dim=1)
         images = torch.cat((self.images, images.expand(maps, -1)), dim=1)
@@ -110,11 +102,7 @@ class RunningTop:
 
 
 def crop_size(layer: str, size: int | None) -> int:
-    """Return `size`, or by default 224 pixels or the next multiple of 32 that holds the layer's receptive field.
-
-    Raises:
-        UserError: smaller than the receptive field, or see `receptive_field`.
-    """
+    """Return `size`, or a default, after checking that it holds the layer's receptive field."""
     field = receptive_field(layer).size
     if size is None:
         return max(224, -(-field // 32) * 32)
@@ -149,8 +137,7 @@ def find_top_activations(
         progress: called after each batch with the number of images done and in all.
 
     Raises:
-        UserError: unknown layer, one behind the net's last or without positions, a map out of range, crops smaller
-            than the receptive field, or a count below 1.
+        UserError: an unsuitable layer, a map out of range, crops smaller than the receptive field, or a count below 1.
         DataError: an image that changed since the folder was checked.
     """
     chosen = _check_maps(net, layer, maps)
@@ -236,6 +223,6 @@ def _check_maps(net: VGG19, layer: str, maps: Sequence[int] | None) -> tuple[int
     channels = Deconvnet(net).channels(layer)
     chosen = tuple(range(channels)) if maps is None else tuple(maps)
     if not chosen:
-        raise UserError(f"no map of {layer} is asked for; choose some of 0 … {channels - 1}")
+        raise UserError(f"no map of {layer} was given; choose some of 0 … {channels - 1}")
     check_maps(layer, chosen, channels)
     return chosen

@@ -9,19 +9,8 @@ from torch import Tensor
 from fastnst.device import resolve_device
 from fastnst.errors import UserError
 from fastnst.progress import ProgressReport
-from fastnst.visualize.commands.options import (
-    channels_of,
-    check_vgg_layers,
-    field_of,
-    load_vgg,
-    memory_errors,
-    parse_activation,
-    parse_maps,
-    read_crops,
-    size_setting,
-    vgg_size,
-    weights_setting,
-)
+from fastnst.visualize.attribution.targets import channels_of
+from fastnst.visualize.commands import options
 from fastnst.visualize.deconv.receptive_field import ReceptiveField, receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet
 from fastnst.visualize.sheets.page import Figure
@@ -52,17 +41,17 @@ def deconvnet_report(
         DataError: an image or the weights cannot be used.
         DeviceError: no such device, or too little memory.
     """
-    choice, chosen = parse_maps(maps), parse_activation(activation)
+    choice, chosen = options.parse_maps(maps), options.parse_activation(activation)
     if not layers:
-        raise UserError("no layer was named; give --layer conv3_4, for example")
-    layers = check_vgg_layers(layers, choice)
-    size = vgg_size(layers, size)
+        raise UserError("no layer was given; give --layer conv3_4, for example")
+    layers = options.check_vgg_layers(layers, choice)
+    size = options.vgg_size(layers, size)
     torch_device = resolve_device(device)
-    crops = read_crops(images, size, layers)
+    crops = options.read_crops(images, size, layers)
     total = len(crops) * sum(choice.count(channels_of(layer)) for layer in layers)
     figures: list[Figure] = []
-    with memory_errors(torch_device, "--size or the number of --maps"):
-        net = load_vgg(vgg, layers, torch_device)
+    with options.memory_errors(torch_device, "--size or the number of --maps"):
+        net = options.load_vgg(vgg, layers, torch_device)
         deconvnet = Deconvnet(net)
         with ProgressReport("deconvnet", total, "maps") as progress:
             for path, name, pixels in zip(images, image_names(images), crops, strict=True):
@@ -84,14 +73,14 @@ def deconvnet_report(
                         field=_close_up(layer, crop.pixels),
                         progress=progress,
                     )
-    settings = {"layers": ", ".join(layers)} | size_setting(crops[0])
-    settings |= {"maps": choice.text, "activation": describe_activation(chosen)} | weights_setting(vgg, net)
+    settings = {"layers": ", ".join(layers)} | options.size_setting(crops[0])
+    settings |= {"maps": choice.text, "activation": describe_activation(chosen)} | options.weights_setting(vgg, net)
     return Report("VGG19: deconvnet projections", HOW_TO_READ, settings, figures)
 
 
 def _close_up(layer: str, pixels: Tensor) -> ReceptiveField | None:
     """Return the receptive field if it is a small part of the image, worth a close-up."""
-    if field_of(layer) is None:
+    if options.field_of(layer) is None:
         return None
     field = receptive_field(layer)
     return field if 2 * field.size <= min(pixels.shape[2:]) else None

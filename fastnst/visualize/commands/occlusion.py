@@ -1,4 +1,4 @@
-"""`fastnst visualize occlusion`: heat maps of the drop in a target's score when parts of the image are covered."""
+"""`fastnst visualize occlusion`: heat maps of a score's drop when parts of the image are covered."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,7 @@ from fastnst.images import printable
 from fastnst.progress import counted
 from fastnst.visualize.attribution.occlusion import FILLS, occlusion
 from fastnst.visualize.attribution.targets import check_choice, parse_target
-from fastnst.visualize.commands.options import (
-    load_vgg_for_target,
-    memory_errors,
-    read_crops,
-    size_setting,
-    vgg_size,
-    weights_setting,
-)
+from fastnst.visualize.commands import options
 from fastnst.visualize.sheets.heat_figure import heat_figure
 from fastnst.visualize.sheets.render import colour_scale, number
 from fastnst.visualize.sheets.report import Report, image_names
@@ -39,12 +32,12 @@ def occlusion_report(
     """Draw a heat map per image. Raises as `deconvnet_report` does."""
     check_choice("fill", fill, FILLS)
     chosen = parse_target(target)
-    size = vgg_size([chosen.layer], size)
+    size = options.vgg_size([chosen.layer], size)
     torch_device = resolve_device(device)
-    crops = read_crops(images, size, [chosen.layer])
+    crops = options.read_crops(images, size, [chosen.layer])
     figures = []
-    with memory_errors(torch_device, "--size"):
-        net = load_vgg_for_target(vgg, chosen, torch_device)
+    with options.memory_errors(torch_device, "--size"):
+        net = options.load_vgg_for_target(vgg, chosen, torch_device)
         for path, name, crop in zip(images, image_names(images), crops, strict=True):
             with counted(f"occlusion of {printable(path.name)}", "occluders") as count:
                 found = occlusion(net, crop.to(net.mean), chosen, size=patch, stride=stride, fill=fill, progress=count)
@@ -62,6 +55,7 @@ def occlusion_report(
                     arrays={"-scores.npy": found.scores[0].float().cpu().numpy()},
                 )
             )
-    settings = {"target": chosen.name, "layer": chosen.layer} | size_setting(crops[0])
-    settings |= {"occluder": f"{patch} × {patch} px, {fill}", "stride": f"{stride} px"} | weights_setting(vgg, net)
+    settings = {"target": chosen.name, "layer": chosen.layer} | options.size_setting(crops[0])
+    occluder = {"occluder": f"{patch} × {patch} px, {fill}", "stride": f"{stride} px"}
+    settings |= occluder | options.weights_setting(vgg, net)
     return Report(f"Occlusion map of {chosen.name}", _HOW_TO_READ, settings, figures)

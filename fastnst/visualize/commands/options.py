@@ -1,4 +1,4 @@
-"""Options that several `fastnst visualize` commands share: maps, activations, layers, sizes, images and weights.
+"""Options that `fastnst visualize` commands share: maps, activations, layers, sizes, images, weights.
 
 Each command checks its options first, then reads images, then weights: cheap errors come first.
 """
@@ -18,10 +18,10 @@ from fastnst.data.crop import resize_crop
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.images import printable, read_image, to_tensor
-from fastnst.models.vgg19 import LAYERS, VGG19, WEIGHT_SHAPES, check_layer, deepest_layer
+from fastnst.models.vgg19 import LAYERS, VGG19, check_layer, deepest_layer
 from fastnst.models.weights import load_vgg19
 from fastnst.visualize.attribution.folder_batches import check_size
-from fastnst.visualize.attribution.targets import CLASS_LAYER, Target
+from fastnst.visualize.attribution.targets import CLASS_LAYER, Target, channels_of
 from fastnst.visualize.attribution.top_activations import crop_size
 from fastnst.visualize.deconv.neurons import Activation, Neurons, check_maps
 from fastnst.visualize.deconv.receptive_field import receptive_field
@@ -42,15 +42,7 @@ class MapChoice:
     """How many of the strongest, in descending order; None: all, by number."""
 
     def of(self, layer: str, strengths: Tensor) -> list[int]:
-        """Choose maps of a layer.
-
-        Args:
-            layer: for messages.
-            strengths: `[C]`, of each map.
-
-        Raises:
-            UserError: a map that the layer does not have.
-        """
+        """Choose maps by their `strengths` `[C]`; raise UserError for a map that `layer` does not have."""
         channels = len(strengths)
         if self.numbers is not None:
             check_maps(layer, self.numbers, channels)
@@ -67,7 +59,7 @@ class MapChoice:
         return channels if self.strongest is None else min(self.strongest, channels)
 
     def neurons(self, layer: str, activations: Tensor, activation: Activation) -> Neurons:
-        """Select the chosen maps of one image, `[1, C, H, W]` or `[1, C]`, with the position of `activation` in each.
+        """Select the chosen maps of one image, `[1, C, H, W]` or `[1, C]`, with a position each.
 
         Raises:
             UserError: a map that the layer does not have, or a position outside the maps.
@@ -77,11 +69,7 @@ class MapChoice:
 
 
 def parse_maps(text: str) -> MapChoice:
-    """Parse `0,5,17-20`, `top:16` or `all`; a map given twice counts once.
-
-    Raises:
-        UserError: anything else.
-    """
+    """Parse `0,5,17-20`, `top:16` or `all`, or raise UserError; a map given twice counts once."""
     text = text.strip()
     if text == "all":
         return MapChoice(text, None, None)
@@ -102,11 +90,7 @@ def parse_maps(text: str) -> MapChoice:
 
 
 def parse_activation(text: str) -> Activation:
-    """Parse `strongest`, `all` or `ROW,COL`.
-
-    Raises:
-        UserError: anything else.
-    """
+    """Parse `strongest`, `all` or `ROW,COL`, or raise UserError."""
     text = text.strip()
     if text in ("strongest", "all"):
         return text
@@ -117,11 +101,7 @@ def parse_activation(text: str) -> Activation:
 
 
 def check_vgg_layers(layers: Sequence[str], maps: MapChoice | None = None) -> list[str]:
-    """Sort the layers front to back, without repetition.
-
-    Raises:
-        UserError: an unknown layer, or one that lacks a map chosen by number.
-    """
+    """Sort layers front to back; raise UserError for an unknown one, or one that lacks a map of `maps`."""
     for layer in layers:
         check_layer(layer)
         if maps is not None and maps.numbers is not None:
@@ -129,18 +109,8 @@ def check_vgg_layers(layers: Sequence[str], maps: MapChoice | None = None) -> li
     return sorted(set(layers), key=LAYERS.index)
 
 
-def channels_of(layer: str) -> int:
-    """Return the number of maps of a layer of VGG19."""
-    below = LAYERS[: LAYERS.index(layer) + 1]
-    return WEIGHT_SHAPES[next(name for name in reversed(below) if name in WEIGHT_SHAPES)][0]
-
-
 def vgg_size(layers: Sequence[str], size: int | None) -> int:
-    """Return the side of the crops for VGG19, in pixels: `size`, or by default one for the deepest layer.
-
-    Raises:
-        UserError: smaller than the receptive field of a layer, or out of any range.
-    """
+    """Return the side of VGG19's crops in pixels: `size`, if it suits the layers, or a default."""
     sizes = [crop_size(layer, size) for layer in layers if field_of(layer) is not None]
     return max([224, *sizes]) if size is None else check_size(size)
 
@@ -153,17 +123,12 @@ def field_of(layer: str) -> int | None:
 def read_crops(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -> list[Tensor]:
     """Read the center crop of each image, resized to `[1, 3, size, size]` in [0, 1] on the CPU.
 
-    Args:
-        paths: the files.
-        size: side of the crops, in pixels.
-        layers: of VGG19; an image must be as large as their receptive fields.
-
     Raises:
         UserError: no image is given.
-        DataError: a file cannot be read as an image, or its short side is smaller than a receptive field.
+        DataError: no image, or its short side is smaller than the receptive field of one of the `layers` of VGG19.
     """
     if not paths:
-        raise UserError("no image was named; give one or more files")
+        raise UserError("no image was given; give one or more files")
     field, layer = max(((field_of(layer) or 0, layer) for layer in layers), default=(0, ""))
     crops = []
     for path in paths:
@@ -182,11 +147,7 @@ def read_crops(paths: Sequence[Path], size: int, layers: Sequence[str] = ()) -> 
 
 
 def load_vgg(spec: str, layers: Sequence[str], device: torch.device) -> VGG19:
-    """Load VGG19 (`auto`, `random` or a file) up to the deepest of `layers`.
-
-    Raises:
-        DataError: no such weights, or they end before the layers.
-    """
+    """Load VGG19 (`auto`, `random` or a file) up to the deepest of `layers`, or raise DataError."""
     return load_vgg19(spec, last_layer=deepest_layer(layers)).to(device)
 
 
@@ -228,7 +189,7 @@ def memory_errors(device: torch.device, options: str) -> Iterator[None]:
 
 
 def _strengths(layer: str, activations: Tensor, activation: Activation) -> Tensor:
-    """Rank the maps of one image by `activation` (`all` like `strongest`): `[1, C, H, W]` or `[1, C]` → `[C]`."""
+    """Return the strength of each map of one image: `[1, C, H, W]` or `[1, C]` → `[C]`."""
     maps = activations[0] if activations.ndim == 4 else activations[0, :, None, None]
     if isinstance(activation, str):
         return maps.flatten(1).amax(1)

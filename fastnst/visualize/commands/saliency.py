@@ -9,14 +9,7 @@ from fastnst.images import printable
 from fastnst.progress import ProgressReport
 from fastnst.visualize.attribution.saliency import METHODS, saliency
 from fastnst.visualize.attribution.targets import check_choice, parse_target, score
-from fastnst.visualize.commands.options import (
-    load_vgg_for_target,
-    memory_errors,
-    read_crops,
-    size_setting,
-    vgg_size,
-    weights_setting,
-)
+from fastnst.visualize.commands import options
 from fastnst.visualize.sheets.heat_figure import heat_figure
 from fastnst.visualize.sheets.render import colour_scale, number
 from fastnst.visualize.sheets.report import Report, image_names
@@ -49,12 +42,12 @@ def saliency_report(
             raise UserError(f"{name} is for --method smoothgrad, not for {method}; leave it out")
     samples, noise = 25 if samples is None else samples, 0.15 if noise is None else noise
     chosen = parse_target(target)
-    size = vgg_size([chosen.layer], size)
+    size = options.vgg_size([chosen.layer], size)
     torch_device = resolve_device(device)
-    crops = read_crops(images, size, [chosen.layer])
+    crops = options.read_crops(images, size, [chosen.layer])
     figures = []
-    with memory_errors(torch_device, "--size"):
-        net = load_vgg_for_target(vgg, chosen, torch_device)
+    with options.memory_errors(torch_device, "--size"):
+        net = options.load_vgg_for_target(vgg, chosen, torch_device)
         with ProgressReport("saliency", len(images), "images") as progress:
             for path, name, crop in zip(images, image_names(images), crops, strict=True):
                 values = saliency(net, crop.to(net.mean), chosen, method=method, samples=samples, noise=noise)
@@ -71,8 +64,8 @@ def saliency_report(
                     )
                 )
                 progress.advance()
-    settings = {"target": chosen.name, "layer": chosen.layer} | size_setting(crops[0]) | {"method": method}
+    settings = {"target": chosen.name, "layer": chosen.layer} | options.size_setting(crops[0]) | {"method": method}
     if method == "smoothgrad":
         settings["noisy copies"] = f"{samples}, standard deviation {noise:g} of the image's range"
-    settings |= weights_setting(vgg, net)
+    settings |= options.weights_setting(vgg, net)
     return Report(f"Saliency of {chosen.name}", _HOW_TO_READ[method], settings, figures)

@@ -1,4 +1,4 @@
-"""`fastnst visualize top`: each map's strongest activations in a folder (Zeiler & Fergus 2014, Figure 2)."""
+"""`fastnst visualize top`: each map's strongest activations in a folder."""
 
 import logging
 import math
@@ -15,15 +15,7 @@ from fastnst.progress import counted
 from fastnst.visualize.attribution.folder_batches import LOADERS, CenterCrops
 from fastnst.visualize.attribution.targets import check_at_least_one, check_choice
 from fastnst.visualize.attribution.top_activations import TopActivations, TopPatches, find_top_activations, project_top
-from fastnst.visualize.commands.options import (
-    check_vgg_layers,
-    field_of,
-    load_vgg,
-    memory_errors,
-    parse_maps,
-    vgg_size,
-    weights_setting,
-)
+from fastnst.visualize.commands import options
 from fastnst.visualize.deconv.receptive_field import receptive_field
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.render import Row, about_grey, colour_scale, contact_sheet, mosaic, number
@@ -59,16 +51,16 @@ def top_report(
     Raises:
         UserError, DataError, DeviceError: as `deconvnet_report`.
     """
-    choice = parse_maps(maps)
-    check_vgg_layers([layer], choice)
+    choice = options.parse_maps(maps)
+    options.check_vgg_layers([layer], choice)
     field = receptive_field(layer)
-    side = vgg_size([layer], size)
+    side = options.vgg_size([layer], size)
     check_choice("loader", loader, LOADERS)
     check_at_least_one("--count", count)
     torch_device = resolve_device(device)
     manifest = _read_manifest(folder, layer)
-    with memory_errors(torch_device, "--size, --count or the number of --maps"):
-        net = load_vgg(vgg, [layer], torch_device)
+    with options.memory_errors(torch_device, "--size, --count or the number of --maps"):
+        net = options.load_vgg(vgg, [layer], torch_device)
         crops = CenterCrops(manifest, side, torch_device, loader)
         with counted(f"top of {layer}", "images") as progress:
             found = find_top_activations(net, crops, layer, choice.numbers, count=count, progress=progress)
@@ -82,13 +74,13 @@ def top_report(
         "count": f"{count} strongest activations per map",
         "size": f"{side} × {side} px, center crop of each image",
         "receptive field": f"{field.size} × {field.size} px",
-        **weights_setting(vgg, net),
+        **options.weights_setting(vgg, net),
     }
     return Report(f"{layer} of VGG19: strongest activations", _HOW_TO_READ, settings, figures)
 
 
 def _read_manifest(folder: Path, layer: str) -> Manifest:
-    smallest = max(MIN_SIDE, field_of(layer) or 0)
+    smallest = max(MIN_SIDE, options.field_of(layer) or 0)
     with counted("check", "images") as progress:
         manifest = build_manifest(folder, progress=progress, min_side=smallest)
     for rejected in manifest.rejected[:_REJECTED_LOGGED]:

@@ -1,4 +1,4 @@
-"""`fastnst visualize transform`: the transform net, from photo to stylized output (the paper's Figure 2)."""
+"""`fastnst visualize transform`: from photo to stylized output (the paper's Figure 2)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from fastnst.device import resolve_device
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
 from fastnst.visualize.attribution.folder_batches import check_size
-from fastnst.visualize.commands.options import memory_errors, parse_maps, read_crops, size_setting
+from fastnst.visualize.commands import options
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.projection_figures import HOW_TO_READ, Crop, map_figures, strip_figure
@@ -37,20 +37,19 @@ def transform_report(
         load: loads the network to a device.
         model: its name, for the page.
         images: the files.
-        layers: to show, front to back whatever their order; none: all.
+        layers: to show; none: all.
         maps: of these layers to show as well, all positions of each together; None: none.
         size: side of the crops in pixels; None: 256.
-        device: `auto`, `cuda` or `cpu`.
 
     Raises:
         UserError, DataError, DeviceError: as `deconvnet_report`.
     """
-    choice = None if maps is None else parse_maps(maps)
+    choice = None if maps is None else options.parse_maps(maps)
     size = DEFAULT_SIZE if size is None else check_size(size)
     torch_device = resolve_device(device)
-    crops = read_crops(images, size)
+    crops = options.read_crops(images, size)
     figures: list[Figure] = []
-    with memory_errors(torch_device, "--size or the number of --maps"):
+    with options.memory_errors(torch_device, "--size or the number of --maps"):
         net = load(torch_device)
         deconvnet, weight = TransformDeconvnet(net), next(net.parameters())
         channels = {layer: deconvnet.channels(layer) for layer in layers or net.layer_names}
@@ -81,5 +80,5 @@ def transform_report(
                         progress=progress,
                     )
     settings = {"model": f"{model}: {net.architecture}, {net.norm} norm", "layers": ", ".join(layers)}
-    settings |= size_setting(crops[0]) | {"maps": "none" if choice is None else choice.text}
+    settings |= options.size_setting(crops[0]) | {"maps": "none" if choice is None else choice.text}
     return Report("Transform net: from photo to stylized output", f"{HOW_TO_READ} {_RENORMALISED}", settings, figures)

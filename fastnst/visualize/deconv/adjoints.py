@@ -2,14 +2,14 @@
 
 Where A copies a value to several places, Aᵀ sums over them; where A drops a value, Aᵀ gives it zero. Nothing here needs
 autograd, so all of it works in inference mode. The adjoint of the norms' upsampling and padding is the kernel library's
-`place_adjoint`.
+`upsample_pad_adjoint`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst_kernels.placement import Placement, place_adjoint
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, upsample_pad_adjoint
 
 
 def conv2d_adjoint(y: Tensor, weight: Tensor, size: tuple[int, int], *, stride: int = 1, padding: int = 0) -> Tensor:
@@ -66,7 +66,7 @@ def reflect_pad_adjoint(y: Tensor, pad: int) -> Tensor:
     for dim in (2, 3):
         for step in reversed(_reflections(y.shape[dim] - 2 * pad, pad)):
             border = (0, 0, step, step) if dim == 2 else (step, step, 0, 0)
-            y = place_adjoint(y, Placement(1, border, "reflect"))
+            y = upsample_pad_adjoint(y, UpsamplePad(1, border, "reflect"))
     return y
 
 

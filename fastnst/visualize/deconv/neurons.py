@@ -1,4 +1,4 @@
-"""Neurons: the activations that a deconvnet projects to pixels, all others being zero (Zeiler & Fergus 2014, §2.1)."""
+"""Neurons: the activations that a deconvnet projects to pixels (Zeiler & Fergus 2014, §2.1)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Neurons:
         positions: Sequence[Sequence[int]] | Tensor,
         device: torch.device | str | None = None,
     ) -> "Neurons":
-        """Select one activation of each map: `positions` holds `[K, 2]` rows and columns; else as `every_position`."""
+        """Select one activation of each map, at `positions` `[K, 2]`; else as `every_position`."""
         places = _indices(positions, device)
         places = places if len(places) else places.reshape(-1, 2)
         return cls(_indices(images, device), _indices(maps, device), places)
@@ -89,11 +89,7 @@ class Neurons:
     def select(
         cls, activations: Tensor, images: Sequence[int], maps: Sequence[int], activation: Activation
     ) -> "Neurons":
-        """Select by `strongest`, `all` or the row and column of one.
-
-        Raises:
-            UserError: another word.
-        """
+        """Select by `strongest`, `all` or the row and column of one; raise UserError for another word."""
         if activation == "strongest":
             return cls.strongest(activations, images, maps)
         if activation == "all":

@@ -25,16 +25,12 @@ class ReceptiveField:
 
 
 def receptive_field(layer: str) -> ReceptiveField:
-    """Compute the receptive field of a convolutional layer of VGG19.
-
-    Raises:
-        UserError: unknown layer, or a fully connected one, which sees the whole image whatever its size.
-    """
+    """Compute a layer's receptive field; raise UserError for an unknown or fully connected layer."""
     check_layer(layer)
     depth = LAYERS.index(layer)
     if depth >= LAYERS.index("fc6"):
         raise UserError(
-            f"{layer} sees the whole image and has no receptive field of a fixed size; choose a layer up to pool5"
+            f"{layer} depends on the whole image and has no receptive field of a fixed size; choose a layer up to pool5"
         )
     size, jump, start = 1, 1, 0
     for name in LAYERS[: depth + 1]:

@@ -49,10 +49,10 @@ from fastnst.visualize.deconv.transform_recording import (
     mirrored_before,
     run_and_record,
 )
-from fastnst_kernels.placement import Placement, border_around, place_adjoint
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, margin, upsample_pad_adjoint
 
 # What a nearest-neighbour layer's input amounts to, whichever way the device takes from it.
-_ENLARGED = Placement(2, (1, 1, 1, 1), "reflect")
+_ENLARGED = UpsamplePad(2, (1, 1, 1, 1), "reflect")
 
 
 class TransformDeconvnet:
@@ -93,7 +93,7 @@ class TransformDeconvnet:
             UserError: an unknown layer or none, images of another shape, or whole numbers instead of floats.
         """
         if not layers:
-            raise UserError(f"no layer is asked for; name at least one of {', '.join(self.layers)}")
+            raise UserError(f"no layer was given; name at least one of {', '.join(self.layers)}")
         for layer in layers:
             self._check_layer(layer)
         if not images.is_floating_point():
@@ -173,7 +173,7 @@ class TransformDeconvnet:
         rectify: bool,
         renormalise: bool,
     ) -> Tensor:
-        """Project `signal` `[K, C, H', W']` at a layer to `[K, 3, H, W]`; `images` `[K]` select the norm statistics."""
+        """Project `signal` `[K, C, H', W']` of `images` `[K]` at a layer to `[K, 3, H, W]`."""
         passages = recording.passages
 
         def through(name: str, module: ConvLayer | UpLayer, signal: Tensor, before: Passage) -> Tensor:
@@ -187,7 +187,7 @@ class TransformDeconvnet:
                 signal = signal * (module.scale * rstd[images])[:, :, None, None]
             if isinstance(module, UpLayer) and module.nearest:
                 before = before._replace(placing=_ENLARGED)
-            return place_adjoint(_convolution_adjoint(module, signal, before.placed_size), before.placing)
+            return upsample_pad_adjoint(_convolution_adjoint(module, signal, before.placed_size), before.placing)
 
         if layer == "out":
             size = passages[layer].size
@@ -199,7 +199,7 @@ class TransformDeconvnet:
             if isinstance(module, ResidualBlock):
                 branch = through(name, module.conv2, signal, passages[f"{name}.conv1"])
                 branch = through(f"{name}.conv1", module.conv1, branch, before)
-                signal = branch + F.pad(signal, (border_around(branch, signal),) * 4)
+                signal = branch + F.pad(signal, (margin(branch, signal),) * 4)
             else:
                 assert isinstance(module, ConvLayer | UpLayer)
                 signal = through(name, module, signal, before)

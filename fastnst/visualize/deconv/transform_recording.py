@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnst.models.transform_net import ConvLayer, InputLayout, TransformNet, UpLayer
-from fastnst_kernels.placement import Placement, own_places
+from fastnst_kernels.norm.upsample_pad import UpsamplePad, unpadded
 
 IMAGE = "image"
 """Key of the input image in `passages`."""
@@ -28,7 +28,7 @@ class Passage(NamedTuple):
     """
 
     size: tuple[int, int]
-    placing: Placement
+    placing: UpsamplePad
     rstd: Tensor | None = None
 
     @property
@@ -69,10 +69,10 @@ def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> 
     passages: dict[str, Passage] = {}
 
     def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: InputLayout, y: Tensor) -> None:
-        placement = Placement(*placing)
+        placement = UpsamplePad(*placing)
         passages[layer] = Passage((x.shape[2], x.shape[3]), placement, _rstd(module, x))
         if layer in layers:
-            activations[layer] = own_places(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
+            activations[layer] = unpadded(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
 
     with torch.autocast(device.type, enabled=False), _in_evaluation_mode(net), _listening(net, note):
         net(images.to(device, dtype))
@@ -82,7 +82,7 @@ def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> 
         activations["out"] = activations["out"][:, :, rows, columns].contiguous(memory_format=torch.channels_last)
     border = 2 * mirrored_before(net)
     # The first layer has no norm before it: `TransformNet.forward` itself writes its border.
-    passages[IMAGE] = Passage((size[0] + border, size[1] + border), Placement(*net.conv1.input_layout(images)))
+    passages[IMAGE] = Passage((size[0] + border, size[1] + border), UpsamplePad(*net.conv1.input_layout(images)))
     return TransformRecording(activations, size, passages)
 
 
@@ -115,7 +115,7 @@ def _in_evaluation_mode(net: TransformNet) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _listening(net: TransformNet, note: _Note) -> Iterator[None]:
-    """Call `note` after every convolution: with its layer, module, result, placing, and the normed, placed result.
+    """Call `note` after every convolution and norm, with the results of both.
 
     Between a convolution and its norm there is no module to hook, so each layer's `normalise` is wrapped.
     """

@@ -36,10 +36,8 @@ class Signal:
 def start(activations: Tensor, neurons: Neurons) -> Signal:
     """Start from single neurons: each one's activation, at its position or everywhere in its map."""
     images, maps = neurons.images, neurons.maps
-    if activations.ndim == 2:
-        return Signal(activations[images, maps].unsqueeze(1), images, (1, 1), maps, None)
-    size = (activations.shape[2], activations.shape[3])
-    if neurons.positions is None:
+    size = (activations.shape[2], activations.shape[3]) if activations.ndim == 4 else (1, 1)
+    if activations.ndim == 2 or neurons.positions is None:
         return Signal(activations[images, maps].unsqueeze(1), images, size, maps, None)
     rows, columns = neurons.positions.unbind(1)
     values = activations[images, maps, rows, columns].reshape(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Deconvnet for VGG19: project activations to the pixels that caused them (Zeiler & Fergus 2014, §2.1).
+"""Deconvnet for VGG19: project activations to the pixels behind them (Zeiler & Fergus 2014, §2.1).
 
 Legend: K neurons, that is pairs of an image and a feature map; [K, C, h, w] the signal reconstructed from them at a
 layer with maps of h×w.
@@ -62,11 +62,7 @@ class Deconvnet:
         self.layers: tuple[str, ...] = net.layers
 
     def channels(self, layer: str) -> int:
-        """Return the number of feature maps of a layer.
-
-        Raises:
-            UserError: unknown layer, or one behind the net's last.
-        """
+        """Return the number of feature maps of a layer; raise UserError if the net does not have it."""
         self._check_layer(layer)
         below = [name for name in self.layers[: self.layers.index(layer) + 1] if name.startswith(("conv", "fc"))]
         return self._weight(below[-1]).shape[0]

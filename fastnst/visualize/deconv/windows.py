@@ -23,11 +23,7 @@ def cut_clamped(maps: Tensor, rows_of: Tensor, channels_of: Tensor | None, corne
     """Cut windows out of `[N, C, H, W]`; outside the map they repeat its border.
 
     Args:
-        maps: `[N, C, H, W]`.
-        rows_of: `[K]`, row in the batch of each window.
-        channels_of: `[K]`, its only channel; None takes all.
-        corners: `[K, 2]`.
-        side: s.
+        rows_of, channels_of: `[K]`, row in the batch and only channel of each window; None takes all channels.
 
     Returns:
         `[K, C, s, s]` channels_last, or `[K, 1, s, s]`.
@@ -51,9 +47,6 @@ def cut(maps: Tensor, corners: Tensor, side: int, *, rows: Tensor | None = None,
     """Cut windows `[K, C, s, s]` out of `[N, C, H, W]`.
 
     Args:
-        maps: to cut from.
-        corners: `[K, 2]`.
-        side: s.
         rows: `[K]`, row in the batch of each window; None: the k-th window of the k-th row.
         fill: value outside the map.
     """

@@ -29,10 +29,8 @@ def heat_figure(
     """Draw the sheet of one image.
 
     Args:
-        name: of its files.
-        tag: in TensorBoard.
-        path: of the image, for captions.
-        crop: `[1, 3, H, W]`, RGB in [0, 1].
+        name, tag: of its files, and in TensorBoard.
+        path, crop: of the image; `[1, 3, H, W]`, RGB in [0, 1].
         values: `[1, H, W]` on the CPU.
         title, note: above and below the images.
         signed: see `heat_map`.

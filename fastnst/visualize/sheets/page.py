@@ -1,4 +1,4 @@
-"""`index.html`: the figures of one report side by side. One static file: no scripts, nothing from any network."""
+"""`index.html`: the figures of one report side by side, in one static file without scripts."""
 
 import os
 import urllib.parse
@@ -67,8 +67,7 @@ def build_page(title: str, about: str, settings: Mapping[str, str], figures: Seq
     """Build the page.
 
     Args:
-        title: heading and window title.
-        about: what colours and positions mean, in a sentence or two.
+        title, about: heading, and how to read the figures.
         settings: name → value: the command and its settings.
         figures: in order.
 

@@ -1,4 +1,4 @@
-"""Figures of projections: a strip of whole layers, sheets of single maps, and close-ups of their receptive fields."""
+"""Figures of projections: strips of whole layers, sheets of single maps, and close-ups."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ class Crop:
 
 
 def strip_figure(crop: Crop, projections: Mapping[str, Tensor], output: Tensor | None = None) -> Figure:
-    """Draw the image, each layer's projection as a whole, and the stylized output if any: see `layer_strip`."""
+    """Draw the image, each layer's projection, and the stylized output if any: see `layer_strip`."""
     goal = "" if output is None else ", and the stylized output"
     return Figure(
         f"{crop.name}-layers",
@@ -72,15 +72,13 @@ def map_figures(
     field: ReceptiveField | None,
     progress: ProgressReport,
 ) -> list[Figure]:
-    """Project single maps and draw them, all on one scale, beside the image, on as many sheets as they need.
+    """Project single maps and draw them beside the image, all on one scale, on one or more sheets.
 
     Args:
         crop: the image.
-        layer: of the maps.
-        activations: of that layer, `[1, C, h, w]` or `[1, C]`.
-        neurons: the maps, with a position each or none.
+        layer, activations: of the maps, `[1, C, h, w]` or `[1, C]`.
+        neurons, activation: the maps with a position each or none, and the option that selected them.
         project: neurons → `[K, 3, H, W]`.
-        activation: how the neurons were selected, for captions.
         field: for close-ups of each receptive field beside the same part of the image; None: no close-ups.
         progress: counts maps.
     """

@@ -50,7 +50,7 @@ class Row:
 
 
 def colour_scale(projections: Tensor) -> float:
-    """Return the value drawn as black and white: the 99.9th percentile of |x| over the nonzero entries, or 1.
+    """Return the value drawn as black and white: the 99.9th percentile of |x| over nonzero entries, or 1.
 
     So neither a few outliers nor the many exact zeros of a projection decide. Pass images to be compared together.
     """
@@ -89,7 +89,9 @@ def heat_map(values: Tensor, *, signed: bool = False, scale: float | None = None
         RGB in [0, 1], `[N, 3, H, W]`.
     """
     scale = colour_scale(values) if scale is None else scale
-    ramp = torch.tensor([[int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)] for colour in _ramp(signed)])
+    ramp = torch.tensor(
+        [[int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)] for colour in (_SIGNED if signed else _HEAT)]
+    )
     ramp = ramp.to(values.device, values.dtype)
     position = values / scale
     position = (0.5 + 0.5 * position).clamp(0, 1) if signed else position.clamp(0, 1)
@@ -136,11 +138,6 @@ def mosaic(images: Tensor, columns: int = 3, *, smallest: int = 64) -> Tensor:
         top, left = index // columns * (height + line), index % columns * (width + line)
         whole[:, top : top + height, left : left + width] = tile
     return whole
-
-
-def strip(images: Sequence[Tensor], captions: Sequence[str], *, title: str = "", note: str = "") -> np.ndarray:
-    """Draw images in one row with captions on top (the paper's Figure 2); arguments as in `contact_sheet`."""
-    return contact_sheet([Row(images, captions)], title=title, note=note, captions_on_top=True)
 
 
 def contact_sheet(
@@ -245,10 +242,6 @@ def drawable(text: str) -> str:
     return "".join(_drawable_letter(letter) for letter in plain)
 
 
-def _ramp(signed: bool) -> tuple[str, ...]:
-    return _SIGNED if signed else _HEAT
-
-
 def _one(image: Tensor) -> Tensor:
     return image[0] if image.ndim == 4 else image
 
@@ -266,7 +259,7 @@ def _sized(image: Tensor, smallest: int, largest: int) -> Tensor:
 
 
 def _caption(text: str, size: int, width: int) -> list[str]:
-    """Wrap to at most `_CAPTION_LINES` lines of `width` pixels; an ellipsis replaces the middle if need be."""
+    """Wrap to at most `_CAPTION_LINES` lines of `width` pixels, with an ellipsis in the middle if longer."""
     text = drawable(text)
 
     def shortened(left_out: int) -> list[str]:

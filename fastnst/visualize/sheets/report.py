@@ -29,12 +29,7 @@ class Report:
 
 
 def check_out(out: Path) -> None:
-    """Check, before any work, that results can be written to a folder.
-
-    Raises:
-        UserError: a file has that name.
-        DataError: no permission to write there.
-    """
+    """Check, before any work, that `out` can be a folder of results, or raise UserError or DataError."""
     try:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {printable(out)} is a file, and a folder is needed; name a folder")
@@ -50,9 +45,8 @@ def write_report(report: Report, out: Path, *, command: str, inputs: Sequence[Pa
     """Write images, arrays and, last, the page. Replaces files of the same names, but never an input.
 
     Args:
-        report: the results.
+        report, command: the results, and the command line for the page.
         out: the folder; created if absent.
-        command: the command line, shown on the page.
         inputs: files that must not be replaced.
 
     Returns:

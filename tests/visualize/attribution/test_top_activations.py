@@ -299,10 +299,10 @@ def test_project_top_reads_only_the_images_it_shows(net: VGG19, photo_folder: Pa
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
-        ("fc6", {}, "fc6 sees the whole image .* choose a layer up to pool5"),
+        ("fc6", {}, "fc6 depends on the whole image .* choose a layer up to pool5"),
         ("relu3_1", {}, "relu3_1 lies behind relu2_1, where this VGG19 ends; load it up to relu3_1"),
         (LAYER, {"maps": [0, 128]}, "relu2_1 has no map 128; its maps are 0 … 127"),
-        (LAYER, {"maps": []}, "no map of relu2_1 is asked for"),
+        (LAYER, {"maps": []}, "no map of relu2_1 was given"),
         ("conv3_4", {"size": 47}, "lies behind relu2_1"),
         ("conv1_1", {"size": 15}, "a crop size of 15 px is out of range; give 16 … 2048 px"),
         (LAYER, {"size": 4096}, "a crop size of 4096 px is out of range"),

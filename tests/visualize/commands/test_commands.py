@@ -244,7 +244,7 @@ def test_load_checkpoint_net(finished_run: Path) -> None:
 def test_load_checkpoint_net_refuses_another_network(finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     (run / "config.toml").write_text(to_toml(load_config(preset="lengstrom", environment={})), "utf-8")
-    with pytest.raises(DataError, match="holds other weights than a lengstrom net with instance norm"):
+    with pytest.raises(DataError, match="does not hold the weights of a lengstrom net with instance norm"):
         load_checkpoint_net(run, 10)
 
 

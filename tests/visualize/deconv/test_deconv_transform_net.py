@@ -102,7 +102,7 @@ def _plainly(
 
 def _enlarge_in_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the CPU take the way that a GPU takes through nearest-neighbour layers."""
-    monkeypatch.setattr(transform_net, "_enlarges_in_norm", lambda _: True)
+    monkeypatch.setattr(transform_net, "_upsamples_in_norm", lambda _: True)
 
 
 # The way up.

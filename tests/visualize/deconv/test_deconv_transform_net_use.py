@@ -89,7 +89,7 @@ def test_transform_deconvnet_refuses_unknown_layers() -> None:
         deconvnet.record(images, ["rse1"])
     with pytest.raises(UserError, match="no layer 'zzz'; the layers are conv1, conv2"):
         deconvnet.record(images, ["zzz"])
-    with pytest.raises(UserError, match="no layer is asked for; name at least one of conv1"):
+    with pytest.raises(UserError, match="no layer was given; name at least one of conv1"):
         deconvnet.record(images, [])
     recording = deconvnet.record(images, ["conv1", "res1"])
     with pytest.raises(UserError, match="up1 is not recorded, only conv1, res1"):

@@ -1,4 +1,4 @@
-"""The deconvnet as its callers see it: what is recorded, how it is called, what is refused, what stays as it was."""
+"""Deconvnet of VGG19: recordings, calls, bad arguments, and side effects."""
 
 import re
 from collections.abc import Callable
@@ -143,7 +143,7 @@ REFUSED: list[tuple[Callable[[Deconvnet, Recording], object], str]] = [
         "these neurons have none; use Neurons",
     ),
     (lambda d, _: d.record(torch.rand(1, 3, 1, 9), ["pool1"]), "an image of 9×1 pixels is too small for pool1"),
-    (lambda d, _: d.record(torch.rand(1, 3, 9, 9), []), "no VGG19 layer is asked for"),
+    (lambda d, _: d.record(torch.rand(1, 3, 9, 9), []), "no VGG19 layer was given"),
     (lambda d, _: d.record(torch.rand(1, 3, 9, 9), ["relu2_2"]), "layer relu2_2 lies behind conv2_2"),
     (lambda d, _: d(torch.rand(1, 3, 9, 9), "relu1_1", [64]), "relu1_1 has no map 64; its maps are 0 … 63"),
     (

@@ -25,7 +25,7 @@ def test_receptive_field_sizes(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", ["conv1_1", "pool1", "relu2_2", "conv3_4", "pool4", "conv5_4"])
 def test_receptive_field_is_where_a_gradient_reaches(layer: str) -> None:
-    """One channel, filters of ones, averages instead of maxima: nothing that is seen is lost on the way."""
+    """One channel, filters of ones, averages instead of maxima: no gradient is lost on the way."""
     image = torch.ones(1, 1, 288, 320, dtype=torch.float64, requires_grad=True)
     x: torch.Tensor = image
     for name in LAYERS[: LAYERS.index(layer) + 1]:
@@ -44,7 +44,7 @@ def test_receptive_field_is_where_a_gradient_reaches(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", ["fc6", "relu7", "fc8"])
 def test_receptive_field_refuses_fully_connected_layers(layer: str) -> None:
-    with pytest.raises(UserError, match=rf"{layer} sees the whole image .*; choose a layer up to pool5"):
+    with pytest.raises(UserError, match=rf"{layer} depends on the whole image .*; choose a layer up to pool5"):
         receptive_field(layer)
 
 

@@ -19,7 +19,6 @@ from fastnst.visualize.sheets.render import (
     mosaic,
     number,
     overlay,
-    strip,
 )
 
 
@@ -212,9 +211,10 @@ def test_contact_sheet_wraps_long_titles() -> None:
     assert many.shape[0] > one.shape[0] + 200
 
 
-def test_strip_has_captions_on_top_and_note_below() -> None:
+def test_contact_sheet_captions_on_top_and_note_below() -> None:
     tiles = blocks((1, 0, 0), (0, 0, 1), side=200)
-    sheet = strip(tiles, ["photo", "conv1_1"], note="grey = 0; black/white = ±0.0123")
+    row = Row(tiles, ["photo", "conv1_1"])
+    sheet = contact_sheet([row], note="grey = 0; black/white = ±0.0123", captions_on_top=True)
     top, _, bottom, _ = where(sheet, (255, 0, 0))
     text = ink(sheet)
     assert text[:top].any()

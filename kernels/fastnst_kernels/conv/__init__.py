@@ -1,0 +1,1 @@
+"""Convolutions that need not save their input for the backward."""

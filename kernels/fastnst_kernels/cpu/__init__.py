@@ -1,0 +1,1 @@
+"""Code for training on a CPU alone."""

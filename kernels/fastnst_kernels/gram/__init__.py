@@ -1,0 +1,1 @@
+"""Gram matrices, the style loss, and the gradient of all loss terms at a ReLU."""

@@ -1,0 +1,102 @@
+"""Both norms on ATen's batch-norm kernels: the path without Triton, which trains on a CPU.
+
+ATen's batch-norm kernels keep channels_last and make one pass per step, unlike `F.instance_norm`, which goes through
+the contiguous format and back. They take a block of samples that share their statistics: all samples for batch norm,
+one at a time for instance norm, which then stays in cache. The tests compare them with the `*_reference` formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnst_kernels import runtime
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Sequence[Tensor],
+    residual: Tensor | None,
+    *,
+    per_sample: bool,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(y, mean, rstd, var)` without upsampling and padding; given `statistics` (mean, rstd) are used.
+
+    mean, rstd and var are `[N, C]` (`per_sample`) or `[C]`; var is empty if statistics are given.
+    """
+    values = x.to(runtime.statistics_dtype(x))
+    weight, bias = weight.to(values.dtype), bias.to(values.dtype)
+    y = runtime.allocate_like(values)
+    shape = x.shape[:2] if per_sample else x.shape[1:2]
+    mean, rstd = statistics or (runtime.allocate(shape, values), runtime.allocate(shape, values))
+    var = runtime.allocate((0,) if statistics else shape, values)
+    for samples, group in _blocks(x, per_sample):
+        if not statistics:
+            mean[group], var[group] = _moments(values[samples])
+            torch.rsqrt(var[group] + eps, out=rstd[group])
+        out, unused = y[samples], mean.new_empty(0)
+        affine = (weight, bias, mean[group], rstd[group].pow(-2))
+        torch.ops.aten.native_batch_norm.out(
+            values[samples], *affine, False, 0.0, 0.0, out=out, save_mean=unused, save_invstd=unused
+        )
+        if residual is not None:
+            out.add_(residual[samples])
+        if relu:
+            out.relu_()
+    return y.to(x.dtype), mean, rstd, var
+
+
+def backward(
+    g: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, *, fixed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dx, d_weight, d_bias)` for the gradient g of the affine map's result.
+
+    `fixed` says that mean and rstd are constants; only for statistics per channel `[C]`.
+    """
+    values, grad, scale = (t.to(mean.dtype) for t in (x, g, weight))
+    if mean.dim() == 1:
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, values, scale, mean, rstd.pow(-2), mean, rstd, not fixed, 0.0, [True, True, True]
+        )
+        return dx.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+    dx = runtime.allocate_like(values)
+    sum_g, sum_gx = runtime.allocate(mean.shape, mean), runtime.allocate(mean.shape, mean)
+    for samples, n in _blocks(x, per_sample=True):
+        block, own = (grad[samples], values[samples]), (mean[n], rstd[n])
+        _, sum_gx[n], sum_g[n] = torch.ops.aten.native_batch_norm_backward(
+            *block, None, None, None, *own, True, 0.0, [False, True, True]
+        )
+        # w·r·(g − Σg/M − x̂·Σ(g·x̂)/M) as x·β + γ + g·α, in two passes.
+        count = block[1].numel() // x.shape[1]
+        alpha = scale * rstd[n]
+        beta = -alpha * rstd[n] * sum_gx[n] / count
+        gamma = -alpha * sum_g[n] / count - beta * mean[n]
+        alpha, beta, gamma = (vector[:, None, None] for vector in (alpha, beta, gamma))
+        torch.addcmul(gamma, block[1], beta, out=dx[samples]).addcmul_(block[0], alpha)
+    return dx.to(x.dtype), sum_gx.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype)
+
+
+def _blocks(x: Tensor, per_sample: bool) -> Iterator[tuple[slice, Any]]:
+    """The samples that share statistics, and the index of these."""
+    if per_sample:
+        yield from ((slice(n, n + 1), n) for n in range(x.shape[0]))
+    else:
+        yield slice(None), ...
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance `[C]` over samples and positions of `values [N, C, H, W]`, fp32 or fp64.
+
+    The kernel adds up its mean naively, which costs digits if the mean is large beside the deviation. So the mean comes
+    from `mean` (cascade summation), and the kernel's sum of squares about its own mean is moved to this one.
+    """
+    mean = values.mean((0, 2, 3))
+    rough_mean, rough_variance = torch.batch_norm_update_stats(values, None, None, 0.0)
+    return mean, (rough_variance - (rough_mean - mean).square_()).clamp_min_(0)

@@ -1,0 +1,1 @@
+"""Max pooling that records its switches, and unpooling."""

@@ -1,0 +1,1 @@
+"""Malformed files of every kind that the product reads, and a process that loads them."""
