@@ -114,7 +114,7 @@ fi
 
 # Compilation dominates the time before measuring: use all cores if pytest-xdist is installed.
 parallel=()
-if "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist loadgroup); fi
+if [[ -z $smoke ]] && "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist loadgroup); fi
 # pytest-benchmark would warn about parallel processes.
 tests=tests/kernels
 [[ -z $smoke ]] || tests=tests/kernels/test_max_pool.py

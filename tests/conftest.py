@@ -60,6 +60,12 @@ _SLOW = (
     "benchmarks/test_styles",
     "training/test_io_faults",
     "benchmarks/test_data_pipeline",
+    "benchmarks/test_roofline",
+    "benchmarks/test_kernel_bench",
+    "training/test_run_dir_lock",
+    "training/test_graphed_step_in_runs",
+    "models/test_fuzz_weights",
+    "cli/test_fuzz_command_line",
 )
 
 # The settings of whoever runs the tests must not decide their outcome, nor reach child processes.

@@ -194,7 +194,7 @@ def test_stylize_files_refuses_wrong_arguments_before_reading_the_model(tmp_path
     source, model, out = write(tmp_path / "a.png", image(20, 20)), tmp_path / "no model", tmp_path / "out.png"
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match=r"\.gif names no format to write"):
+    with pytest.raises(DataError, match=r"\.gif is not a supported format"):
         run(model, source, out=tmp_path / "out.gif")
     with pytest.raises(DataError, match="holds no image"):
         run(model, tmp_path / "empty", out=tmp_path / "out")

@@ -4,7 +4,7 @@ FLOPs are those of matrix products (convolutions, Gram matrices), a multiply-add
 arithmetic between them takes far less time than its bytes.
 
 Bytes that we move: the reads and writes of each operation of the planned step, once per operand: convolutions with bias
-and ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.recording` records the operands of each
+and ReLU in one call; the fused kernels as they are launched (`fastnst_kernels.inspection` records the operands of each
 launch for an H100, without one), and the remaining passes between them: ReLU masks of layers without a loss, sums of
 residual gradients, casts of weights and weight gradients, the crop after transposed convolutions.
 

@@ -1,6 +1,7 @@
 """Bytes that the kernels of an op move, from their launches, recorded without a GPU.
 
-Where launches cannot be recorded (no Triton, or its interpreter), `fastnst_kernels.cost` gives the minimum of the op.
+Where launches cannot be recorded (no Triton, or its interpreter), `fastnst_kernels.inspection.cost` gives the minimum
+of the op.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def launched_bytes(op: str, shape: Shape, dtype: torch.dtype, *, backward: bool 
         shape: `[N, C, H, W]` of its image; of the result for an unpooling.
         dtype: of the images.
         backward: of the op's backward instead.
-        options: those of `fastnst_kernels.cost`, and the layout of a norm's result; `residual_border`: pixels by which
-            the residual is larger at each side.
+        options: those of `fastnst_kernels.inspection.cost`, and the layout of a norm's result; `residual_border`: pixels
+            by which the residual is larger at each side.
     """
     if not can_record():
         return _least(op, shape, dtype, backward, options)
@@ -51,7 +52,7 @@ def launched_bytes(op: str, shape: Shape, dtype: torch.dtype, *, backward: bool 
 
 
 def _modules() -> list[Any]:
-    return [importlib.import_module(f"{fk.__name__}.{found.name}") for found in pkgutil.iter_modules(fk.__path__)]
+    return [importlib.import_module(found.name) for found in pkgutil.walk_packages(fk.__path__, f"{fk.__name__}.")]
 
 
 def _norm(x: Tensor, residual: bool = False, residual_border: int = 0, **options: Any) -> tuple[Tensor, list[Tensor]]:

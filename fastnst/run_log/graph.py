@@ -157,6 +157,8 @@ class GraphRecorder:
             return
         namespace, _, name = func._schema.name.partition("::")
         name = name.strip("_")  # relu_ is drawn like relu
+        if (namespace, name) == ("fastnst", "norm"):  # one op for both norms
+            name = "instance_norm" if _argument(func, args, "per_sample") else "batch_norm"
         sources = [self._source(tensor) for tensor in taken]
         views = [self._views.get(id(tensor), "") for tensor in taken]
         key = repr((namespace, name, sources, views, tree_map(_without_tensors, (args, kwargs))))
@@ -264,6 +266,10 @@ class _DispatchMode(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._recorder.record(func, args, kwargs or {}, result)
         return result
+
+
+def _argument(func: Any, args: tuple[Any, ...], name: str) -> Any:
+    return args[[argument.name for argument in func._schema.arguments].index(name)]
 
 
 def _join(*parts: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from helpers.doctor_machines import ABSENT, DAMAGED, GIB, H200, NO_DRIVER, NO_GPU, SHA, assert_row, row_of, with_package
+from helpers.doctor.machines import ABSENT, DAMAGED, GIB, H200, NO_DRIVER, NO_GPU, SHA, assert_row, row_of, with_package
 
 
 @pytest.mark.parametrize(

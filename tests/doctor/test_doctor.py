@@ -18,7 +18,7 @@ from fastnst.doctor import CHECKS, WORKERS
 from fastnst.doctor.report import Report, report
 from fastnst.doctor.verdict import DEVICE, INSTALLATION, STORAGE, Check, Verdict, failed, passed
 from fastnst.doctor.workers import Probe, Results, run_probes
-from helpers.doctor_machines import DAMAGED, GIB, NO_GPU, machine
+from helpers.doctor.machines import DAMAGED, GIB, NO_GPU, machine
 
 
 def test_report_of_a_healthy_machine() -> None:
@@ -94,17 +94,17 @@ def test_report_hides_names_of_user_and_machine(monkeypatch: pytest.MonkeyPatch)
 
 
 def probe(name: str, limit: float = 60.0) -> Probe:
-    return Probe(name, f"helpers.doctor_probes:{name}", limit)
+    return Probe(name, f"helpers.doctor.probes:{name}", limit)
 
 
 def test_run_probes_survives_probes_that_raise_crash_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCTOR_TEST_FILE", str(tmp_path / "processes"))
     names = ["raises", "exits", "is_no_json", "crashes", "leaves", "is_not_there"]
-    failing = [probe(name) for name in names] + [Probe("answers", "helpers.doctor_probes:answers", 60.0)]
+    failing = [probe(name) for name in names] + [Probe("answers", "helpers.doctor.probes:answers", 60.0)]
     checks = [Check(name, lambda results, name=name: passed(str(results[name])), DEVICE, "") for name in names]
     started = time.monotonic()
     # The limit includes the start of the process, which takes a while on a busy machine.
-    hanging = [probe("hangs", 4.0), Probe("after", "helpers.doctor_probes:answers", 60.0)]
+    hanging = [probe("hangs", 4.0), Probe("after", "helpers.doctor.probes:answers", 60.0)]
     results = run_probes([failing, hanging])
     assert time.monotonic() - started < 60
     assert results["answers"]["process"] > 0
@@ -130,7 +130,7 @@ def test_run_probes_leaves_no_hanging_process(
     monkeypatch.setenv("DOCTOR_TEST_FILE", str(file))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     code = "from fastnst.doctor.workers import Probe, run_probes; "
-    code += "run_probes([[Probe('x', 'helpers.doctor_probes:hangs', 600)]])"
+    code += "run_probes([[Probe('x', 'helpers.doctor.probes:hangs', 600)]])"
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (file.exists() and " " in file.read_text()):

@@ -14,7 +14,7 @@ from PIL import features
 
 import fastnst_kernels
 from fastnst.doctor import device, images
-from helpers.doctor_machines import row_of
+from helpers.doctor.machines import row_of
 
 # The driver.
 

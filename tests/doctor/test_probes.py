@@ -16,7 +16,7 @@ import pytest
 
 from fastnst.doctor import host, installation, storage
 from fastnst.models import weights as weights_module
-from helpers.doctor_machines import row_of
+from helpers.doctor.machines import row_of
 
 # Packages.
 

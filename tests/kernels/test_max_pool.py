@@ -105,19 +105,6 @@ def test_max_pool_takes_the_first_of_equals(tier):
     assert switches.flatten().tolist() == [0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 2)])
-def test_max_pool_takes_nan_as_torch_does(tier, layout, kernel_size, stride):
-    x = randn((2, 5, 9, 9), torch.float32, tier.device)
-    x[randn(x.shape, torch.float32, tier.device, seed=1) > 1] = float("nan")
-    x = LAYOUTS[layout](x)
-    expected_y, expected_switches = switches_of_torch(x, kernel_size, stride)
-    y, switches = max_pool2d_switches(x, kernel_size, stride)
-    assert expected_y.isnan().any()
-    assert torch.equal(y.nan_to_num(7), expected_y.nan_to_num(7))
-    assert torch.equal(switches, expected_switches)
-
-
 def test_max_unpool_by_hand(tier):
     """Windows of 2 with stride 1 on a row of 3: both point at the middle, so their values add."""
     switches = torch.tensor([[1, 0]], dtype=torch.uint8, device=tier.device).view(1, 1, 1, 2)

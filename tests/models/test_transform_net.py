@@ -210,23 +210,23 @@ def test_forward_runs_nothing_but_convolutions_and_norms(
 ) -> None:
     """No pad, addition, ReLU or upsampling; the backward adds the gradients of a fork once per block."""
     monkeypatch.setattr(transform_net, "_upsamples_in_norm", lambda _: True)
-    monkeypatch.setattr(winograd, "pays", lambda *_: False)  # Winograd consists of many operators
+    monkeypatch.setattr(winograd, "is_faster", lambda *_: False)  # Winograd consists of many operators
     net = _net(architecture)
     x = _images(1, 3, 32, 32)
     with _FeatureMapOps() as forward:
         y = net(x)
     copies = {"clone": cut} if cut else {}
     # The first is counted with them, the last, which makes an image, is not.
-    assert forward.names == {"convolution": 15, "instance_norm": 15, **copies}
+    assert forward.names == {"convolution": 15, "norm": 15, **copies}
     with _FeatureMapOps() as backward:
         y.sum().backward()
-    assert backward.names["instance_norm_backward"] == 15
+    assert backward.names["norm_backward"] == 15
     assert backward.names["convolution_backward"] == 15
-    others = set(backward.names) - {"instance_norm_backward", "convolution_backward", "add"}
+    others = set(backward.names) - {"norm_backward", "convolution_backward", "add"}
     assert not others & {"constant_pad_nd", "reflection_pad2d_backward", "threshold_backward", "upsample_nearest2d"}
     assert backward.names["add"] <= 5
     # The inputs of convolutions after a norm are computed again, each once.
-    assert backward.names["normalize"] == 15
+    assert backward.names["norm"] == 15
 
 
 @pytest.mark.parametrize(

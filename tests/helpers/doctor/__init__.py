@@ -1,0 +1,1 @@
+"""Fake machines and probes for the tests of `fastnst doctor`."""
