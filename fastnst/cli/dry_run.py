@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    import torch
+
     from fastnst.config import Config
-    from fastnst.training.distributed.environment import DistEnv
+    from fastnst.training.distributed.environment import DistEnv, LocalConfig
+    from fastnst.training.memory.estimate import Estimate
 
 
 def print_plan(
@@ -30,8 +33,6 @@ def print_plan(
     from fastnst.progress import byte_count
     from fastnst.training.distributed.environment import check_divisible, local_config
     from fastnst.training.inputs import check_batch, log_rejected, read_manifest, read_style, resolve, total_steps
-    from fastnst.training.memory.advice import describe_shortage
-    from fastnst.training.memory.available import available_memory_per_process
     from fastnst.training.memory.estimate import estimate
     from fastnst.training.run_dir.style_folder import MultiStyleDir, run_configs, validate_run_dirs
 
@@ -44,11 +45,11 @@ def print_plan(
     images = [(own.style.image, read_style(own)[0]) for own in configs.values()]
     manifest = read_manifest(config.data)
     log_rejected(manifest)
-    check_batch(config, len(manifest.images))
-    steps = total_steps(config.train, len(manifest.images))
+    num_images = len(manifest.images)
+    check_batch(config, num_images)
+    steps = total_steps(config.train, num_images)
     share, processes = local_config(config, dist_env), dist_env.world_size
     need = estimate(share, device_type=device.type, styles=len(configs))
-    passes = steps * config.train.batch_size / len(manifest.images)
     click.echo(to_toml(config))
     for run, own_changes in zip(configs, changes, strict=True):
         for change in own_changes:
@@ -59,17 +60,30 @@ def print_plan(
         click.echo(f"# styles     {len(configs)}, trained together; style.image above is that of the first")
     click.echo(f"# data       {len(manifest.images)} images, {len(manifest.rejected)} refused, in {config.data.folder}")
     click.echo(f"# VGG19      {describe_source(config.loss.vgg)}")
+    passes = steps * config.train.batch_size / num_images
     click.echo(f"# steps      {steps} of {config.train.batch_size} images, {passes:.2f} passes over the data")
     if processes > 1:
         click.echo(f"# processes  {processes}, {share.train.batch_size} images of a step in each")
     click.echo(f"# device     {device}, {config.train.precision}")
+    _print_memory(share, need, device, dist_env, styles=len(configs))
+    click.echo(f"# disk       {byte_count(need.disk)} in {out}, and the log")
+    click.echo("# dry run: nothing was written")
+
+
+def _print_memory(
+    config: "LocalConfig", need: "Estimate", device: "torch.device", dist_env: "DistEnv", *, styles: int
+) -> None:
+    from fastnst.progress import byte_count
+    from fastnst.training.memory.advice import describe_shortage
+    from fastnst.training.memory.available import available_memory_per_process
+
     click.echo(
         f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "
         f"activations {byte_count(need.activations)}; workspaces come on top"
     )
-    room = available_memory_per_process(device, dist_env)
-    shortage = describe_shortage(share, need, room, device_type=device.type, processes=processes, styles=len(configs))
+    available = available_memory_per_process(device, dist_env)
+    shortage = describe_shortage(
+        config, need, available, device_type=device.type, processes=dist_env.world_size, styles=styles
+    )
     if shortage:
         click.echo(f"# warning    memory: {shortage}")
-    click.echo(f"# disk       {byte_count(need.disk)} in {out}, and the log")
-    click.echo("# dry run: nothing was written")

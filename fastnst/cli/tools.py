@@ -44,7 +44,7 @@ def demo(out: Path, vgg: str, steps: int | None) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def doctor(as_json: bool) -> None:
-    """Check this machine and the installation, and say how to mend faults; paste the output into a bug report.
+    """Check this machine and the installation, and say how to mend faults; for bug reports.
 
     Takes some seconds and no network. Exit code: 0 if nothing failed, else that of the first check that did:
     1 the installation, 3 weights or storage, 5 device or memory.

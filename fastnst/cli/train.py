@@ -58,7 +58,9 @@ def train(
     profile: int | None,
     **options: Any,
 ) -> None:
-    """Train a style, or several at once. Ctrl-C finishes the step, saves a checkpoint and prints how to resume.
+    """Train a style, or several at once.
+
+    Ctrl-C finishes the step, saves a checkpoint and prints how to resume.
 
     \b
     fastnst train --style wave.jpg --data train2017 --out runs/wave
@@ -101,7 +103,7 @@ def train(
 def _plan(
     given: tuple[Path, ...], out: Path | None, *, resume: bool, **options: Any
 ) -> tuple["Config", dict[str, Path] | None, Path]:
-    """Return the configuration, the styles by name if there are several, and the run directory or their folder."""
+    """Return the configuration, the styles by name if there are several, and the output folder."""
     from fastnst.training.run_dir.style_folder import STYLES_NAME, style_names
 
     styles = style_names([style.absolute() for style in given])

@@ -11,7 +11,7 @@ from fastnst.config import TrainConfig
 
 @contextlib.contextmanager
 def algorithms(config: TrainConfig) -> Iterator[None]:
-    """Use deterministic algorithms only within this block, or without `train.deterministic` the fastest ones."""
+    """Within this block use the fastest algorithms, or with `train.deterministic` deterministic ones only."""
     deterministic = config.deterministic
     if deterministic:
         # cuBLAS sums in one order only if its workspace has a fixed size, which it reads when it is first used.

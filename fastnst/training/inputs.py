@@ -76,7 +76,7 @@ def resolve(config: Config) -> tuple[Config, torch.device]:
 
 
 def read_inputs(config: Config, device: torch.device, late: Sequence[ReadFailure] = ()) -> Inputs:
-    """Check and read all that a run needs, cheapest first, so that a mistake shows before the long work begins.
+    """Check and read all that a run needs, cheapest first, so that mistakes show early.
 
     Args:
         config: resolved.
@@ -101,7 +101,7 @@ def read_inputs(config: Config, device: torch.device, late: Sequence[ReadFailure
 
 
 def read_style(config: Config) -> tuple[Tensor, str]:
-    """Return the style image at the configured size, `[1, 3, H, W]` in [0, 1], and the SHA-256 of its file."""
+    """Return the style image, `[1, 3, H, W]` in [0, 1], at `style.size`, and the SHA-256 of its file."""
     if config.style.image is None:
         raise UserError("no style image; give one with --style IMAGE")
     pixels = Image.fromarray(read_image(config.style.image))
@@ -159,5 +159,5 @@ def check_batch(config: Config, num_images: int) -> None:
 
 
 def total_steps(config: TrainConfig, num_images: int) -> int:
-    """Return the steps of the whole run: `train.steps`, else enough for `train.epochs` passes over the images."""
+    """Return the steps of the whole run: `train.steps`, else enough for `train.epochs` passes."""
     return config.steps or max(1, math.ceil(config.epochs * num_images / config.batch_size))

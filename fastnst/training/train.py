@@ -11,7 +11,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -48,20 +49,18 @@ def train(
 ) -> list[Path]:
     """Train one style, or several on one stream of images, with one pass of φ over their content.
 
-    Each of several styles has a net and a run directory of its own, `out/NAME`, with the same content as if it had been
-    trained alone; it can also be resumed alone. If the styles are at different steps, those ahead wait for the others.
-    Below torchrun each process calls this function and takes its share of the batch.
+    Each of several styles has its own net and run directory, `out/NAME`, just as if it had been trained alone. If they
+    are at different steps, those ahead wait. Below torchrun each process calls this and takes its share of the batch.
 
     Args:
         config: the resolved configuration with `data.folder` set, and `style.image` unless `styles` is given.
-        out: the run directory, or with `styles` the folder of run directories. It is new or empty, or with `resume`
-            that of an interrupted run.
+        out: the run directory, or with `styles` their folder; new or empty unless `resume` is set.
         styles: name → image, see `style_names`; they replace `style.image`. None: train the style of `config`.
         resume: continue from the newest valid checkpoint of each style.
-        allow_changes: with `resume`, continue even if configuration, images, style, VGG19 or the number of processes
-            differ from those of the checkpoint. Each change is logged, and saved in `config.toml`.
+        allow_changes: with `resume`, accept another configuration, images, style, VGG19 or number of processes than
+            those of the checkpoint. Each change is logged, and saved in `config.toml`.
         stop: polled after each step; when a signal has come, the run is saved and left.
-        profile: steps to trace, if any; see `StepProfile`. The trace lies in the first style's run directory.
+        profile: steps to trace, if any; see `StepProfile`.
 
     Returns:
         The paths of the style models: one per style, in the order of `styles`.
@@ -69,8 +68,8 @@ def train(
     Raises:
         UserError: `out` holds another run, other styles, or a run with another configuration; or `profile` is below 1.
         DataError: images, style or weights cannot be used, or differ from those of the run to resume.
-        StorageError: the storage refuses a file or a line of the log; the run ends as if killed.
-        DivergedError: the loss, a gradient or a weight is not finite, or too many steps in a row were skipped.
+        StorageError: a file or a line of the log cannot be written; the run ends as if killed.
+        DivergedError: a value is not finite, or too many steps in a row were skipped.
         DeviceError: no such device, or too little memory on it, with what would fit.
         StoppedBySignal: after the save that `stop` asked for.
         SystemExit: another process of the run has raised one of these.
@@ -85,42 +84,48 @@ def train(
         configs = {run: resolve(own)[0] for run, own in configs.items()}
         config, device = resolve(configs[runs[0]])
         check_divisible(config, dist_env)
-
-        def check_run_dirs() -> list[list[str]]:
-            """Return what changed in the configuration of each run."""
-            if not group.is_rank_zero:
-                return [[] for _ in runs]
-            return validate_run_dirs(configs, style_dir, resume=resume, allow_changes=allow_changes)
-
+        changing = {"resume": resume, "allow_changes": allow_changes}
+        check_run_dirs = functools.partial(_check_run_dirs, configs, style_dir, group, **changing)
         check_run_dirs()
-        with (
-            determinism.algorithms(config.train),
-            explained_memory_errors(config, device, dist_env, styles=len(runs)),
-            contextlib.ExitStack() as locks,
-        ):
+        with determinism.algorithms(config.train), explained_memory_errors(config, device, dist_env, styles=len(runs)):
             inputs = _read_inputs(configs, device, group, resume=resume)
-            for own in inputs:
-                check_equal(group, {"device": device.type, **provenance(own, world_size=dist_env.world_size)})
-            if group.is_rank_zero:
-                if style_dir is not None:
-                    locks.enter_context(lock_run(out))
-                    style_dir.validate(resume=resume)
-                    style_dir.write_styles()
-                for run in runs:
-                    locks.enter_context(lock_run(run))
-            changes = check_run_dirs()
-            trainer = Trainer(inputs, runs, out, group, stop=stop, profile=profile)
-            with explained_storage_errors(out, runs), trainer.explained_divergence():
-                if resume:
-                    for style, differences in zip(trainer.styles, changes, strict=True):
-                        style.restore(differences, allow_changes=allow_changes)
-                return trainer.train()
+            with _locked(out, runs, style_dir, group, resume=resume):
+                changes = check_run_dirs()
+                trainer = Trainer(inputs, runs, out, group, stop=stop, profile=profile)
+                with explained_storage_errors(out, runs), trainer.explained_divergence():
+                    if resume:
+                        for style, differences in zip(trainer.styles, changes, strict=True):
+                            style.restore(differences, allow_changes=allow_changes)
+                    return trainer.train()
+
+
+def _check_run_dirs(
+    configs: Mapping[Path, Config], style_dir: MultiStyleDir | None, group: ProcessGroup, **changing: bool
+) -> list[list[str]]:
+    """Return what changed in the configuration of each run; only rank 0 sees the directories."""
+    return validate_run_dirs(configs, style_dir, **changing) if group.is_rank_zero else [[] for _ in configs]
+
+
+@contextlib.contextmanager
+def _locked(
+    out: Path, runs: Sequence[Path], style_dir: MultiStyleDir | None, group: ProcessGroup, *, resume: bool
+) -> Iterator[None]:
+    """Lock the run directories on rank 0, and first their folder, in which the styles are written down."""
+    with contextlib.ExitStack() as locks:
+        if group.is_rank_zero:
+            if style_dir is not None:
+                locks.enter_context(lock_run(out))
+                style_dir.validate(resume=resume)
+                style_dir.write_styles()
+            for run in runs:
+                locks.enter_context(lock_run(run))
+        yield
 
 
 def _read_inputs(
     configs: Mapping[Path, Config], device: torch.device, group: ProcessGroup, *, resume: bool
 ) -> list[Inputs]:
-    """Read what the run needs; the styles share all but their style image."""
+    """Read what the run needs, and check that all ranks have the same; styles share all but their image."""
     failures: list[ReadFailure] = []
     if resume and group.is_rank_zero:
         failures = _earliest(failure for run in configs for failure in read_failures(run / REJECTED_NAME))
@@ -129,13 +134,16 @@ def _read_inputs(
     with group.local_rank_zero_first():
         styles = [read_style(config) for config in others]  # first, since a mistake in them shows at once
         inputs = read_inputs(first, device, failures)
-    return [
+    all_inputs = [
         inputs,
         *(
             dataclasses.replace(inputs, config=config, style=style, style_sha256=sha256)
             for config, (style, sha256) in zip(others, styles, strict=True)
         ),
     ]
+    for own in all_inputs:
+        check_equal(group, {"device": device.type, **provenance(own, world_size=group.dist_env.world_size)})
+    return all_inputs
 
 
 def _earliest(failures: Iterable[ReadFailure]) -> list[ReadFailure]:

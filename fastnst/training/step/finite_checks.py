@@ -55,7 +55,7 @@ class SkippedSteps:
         self._counts.copy_(torch.stack([total + skipped, (in_a_row + 1) * skipped]))
 
     def read(self) -> tuple[int, int]:
-        """Return how many steps were skipped in all, and how many of the newest in a row; waits for the device."""
+        """Return the skipped steps in all, and the newest in a row; waits for the device."""
         total, in_a_row = self._counts.tolist()
         return total, in_a_row
 

@@ -38,7 +38,7 @@ def train_step(step: int | Tensor, batch: Tensor, trainers: "Sequence[NetTrainer
 
 
 def to_unit(batch: Tensor) -> Tensor:
-    """uint8 `[N, H, W, 3]` → float32 `[N, 3, H, W]` in [0, 1], channels_last, as the permuted view is already."""
+    """uint8 `[N, H, W, 3]` → float32 `[N, 3, H, W]` in [0, 1], channels_last."""
     return batch.permute(0, 3, 1, 2).float().div_(255.0)
 
 
