@@ -1,4 +1,4 @@
-"""Count the operators that run."""
+"""Count the operators that run within a block, by name."""
 
 from collections import Counter
 from typing import Any
@@ -7,8 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OpCounter(TorchDispatchMode):
-    """`counts` maps an operator's name to how often it ran within the block."""
-
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()

@@ -146,9 +146,9 @@ def test_max_pool_second_derivative(tier):
     y, switches = max_pool2d_switches(x)
     dy = randn(y.shape, y.dtype, tier.device, seed=1).requires_grad_()
     (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
-    probe = randn(x.shape, x.dtype, tier.device, seed=2)
-    (back,) = torch.autograd.grad(dx, dy, probe)
-    assert torch.equal(back, gather_switches_reference(probe, switches))
+    other = randn(x.shape, x.dtype, tier.device, seed=2)
+    (back,) = torch.autograd.grad(dx, dy, other)
+    assert torch.equal(back, gather_switches_reference(other, switches))
 
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [(2, 2), (3, 1)])

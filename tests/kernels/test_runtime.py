@@ -58,10 +58,15 @@ print(k.runtime.triton, y.flatten().tolist(), switches.flatten().tolist())
     assert run_python(code).stdout.strip() == "None [5.0, 7.0, 13.0, 15.0] [3, 3, 3, 3]"
 
 
+def test_package_keeps_former_names():
+    k = fastnst_kernels
+    assert (k.picture_input, k.tap_backward) == (k.uint8_to_input, k.loss_relu_backward)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1), (1, 1, 1, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_prq_of_any_layout(shape, layout):
-    """Read front to back as [P, R, Q], a dense tensor's memory holds plane n·C + c at p·Q + q, whatever r."""
+    """Read as [P, R, Q], a dense tensor's memory holds plane n·C + c at p·Q + q for every r."""
     n, c = shape[:2]
     plane = torch.arange(n * c, dtype=torch.float32).view(n, c, 1, 1).expand(shape).contiguous()
     x = runtime.dense(LAYOUTS[layout](plane))

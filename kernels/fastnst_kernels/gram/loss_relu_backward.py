@@ -9,9 +9,8 @@ the content features. With s and c numbers per sample:
     dz = [F > 0] · (I + s·F (D + Dᵀ) / (C·K) + c·(F − X))
 
 Each term is a gradient with respect to F: l·‖D‖² has s = 2·l (see `style_loss.py`), l·‖F − X‖² has c = 2·l; their sum
-passes the ReLU once. The mask is PyTorch's: dz = 0 where F ≤ 0, whatever the terms are there, even NaN; where F is
-positive or NaN it is the sum with all its NaN and Inf. Nothing is multiplied by the mask, which would turn Inf into
-NaN.
+passes the ReLU once. The mask is PyTorch's: dz = 0 where F ≤ 0, even if a term is NaN there; where F is positive or NaN
+it is the sum with all its NaN and Inf. Nothing is multiplied by the mask, which would turn Inf into NaN.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def loss_relu_backward(
 
     The gradient with respect to a ReLU's input if losses are measured on its output F; for callers that chain gradients
     themselves, so it has none of its own. Terms that are not given are left out; at least one is needed. Where F ≤ 0
-    the result is 0 whatever the terms are; where F is NaN or positive, NaN and Inf in them stay visible.
+    the result is 0; where F is NaN or positive, NaN and Inf in the terms stay visible.
 
     Args:
         features: F, the ReLU's output, `[N, C, H, W]`, float32, float16, bfloat16 (float64 on the reference path); any

@@ -1,7 +1,7 @@
 """The registered op pair behind both norms: `fastnst::norm` and `fastnst::norm_backward`.
 
-`per_sample` tells instance norm (statistics `[N, C]`) from batch norm (`[C]`); the formulas stand in `instance_norm.py`
-and `batch_norm.py`. Upsampling and padding come as the six numbers of `UpsamplePad.as_ints`.
+`per_sample` tells instance norm (statistics `[N, C]`) from batch norm (`[C]`); the formulas are in `instance_norm.py`
+and `batch_norm.py`. `pad` is the six numbers of `UpsamplePad.as_ints`.
 
 Saved for the backward: x, μ, 1/√(σ² + ε) and, with both a residual and a ReLU, the residual. The ReLU's mask is
 recomputed, except on the CPU, where a further pass costs more: there y is saved.
