@@ -178,6 +178,7 @@ HEAVY = ("torch", "triton", "nvidia", "tensorboard", "numpy", "PIL", "safetensor
         "from fastnst.cli.main import cli; cli.main(['--help'], standalone_mode=False)",
         "from fastnst.cli.main import cli; cli.main(['train', '--help'], standalone_mode=False)",
         "from fastnst.cli.main import cli; cli.main(['stylize', '--help'], standalone_mode=False)",
+        "from fastnst.cli.visualize import visualize; visualize.main(['saliency', '--help'], standalone_mode=False)",
     ],
 )
 def test_help_version_and_configuration_import_nothing_heavy(code: str) -> None:

@@ -127,14 +127,7 @@ def test_graph_recorder_distinguishes_views_without_drawing_them() -> None:
         x[:, :, 1:] * 2.0
         first, second = x.split([1, 2], dim=1)
         first.sum(), second.sum(), x.transpose(2, 3).detach().sum()
-    assert edges(recorder) == {
-        "x": [],
-        "mul": ["x"],
-        "mul_1": ["x"],
-        "sum": ["x"],
-        "sum_1": ["x"],
-        "sum_2": ["x"],
-    }
+    assert edges(recorder) == {"x": [], "mul": ["x"], "mul_1": ["x"], "sum": ["x"], "sum_1": ["x"], "sum_2": ["x"]}
 
 
 def test_graph_recorder_follows_in_place_writes() -> None:

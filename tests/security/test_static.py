@@ -18,7 +18,7 @@ _CALLS = {
 }
 _METHODS = {"extractall"}
 _NETWORK = {
-    *("socket", "socketserver", "ssl", "urllib.request", "http", "ftplib", "smtplib", "requests", "httpx", "aiohttp"),
+    *("socket", "socketserver", "ssl", "urllib.request", "http", "ftplib", "smtplib", "requests", "httpx", "aiohttp")
 }
 
 

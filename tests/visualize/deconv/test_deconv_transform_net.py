@@ -150,14 +150,7 @@ def test_record_keeps_requested_layers_front_to_back() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    ("rule", "norm"),
-    [
-        ("deconvnet", "batch"),
-        ("open", "instance"),
-        ("renorm", "instance"),
-    ],
-)
+@pytest.mark.parametrize(("rule", "norm"), [("deconvnet", "batch"), ("open", "instance"), ("renorm", "instance")])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "johnson as on a GPU"])
 def test_project_layer_agrees_with_autograd(
     architecture: str, rule: str, norm: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
