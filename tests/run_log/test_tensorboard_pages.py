@@ -44,10 +44,16 @@ PATIENCE = 60_000
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, generated_photos: Path) -> Path:
     """A finished training run, and a sheet that was added to it afterwards."""
-    sizes = ("data.image_size=32", "train.batch_size=2", "data.workers=1", "data.loader=pillow", "style.size=48")
-    log = (f"train.steps={STEPS}", "train.log_every=1", "train.sample_every=2", "train.samples=1", "train.device=cpu")
+    small = ("data.image_size=32", "train.batch_size=2", "data.workers=1", "data.loader=pillow", "style.size=48")
+    small += (
+        f"train.steps={STEPS}",
+        "train.log_every=1",
+        "train.sample_every=2",
+        "train.samples=1",
+        "train.device=cpu",
+    )
     options = {"data.folder": generated_photos, "style.image": generated_photos / "image_00.jpg", "loss.vgg": "random"}
-    config = load_config(preset="vgg-conv3", assignments=[*sizes, *log], options=options, environment={})
+    config = load_config(preset="vgg-conv3", assignments=small, options=options, environment={})
     out = tmp_path_factory.mktemp("runs") / "run"
     train(config, out)
     sheet = np.full((20, 30, 3), (200, 40, 40), dtype=np.uint8)
