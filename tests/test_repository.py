@@ -4,6 +4,7 @@ import ast
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -289,14 +290,8 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     assert {"fastnst/py.typed", "fastnst_kernels/py.typed"} <= held
     assert "fastnst = fastnst.cli.main:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in names)
-
-
-def test_license_is_apache_2() -> None:
-    text = (ROOT / "LICENSE").read_text("utf-8")
     assert PYPROJECT["project"]["license"] == "Apache-2.0"
-    assert "Apache License" in text
-    assert "Version 2.0, January 2004" in text
-    assert "END OF TERMS AND CONDITIONS" in text
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text("utf-8")
 
 
 # Scripts.
@@ -349,10 +344,8 @@ def test_setup_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_setup_without_a_usable_python(tmp_path: Path) -> None:
-    tools = ("bash", "dirname", "sha256sum", "cut", "cat", "ls", "flock")
-    for tool in tools:
-        found = run("bash", "-c", f"command -v {tool}").stdout.strip()
-        if found:
+    for tool in ("bash", "dirname", "sha256sum", "cut", "cat", "ls", "flock"):
+        if found := shutil.which(tool):
             (tmp_path / tool).symlink_to(found)
     shim = tmp_path / "python3"
     shim.write_text("#!/bin/sh\necho 'python3: no version is set' >&2\nexit 127\n")

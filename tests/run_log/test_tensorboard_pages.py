@@ -26,16 +26,10 @@ if TYPE_CHECKING:
 STEPS = 4
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
     "--disable-3d-apis",  # charts as SVG, which can be read, not on a canvas
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 PATIENCE = 60_000
 """Milliseconds until a page counts as broken, on a machine that is busy with other things."""
@@ -92,12 +86,9 @@ def page(tensorboard: str, requests: list[str], tmp_path_factory: pytest.TempPat
 
     browser = find_browser()
     with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("browser"),
-            executable_path=browser,
-            args=list(FLAGS),
-            viewport={"width": 1400, "height": 1000},
-        )
+        profile, size = tmp_path_factory.mktemp("browser"), {"width": 1400, "height": 1000}
+        launch = playwright.chromium.launch_persistent_context
+        context = launch(profile, executable_path=browser, args=list(FLAGS), viewport=size)
         context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.on("request", lambda request: requests.append(request.url))

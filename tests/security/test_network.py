@@ -65,11 +65,8 @@ def connections(log: Path) -> list[str]:
 def torchvision_state(last_layer: str) -> dict[str, torch.Tensor]:
     """Random weights of VGG19 up to a layer, under torchvision's names."""
     net = VGG19(last_layer, generator=torch.Generator().manual_seed(0))
-    names = {name: name.partition(".") for name in net.state_dict()}
-    return {
-        f"{torchvision_key(names[name][0])}.{names[name][2]}": tensor.contiguous().clone()
-        for name, tensor in net.state_dict().items()
-    }
+    parts = ((*name.rpartition(".")[::2], tensor) for name, tensor in net.state_dict().items())
+    return {f"{torchvision_key(layer)}.{kind}": tensor.contiguous().clone() for layer, kind, tensor in parts}
 
 
 def test_train_uses_no_network(guarded: tuple[dict[str, str], Path], photo_folder: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_projection_monitor_changes_no_net_and_no_random_state(net: TransformNet
         assert all(torch.equal(tensor, state[name]) for name, tensor in some_net.state_dict().items())
 
 
-def test_strips_show_photo_and_all_layers(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
+def test_projection_monitor_strips_show_photo_and_all_layers(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
     monitor = _monitor(net, vgg, images)
     transform = dict(monitor.projections())["strip/transform_net/cat"]
     content = dict(monitor.content_strips())["strip/vgg_content/cat"]

@@ -110,10 +110,9 @@ def test_find_top_activations_of_dots(tmp_path: Path) -> None:
     top = find(dot_detector(), manifest, "relu1_1", maps=[1, 0], count=3, size=16, batch_size=3)
     assert (top.layer, top.maps) == ("relu1_1", (1, 0))
     assert top.images.tolist() == [[1, 0, 2], [1, 3, 0]]
-    # One row down and one column right of the dots; that of the third and the fourth would be outside, and the border
+    # Map 1: one row down and one column right of the dots; for the third and the fourth that is outside, and the border
     # counts as the channel's mean.
-    assert top.positions[0].tolist() == [[1, 1], [4, 5], [0, 0]]
-    assert top.positions[1].tolist() == [[0, 0], [9, 15], [3, 4]]
+    assert top.positions.tolist() == [[[1, 1], [4, 5], [0, 0]], [[0, 0], [9, 15], [3, 4]]]
     torch.testing.assert_close(top.values[1], torch.tensor([255, 204, 153], dtype=torch.float64) / 255)
 
 
