@@ -1,9 +1,6 @@
 """The cost model of a training step: FLOPs against PyTorch's count, bytes against the minimum, tables."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastnst.config import Config, preset_names
 from fastnst.models.transform_net import TransformNet
 from fastnst_kernels.gram.style_loss import StyleMatrix, gram_product_reference
+from helpers.run_command import script_exit_code
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE, BATCH = 64, 2
 DEEP = ('loss.content_layers=["relu4_2"]', 'loss.style_layers=["relu1_1","relu2_1","relu3_1","relu4_1","relu5_1"]')
 
@@ -185,14 +182,6 @@ def test_main_refuses_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 is not a rate; give a number above 0" in capsys.readouterr().err
 
 
-def test_roofline_runs_as_a_script() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "benchmarks" / "roofline.py", "--image-size", "64", "--batch-size", "1"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("# A training step on 790 TFLOP/s and 4.3 TB/s")
+def test_roofline_runs_as_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script_exit_code(monkeypatch, roofline.__file__, "--image-size", 64, "--batch-size", 1) == 0
+    assert capsys.readouterr().out.startswith("# A training step on 790 TFLOP/s and 4.3 TB/s")

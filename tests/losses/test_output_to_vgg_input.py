@@ -13,14 +13,11 @@ from fastnst.models.architectures import ARCHITECTURES
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19
 from fastnst.training.step.train_step import NetTrainer, as_images, to_unit
+from helpers.random_inputs import seeded
 from helpers.tolerances import FLOOR
 
 SIZES = [(16, 16), (17, 22)]  # odd sides move the image within the larger output of TF "SAME"
 LOSS = LossConfig(content_layers=("relu1_2",), style_layers=("relu1_1", "relu2_1"), tv_weight=0.5)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def batch_of(height: int, width: int) -> Tensor:

@@ -1,7 +1,5 @@
 """Style models: a saved net comes back to the last bit, describes itself, and anything else is refused."""
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,23 +107,6 @@ def test_save_style_model_refuses_nonfinite_weights(tmp_path: Path, net: Transfo
     with pytest.raises(DataError, match=r"res3.conv1.weight holds values that are not finite"):
         save(tmp_path, bad)
     assert path.read_bytes() == good
-
-
-def test_save_style_model_on_a_full_disk(tmp_path: Path, net: TransformNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(tmp_path, net)
-    good = path.read_bytes()
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left"):
-        save(tmp_path, make_net("lengstrom"))
-    assert path.read_bytes() == good
-    assert list(tmp_path.iterdir()) == [path]
-
-
-# Refusals.
 
 
 def test_load_style_model_refuses_other_files(tmp_path: Path, net: TransformNet) -> None:
