@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -121,28 +122,17 @@ def test_stylize_refuses_wrong_arguments(
         stylize(net, images, **options)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."),
-    ],
-)
-def test_stylize_explains_out_of_memory(net: TransformNet, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*_: object) -> Tensor:
-        raise error
+CPU_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."
 
-    monkeypatch.setattr(TransformNet, "forward", fail)
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(CPU_FULL)])
+def test_stylize_explains_out_of_memory_only(
+    net: TransformNet, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(TransformNet, "forward", mock.Mock(side_effect=error))
     with pytest.raises(DeviceError, match=r"cpu has too little memory for 2 images of 40 × 30 px"):
         stylize(net, torch.rand(2, 3, 30, 40))
-
-
-def test_stylize_passes_other_errors_on(net: TransformNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> Tensor:
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(TransformNet, "forward", fail)
+    monkeypatch.setattr(TransformNet, "forward", mock.Mock(side_effect=RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         stylize(net, torch.rand(1, 3, 16, 16))
 
@@ -150,11 +140,8 @@ def test_stylize_passes_other_errors_on(net: TransformNet, monkeypatch: pytest.M
 # Files.
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (37, 53)])
-def test_stylize_files_writes_an_image_of_any_size(
-    model: Path, net: TransformNet, tmp_path: Path, height: int, width: int
-) -> None:
-    array = image(height, width)
+def test_stylize_files_writes_an_image_into_a_new_folder(model: Path, net: TransformNet, tmp_path: Path) -> None:
+    array = image(37, 53)
     out = tmp_path / "new folder" / "out.png"
     assert run(model, write(tmp_path / "in.png", array), out=out) == [out]
     assert np.array_equal(read_image(out), expected(net, array))

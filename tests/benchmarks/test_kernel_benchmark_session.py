@@ -140,9 +140,8 @@ def test_gpu_report_skips_steps_with_the_reason(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$*" in *"import pydantic"*|*"import nvidia.dali"*) exit 1 ;; esac\nexit 0\n')
     python.chmod(0o755)
-    done = run(
-        ROOT / "scripts" / "gpu_report.sh", "--dry-run", PYTHON=str(python), OUT="/nowhere", PHOTOS=str(tmp_path)
-    )
+    script = ROOT / "scripts" / "gpu_report.sh"
+    done = run(script, "--dry-run", PYTHON=str(python), OUT="/nowhere", PHOTOS=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "\ntraining steps: left out: no pydantic\n" in done.stdout
     assert "\ndata pipeline: left out: no pydantic nvidia.dali\n" in done.stdout

@@ -2,7 +2,6 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,19 +141,13 @@ def test_operation_takes_the_longer_of_flops_and_bytes() -> None:
     assert Machine(tflops=1.0, tb_per_s=0.0005).seconds([operation, operation]) == 4.0
 
 
-@pytest.fixture
-def _without_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def test_training_step_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_traffic, "can_record", lambda: False)
     kernel_traffic.launched_bytes.cache_clear()
-    yield
+    for assignments in ((), ("model.norm=batch",)):
+        sums = totals(training_step(configured("johnson", 256, 16, assignments), "bf16"))
+        assert 1 <= sums["moved_bytes"] / sums["minimum_bytes"] <= 1.3
     kernel_traffic.launched_bytes.cache_clear()
-
-
-@pytest.mark.usefixtures("_without_launches")
-@pytest.mark.parametrize("assignments", [(), ("model.norm=batch",)])
-def test_training_step_without_triton(assignments: tuple[str, ...]) -> None:
-    sums = totals(training_step(configured("johnson", 256, 16, assignments), "bf16"))
-    assert 1 <= sums["moved_bytes"] / sums["minimum_bytes"] <= 1.3
 
 
 def test_main_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,17 +12,8 @@ from helpers.run_command import script_exit_code
 
 
 def test_visualize_benchmark_prints_rows_and_ratios_and_writes_json(generated_photos: Path, tmp_path: Path) -> None:
-    options = [
-        "--vgg",
-        "random",
-        "--size",
-        "48",
-        "--threads",
-        str(torch.get_num_threads()),
-        "--quick",
-        "--json",
-        str(tmp_path / "out.json"),
-    ]
+    options = ["--vgg", "random", "--size", "48", "--quick", "--json", str(tmp_path / "out.json")]
+    options += ["--threads", str(torch.get_num_threads())]
     result = CliRunner().invoke(visualize.main, ["--folder", str(generated_photos), *options], catch_exceptions=False)
     assert result.exit_code == 0
     report = json.loads((tmp_path / "out.json").read_text("utf-8"))

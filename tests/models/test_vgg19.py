@@ -91,15 +91,6 @@ def test_forward_runs_nothing_beyond_the_deepest_layer() -> None:
     assert ran == ["conv1_1", "relu1_1", "conv1_2", "relu1_2"]
 
 
-def test_forward_keeps_a_convolution_before_its_relu() -> None:
-    net = VGG19("relu1_2", generator=seeded())
-    x = images(1, 3, 16, 16)
-    both = net(x, ["conv1_1", "relu1_1", "relu1_2"])
-    assert float(both["conv1_1"].min()) < 0
-    assert torch.equal(both["conv1_1"].relu(), both["relu1_1"])
-    assert torch.equal(net(x, ["relu1_2"])["relu1_2"], both["relu1_2"])
-
-
 def test_gradient_reaches_the_image_and_not_the_weights() -> None:
     net = VGG19("relu2_1", generator=seeded())
     assert not net.training

@@ -123,13 +123,8 @@ def test_load_vgg19_refuses_other_networks(tmp_path: Path) -> None:
 def test_load_vgg19_refuses_damaged_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     whole = Path(vgg19_file(tmp_path, vgg19_state(), "whole" + path.suffix)).read_bytes()
-    for content in (
-        b"",
-        b"a text file, not weights",
-        pickle.dumps(Call(os.system, "true")),
-        whole[: len(whole) // 2],
-        whole[:100],
-    ):
+    command = pickle.dumps(Call(os.system, "true"))
+    for content in (b"", b"a text file, not weights", command, whole[: len(whole) // 2], whole[:100]):
         path.write_bytes(content)
         with pytest.raises(DataError, match="is damaged or no weights file") as caught:
             _load(str(path))
