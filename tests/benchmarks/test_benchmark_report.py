@@ -1,16 +1,14 @@
 """The report of kernel benchmarks: verdicts on the targets, table, merged files, unusable ones."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 from kernel_bench import results
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers.run_command import script_exit_code
 
 
 def _row(op: str, shape: tuple[int, ...], direction: str, provider: str, us: float, gb_per_s: float) -> dict[str, Any]:
@@ -98,33 +96,22 @@ def test_merge_keeps_the_last_measurement(tmp_path: Path) -> None:
         assert found.ceilings == [(4000.0, 3990.0)] * 2
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "is no JSON of kernel benchmarks"),
-        ("not JSON", "is no JSON of kernel benchmarks"),
-        ("[1, 2]", "is no JSON of kernel benchmarks"),
-        ('{"benchmarks": []}', "holds no kernel benchmarks"),
-        ('{"benchmarks": [{"extra_info": {}}]}', "holds no kernel benchmarks"),
-    ],
-)
-def test_read_refuses_unusable_files(tmp_path: Path, text: str | None, message: str) -> None:
+def test_read_refuses_unusable_files(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(results.UnusableResults, match=message):
+    with pytest.raises(results.UnusableResults, match="is no JSON of kernel benchmarks"):
         results.read([file])
+    for text in ("not JSON", "[1, 2]", '{"benchmarks": []}', '{"benchmarks": [{"extra_info": {}}]}'):
+        file.write_text(text)
+        message = "holds no kernel benchmarks" if text.startswith("{") else "is no JSON of kernel benchmarks"
+        with pytest.raises(results.UnusableResults, match=message):
+            results.read([file])
 
 
-def test_report_refuses_several_devices(tmp_path: Path) -> None:
+def test_report_refuses_several_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = _rows("gram_matrix", "forward", [(12.5, 80.0)])
     files = [_file(tmp_path / "a.json", rows), _file(tmp_path / "b.json", [rows[0] | {"device": "another"}])]
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "report.py", *files],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "kernels")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 3
-    assert done.stderr.strip() == "report: the files differ in their device: another, made up H200; report them apart"
+    assert script_exit_code(monkeypatch, report.__file__, *files) == 3
+    message = "report: the files differ in their device: another, made up H200; report them apart"
+    assert capsys.readouterr().err.strip() == message

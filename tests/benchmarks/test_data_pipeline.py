@@ -1,23 +1,14 @@
 """The benchmark of the loaders, run as a script in this process."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import data_pipeline
 import pytest
 
+from helpers.run_command import script_exit_code
+
 OPTIONS = "--image-size 16 --batch-size 2 --batches 2 --repeats 1 --workers 1".split()  # noqa: SIM905
-
-
-def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    """Returns the exit code, or the message that Python prints when the script ends."""
-    script = str(Path(data_pipeline.__file__))
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
-    return ended.value.code
 
 
 def test_data_pipeline_prints_all_sources_and_writes_json(
@@ -26,7 +17,7 @@ def test_data_pipeline_prints_all_sources_and_writes_json(
     pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
     file = tmp_path / "out.json"
     options = ["--folder", generated_photos, "--json", file, "--step-seconds", 0.01, *OPTIONS]
-    assert run_script(monkeypatch, *options) == 0
+    assert script_exit_code(monkeypatch, data_pipeline.__file__, *options) == 0
     output = capfd.readouterr()
     assert not output.err
     report = json.loads(file.read_text("utf-8"))
@@ -45,7 +36,7 @@ def test_data_pipeline_prints_all_sources_and_writes_json(
 
 
 def test_data_pipeline_reports_errors_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "holds no images" in str(run_script(monkeypatch, "--folder", tmp_path))
+    assert "holds no images" in str(script_exit_code(monkeypatch, data_pipeline.__file__, "--folder", tmp_path))
 
 
 def test_data_pipeline_tune(

@@ -1,9 +1,6 @@
 """The benchmark of training steps: its baselines, its checks, time and memory, and its output."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from fastnst.config import Config
 from fastnst.training.step import graphed_step
 from helpers.fake_cuda_graph import CpuStreams
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--preset", "johnson", "--image-size", "16", "--steps", "2", "--tflops", "0.1"]
 TINY += ["--tb-per-s", "0.01", "--set", 'loss.content_layers=["relu1_2"]']
@@ -194,11 +190,8 @@ def test_results_compare_fastnst_with_the_fastest_eager_baseline(written: tuple[
 @pytest.mark.campaign
 def test_compiled_and_mixed_steps_agree(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    script = [sys.executable, ROOT / "benchmarks" / "end_to_end.py", *TINY]
-    arguments = ["--batch-size", "1", "--providers", "compile,eager_amp", "--json", file]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-    done = subprocess.run([*script, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--batch-size", "1", "--providers", "compile,eager_amp", "--json", str(file)]
+    assert end_to_end.main([*TINY, *arguments]) == 0
     compiled, mixed = json.loads(file.read_text("utf-8"))
     assert (compiled["provider"], compiled["torch.compile"]) == ("compile", "default")
     assert (mixed["provider"], mixed["precision"]) == ("eager_amp", "bf16")

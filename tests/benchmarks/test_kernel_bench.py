@@ -1,6 +1,5 @@
 """The kernel benchmarks' correctness check, timers and options."""
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -273,17 +272,13 @@ def test_options_default_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compile-max-autotune" not in on_gpu.providers_of(OPS["instance_norm"])
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"kernel_providers": "fastnst,jax"}, "'jax' is unknown; known: fastnst, eager, compile"),
-        ({"kernel_batch": "4,-1"}, "'4,-1'; expected positive numbers such as 4,16"),
-        ({"kernel_rounds": 0}, "0; expected at least 1"),
-    ],
-)
-def test_options_refuse_nonsense(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(pytest.UsageError, match=re.escape(message)):
-        _options(**given)
+def test_options_refuse_nonsense() -> None:
+    with pytest.raises(pytest.UsageError, match="'jax' is unknown; known: fastnst, eager, compile"):
+        _options(kernel_providers="fastnst,jax")
+    with pytest.raises(pytest.UsageError, match="'4,-1'; expected positive numbers such as 4,16"):
+        _options(kernel_batch="4,-1")
+    with pytest.raises(pytest.UsageError, match="0; expected at least 1"):
+        _options(kernel_rounds=0)
 
 
 def test_measurement_on_a_cpu_has_no_device_figures() -> None:

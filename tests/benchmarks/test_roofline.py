@@ -1,11 +1,7 @@
 """The cost model of a training step: FLOPs against PyTorch's count, bytes against the minimum, tables."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastnst.config import Config, preset_names
 from fastnst.models.transform_net import TransformNet
 from fastnst_kernels.gram.style_loss import StyleMatrix, gram_product_reference
+from helpers.run_command import script_exit_code
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE, BATCH = 64, 2
 DEEP = ('loss.content_layers=["relu4_2"]', 'loss.style_layers=["relu1_1","relu2_1","relu3_1","relu4_1","relu5_1"]')
 
@@ -145,19 +141,13 @@ def test_operation_takes_the_longer_of_flops_and_bytes() -> None:
     assert Machine(tflops=1.0, tb_per_s=0.0005).seconds([operation, operation]) == 4.0
 
 
-@pytest.fixture
-def _without_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def test_training_step_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_traffic, "can_record", lambda: False)
     kernel_traffic.launched_bytes.cache_clear()
-    yield
+    for assignments in ((), ("model.norm=batch",)):
+        sums = totals(training_step(configured("johnson", 256, 16, assignments), "bf16"))
+        assert 1 <= sums["moved_bytes"] / sums["minimum_bytes"] <= 1.3
     kernel_traffic.launched_bytes.cache_clear()
-
-
-@pytest.mark.usefixtures("_without_launches")
-@pytest.mark.parametrize("assignments", [(), ("model.norm=batch",)])
-def test_training_step_without_triton(assignments: tuple[str, ...]) -> None:
-    sums = totals(training_step(configured("johnson", 256, 16, assignments), "bf16"))
-    assert 1 <= sums["moved_bytes"] / sums["minimum_bytes"] <= 1.3
 
 
 def test_main_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,14 +175,6 @@ def test_main_refuses_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 is not a rate; give a number above 0" in capsys.readouterr().err
 
 
-def test_roofline_runs_as_a_script() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "benchmarks" / "roofline.py", "--image-size", "64", "--batch-size", "1"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("# A training step on 790 TFLOP/s and 4.3 TB/s")
+def test_roofline_runs_as_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script_exit_code(monkeypatch, roofline.__file__, "--image-size", 64, "--batch-size", 1) == 0
+    assert capsys.readouterr().out.startswith("# A training step on 790 TFLOP/s and 4.3 TB/s")

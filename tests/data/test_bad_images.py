@@ -56,24 +56,20 @@ def check_verdicts(manifest: Manifest, found: Sequence[Specimen], run: Path) -> 
     assert {row["path"]: row["reason"] for row in rows} == {printable(path): why for path, why in reasons.items()}
 
 
+@pytest.mark.parametrize("good_per_bad", [1, pytest.param(99, marks=pytest.mark.campaign)])
 def test_build_manifest_and_loaders_on_bad_images_among_good_ones(
-    bad_images: tuple[Path, list[Specimen]], generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load_pillow_in_this_process(monkeypatch)
-    folder, found = bad_images
-    place_good(folder, generated_photos, len(found))
-    manifest = build_manifest(folder, workers=2, allow_uniform=False)
-    check_verdicts(manifest, found, tmp_path / "run")
-    assert_loaders_agree(manifest, one_epoch(manifest, 16), 32)
-
-
-@pytest.mark.campaign
-def test_build_manifest_and_loaders_on_one_percent_of_bad_images(
-    bad_images: tuple[Path, list[Specimen]], generated_photos: Path, tmp_path: Path
+    *,
+    bad_images: tuple[Path, list[Specimen]],
+    generated_photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    good_per_bad: int,
 ) -> None:
     """`pytest -m campaign tests/data/test_bad_images.py`: some 20,000 images, a minute or two."""
+    load_pillow_in_this_process(monkeypatch)
     folder, found = bad_images
-    place_good(folder, generated_photos, len(found) * 99)
+    place_good(folder, generated_photos, len(found) * good_per_bad)
     manifest = build_manifest(folder, workers=2, allow_uniform=False)
+    assert build_manifest(folder, allow_uniform=False) == manifest, "from the cache"
     check_verdicts(manifest, found, tmp_path / "run")
-    assert_loaders_agree(manifest, one_epoch(manifest, 16), 32, workers=2)
+    assert_loaders_agree(manifest, one_epoch(manifest, 16), 32)

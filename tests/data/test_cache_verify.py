@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from fastnst import storage
 from fastnst.data.cache import format as cache_format
 from fastnst.data.cache import verify as cache_verify
 from fastnst.data.cache.build import build_cache
@@ -18,13 +18,12 @@ from fastnst.data.cache.format import Cache, as_manifest, is_cache, manifest_byt
 from fastnst.data.cache.verify import open_cache, verify
 from fastnst.data.loaders.cache import Shards
 from fastnst.data.manifest import build_manifest
+from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test needs durability, and fsync is slow on a busy disk."""
-    monkeypatch.setattr(storage.os, "fsync", lambda _: None)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_format, "SHARD_BYTES", 40_000)
 
 
@@ -36,6 +35,28 @@ def cache(generated_photos: Path, tmp_path: Path) -> Cache:
 
 def use(cache: Cache) -> object:
     return open_cache(cache.folder, size=64, fit="random_crop")
+
+
+def test_read_cache_returns_what_was_built(photo_folder: Path, tmp_path: Path) -> None:
+    (photo_folder / "image_03.jpg").rename(photo_folder / os.fsdecode(b"caf\xe9 \xff.jpg"))
+    (photo_folder / "broken.png").write_bytes(b"no image")
+    Image.new("RGB", (20, 30)).save(photo_folder / "flat.png")
+    manifest = build_manifest(photo_folder, allow_uniform=False)
+    cache = build_cache(manifest, tmp_path / "cache", size=64, fit="random_crop").cache
+    assert read_cache(cache.folder) == cache
+    assert [item.path for item in cache.rejected] == ["broken.png", "flat.png"]
+    assert sum(path.stat().st_size for path in cache.folder.glob("*.u8")) == cache.bytes
+    assert (cache.folder / "manifest.json").read_bytes() == manifest_bytes(cache)
+
+
+def test_as_manifest_fingerprint(cache: Cache, generated_photos: Path, tmp_path: Path) -> None:
+    def fingerprint(name: str, size: int, fit: Fit) -> str:
+        return as_manifest(build_cache(folder, tmp_path / name, size=size, fit=fit).cache).fingerprint
+
+    folder = build_manifest(generated_photos)
+    assert fingerprint("again", 64, "random_crop") == as_manifest(cache).fingerprint
+    others = {fingerprint("b", 32, "random_crop"), fingerprint("c", 64, "squash")}
+    assert len({*others, as_manifest(cache).fingerprint, folder.fingerprint}) == 4
 
 
 def change(path: Path) -> None:
@@ -78,14 +99,12 @@ def test_open_cache_names_a_damaged_shard(damage: Any, message: str, cache: Cach
     use(cache)
     path = cache.folder / cache.shards[1].name
     damage(path)
-    for call in (lambda: use(cache), lambda: use(cache)):
+    advice = f"rebuild what is damaged with: fastnst data cache {cache.source} --size 64 --out {cache.folder} --rebuild"
+    for _ in range(2):
         with pytest.raises(DataError) as caught:
-            call()
+            use(cache)
         assert str(caught.value).startswith(f"{path} {message}")
-        source, out = cache.source, cache.folder
-        assert str(caught.value).endswith(
-            f"rebuild what is damaged with: fastnst data cache {source} --size 64 --out {out} --rebuild"
-        )
+        assert str(caught.value).endswith(advice)
         assert caught.value.exit_code == 3
     if damage is not change:
         with pytest.raises(DataError, match=r"shard_0001\.u8"):
@@ -96,9 +115,7 @@ def test_open_cache_counts_damaged_shards(cache: Cache) -> None:
     assert len(cache.shards) >= 5
     for shard in cache.shards[:5]:
         (cache.folder / shard.name).unlink()
-    with pytest.raises(
-        DataError, match=r"shard_0000.u8 is missing; .*shard_0002.u8 is missing and 2 more; rebuild what"
-    ):
+    with pytest.raises(DataError, match=r"_0000.u8 is missing; .*_0002.u8 is missing and 2 more; rebuild what"):
         use(cache)
 
 
@@ -158,9 +175,7 @@ def test_open_cache_refuses_another_size_or_fit(cache: Cache) -> None:
 def test_open_cache_refuses_an_unfinished_cache(cache: Cache) -> None:
     (cache.folder / "manifest.json").unlink()
     assert is_cache(cache.folder)
-    with pytest.raises(
-        DataError, match=r"is an unfinished cache .*fastnst data cache FOLDER --size SIZE --out .*cache$"
-    ):
+    with pytest.raises(DataError, match=r"an unfinished cache .*fastnst data cache FOLDER --size SIZE --out .*cache$"):
         use(cache)
 
 

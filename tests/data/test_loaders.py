@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,22 +115,12 @@ def test_loader_folder_smaller_than_a_batch(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("loader", ["dali", "pillow"])
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda path: path.unlink(), "no such file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "when the folder was checked"),
-        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "no image"),
-    ],
-)
-def test_loader_names_an_image_that_changed(
-    loader: str, photo_folder: Path, damage: Callable[[Path], object], reason: str
-) -> None:
+def test_loader_without_a_replacer_names_an_image_that_changed(loader: str, photo_folder: Path) -> None:
     manifest = build_manifest(photo_folder)
-    damage(photo_folder / manifest.images[5].path)
-    with pytest.raises(DataError, match=reason) as caught:
+    path = photo_folder / manifest.images[5].path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{path.name}.* when the folder was checked"):
         load(manifest, Sampler(0, 12, 4, 6), loader)
-    assert manifest.images[5].path in str(caught.value)
 
 
 def test_dali_loader_leaves_an_image_that_dali_rejects_to_pillow(
@@ -185,21 +175,6 @@ def test_dali_loader_batches_own_their_memory(manifest: Manifest) -> None:
     assert len({batch.data_ptr() for batch, _ in kept}) == 20
     for batch, copy in kept:
         assert torch.equal(batch, copy)
-
-
-def test_dali_size_hint(manifest: Manifest) -> None:
-    from fastnst.data.loaders.dali import _size_hint
-
-    def hint(sizes: list[tuple[int, int, str, bool]]) -> tuple[int, int]:
-        entry = manifest.images[0]
-        return _size_hint(
-            [replace(entry, width=w, height=h, format=kind, dali_safe=safe) for w, h, kind, safe in sizes]
-        )
-
-    usual = [(640, 480, "JPEG", True)] * 300 + [(480, 641, "JPEG", True)] * 9 + [(9000, 9000, "JPEG", True)]
-    assert hint(usual) == (640, 641)
-    assert hint([(640, 480, "JPEG", True), (9000, 100, "JPEG", True)]) == (2048, 480)
-    assert hint([(640, 480, "PNG", True), (500, 400, "JPEG", False)]) == (0, 0)
 
 
 def test_open_loader_without_dali_names_the_other_loader(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

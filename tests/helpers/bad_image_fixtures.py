@@ -133,10 +133,6 @@ def _tag(order: str, value: int, kind: str) -> bytes:
     return b"Exif\0\0" + head + struct.pack(sign + layout, 1, 0x0112, number, 1, value, 0)
 
 
-def _make_loop(path: Path) -> None:
-    path.symlink_to(path.name)
-
-
 def _make_sparse(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate((1 << 30) + 1)
@@ -191,7 +187,7 @@ def specimens() -> list[Specimen]:
         Specimen("link.jpg", ACCEPTED, _linked(_JPEG)),
         Specimen("link_to_text.jpg", "text", _linked(b"A letter.\n" * 9)),
         Specimen("dangling.jpg", "no such file", lambda path: path.symlink_to("nowhere.jpg")),
-        Specimen("loop.jpg", "symbolic links", _make_loop),
+        Specimen("loop.jpg", "symbolic links", lambda path: path.symlink_to(path.name)),
         Specimen("up.jpg", IGNORED, lambda path: path.symlink_to(".")),
         Specimen("pipe.jpg", "not a regular file", os.mkfifo),
         Specimen("device.jpg", "not a regular file", lambda path: path.symlink_to("/dev/zero")),

@@ -7,19 +7,15 @@ from torch import Tensor
 
 from fastnst.models.transform_net import ConvLayer, TransformNet, UpLayer
 from fastnst.visualize.deconv.transform_recording import TransformRecording
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from helpers.random_inputs import images, seeded
 
 
 def random_values(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def random_images(count: int, size: tuple[int, int], seed: int = 1) -> Tensor:
-    images = torch.rand(count, 3, *size, generator=generator(seed), dtype=torch.float64)
-    return images.contiguous(memory_format=torch.channels_last)
+    return images(count, 3, *size, seed=seed, dtype=torch.float64)
 
 
 def convolutions_of(net: TransformNet) -> dict[str, ConvLayer | UpLayer]:
@@ -28,13 +24,13 @@ def convolutions_of(net: TransformNet) -> dict[str, ConvLayer | UpLayer]:
 
 def small_net(architecture: str, norm: str = "instance") -> TransformNet:
     """In fp64, every eighth channel, with scales, shifts and statistics that nothing could take for 1 or 0."""
-    net = TransformNet(architecture, norm, generator=generator(2))
+    net = TransformNet(architecture, norm, generator=seeded(2))
     for seed, (name, layer) in enumerate(convolutions_of(net).items()):
         first, second = (side if side == 3 else side // 8 for side in layer.weight.shape[:2])
         weight = (8**0.5 * layer.weight.detach()[:first, :second]).contiguous(memory_format=torch.channels_last)
         layer.weight = torch.nn.Parameter(weight)
         channels = second if name.startswith("up") and not layer.nearest else first
-        random = [torch.randn(channels, generator=generator(10 * seed + kind)) for kind in range(4)]
+        random = [torch.randn(channels, generator=seeded(10 * seed + kind)) for kind in range(4)]
         if layer.norm is None:
             layer.bias = torch.nn.Parameter(random[0])
         else:

@@ -15,15 +15,15 @@ from fastnst.config import LossConfig, load_config
 from fastnst.errors import UserError
 from fastnst.losses import conv_ops
 from fastnst.losses import fused as fused_module
-from fastnst.losses.conv_ops import convolve_relu, pool, unpool
+from fastnst.losses.conv_ops import convolve_relu
 from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.training.memory.estimate import estimate
 from fastnst.training.step.train_step import NetTrainer
-from fastnst_kernels import max_pool2d_switches
 from fastnst_kernels.cpu import winograd
+from helpers.random_inputs import seeded
 from helpers.tiny_runs import logged, make_small, small_config, train_small
 from helpers.tolerances import FLOOR
 
@@ -58,10 +58,6 @@ def make_loss(
     loss = PerceptualLoss(vgg, config).to(dtype)
     loss.set_style(images(1, 3, 32, 40, seed=5, dtype=dtype))
     return loss
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def by_autograd(
@@ -182,19 +178,6 @@ def test_convolve_relu_propagates_overflow_in_fp16() -> None:
     weight[0] = -1.0
     weight[0, 0] = 1.0
     assert convolve_relu(first, weight, bias)[:, 0].isnan().any()
-
-
-def test_pool_and_unpool_are_pytorchs() -> None:
-    x = images(2, 5, 7, 9, seed=3).requires_grad_()
-    y = torch.nn.functional.max_pool2d(x, 2)
-    above = images(*y.shape, seed=4)
-    (wanted,) = torch.autograd.grad(y, x, above)
-    maxima, switches = pool(x.detach(), switches=True)
-    assert switches is not None
-    assert torch.equal(maxima, y)
-    assert torch.equal(unpool(above, switches, (7, 9)), wanted)
-    assert torch.equal(unpool(above, max_pool2d_switches(x.detach())[1], (7, 9)), wanted)
-    assert pool(x.detach(), switches=False)[1] is None
 
 
 class MemoryWatch(TorchDispatchMode):

@@ -8,19 +8,16 @@ from torch import Tensor
 
 from fastnst.config import LossConfig, load_config
 from fastnst.losses.fused import FusedPerceptualLoss
-from fastnst.losses.perceptual import LossTerms, PerceptualLoss, total_variation
+from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.architectures import ARCHITECTURES
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19
 from fastnst.training.step.train_step import NetTrainer, as_images, to_unit
+from helpers.random_inputs import seeded
 from helpers.tolerances import FLOOR
 
 SIZES = [(16, 16), (17, 22)]  # odd sides move the image within the larger output of TF "SAME"
 LOSS = LossConfig(content_layers=("relu1_2",), style_layers=("relu1_1", "relu2_1"), tv_weight=0.5)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def batch_of(height: int, width: int) -> Tensor:
@@ -167,15 +164,3 @@ def test_loss_and_grad_of_nonfinite_values(architecture: str, value: float) -> N
     hidden = ARCHITECTURES[architecture].tanh and value == math.inf
     assert math.isfinite(float(terms.total)) == hidden
     assert bool(gradient.isfinite().all()) == bool(gradient.isfinite().any()) == hidden
-
-
-def test_total_variation_weights_are_its_formula() -> None:
-    image = torch.rand(2, 3, 5, 7, dtype=torch.float64, generator=seeded())
-    squares = image.diff(dim=2).square().sum(), image.diff(dim=3).square().sum()
-    for reduction in ("mean", "sum"):
-        term = loss_in(torch.float64, "caffe", tv_reduction=reduction).tv
-        vertical, horizontal = term.weights(image.shape)
-        expected = term.factor * total_variation(image, reduction)
-        torch.testing.assert_close(vertical * squares[0] + horizontal * squares[1], expected)
-    term = loss_in(torch.float64, "caffe", tv_reduction="mean").tv
-    assert math.isnan(term.weights((2, 3, 1, 7))[0])

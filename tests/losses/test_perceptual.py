@@ -14,6 +14,7 @@ from fastnst.errors import UserError
 from fastnst.losses.perceptual import UNIT_TO_255, PerceptualLoss, total_variation
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import load_vgg19
+from helpers.random_inputs import images, seeded
 
 SHALLOW = LossConfig(
     content_layers=("relu2_2", "relu1_2"),
@@ -25,21 +26,13 @@ SHALLOW = LossConfig(
 )
 
 
-def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _images(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(*shape, generator=_generator(seed), dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-
 def _vgg(last_layer: str = "relu3_1", flavour: str = "caffe") -> VGG19:
-    return VGG19(last_layer, flavour, generator=_generator())
+    return VGG19(last_layer, flavour, generator=seeded())
 
 
 def _loss(config: LossConfig = SHALLOW, flavour: str = "caffe") -> PerceptualLoss:
     loss = PerceptualLoss(_vgg("relu3_1", flavour), config)
-    loss.set_style(_images(1, 3, 21, 30, seed=5))
+    loss.set_style(images(1, 3, 21, 30, seed=5))
     return loss
 
 
@@ -54,7 +47,7 @@ def test_perceptual_loss_is_equations_2_to_4(style_reduction: str, tv_reduction:
     config = SHALLOW.model_copy(update={"style_reduction": style_reduction, "tv_reduction": tv_reduction})
     vgg = _vgg()
     loss = PerceptualLoss(vgg, config)
-    style, stylized, content = _images(1, 3, 21, 30, seed=5), _images(2, 3, 16, 20), _images(2, 3, 16, 20, seed=2)
+    style, stylized, content = images(1, 3, 21, 30, seed=5), images(2, 3, 16, 20), images(2, 3, 16, 20, seed=2)
     loss.set_style(style)
     terms = loss(stylized, content)
 
@@ -108,8 +101,8 @@ def test_forward_runs_vgg_only_as_deep_as_needed() -> None:
         module.register_forward_hook(
             lambda _module, _inputs, output, name=name: passes.append((name, output.requires_grad))
         )
-    stylized = _images(1, 3, 16, 16).requires_grad_()
-    content = _images(1, 3, 16, 16, seed=2).requires_grad_()
+    stylized = images(1, 3, 16, 16).requires_grad_()
+    content = images(1, 3, 16, 16, seed=2).requires_grad_()
     loss(stylized, content).total.backward()
     assert content.grad is None
     assert stylized.grad is not None
@@ -148,7 +141,7 @@ def _lengstrom_formula(vgg: VGG19, config: LossConfig, y: Tensor, x: Tensor, s: 
 @pytest.mark.parametrize("preset", ["hwalsuklee", "lengstrom"])
 def test_perceptual_loss_of_the_tensorflow_presets(preset: str) -> None:
     config = load_config(preset=preset, environment={}).loss
-    stylized, content, style = (_images(2, 3, 32, 36), _images(2, 3, 32, 36, seed=2), _images(1, 3, 40, 33, seed=5))
+    stylized, content, style = (images(2, 3, 32, 36), images(2, 3, 32, 36, seed=2), images(1, 3, 40, 33, seed=5))
     loss = PerceptualLoss(_vgg("relu5_1"), config)
     loss.set_style(style)
     terms = loss(stylized, content)
@@ -160,7 +153,7 @@ def test_perceptual_loss_of_the_tensorflow_presets(preset: str) -> None:
 def test_perceptual_loss_of_the_johnson_preset() -> None:
     """Mean squared errors of features and of Grams, in torchvision's scale."""
     config = load_config(preset="johnson", environment={}).loss
-    stylized, content, style = (_images(2, 3, 24, 28), _images(2, 3, 24, 28, seed=2), _images(1, 3, 30, 26, seed=5))
+    stylized, content, style = (images(2, 3, 24, 28), images(2, 3, 24, 28, seed=2), images(1, 3, 30, 26, seed=5))
     vgg = _vgg("relu4_3", "torchvision")
     loss = PerceptualLoss(vgg, config)
     loss.set_style(style)
@@ -175,7 +168,7 @@ def test_perceptual_loss_of_the_johnson_preset() -> None:
 
 def test_feature_scale_makes_weights_apply_to_either_flavour() -> None:
     """One φ without biases, as Caffe's net and as torchvision's, whose inputs then differ by the factor s alone."""
-    stylized, content = _images(1, 3, 16, 20), _images(1, 3, 16, 20, seed=2)
+    stylized, content = images(1, 3, 16, 20), images(1, 3, 16, 20, seed=2)
     results: dict[tuple[str, str], list[float]] = {}
     for flavour in ("caffe", "torchvision"):
         for scale in ("0-255", "unit"):
@@ -186,7 +179,7 @@ def test_feature_scale_makes_weights_apply_to_either_flavour() -> None:
                     vgg.gain.fill_(255 / UNIT_TO_255)
                     vgg.conv1_1.weight.copy_(_vgg("relu3_1").conv1_1.weight.flip(1))
             loss = PerceptualLoss(vgg, SHALLOW.model_copy(update={"feature_scale": scale}))
-            loss.set_style(_images(1, 3, 21, 30, seed=5))
+            loss.set_style(images(1, 3, 21, 30, seed=5))
             terms = loss(stylized, content)
             results[flavour, scale] = [float(terms.content), float(terms.style), float(terms.tv)]
     assert pytest.approx(57.63, abs=0.01) == UNIT_TO_255
@@ -201,7 +194,7 @@ def test_feature_scale_makes_weights_apply_to_either_flavour() -> None:
 
 
 def test_autocast_keeps_sums_and_style_grams_in_fp32() -> None:
-    stylized, content = _images(2, 3, 32, 32), _images(2, 3, 32, 32, seed=2)
+    stylized, content = images(2, 3, 32, 32), images(2, 3, 32, 32, seed=2)
     exact = _loss()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = _loss()
@@ -219,14 +212,14 @@ def test_perceptual_loss_refuses_wrong_arguments() -> None:
         PerceptualLoss(_vgg("relu2_2"), SHALLOW)
     loss = PerceptualLoss(_vgg(), SHALLOW)
     with pytest.raises(ValueError, match="call set_style"):
-        loss(_images(1, 3, 16, 16), _images(1, 3, 16, 16))
+        loss(images(1, 3, 16, 16), images(1, 3, 16, 16))
     with pytest.raises(UserError, match="one image"):
-        loss.set_style(_images(2, 3, 16, 16))
+        loss.set_style(images(2, 3, 16, 16))
     with pytest.raises(UserError, match="3×16 pixels is too small for relu3_1"):
-        loss.set_style(_images(1, 3, 16, 3))
-    loss.set_style(_images(1, 3, 16, 16))
+        loss.set_style(images(1, 3, 16, 3))
+    loss.set_style(images(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"\[1, 3, 16, 16\].*\[1, 3, 16, 20\]"):
-        loss(_images(1, 3, 16, 16), _images(1, 3, 16, 20))
+        loss(images(1, 3, 16, 16), images(1, 3, 16, 20))
 
 
 def test_style_buffers_move_and_are_not_saved() -> None:
@@ -238,7 +231,7 @@ def test_style_buffers_move_and_are_not_saved() -> None:
 
 def test_perceptual_loss_compiles_without_graph_breaks() -> None:
     loss = _loss()
-    stylized, content = _images(1, 3, 16, 16).requires_grad_(), _images(1, 3, 16, 16, seed=2)
+    stylized, content = images(1, 3, 16, 16).requires_grad_(), images(1, 3, 16, 16, seed=2)
     compiled = torch.compile(lambda y, x: loss(y, x).total, backend="aot_eager", fullgraph=True, dynamic=False)
     expected = loss(stylized, content).total
     actual = compiled(stylized, content)

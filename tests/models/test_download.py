@@ -145,11 +145,17 @@ def test_auto_downloads_once(
     assert caplog.messages == [f"VGG19: {cached} up to relu1_2, torchvision flavour (its SHA-256 is right)"]
 
 
-def test_download_resumes_a_cut_connection(server: _Server, source: RemoteFile, cached: Path, content: bytes) -> None:
-    server.cut_after = [30_000, 20_000]
+@pytest.mark.parametrize(
+    ("honours_range", "cuts", "ranges"),
+    [(True, [30_000, 20_000], ["bytes=30000-", "bytes=50000-"]), (False, [30_000], ["bytes=30000-"])],
+)
+def test_download_resumes_a_cut_connection(
+    *, server: _Server, source: RemoteFile, cached: Path, content: bytes, honours_range: bool, cuts: Any, ranges: Any
+) -> None:
+    server.honours_range, server.cut_after = honours_range, [*cuts]
     _auto(source)
     assert cached.read_bytes() == content
-    assert server.ranges == [None, "bytes=30000-", "bytes=50000-"]
+    assert server.ranges == [None, *ranges]
 
 
 @pytest.mark.parametrize(
@@ -165,16 +171,6 @@ def test_download_resumes_an_earlier_one(
     _auto(source)
     assert cached.read_bytes() == content
     assert server.ranges == ranges
-
-
-def test_download_from_a_server_that_ignores_range(
-    server: _Server, source: RemoteFile, cached: Path, content: bytes
-) -> None:
-    server.honours_range = False
-    server.cut_after = [30_000]
-    _auto(source)
-    assert cached.read_bytes() == content
-    assert server.ranges == [None, "bytes=30000-"]
 
 
 def test_download_refuses_wrong_bytes(server: _Server, source: RemoteFile, cached: Path, content: bytes) -> None:
@@ -225,8 +221,8 @@ def test_download_retries_only_what_may_pass(
 
 
 def test_download_refuses_invalid_addresses(source: RemoteFile, cached: Path) -> None:
-    assert "http://" in _refused(replace(source, url="file:///etc/passwd"), cached)
-    assert "http://" in _refused(replace(source, url="http://"), cached)
+    for url in ("file:///etc/passwd", "http://"):
+        assert "http://" in _refused(replace(source, url=url), cached)
     assert "is invalid" in _refused(replace(source, url="http://127.0.0.1/ü"), cached)
 
 

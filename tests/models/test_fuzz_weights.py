@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ def same(net: VGG19) -> bool:
 
 
 @pytest.mark.parametrize(("name", "data"), [("a.safetensors", SAFETENSORS), ("a.pth", ZIPPED), ("b.pth", OLD)])
-def test_what_is_damaged_here_is_sound_at_first(folder: Path, name: str, data: bytes) -> None:
+def test_load_vgg19_reads_each_file_undamaged(folder: Path, name: str, data: bytes) -> None:
     net = load(folder / name, data)
     assert net is not None
     assert same(net)
@@ -57,7 +59,7 @@ def test_what_is_damaged_here_is_sound_at_first(folder: Path, name: str, data: b
 
 @given(st.integers(0, len(ZIPPED) - 1), st.integers(0, 7))
 @settings(max_examples=200)
-def test_no_flipped_bit_of_an_archive_changes_a_weight(folder: Path, place: int, bit: int) -> None:
+def test_load_vgg19_flipped_bit_of_an_archive_changes_no_weight(folder: Path, place: int, bit: int) -> None:
     damaged = bytearray(ZIPPED)
     damaged[place] ^= 1 << bit
     net = load(folder / "flipped.pth", bytes(damaged))
@@ -66,7 +68,7 @@ def test_no_flipped_bit_of_an_archive_changes_a_weight(folder: Path, place: int,
 
 @given(st.integers(0, len(ZIPPED) - 1))
 @settings(max_examples=100)
-def test_no_cut_archive_is_loaded(folder: Path, length: int) -> None:
+def test_load_vgg19_refuses_a_cut_archive(folder: Path, length: int) -> None:
     assert load(folder / "cut.pth", ZIPPED[:length]) is None
 
 
@@ -83,13 +85,8 @@ def edited(data: bytes, changes: list[tuple[float, int, bytes]], reach: int) -> 
 
 @given(edits)
 @settings(max_examples=200)
-def test_edited_safetensors(folder: Path, changes: list[tuple[float, int, bytes]]) -> None:
+def test_load_vgg19_edited_safetensors_and_pickles(folder: Path, changes: list[tuple[float, int, bytes]]) -> None:
     load(folder / "edited.safetensors", edited(SAFETENSORS, changes, 220))
-
-
-@given(edits)
-@settings(max_examples=200)
-def test_edited_pickles(folder: Path, changes: list[tuple[float, int, bytes]]) -> None:
     load(folder / "edited.pth", edited(OLD, changes, 700))
 
 
@@ -97,7 +94,7 @@ def test_edited_pickles(folder: Path, changes: list[tuple[float, int, bytes]]) -
 @settings(max_examples=100)
 @example(b"PK\3\4", "x.pth")
 @example(b"\x80\x02.", "x.pth")
-def test_bytes(folder: Path, data: bytes, name: str) -> None:
+def test_load_vgg19_refuses_random_bytes(folder: Path, data: bytes, name: str) -> None:
     assert load(folder / name, data) is None
 
 
@@ -118,19 +115,24 @@ def load_it(path: Path) -> None:
         assert all(isinstance(tensor, torch.Tensor) for tensor in found.tensors.values())
 
 
-def replaced(path: Path, name: str, data: bytes) -> None:
-    """Loads with other bytes in a file, whose hash the manifest has; then puts all back."""
-    file, manifest = path / name, path / "manifest.json"
-    before = file.read_bytes(), manifest.read_bytes()
-    value = json.loads(before[1])
-    value["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+@contextmanager
+def restored(file: Path) -> Iterator[bytes]:
+    before = file.read_bytes()
     try:
+        yield before
+    finally:
+        file.write_bytes(before)
+
+
+def load_with(path: Path, name: str, data: bytes) -> None:
+    """Load the checkpoint with other bytes in a file, and their hash in the manifest."""
+    file, manifest = path / name, path / "manifest.json"
+    with restored(file), restored(manifest) as before:
+        value = json.loads(before)
+        value["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         file.write_bytes(data)
         manifest.write_text(json.dumps(value, indent=2) + "\n")
         load_it(path)
-    finally:
-        file.write_bytes(before[0])
-        manifest.write_bytes(before[1])
 
 
 json_values = st.recursive(
@@ -145,50 +147,44 @@ NAMES = ["format", "step", "files", STATE, TENSORS, "size", "sha256"]
 @settings(max_examples=80)
 @example({"format": 1, "step": 10**400, "files": {}})
 @example({"format": 1, "step": True, "files": {STATE: {}, TENSORS: {}}})
-def test_manifests_of_any_values(checkpoint: Path, value: dict[str, object]) -> None:
-    manifest = checkpoint / "manifest.json"
-    before = manifest.read_bytes()
-    try:
-        manifest.write_text(json.dumps(value))
+def test_load_checkpoint_manifest_of_any_values(checkpoint: Path, value: dict[str, object]) -> None:
+    with restored(checkpoint / "manifest.json"):
+        (checkpoint / "manifest.json").write_text(json.dumps(value))
         load_it(checkpoint)
-    finally:
-        manifest.write_bytes(before)
 
 
 @given(edits)
 @settings(max_examples=80)
-def test_edited_manifests_are_refused(checkpoint: Path, changes: list[tuple[float, int, bytes]]) -> None:
-    manifest = checkpoint / "manifest.json"
-    before = manifest.read_bytes()
-    after = edited(before, changes, len(before))
-    try:
-        manifest.write_bytes(after)
+def test_load_checkpoint_refuses_an_edited_manifest(checkpoint: Path, changes: list[tuple[float, int, bytes]]) -> None:
+    with restored(checkpoint / "manifest.json") as before:
+        after = edited(before, changes, len(before))
+        (checkpoint / "manifest.json").write_bytes(after)
         if after != before:
             with pytest.raises(DataError):
                 load_checkpoint(checkpoint)
-    finally:
-        manifest.write_bytes(before)
 
 
 @given(edits)
 @settings(max_examples=80)
-def test_edited_tensors_with_the_right_hash(checkpoint: Path, changes: list[tuple[float, int, bytes]]) -> None:
+def test_load_checkpoint_edited_tensors_with_the_right_hash(
+    checkpoint: Path, changes: list[tuple[float, int, bytes]]
+) -> None:
     data = (checkpoint / TENSORS).read_bytes()
-    replaced(checkpoint, TENSORS, edited(data, changes, len(data)))
+    load_with(checkpoint, TENSORS, edited(data, changes, len(data)))
 
 
 @given(st.binary(max_size=60) | json_values.map(lambda value: json.dumps(value).encode()))
 @settings(max_examples=80)
 @example(b"[" * 100_000)
 @example(b'{"a": ' + b"9" * 5000 + b"}")
-def test_states_of_anything_with_the_right_hash(checkpoint: Path, data: bytes) -> None:
-    replaced(checkpoint, STATE, data)
+def test_load_checkpoint_any_state_with_the_right_hash(checkpoint: Path, data: bytes) -> None:
+    load_with(checkpoint, STATE, data)
 
 
 @pytest.mark.campaign
 @given(edits, st.sampled_from([(SAFETENSORS, 220, ".safetensors"), (OLD, 700, ".pth"), (ZIPPED, len(ZIPPED), ".pth")]))
 @settings(max_examples=100_000)
-def test_weights_by_the_hundred_thousand(
+def test_load_vgg19_edited_files_campaign(
     folder: Path, changes: list[tuple[float, int, bytes]], seed: tuple[bytes, int, str]
 ) -> None:
     """Ten minutes: `pytest -m campaign tests/models/test_fuzz_weights.py`."""

@@ -14,6 +14,7 @@ from fastnst.errors import DataError, UserError
 from fastnst.models import weights as weights_module
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES
 from fastnst.models.weights import TORCHVISION, describe_source, load_vgg19, torchvision_key
+from helpers.malformed.files import Call
 from helpers.vgg19_files import vgg19_file, vgg19_state
 
 
@@ -105,29 +106,25 @@ def test_load_vgg19_refuses_files_with_too_few_layers(tmp_path: Path) -> None:
 
 
 def test_load_vgg19_refuses_other_networks(tmp_path: Path) -> None:
-    def another(key: str, *shape: int) -> str:
-        return vgg19_file(tmp_path, {**vgg19_state(), key: torch.zeros(shape)})
-
-    with pytest.raises(DataError, match=r"another network than VGG19: features\.17\.weight .*no such tensor"):
-        _load(another("features.17.weight", 512, 256, 3, 3))  # VGG16
-    with pytest.raises(DataError, match=r"features\.0\.weight is \[64, 3, 11, 11\]"):
-        _load(another("features.0.weight", 64, 3, 11, 11))  # AlexNet
-    with pytest.raises(DataError, match=r"torchvision's key names.*but conv1\.weight"):
-        _load(vgg19_file(tmp_path, {"conv1.weight": torch.zeros(64, 3, 7, 7)}))  # ResNet
-    with pytest.raises(DataError, match="but nothing"):
-        _load(vgg19_file(tmp_path, {}))
-
-
-class _Command:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("true",)
+    vgg16 = vgg19_state() | {"features.17.weight": torch.zeros(512, 256, 3, 3)}
+    alexnet = vgg19_state() | {"features.0.weight": torch.zeros(64, 3, 11, 11)}
+    resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    for state, reason in (
+        (vgg16, r"another network than VGG19: features\.17\.weight .*no such tensor"),
+        (alexnet, r"features\.0\.weight is \[64, 3, 11, 11\]"),
+        (resnet, r"torchvision's key names.*but conv1\.weight"),
+        ({}, "but nothing"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            _load(vgg19_file(tmp_path, state))
 
 
 @pytest.mark.parametrize("name", ["vgg19.pth", "vgg19.safetensors"])
 def test_load_vgg19_refuses_damaged_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     whole = Path(vgg19_file(tmp_path, vgg19_state(), "whole" + path.suffix)).read_bytes()
-    for content in (b"", b"a text file, not weights", pickle.dumps(_Command()), whole[: len(whole) // 2], whole[:100]):
+    command = pickle.dumps(Call(os.system, "true"))
+    for content in (b"", b"a text file, not weights", command, whole[: len(whole) // 2], whole[:100]):
         path.write_bytes(content)
         with pytest.raises(DataError, match="is damaged or no weights file") as caught:
             _load(str(path))

@@ -16,8 +16,8 @@ from fastnst.models.pretrained import load_lengstrom_npz
 from fastnst.models.transform_net import LAYER_NAMES, NORMS, TransformNet
 from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
-from fastnst.visualize.deconv.transform_recording import TransformRecording
-from helpers.tiny_transform_nets import generator, random_images, small_net
+from helpers.random_inputs import seeded
+from helpers.tiny_transform_nets import random_images, small_net
 
 
 def _state(net: TransformNet) -> list[Any]:
@@ -68,7 +68,7 @@ def test_record_restores_the_net_after_a_failure(monkeypatch: pytest.MonkeyPatch
 
 
 def test_transform_deconvnet_in_inference_mode_and_under_autocast() -> None:
-    net = TransformNet("hwalsuklee", generator=generator(0))
+    net = TransformNet("hwalsuklee", generator=seeded(0))
     deconvnet = TransformDeconvnet(net)
     images = random_images(1, (16, 16))
     expected = deconvnet.project_layer(deconvnet.record(images, ["res1"]), "res1")
