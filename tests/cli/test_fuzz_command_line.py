@@ -53,13 +53,10 @@ words = st.text(st.characters(exclude_characters="\0/", codec="utf-8"), max_size
 )
 words = words.filter(lambda word: word not in ("..", "demo") and not {"\0", "/"} & {*word})
 numbers = st.sampled_from(["0", "1", "16", "-1", "1.5", "1e9", "9" * 30, "9" * 5000, "nan", "٣", ""])
-names = st.sampled_from(
-    ["relu1_1", "conv1_2", "relu1_1:3", "relu1_1:99", "conv9_9", "class:3", "class:cat", "top:2", "all"]
-)
-names |= st.sampled_from(
-    ["cpu", "cuda", "fp32", "random", "auto", "pillow", "dali", "vgg-conv3", "grey", "train.steps=1"]
-)
-names |= st.sampled_from(["train.steps=" + "9" * 5000, "style.image='\\u0000'", "data.workers=1", "out", "conv1"])
+maps = ["relu1_1", "conv1_2", "relu1_1:3", "relu1_1:99", "conv9_9", "class:3", "class:cat", "top:2", "all", "conv1"]
+choices = ["cpu", "cuda", "fp32", "random", "auto", "pillow", "dali", "vgg-conv3", "grey", "out"]
+assignments = ["train.steps=1", "train.steps=" + "9" * 5000, "style.image='\\u0000'", "data.workers=1"]
+names = st.sampled_from(maps) | st.sampled_from(choices) | st.sampled_from(assignments)
 values = st.one_of(paths, words, numbers, names)
 
 
