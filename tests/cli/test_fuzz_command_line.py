@@ -117,19 +117,19 @@ def check(folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
     monkeypatch.setattr(sys, "argv", ["fastnst", *arguments])
     # Some results are bytes, for names that are not UTF-8.
-    out, told = io.TextIOWrapper(io.BytesIO(), errors="surrogateescape"), io.StringIO()
+    out, printed = io.TextIOWrapper(io.BytesIO(), errors="surrogateescape"), io.StringIO()
     torch.manual_seed(0)
     code: object = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(printed):
         try:
             cli.main()
         except SystemExit as ended:
             code = ended.code or 0
-    assert code in EXIT_CODES, told.getvalue()
-    assert "Traceback" not in told.getvalue()
-    assert len(told.getvalue()) < 20_000
+    assert code in EXIT_CODES, printed.getvalue()
+    assert "Traceback" not in printed.getvalue()
+    assert len(printed.getvalue()) < 20_000
     if code:
-        assert told.getvalue().strip(), "refused without a word"
+        assert printed.getvalue().strip(), "refused without a word"
     assert sorted(path.name for path in folder.parent.iterdir()) == ["home", "work"]
     assert list((folder.parent / "home").iterdir()) == []
     assert (folder / "text.txt").read_text() == "text"

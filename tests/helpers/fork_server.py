@@ -106,7 +106,7 @@ def _ended(folder: Path, code: int, seconds: float, end: float) -> Ended:
 
 
 def next_command(argv: tuple[str, ...]) -> tuple[str, ...]:
-    """What a user is told to do after an interruption of `argv`: the same again, or `--resume` once there is a run."""
+    """The command after an interruption of `argv`: the same again, or `--resume` once there is a run."""
     out = argv[argv.index("--out") + 1]
     return ("train", "--resume", "--out", out) if (Path(out) / "config.toml").exists() else argv
 

@@ -152,7 +152,7 @@ def make_unreadable(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "error", "reason"),
     [
-        ("state.json", lambda file: file.write_bytes(file.read_bytes()[:20]), CheckpointDamaged, "bytes,"),
+        ("state.json", lambda file: file.write_bytes(file.read_bytes()[:-1]), CheckpointDamaged, "bytes,"),
         ("state.safetensors", flip_a_bit, CheckpointDamaged, "SHA-256"),
         ("state.json", make_unreadable, CheckpointDamaged, "cannot be read: Is a directory"),
         ("state.safetensors", Path.unlink, CheckpointMissing, "is missing"),

@@ -23,7 +23,7 @@ from fastnst.models.vgg19 import VGG19
 from fastnst.run_log.writer import read_metrics
 from fastnst.training.monitoring.snapshots import SampleLogger
 from fastnst.training.step import train_step
-from fastnst.training.step.finite_checks import FiniteCheck, SkippedSteps, not_finite
+from fastnst.training.step.finite_checks import not_finite
 from fastnst.training.step.train_step import NetTrainer
 from fastnst.training.train import train
 from helpers.tiny_runs import log_messages, make_small, newest, real_config, small_config
@@ -350,25 +350,3 @@ def test_not_finite_finds_one_value_among_many(value: float) -> None:
             poisoned = [tensor.clone() for tensor in tensors]
             poisoned[index][tuple(int(place * (side - 1)) for side in tensor.shape)] = value
             assert not_finite(poisoned).tolist() == [other == index for other in range(4)]
-
-
-def test_finite_check_keeps_the_first_step_of_each_name() -> None:
-    finite_check = FiniteCheck(torch.device("cpu"))
-    assert finite_check.first_nonfinite() is None
-    findings = [(5, [False] * 3), (6, [False, True, False]), (7, [True, True, True]), (8, [True, False, False])]
-    for step, bad in findings:
-        finite_check.record(step, ["a", "b", "c"], torch.tensor(bad))
-    assert finite_check.first_nonfinite() == (6, ["b"])
-
-
-def test_skipped_steps_counts_in_all_and_in_a_row() -> None:
-    counts = SkippedSteps(torch.device("cpu"))
-    seen = []
-    for skipped in (True, True, False, True):
-        counts.record(torch.tensor(skipped))
-        seen.append(counts.read())
-    assert seen == [(1, 1), (2, 2), (2, 0), (3, 1)]
-    again = SkippedSteps(torch.device("cpu"))
-    again.restore(*counts.read())
-    again.record(torch.tensor(True))
-    assert again.read() == (4, 2)

@@ -42,8 +42,11 @@ class Made(list[CpuStreams]):
         return [sum(graph.replays for graph in streams.graphs) for streams in self]
 
 
+Capture = Callable[[], Made]
+
+
 @pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
+def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     """From now on, runs are captured."""
 
     def capture() -> Made:
@@ -68,7 +71,7 @@ def assert_same_end(run: Path, reference: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_train_captured_leaves_what_launched_steps_leave(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], precision: str
+    generated_photos: Path, tmp_path: Path, capture: Capture, precision: str
 ) -> None:
     config = small_config(generated_photos, *SETTINGS, f"train.precision={precision}")
     messages = [train_small(config, tmp_path / "launched")]
@@ -81,7 +84,7 @@ def test_train_captured_leaves_what_launched_steps_leave(
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_train_captured_resumes_after_each_step(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], precision: str
+    generated_photos: Path, tmp_path: Path, capture: Capture, precision: str
 ) -> None:
     config = small_config(generated_photos, *SETTINGS, f"train.precision={precision}", "train.log_every=1")
     train_small(config, tmp_path / "launched")
@@ -97,9 +100,7 @@ def test_train_captured_resumes_after_each_step(
     assert made.replays == [count for pair in replays for count in pair]
 
 
-def test_train_captured_resumes_without_capture(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
-) -> None:
+def test_train_captured_resumes_without_capture(generated_photos: Path, tmp_path: Path, capture: Capture) -> None:
     train_small(small_config(generated_photos, *SETTINGS, "train.log_every=1"), tmp_path / "launched")
     made = capture()
     parts = tmp_path / "parts"
@@ -109,9 +110,7 @@ def test_train_captured_resumes_without_capture(
     assert_same_end(parts, tmp_path / "launched")
 
 
-def test_train_captures_several_styles_together(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
-) -> None:
+def test_train_captures_several_styles_together(generated_photos: Path, tmp_path: Path, capture: Capture) -> None:
     config = small_config(generated_photos, *SETTINGS)
     styles = {name: next(generated_photos.glob(f"{name}.*")) for name in ("image_00", "image_01")}
     train_small(config, tmp_path / "launched", styles=styles)
@@ -123,7 +122,7 @@ def test_train_captures_several_styles_together(
 
 
 def test_train_captured_stops_at_nan_and_names_it(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+    generated_photos: Path, tmp_path: Path, capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = GraphedStep.__call__
 
@@ -139,9 +138,7 @@ def test_train_captured_stops_at_nan_and_names_it(
     assert made.replays == [3]
 
 
-def test_train_profile_shows_replays_as_one_piece(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
-) -> None:
+def test_train_profile_shows_replays_as_one_piece(generated_photos: Path, tmp_path: Path, capture: Capture) -> None:
     made = capture()
     train_small(small_config(generated_photos, "train.steps=18"), tmp_path / "run", profile=3)
     assert made.replays == [15]
@@ -154,7 +151,7 @@ def test_train_profile_shows_replays_as_one_piece(
 
 
 def test_train_captured_loads_on_the_feed_stream(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+    generated_photos: Path, tmp_path: Path, capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where on a GPU its copies are queued beside the step; an image that fails takes the same way."""
     within: list[bool] = []
@@ -206,7 +203,7 @@ def batch_on_gpu(number: int, images: int = 1) -> torch.Tensor:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_graphed_step_on_cuda_equals_launched_steps(steps: GraphedStep, precision: str) -> None:
-    """Bit for bit where cuDNN takes the same algorithms, which it is told to."""
+    """Bit for bit where cuDNN takes the same algorithms, as `exact_cudnn` makes it."""
     step = trainer_on_gpu(precision)
     terms = []
     batches = (batch_on_gpu(number) for number in range(1, LAST + 1))

@@ -1,6 +1,5 @@
 """What a run reads before its directory is touched."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,19 +9,7 @@ from fastnst.config import DataConfig, load_config
 from fastnst.errors import UserError
 from fastnst.training.inputs import read_manifest, total_steps
 from fastnst.training.train import train
-from helpers.tiny_runs import make_small, small_config, train_small
-
-
-def test_train_names_broken_images_and_goes_on(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_small(monkeypatch)
-    (photo_folder / "notes.jpg").write_text("not an image")
-    messages = train_small(small_config(photo_folder, "train.steps=1"), tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
-    assert [row["path"] for row in rows] == ["notes.jpg"]
-    assert rows[0]["reason"]
-    assert any("1 of 13 images refused" in message for message in messages)
+from helpers.tiny_runs import small_config
 
 
 def test_read_manifest_refuses_an_image_of_one_colour(photo_folder: Path) -> None:

@@ -124,16 +124,16 @@ def test_train_out_of_memory_that_was_there_at_the_start_blames_something_else(f
     assert message.endswith("free it, or set a data.image_size below 100")
 
 
-@pytest.mark.parametrize(("setting", "told"), [("train.capture=auto", True), ("train.capture=off", False)])
+@pytest.mark.parametrize(("setting", "named"), [("train.capture=auto", True), ("train.capture=off", False)])
 def test_explained_memory_errors_names_the_captured_graph(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, setting: str, told: bool
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, setting: str, named: bool
 ) -> None:
     monkeypatch.setattr(available, "available_memory", lambda _: 2**40)
     monkeypatch.setattr(advice, "estimate", lambda config, **_: round_numbers(config, device_type="cpu"))
     config = configure("train.precision=bf16", setting)
     with pytest.raises(DeviceError) as raised, advice.explained_memory_errors(config, torch.device("cuda")):
         raise GPU_ERROR
-    assert ("train.capture=off, which frees a step's memory between steps" in str(raised.value)) is told
+    assert ("train.capture=off, which frees a step's memory between steps" in str(raised.value)) is named
 
 
 def test_train_out_of_memory_for_the_estimate_too_gives_plain_advice(failure: Callable[..., str]) -> None:

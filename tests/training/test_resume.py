@@ -181,13 +181,6 @@ def test_train_resume_removes_what_a_killed_process_left(generated_photos: Path,
     assert all(path.exists() for path in others)
 
 
-def test_train_starts_where_a_process_was_killed_at_its_start(generated_photos: Path, tmp_path: Path) -> None:
-    (tmp_path / ".lock").touch()
-    (tmp_path / ".config.toml.abcd1234.part").write_text('preset = "vg')
-    train_small(small_config(generated_photos), tmp_path)
-    assert not list(tmp_path.glob(".config*"))
-
-
 def test_train_does_not_restart_a_run_that_another_process_finished_meanwhile(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,22 +197,6 @@ def test_train_does_not_restart_a_run_that_another_process_finished_meanwhile(
     with pytest.raises(UserError, match="holds another run; go on with it by --resume"):
         train_small(config, tmp_path)
     assert newest(tmp_path).step == len(logged(tmp_path)) == 5
-
-
-def test_train_reports_a_signal_in_the_last_step(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop = StopRequest()
-    original = RunLog.close
-
-    def close(self: RunLog) -> None:
-        original(self)
-        stop.signum = 15
-
-    monkeypatch.setattr(RunLog, "close", close)
-    with pytest.raises(StoppedBySignal, match="stopped by SIGTERM; all 5 steps are done and saved") as stopped:
-        train_small(small_config(generated_photos), tmp_path, stop=stop)
-    assert stopped.value.exit_code == 143
 
 
 def test_train_stopped_by_a_signal_saves_log_checkpoint_and_style_model(

@@ -89,7 +89,7 @@ with StopRequest().installed() as stop:
 """
 
 
-def test_a_signal_after_one_that_raised_ends_the_process() -> None:
+def test_installed_ends_the_process_at_a_signal_after_one_that_raised() -> None:
     done = subprocess.run([sys.executable, "-c", FORCED], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (143, "cleaning up\n")
     assert done.stderr == "fastnst: stopped at once by SIGTERM\n"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -94,6 +95,7 @@ def test_train_replaces_lists_and_logs_an_image_that_vanishes(scene: Scene, load
     (scene.folder / "letter.jpg").write_text("A letter.")
     victim = scene.first_used_in(5)
     messages = scene.train(scene.config(loader), "run", [victim])
+    assert any("1 of 13 images refused" in message for message in messages)
     (message,) = [message for message in messages if victim in message]
     assert "failed in step 5: no such file or directory" in message
     assert "rejected.jsonl" in message
@@ -190,10 +192,8 @@ def test_train_resume_refuses_a_folder_that_lost_an_image(scene: Scene) -> None:
 
 
 def test_train_stops_if_a_failure_cannot_be_listed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_path: Path, _row: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(rejected_images, "append_row", full)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(rejected_images, "append_row", mock.Mock(side_effect=error))
     with pytest.raises(DataError, match=r"rejected\.jsonl: No space left") as caught:
         scene.train(scene.config("dali"), "run", [scene.first_used_in(5)])
     assert caught.value.exit_code == 3

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastnst.config import Config, load_config
 from fastnst.errors import StoppedBySignal, UserError
-from fastnst.run_log.writer import RunLog, read_metrics
+from fastnst.run_log.writer import read_metrics
 from fastnst.training.signals import StopRequest
 from fastnst.training.train import train
 from helpers.run_comparison import assert_same_weights
@@ -182,25 +182,6 @@ def test_train_compiled_takes_the_whole_step_in_one_graph(
 def tiny(generated_photos: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
     make_small(monkeypatch)
     return functools.partial(small_config, generated_photos)
-
-
-def test_train_ends_the_next_step_on_a_signal_late_in_a_step(
-    tiny: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the moment, the message "which is saved" is true."""
-    stop = StopRequest()
-    original = RunLog.histograms
-
-    def interrupted(self: RunLog, step: int, net: torch.nn.Module) -> None:
-        original(self, step, net)
-        if step == 2:
-            stop.signum = signal.SIGTERM
-
-    monkeypatch.setattr(RunLog, "histograms", interrupted)
-    with pytest.raises(StoppedBySignal, match="stopped at step 3 of 5, which is saved") as stopped:
-        train_small(tiny(), tmp_path / "run", stop=stop)
-    assert stopped.value.exit_code == 143
-    assert newest(tmp_path / "run").step == 3
 
 
 def test_train_resume_with_more_steps_goes_on(tiny: Configure, tmp_path: Path) -> None:
