@@ -53,13 +53,10 @@ words = st.text(st.characters(exclude_characters="\0/", codec="utf-8"), max_size
 )
 words = words.filter(lambda word: word not in ("..", "demo") and not {"\0", "/"} & {*word})
 numbers = st.sampled_from(["0", "1", "16", "-1", "1.5", "1e9", "9" * 30, "9" * 5000, "nan", "٣", ""])
-names = st.sampled_from(
-    ["relu1_1", "conv1_2", "relu1_1:3", "relu1_1:99", "conv9_9", "class:3", "class:cat", "top:2", "all"]
-)
-names |= st.sampled_from(
-    ["cpu", "cuda", "fp32", "random", "auto", "pillow", "dali", "vgg-conv3", "grey", "train.steps=1"]
-)
-names |= st.sampled_from(["train.steps=" + "9" * 5000, "style.image='\\u0000'", "data.workers=1", "out", "conv1"])
+maps = ["relu1_1", "conv1_2", "relu1_1:3", "relu1_1:99", "conv9_9", "class:3", "class:cat", "top:2", "all", "conv1"]
+choices = ["cpu", "cuda", "fp32", "random", "auto", "pillow", "dali", "vgg-conv3", "grey", "out"]
+assignments = ["train.steps=1", "train.steps=" + "9" * 5000, "style.image='\\u0000'", "data.workers=1"]
+names = st.sampled_from(maps) | st.sampled_from(choices) | st.sampled_from(assignments)
 values = st.one_of(paths, words, numbers, names)
 
 
@@ -120,19 +117,19 @@ def check(folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
     monkeypatch.setattr(sys, "argv", ["fastnst", *arguments])
     # Some results are bytes, for names that are not UTF-8.
-    out, told = io.TextIOWrapper(io.BytesIO(), errors="surrogateescape"), io.StringIO()
+    out, printed = io.TextIOWrapper(io.BytesIO(), errors="surrogateescape"), io.StringIO()
     torch.manual_seed(0)
     code: object = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(printed):
         try:
             cli.main()
         except SystemExit as ended:
             code = ended.code or 0
-    assert code in EXIT_CODES, told.getvalue()
-    assert "Traceback" not in told.getvalue()
-    assert len(told.getvalue()) < 20_000
+    assert code in EXIT_CODES, printed.getvalue()
+    assert "Traceback" not in printed.getvalue()
+    assert len(printed.getvalue()) < 20_000
     if code:
-        assert told.getvalue().strip(), "refused without a word"
+        assert printed.getvalue().strip(), "refused without a word"
     assert sorted(path.name for path in folder.parent.iterdir()) == ["home", "work"]
     assert list((folder.parent / "home").iterdir()) == []
     assert (folder / "text.txt").read_text() == "text"

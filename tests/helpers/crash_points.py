@@ -163,9 +163,7 @@ def install(case: Case) -> None:
     points.around(os, "replace", lambda source, *_, **__: f"rename:{kind_of(source)}")
     points.around(os, "rename", lambda source, target, **__: f"rename:{_renamed(source, target)}")
     points.around(os, "unlink", lambda *_, dir_fd=None, **__: f"unlink:{'file' if dir_fd is None else kind_of(dir_fd)}")
-    points.around(
-        os, "open", lambda path, flags, *_, **__: f"{'open' if flags & os.O_CREAT else 'read'}:{kind_of(path)}"
-    )
+    points.around(os, "open", _opened)
     fdopen = os.fdopen
     os.fdopen = lambda descriptor, *args, **kwargs: HalfWritten(  # type: ignore[assignment]
         fdopen(descriptor, *args, **kwargs), points, kind_of(descriptor)
@@ -177,7 +175,6 @@ def install(case: Case) -> None:
     points.around(torch.optim.Adam, "step", "optimiser")
 
     # The log.
-    points.around(RunLog, "graph", "graph")
     points.around(RunLog, "metrics", "metrics")
     points.around(RunLog, "flush", "flush")
     points.around(RunLog, "close", "close")

@@ -15,11 +15,15 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from helpers.crash_points import GRAPHS, Case, InThisProcess, install
+from helpers.run_command import exit_code_of
 
 TESTS = Path(__file__).resolve().parents[1]
 LONGEST_S = 300.0
@@ -34,7 +38,6 @@ class Ended:
     killed: bool
     """Whether the signal itself ended the process."""
     seconds: float
-    cpu_seconds: float
     printed: str
     """stdout and stderr."""
     steps: list[int] = field(default_factory=list)
@@ -89,14 +92,13 @@ class ForkServer:
         return line.strip()
 
 
-def _ended(folder: Path, code: int, seconds: float, cpu_seconds: float, end: float) -> Ended:
+def _ended(folder: Path, code: int, seconds: float, end: float) -> Ended:
     assert seconds < LONGEST_S, "the process had to be killed"
     steps, struck = folder / "steps", folder / "struck"
     return Ended(
         128 - code if code < 0 else code,
         code < 0,
         seconds,
-        cpu_seconds,
         (folder / "printed").read_text(errors="replace") if (folder / "printed").exists() else "",
         [int(step) for step in steps.read_text().split()] if steps.exists() else [],
         end - float(struck.read_text()) if struck.exists() else None,
@@ -104,7 +106,7 @@ def _ended(folder: Path, code: int, seconds: float, cpu_seconds: float, end: flo
 
 
 def next_command(argv: tuple[str, ...]) -> tuple[str, ...]:
-    """What a user is told to do after an interruption of `argv`: the same again, or `--resume` once there is a run."""
+    """The command after an interruption of `argv`: the same again, or `--resume` once there is a run."""
     out = argv[argv.index("--out") + 1]
     return ("train", "--resume", "--out", out) if (Path(out) / "config.toml").exists() else argv
 
@@ -145,8 +147,8 @@ def serve() -> None:
         print(json.dumps(answers), flush=True)
 
 
-def watch(children: list[int], kill_after: list[float | None], begin: float) -> list[tuple[int, float, float, float]]:
-    """Wait for all, kill those whose time has come: exit code, seconds, CPU seconds and time of the end of each."""
+def watch(children: list[int], kill_after: list[float | None], begin: float) -> list[tuple[int, float, float]]:
+    """Wait for all, kill those whose time has come: exit code, seconds and time of the end of each."""
     kill_at = {pid: begin + (after or LONGEST_S) for pid, after in zip(children, kill_after, strict=True)}
     descriptors = {os.pidfd_open(pid): pid for pid in children}
     answers = {}
@@ -161,10 +163,9 @@ def watch(children: list[int], kill_after: list[float | None], begin: float) -> 
             pid = descriptors.pop(descriptor)
             os.close(descriptor)
             kill_at.pop(pid, None)
-            _, status, usage = os.wait4(pid, 0)
+            _, status = os.waitpid(pid, 0)
             end = time.monotonic()
-            code = os.waitstatus_to_exitcode(status)
-            answers[pid] = (code, end - begin, usage.ru_utime + usage.ru_stime, end)
+            answers[pid] = os.waitstatus_to_exitcode(status), end - begin, end
     return [answers[pid] for pid in children]
 
 
@@ -183,7 +184,7 @@ def run_child(case: Case) -> None:
         for signum in case.ignored:
             signal.signal(signum, signal.SIG_IGN)
         install(case)
-        code = run_command(case.argv)
+        code = exit_code_of(pytest.MonkeyPatch(), *case.argv)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -192,18 +193,6 @@ def run_child(case: Case) -> None:
         (Path(case.folder) / "ended").touch()
         # The server's own exit handlers are none of this process's business.
         os._exit(code)
-
-
-def run_command(argv: tuple[str, ...]) -> int:
-    """`fastnst ARGV…`; returns its exit code."""
-    from fastnst.cli.main import main
-
-    sys.argv = ["fastnst", *argv]
-    try:
-        main()
-    except SystemExit as exit:
-        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    return 0
 
 
 def rehearse() -> None:
@@ -222,10 +211,8 @@ def rehearse() -> None:
 
     fastnst.training.monitoring.snapshots.training_graph = traced
     narrow_the_net()
-    real, fastnst.data.loaders.pillow.ProcessPoolExecutor = (
-        fastnst.data.loaders.pillow.ProcessPoolExecutor,
-        InThisProcess,
-    )  # type: ignore[misc,assignment]
+    real = fastnst.data.loaders.pillow.ProcessPoolExecutor
+    fastnst.data.loaders.pillow.ProcessPoolExecutor = InThisProcess  # type: ignore[misc,assignment]
     with tempfile.TemporaryDirectory() as name, open(os.devnull, "w") as null:  # noqa: PTH123
         folder = Path(name)
         (folder / "photos").mkdir()
@@ -234,7 +221,8 @@ def rehearse() -> None:
             Image.fromarray(pixels).save(folder / "photos" / f"{index}.png")
         os.environ["FASTNST_CACHE"] = str(folder / "cache")
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            code = run_command(arguments(folder / "photos", folder / "run", steps=2))
+            argv = arguments(folder / "photos", folder / "run", steps=2)
+            code = exit_code_of(pytest.MonkeyPatch(), *argv)
     assert code == 0, code
     assert threading.active_count() == 1, threading.enumerate()
     fastnst.data.loaders.pillow.ProcessPoolExecutor = real  # type: ignore[misc]
@@ -244,18 +232,15 @@ def narrow_the_net() -> None:
     """A quarter of the channels: most of the time of runs so short went into saving weights."""
     from fastnst.models.transform_net import ConvLayer, UpLayer
 
-    def narrow(layer: Any) -> None:
-        original = layer.__init__
-
-        def init(self: Any, inputs: int, outputs: int, *args: Any, **kwargs: Any) -> None:
-            original(
-                self, inputs if inputs == 3 else inputs // 4, outputs if outputs == 3 else outputs // 4, *args, **kwargs
-            )
+    def narrow(layer: Any, original: Callable[..., None]) -> None:
+        def init(self: Any, *channels: int, **kwargs: Any) -> None:
+            inputs, outputs = (count if count == 3 else count // 4 for count in channels[:2])
+            original(self, inputs, outputs, *channels[2:], **kwargs)
 
         layer.__init__ = init
 
     for layer in (ConvLayer, UpLayer):
-        narrow(layer)
+        narrow(layer, layer.__init__)
 
 
 if __name__ == "__main__":

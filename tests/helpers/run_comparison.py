@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 
 def assert_same_outcome(run: Path, reference: Path) -> None:
     """Weights, optimiser, random states, style model, metrics and TensorBoard log are equal; nothing else is left."""
@@ -18,6 +21,12 @@ def assert_same_outcome(run: Path, reference: Path) -> None:
     assert events.keys() == expected.keys()
     for tag, values in expected.items():
         assert events[tag] == values, tag
+
+
+def assert_same_weights(run: Path, reference: Path) -> None:
+    """The style models have equal bits."""
+    weights, others = (load_file(folder / "model.safetensors") for folder in (run, reference))
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
 
 
 def _split(safetensors: Path) -> tuple[Any, bytes]:

@@ -6,10 +6,11 @@ one convolution, images are drawn from the sampler's indices, the graph is empty
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,9 @@ from fastnst.run_log.writer import read_metrics
 from fastnst.training import style_run, trainer
 from fastnst.training import train as training
 from fastnst.training.monitoring import snapshots
+from fastnst.training.run_dir.checkpoint import Checkpoint, latest_checkpoint
+from fastnst.training.step.train_step import NetTrainer
+from fastnst.training.style_run import StyleRun
 
 ASSIGNMENTS = (
     *("data.image_size=16", "data.loader=pillow", "data.workers=1", "train.batch_size=2", "style.size=16"),
@@ -79,6 +83,11 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `train` and the command line make small runs from now on."""
     monkeypatch.setattr(style_run, "TransformNet", SmallNet)
     monkeypatch.setattr(trainer, "open_loader", SmallLoader)
+    leave_out_graph(monkeypatch)
+
+
+def leave_out_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log no graph of the networks, which is slow to trace."""
     monkeypatch.setattr(snapshots, "training_graph", lambda *_, **__: GraphDef())
 
 
@@ -86,6 +95,14 @@ def small_config(photos: Path, *assignments: str) -> Config:
     """Five steps of two images; a checkpoint after 2, 4 and 5."""
     options = {"data.folder": photos, "style.image": photos / "image_00.jpg", "loss.vgg": "random"}
     return load_config(preset="vgg-conv3", assignments=[*ASSIGNMENTS, *assignments], options=options, environment={})
+
+
+def real_config(photos: Path, *assignments: str, preset: str = "vgg-conv3") -> Config:
+    """One 16 px image a step for real networks and loaders, with a shallow random VGG19; no samples or projections."""
+    small = ("data.image_size=16", "data.loader=pillow", "data.workers=1", "train.batch_size=1", "style.size=16")
+    quiet = ("train.device=cpu", "train.samples=0", "visualize.every=0")
+    options = {"data.folder": photos, "style.image": photos / "image_00.jpg", "loss.vgg": "random"}
+    return load_config(preset=preset, assignments=[*small, *quiet, *assignments], options=options, environment={})
 
 
 def small_arguments(photos: Path, out: Path, *assignments: str) -> list[str]:
@@ -105,6 +122,43 @@ def train_small(config: Config, out: Path, **options: Any) -> list[str]:
     names = options.get("styles") or ("",)
     assert models == [out / name / "model.safetensors" for name in names]
     return messages
+
+
+class Killed(Exception):
+    """Ends a run as SIGKILL would: nothing is saved on the way out."""
+
+
+def train_killed_at(
+    step: int, config: Config, out: Path, name: str = "_save_checkpoint", *, style: str = "", **options: Any
+) -> None:
+    """Train; the run dies just before it calls method `name` for `step` of `style`, by default of any."""
+    original = getattr(StyleRun, name)
+
+    def die(run: StyleRun, *arguments: Any) -> None:
+        if arguments[-1] == step and style in ("", run.out.name):
+            raise Killed
+        original(run, *arguments)
+
+    with mock.patch.object(StyleRun, name, die), pytest.raises(Killed):
+        train_small(config, out, **options)
+
+
+def before_each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[NetTrainer, int], object]) -> None:
+    """Call `act` with the trainer and the step's number before each training step."""
+    original = NetTrainer.train_step
+
+    def train_step(net_trainer: NetTrainer, step: int, *arguments: Any) -> Any:
+        act(net_trainer, step)
+        return original(net_trainer, step, *arguments)
+
+    monkeypatch.setattr(NetTrainer, "train_step", train_step)
+
+
+def newest(run: Path) -> Checkpoint:
+    """The latest checkpoint of a run that has one."""
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    return checkpoint
 
 
 @contextlib.contextmanager

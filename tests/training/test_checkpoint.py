@@ -17,13 +17,13 @@ from torch import Tensor
 from fastnst import storage
 from fastnst.errors import DataError
 from fastnst.training.run_dir.checkpoint import (
-    Checkpoint,
     CheckpointDamaged,
     CheckpointMissing,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from helpers.tiny_runs import newest
 
 
 def some_tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -46,12 +46,6 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def latest(run: Path) -> Checkpoint:
-    checkpoint = latest_checkpoint(run)
-    assert checkpoint is not None
-    return checkpoint
-
-
 def bits(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
@@ -67,8 +61,7 @@ def test_load_checkpoint_restores_every_bit(tmp_path: Path) -> None:
     assert (back.path, back.step, back.state) == (path, 1000, {"scaler": {"scale": 65536.0}})
     assert set(back.tensors) == set(tensors)
     for name, tensor in tensors.items():
-        assert back.tensors[name].dtype == tensor.dtype
-        assert back.tensors[name].shape == tensor.shape
+        assert (back.tensors[name].dtype, back.tensors[name].shape) == (tensor.dtype, tensor.shape)
         assert bits(back.tensors[name]) == bits(tensor)
     back.tensors["model.conv1.weight"].add_(1)  # not a read-only view of the file's bytes
     torch.Generator().set_state(back.tensors["rng.cpu"])
@@ -108,7 +101,7 @@ def test_latest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path, caplog
     assert latest_checkpoint(tmp_path) is None
     for step in (2, 10, 100_000_000, 9):
         save(tmp_path, step)
-    assert latest(tmp_path).step == 100_000_000
+    assert newest(tmp_path).step == 100_000_000
     assert caplog.messages == []
 
 
@@ -121,7 +114,7 @@ def test_save_checkpoint_removes_old_checkpoints_and_nothing_else(tmp_path: Path
     for step in (2, 3, 4):
         save(tmp_path, step, keep=2)
     assert names(tmp_path) == sorted([*others, "step_00000000", "step_00000003", "step_00000004"])
-    assert latest(tmp_path).step == 4
+    assert newest(tmp_path).step == 4
 
 
 def test_save_checkpoint_keeps_the_new_one_beside_a_damaged_later_one(tmp_path: Path) -> None:
@@ -130,10 +123,10 @@ def test_save_checkpoint_keeps_the_new_one_beside_a_damaged_later_one(tmp_path: 
     (later / "state.json").write_text("{")
     save(tmp_path, 4, keep=1)
     assert names(tmp_path) == ["step_00000004", "step_00000006"]
-    assert latest(tmp_path).step == 4
+    assert newest(tmp_path).step == 4
     save(tmp_path, 6, keep=1, written="again")
     assert names(tmp_path) == ["step_00000006"]
-    assert latest(tmp_path).state == {"written": "again"}
+    assert newest(tmp_path).state == {"written": "again"}
 
 
 def test_save_checkpoint_where_a_file_is_in_the_way(tmp_path: Path) -> None:
@@ -143,10 +136,6 @@ def test_save_checkpoint_where_a_file_is_in_the_way(tmp_path: Path) -> None:
 
 
 # Damage.
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
 
 
 def flip_a_bit(file: Path) -> None:
@@ -163,7 +152,7 @@ def make_unreadable(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "error", "reason"),
     [
-        ("state.json", truncate, CheckpointDamaged, "bytes,"),
+        ("state.json", lambda file: file.write_bytes(file.read_bytes()[:-1]), CheckpointDamaged, "bytes,"),
         ("state.safetensors", flip_a_bit, CheckpointDamaged, "SHA-256"),
         ("state.json", make_unreadable, CheckpointDamaged, "cannot be read: Is a directory"),
         ("state.safetensors", Path.unlink, CheckpointMissing, "is missing"),
@@ -185,7 +174,7 @@ def test_latest_checkpoint_names_a_damaged_one_and_takes_the_one_before(
         load_checkpoint(file.parent)
     assert str(file) in str(caught.value)
     assert caught.value.exit_code == 3
-    assert latest(tmp_path).state == {"good": True}
+    assert newest(tmp_path).state == {"good": True}
     assert caplog.messages == [f"checkpoint passed over: {caught.value}"]
 
 
@@ -204,10 +193,7 @@ def test_latest_checkpoint_names_a_damaged_one_and_takes_the_one_before(
         (b'{"format": 1, "step": "2", "files": {}}', "lacks format, step or files"),
         (b'{"format": 2, "step": 2, "files": {}}', "format 2, this fastnst reads up to 1"),
         (b'{"format": 1, "step": 2, "files": {}}', r"names \[\]"),
-        (
-            b'{"format": 1, "step": 2, "files": {"state.json": 1, "state.safetensors": 1}}',
-            "no size and SHA-256 of state.json",
-        ),
+        (b'{"format": 1, "step": 2, "files": {"state.json": 1, "state.safetensors": 1}}', "no size and SHA-256 of sta"),
     ],
     ids=range(13),
 )
@@ -219,17 +205,21 @@ def test_load_checkpoint_refuses_a_malformed_manifest(tmp_path: Path, content: b
     assert str(manifest) in str(caught.value)
 
 
+def enter(checkpoint: Path, name: str, file: Path, removed: str = "") -> None:
+    """Name another file in the manifest, with the size and hash of `file`."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"].pop(removed, None)
+    manifest["files"][name] = {"size": file.stat().st_size, "sha256": storage.sha256_of(file)}
+    storage.write_json(checkpoint / "manifest.json", manifest)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "sub/state.json", "..", "", "notes"])
 @pytest.mark.parametrize("replaces", [True, False])
 def test_load_checkpoint_reads_no_other_file_that_a_manifest_names(tmp_path: Path, name: str, replaces: bool) -> None:
     path = save(tmp_path, 2)
     for file in (path / "notes", path.parent / "secret"):
         file.write_text("secret")
-    manifest = json.loads((path / "manifest.json").read_text())
-    if replaces:
-        del manifest["files"]["state.json"]
-    manifest["files"][name] = {"size": 6, "sha256": storage.sha256_of(path / "notes")}
-    storage.write_json(path / "manifest.json", manifest)
+    enter(path, name, path / "notes", removed="state.json" if replaces else "")
     with pytest.raises(CheckpointDamaged, match=r"a checkpoint has \['state.json', 'state.safetensors'\]"):
         load_checkpoint(path)
 
@@ -246,9 +236,7 @@ def test_load_checkpoint_refuses_a_renamed_folder(tmp_path: Path) -> None:
 def test_load_checkpoint_refuses_files_that_match_their_manifest_and_are_no_state(tmp_path: Path) -> None:
     path = save(tmp_path, 2)
     (path / "state.safetensors").write_bytes(b"junk")
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["state.safetensors"] = {"size": 4, "sha256": storage.sha256_of(path / "state.safetensors")}
-    storage.write_json(path / "manifest.json", manifest)
+    enter(path, "state.safetensors", path / "state.safetensors")
     with pytest.raises(CheckpointDamaged, match="not a safetensors file"):
         load_checkpoint(path)
 

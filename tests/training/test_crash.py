@@ -25,49 +25,22 @@ EVERY = 2
 """Steps between two checkpoints, as `arguments` has it."""
 
 BEFORE_THE_NAME = (
-    "before-fsync:metrics",
-    "before-mkdir:checkpoint",
-    "before-open:tensors",
-    "after-open:tensors",
-    "mid-write:tensors",
-    "before-fsync:tensors",
-    "after-fsync:tensors",
-    "before-rename:tensors",
-    "mid-write:state",
-    "before-open:manifest",
-    "mid-write:manifest",
-    "after-rename:manifest",
+    *("before-fsync:metrics", "before-mkdir:checkpoint", "before-open:tensors", "after-open:tensors"),
+    *("mid-write:tensors", "before-fsync:tensors", "after-fsync:tensors", "before-rename:tensors"),
+    *("mid-write:state", "before-open:manifest", "mid-write:manifest", "after-rename:manifest"),
     "before-rename:checkpoint",
 )
 """In a save, before its checkpoint has its name: the process after it begins at the same step."""
 AFTER_THE_NAME = (
-    "after-rename:checkpoint",
-    "after-fsync:folder",
-    "before-rename:old",
-    "before-unlink:old",
-    "before-open:model",
-    "mid-write:model",
-    "before-rename:model",
-    "after-rename:model",
+    *("after-rename:checkpoint", "after-fsync:folder", "before-rename:old", "before-unlink:old"),
+    *("before-open:model", "mid-write:model", "before-rename:model", "after-rename:model"),
 )
 IN_A_STEP = (
-    "before-step",
-    "after-backward",
-    "after-optimiser",
-    "after-step",
-    "before-metrics",
-    "mid-write:row",
-    "mid-write:event",
-    "before-samples",
-    "before-flush",
-    "after-flush",
+    *("before-step", "after-backward", "after-optimiser", "after-step", "before-metrics", "mid-write:row"),
+    *("mid-write:event", "before-samples", "before-flush", "after-flush"),
 )
 IN_EACH_PROCESS = (
-    "before-check",
-    "before-open:config",
-    "mid-write:config",
-    "before-rename:config",
-    "after-rename:config",
+    *("before-check", "before-open:config", "mid-write:config", "before-rename:config", "after-rename:config"),
 )
 AT_THE_END = ("before-close", "after-close", "after-run")
 POINTS = (*BEFORE_THE_NAME, *AFTER_THE_NAME, *IN_A_STEP, *IN_EACH_PROCESS, *AT_THE_END)

@@ -15,10 +15,9 @@ import torch
 
 from fastnst.config import TrainConfig
 from fastnst.training import determinism
-from fastnst.training.step.train_step import NetTrainer
 from helpers.fork_server import arguments
 from helpers.run_comparison import assert_same_outcome
-from helpers.tiny_runs import make_small, small_config, train_small
+from helpers.tiny_runs import before_each_step, make_small, small_config, train_small
 
 
 def train_in_fresh_processes(processes: int, steps: int, photos: Path, tmp_path: Path, *settings: str) -> None:
@@ -74,14 +73,8 @@ def test_train_makes_its_steps_in_the_configured_mode(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
 ) -> None:
     seen: list[bool] = []
-    original = NetTrainer.train_step
-
-    def watched(self: NetTrainer, step: int, batch: torch.Tensor) -> object:
-        seen.append(torch.are_deterministic_algorithms_enabled())
-        return original(self, step, batch)
-
     make_small(monkeypatch)
-    monkeypatch.setattr(NetTrainer, "train_step", watched)
+    before_each_step(monkeypatch, lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
     train_small(small_config(generated_photos, f"train.deterministic={str(deterministic).lower()}"), tmp_path)
     assert seen == [deterministic] * 5
     assert not torch.are_deterministic_algorithms_enabled()

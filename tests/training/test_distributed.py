@@ -1,6 +1,6 @@
 """Runs shared by several processes: the same as one process, whatever happens to one of them.
 
-The comparison over fifty steps, and real torchruns:
+With fifty steps, on three ranks, and below real torchruns:
 
     python -m pytest -m campaign tests/training/test_distributed.py
 """
@@ -45,6 +45,11 @@ def shared(fork_server: ForkServer, few_photos: Path, tmp_path_factory: pytest.T
     return folder / "run"
 
 
+@pytest.fixture
+def argv(few_photos: Path, tmp_path: Path) -> tuple[str, ...]:
+    return arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+
+
 def assert_close(run: Path, reference: Path, tolerance: float) -> None:
     """Losses at each logged step, and all trained weights, relative to their norm."""
     rows, expected = metrics_of(run), metrics_of(reference)
@@ -61,35 +66,27 @@ def assert_close(run: Path, reference: Path, tolerance: float) -> None:
 # One run.
 
 
-def compare_with_one_process(fork_server: ForkServer, photos: Path, folder: Path, steps: int, tolerance: float) -> None:
+@pytest.mark.parametrize(("steps", "tolerance"), [(3, 1e-9), pytest.param(50, 1e-5, marks=pytest.mark.campaign)])
+def test_train_distributed_equals_one_process(
+    fork_server: ForkServer, few_photos: Path, tmp_path: Path, steps: int, tolerance: float
+) -> None:
     """In fp64. In fp32 a rounding error soon makes a ReLU or a pool decide otherwise, and Adam a step of it.
 
     Adam's weights alone would not show gradients of another scale; its moments do.
     """
     settings = (*SETTINGS, "train.samples=0", "train.keep_checkpoints=1")
     for world_size in (1, 2):
-        argv = arguments(photos, folder / f"{world_size}" / "run", steps=steps, settings=settings)
+        argv = arguments(few_photos, tmp_path / f"{world_size}" / "run", steps=steps, settings=settings)
         in_double = dict.fromkeys(range(world_size), True)
-        ended = run_ranks(fork_server, argv, folder / f"{world_size}", world_size=world_size, in_double=in_double)
+        ended = run_ranks(fork_server, argv, tmp_path / f"{world_size}", world_size=world_size, in_double=in_double)
         assert codes(ended) == [0] * world_size
-    assert_close(folder / "2" / "run", folder / "1" / "run", tolerance)
+    assert_close(tmp_path / "2" / "run", tmp_path / "1" / "run", tolerance)
     moments, others = (
-        load_file(folder / name / "run" / "checkpoints" / f"step_{steps:08d}" / "state.safetensors") for name in "21"
+        load_file(tmp_path / name / "run" / "checkpoints" / f"step_{steps:08d}" / "state.safetensors") for name in "21"
     )
     for name, tensor in others.items():
         if name.startswith("optimizer.exp_avg"):
             assert (moments[name] - tensor).norm() <= 10 * tolerance * tensor.norm(), name
-
-
-def test_train_distributed_equals_one_process(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
-    compare_with_one_process(fork_server, few_photos, tmp_path, 3, 1e-9)
-
-
-@pytest.mark.campaign
-def test_train_distributed_equals_one_process_after_fifty_steps(
-    fork_server: ForkServer, few_photos: Path, tmp_path: Path
-) -> None:
-    compare_with_one_process(fork_server, few_photos, tmp_path, 50, 1e-5)
 
 
 def test_train_distributed_writes_and_prints_on_rank_zero_only(shared: Path) -> None:
@@ -101,16 +98,17 @@ def test_train_distributed_writes_and_prints_on_rank_zero_only(shared: Path) -> 
 
 
 def test_train_distributed_stops_all_ranks_at_the_same_step(
-    fork_server: ForkServer, shared: Path, few_photos: Path, tmp_path: Path
+    fork_server: ForkServer, shared: Path, argv: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Sent to the one that does not lead; what is resumed comes to the last bit to what was not interrupted."""
-    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+    """The signal is sent to rank 1; the resumed run equals an undisturbed one to the last bit."""
     ended = run_ranks(
         fork_server, argv, tmp_path, point={1: "after-backward"}, occurrence={1: 4}, signals={1: (signal.SIGTERM,)}
     )
     # The first backward belongs to no step (it settles the order of the sums), so that the fourth is that of step 3.
     assert codes(ended) == [143, 143]
-    assert messages(ended) == [(0, f"stopped at step 3 of 4, which is saved; go on with: {command(tmp_path / 'run')}")]
+    assert messages(ended) == [
+        (0, f"stopped at step 3 of 4, which is saved; go on with: fastnst train --resume --out {tmp_path}/run")
+    ]
     assert leftovers(tmp_path) == []
     last = run_ranks(fork_server, next_command(argv), tmp_path)
     assert codes(last) == [0, 0], last
@@ -122,9 +120,8 @@ def test_train_distributed_stops_all_ranks_at_the_same_step(
 
 @pytest.mark.parametrize(("killed", "agent"), [(1, True), (0, False)])
 def test_train_distributed_ends_and_resumes_if_a_process_is_killed(
-    fork_server: ForkServer, shared: Path, few_photos: Path, tmp_path: Path, killed: int, agent: bool
+    fork_server: ForkServer, shared: Path, argv: tuple[str, ...], tmp_path: Path, killed: int, agent: bool
 ) -> None:
-    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
     struck = {"point": {killed: "after-backward"}, "occurrence": {killed: 4}}
     ended = run_ranks(fork_server, argv, tmp_path, agent=agent, **struck)
     survivor = ended[1 - killed]
@@ -162,9 +159,8 @@ def test_train_distributed_on_three_ranks_resumes_to_the_same_bits(
 
 
 def test_train_distributed_stops_all_ranks_if_one_has_nan(
-    fork_server: ForkServer, few_photos: Path, tmp_path: Path
+    fork_server: ForkServer, argv: tuple[str, ...], tmp_path: Path
 ) -> None:
-    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
     ended = run_ranks(fork_server, argv, tmp_path, poisoned_step={1: 3})
     assert codes(ended) == [4, 4]
     ((rank, message),) = messages(ended)
@@ -236,18 +232,16 @@ def test_train_resume_names_another_number_of_processes(
     ],
 )
 def test_train_distributed_prints_a_usage_error_once(
-    fork_server: ForkServer, few_photos: Path, tmp_path: Path, setting: str, message: str
+    fork_server: ForkServer, argv: tuple[str, ...], tmp_path: Path, setting: str, message: str
 ) -> None:
-    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=(*SETTINGS, setting))
-    ended = run_ranks(fork_server, argv, tmp_path)
+    ended = run_ranks(fork_server, (*argv, "--set", setting), tmp_path)
     assert codes(ended) == [2, 2]
     ((_, text),) = messages(ended)
     assert message in text
     assert not (tmp_path / "run").exists()
 
 
-def test_train_dry_run_is_printed_once(fork_server: ForkServer, few_photos: Path, tmp_path: Path) -> None:
-    argv = arguments(few_photos, tmp_path / "run", steps=STEPS, settings=SETTINGS)
+def test_train_dry_run_is_printed_once(fork_server: ForkServer, argv: tuple[str, ...], tmp_path: Path) -> None:
     ended = run_ranks(fork_server, (*argv, "--dry-run"), tmp_path)
     assert codes(ended) == [0, 0]
     assert "# processes  2, 2 images of a step in each" in ended[0].printed
@@ -395,7 +389,3 @@ def children(pid: int) -> list[int]:
 
 def rejected(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
-
-
-def command(run: Path) -> str:
-    return f"fastnst train --resume --out {run}"

@@ -22,12 +22,11 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19
 from fastnst.run_log.writer import read_metrics
 from fastnst.training.monitoring.snapshots import SampleLogger
-from fastnst.training.run_dir.checkpoint import latest_checkpoint
 from fastnst.training.step import train_step
-from fastnst.training.step.finite_checks import FiniteCheck, SkippedSteps, not_finite
+from fastnst.training.step.finite_checks import not_finite
 from fastnst.training.step.train_step import NetTrainer
 from fastnst.training.train import train
-from helpers.tiny_runs import log_messages, make_small, small_config
+from helpers.tiny_runs import log_messages, make_small, newest, real_config, small_config
 
 Configure = Callable[..., Config]
 
@@ -42,15 +41,8 @@ def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
     """Three steps of one 16 px image, a checkpoint after each; without graph, samples and histograms."""
     monkeypatch.setattr(SampleLogger, "log_start", lambda *_: None)
     monkeypatch.setattr(SampleLogger, "log_samples", lambda *_: None)
-
-    def configure(*assignments: str) -> Config:
-        small = ("data.image_size=16", "train.batch_size=1", "data.workers=1", "data.loader=pillow", "train.steps=3")
-        log = ("train.log_every=3", "train.checkpoint_every=1", "train.samples=0", "visualize.every=0", "style.size=16")
-        options = {"data.folder": photo_folder, "style.image": photo_folder / "image_00.jpg", "loss.vgg": "random"}
-        settings = [*small, *log, "train.device=cpu", *GENTLE, *assignments]
-        return load_config(preset="vgg-conv3", assignments=settings, options=options, environment={})
-
-    return configure
+    steps = ("train.steps=3", "train.log_every=3", "train.checkpoint_every=1")
+    return functools.partial(real_config, photo_folder, *steps, *GENTLE)
 
 
 def run(config: Config, out: Path, *, resume: bool = False) -> list[str]:
@@ -116,28 +108,28 @@ class Injection:
     def weight(self, trainer: NetTrainer, value: float) -> None:
         trainer.net.get_parameter(self.parameter).data[SPOT] = value
 
-    def moment(self, trainer: NetTrainer, value: float) -> None:
-        trainer.optimizer.state[trainer.net.get_parameter(self.parameter)]["exp_avg"][SPOT] = value
+    def moment(self, trainer: NetTrainer, value: float, name: str = "exp_avg") -> None:
+        trainer.optimizer.state[trainer.net.get_parameter(self.parameter)][name][SPOT] = value
 
     def second_moment(self, trainer: NetTrainer, value: float) -> None:
-        trainer.optimizer.state[trainer.net.get_parameter(self.parameter)]["exp_avg_sq"][SPOT] = value
+        self.moment(trainer, value, "exp_avg_sq")
 
     def running_mean(self, trainer: NetTrainer, value: float) -> None:
         trainer.net.get_buffer("conv2.running_mean")[3] = value
 
 
 @pytest.fixture
-def tiny(generated_photos: Path, monkeypatch: pytest.MonkeyPatch, injection: "Injection") -> Configure:
+def injection(monkeypatch: pytest.MonkeyPatch) -> Injection:
+    return Injection(monkeypatch)
+
+
+@pytest.fixture
+def tiny(generated_photos: Path, monkeypatch: pytest.MonkeyPatch, injection: Injection) -> Configure:
     """Three steps of one convolution in fp16, a checkpoint and a row of metrics after each."""
     make_small(monkeypatch)
     injection.parameter = "conv1.weight"
     settings = ("train.precision=fp16", "train.steps=3", "train.checkpoint_every=1", "train.keep_checkpoints=9")
     return functools.partial(small_config, generated_photos, *settings)
-
-
-@pytest.fixture
-def injection(monkeypatch: pytest.MonkeyPatch) -> Injection:
-    return Injection(monkeypatch)
 
 
 def assert_all_that_is_published_is_finite(out: Path) -> None:
@@ -150,14 +142,7 @@ def assert_all_that_is_published_is_finite(out: Path) -> None:
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
-def newest_step(out: Path) -> int:
-    checkpoint = latest_checkpoint(out)
-    assert checkpoint is not None
-    return checkpoint.step
-
-
 def new_trainer(precision: str = "fp32", device: str = "cpu") -> tuple[NetTrainer, Tensor]:
-    """A trainer and a batch of one 16 px image for it."""
     config = load_config(preset="vgg-conv3", assignments=[f"train.precision={precision}", *GENTLE], environment={})
     net = TransformNet("johnson").to(device).train()
     loss = PerceptualLoss(VGG19(last_layer="relu3_4"), config.loss).to(device)
@@ -178,7 +163,7 @@ NAMED = {
     "second_moment": "model.res3.conv1.weight ",
     "running_mean": "model.conv2.running_mean ",
 }
-# What each precision does in a way of its own; all other pairs are a campaign.
+# What each precision does in a way of its own; all other pairs are a campaign: pytest -m campaign.
 EVERY_TIME = {
     *((place, "fp32", math.nan) for place in NAMED),
     *((place, "fp32", math.inf) for place in ("total", "gradient", "second_moment")),
@@ -199,7 +184,6 @@ CASES = [
 def test_train_names_what_is_not_finite_and_never_saves_it(
     configure: Configure, tmp_path: Path, injection: Injection, place: str, precision: str, value: float
 ) -> None:
-    """All cases: pytest -m 'campaign or not campaign' tests/training/test_divergence.py"""
     out = tmp_path / "run"
     injection.poison = lambda trainer: getattr(injection, place)(trainer, value)
     norm = "batch" if place == "running_mean" else "instance"
@@ -207,7 +191,7 @@ def test_train_names_what_is_not_finite_and_never_saves_it(
     if precision == "fp16" and place in SKIPPED_IN_FP16:
         messages = run(config, out)
         assert any("fp16: 1 of 3 steps skipped" in message for message in messages)
-        assert newest_step(out) == 3
+        assert newest(out).step == 3
     else:
         with pytest.raises(DivergedError) as raised:
             run(config, out)
@@ -219,10 +203,9 @@ def test_train_names_what_is_not_finite_and_never_saves_it(
         else:
             assert "not finite since step 2: " in message
             # The loss of a skipped step is passed over: there the weight is named that made it so.
-            named = NAMED["moment"] if (place, precision) == ("weight", "fp16") else NAMED[place]
-            assert named in message
+            assert NAMED["moment" if (place, precision) == ("weight", "fp16") else place] in message
         assert f"the last good checkpoint is {out / 'checkpoints/step_00000001'}" in message
-        assert newest_step(out) == 1
+        assert newest(out).step == 1
     assert_all_that_is_published_is_finite(out)
 
 
@@ -234,7 +217,7 @@ def test_train_does_not_save_what_goes_wrong_after_the_check_of_a_step(
     injection.after = lambda trainer: getattr(injection, place)(trainer, math.nan)
     with pytest.raises(DivergedError, match=r"(conv2.running_mean|res3.conv1.weight) holds a value .* after step 2"):
         run(configure("model.norm=batch"), out)
-    assert newest_step(out) == 1
+    assert newest(out).step == 1
     assert_all_that_is_published_is_finite(out)
 
 
@@ -243,10 +226,8 @@ def test_finite_check_read_late_names_the_step_and_the_value(injection: Injectio
     trainer, batch = new_trainer()
     for step in range(1, 5):
         trainer.train_step(step, batch)
-    assert trainer.finite_check.first_nonfinite() == (
-        2,
-        ["the gradient of res3.conv1.weight", "model.res3.conv1.weight"],
-    )
+    names = ["the gradient of res3.conv1.weight", "model.res3.conv1.weight"]
+    assert trainer.finite_check.first_nonfinite() == (2, names)
 
 
 def test_train_stops_a_run_that_diverges_by_itself(
@@ -258,7 +239,7 @@ def test_train_stops_a_run_that_diverges_by_itself(
     wild = small_config(generated_photos, "train.steps=9", "train.learning_rate=1e38")
     with pytest.raises(DivergedError, match=r"not finite.*step_00000002.*lower learning rate"):
         train(wild, tmp_path, resume=True, allow_changes=True)
-    assert newest_step(tmp_path) == 2
+    assert newest(tmp_path).step == 2
     assert_all_that_is_published_is_finite(tmp_path)
 
 
@@ -288,33 +269,28 @@ def test_train_fp16_counts_skipped_steps_and_changes_no_weight(
 def test_train_fp16_stops_after_too_many_skipped_steps_in_a_row(
     tiny: Configure, tmp_path: Path, injection: Injection
 ) -> None:
-    out = tmp_path / "run"
     injection.poison = lambda trainer: injection.gradient(trainer, math.nan)
     # Two, one that is good, and three: a limit of three is for those in a row.
     injection.due = lambda step: step in (1, 2, 4, 5, 6)
     config = tiny("train.max_skipped_steps=3", "train.steps=9", "train.log_every=9")
-    with pytest.raises(DivergedError) as raised:
-        run(config, out)
+    with pytest.raises(DivergedError, match=r"the 3 steps up to step 6 were skipped") as raised:
+        run(config, tmp_path)
     assert raised.value.exit_code == 4
-    message = str(raised.value)
-    assert "the 3 steps up to step 6 were skipped" in message
-    assert "loss scale down to 2.05e+03; train.max_skipped_steps = 3" in message
-    assert "checkpoints/step_00000005" in message
-    assert "--precision fp32" in message
-    assert_all_that_is_published_is_finite(out)
+    said = ("down to 2.05e+03; train.max_skipped_steps = 3", "checkpoints/step_00000005", "--precision fp32")
+    assert all(text in str(raised.value) for text in said)
+    assert_all_that_is_published_is_finite(tmp_path)
 
 
 def test_train_resume_restores_the_counts_of_skipped_steps(
     tiny: Configure, tmp_path: Path, injection: Injection
 ) -> None:
-    out = tmp_path / "run"
     injection.poison = lambda trainer: injection.gradient(trainer, math.inf)
     injection.due = lambda step: step in (1, 3, 4)
-    run(tiny("train.max_skipped_steps=2"), out)
+    run(tiny("train.max_skipped_steps=2"), tmp_path)
     with pytest.raises(DivergedError, match=r"the 2 steps up to step 4 were skipped.*step_00000003"):
-        run(tiny("train.max_skipped_steps=2", "train.steps=6"), out, resume=True)
-    messages = run(tiny("train.max_skipped_steps=3", "train.steps=5"), out, resume=True)
-    assert [row["train/skipped_steps"] for row in read_metrics(out)] == [1, 1, 2, 3, 3]
+        run(tiny("train.max_skipped_steps=2", "train.steps=6"), tmp_path, resume=True)
+    messages = run(tiny("train.max_skipped_steps=3", "train.steps=5"), tmp_path, resume=True)
+    assert [row["train/skipped_steps"] for row in read_metrics(tmp_path)] == [1, 1, 2, 3, 3]
     assert any("fp16: 3 of 5 steps skipped" in message for message in messages)
 
 
@@ -374,25 +350,3 @@ def test_not_finite_finds_one_value_among_many(value: float) -> None:
             poisoned = [tensor.clone() for tensor in tensors]
             poisoned[index][tuple(int(place * (side - 1)) for side in tensor.shape)] = value
             assert not_finite(poisoned).tolist() == [other == index for other in range(4)]
-
-
-def test_finite_check_keeps_the_first_step_of_each_name() -> None:
-    finite_check = FiniteCheck(torch.device("cpu"))
-    assert finite_check.first_nonfinite() is None
-    findings = [(5, [False] * 3), (6, [False, True, False]), (7, [True, True, True]), (8, [True, False, False])]
-    for step, bad in findings:
-        finite_check.record(step, ["a", "b", "c"], torch.tensor(bad))
-    assert finite_check.first_nonfinite() == (6, ["b"])
-
-
-def test_skipped_steps_counts_in_all_and_in_a_row() -> None:
-    counts = SkippedSteps(torch.device("cpu"))
-    seen = []
-    for skipped in (True, True, False, True):
-        counts.record(torch.tensor(skipped))
-        seen.append(counts.read())
-    assert seen == [(1, 1), (2, 2), (2, 0), (3, 1)]
-    again = SkippedSteps(torch.device("cpu"))
-    again.restore(*counts.read())
-    again.record(torch.tensor(True))
-    assert again.read() == (4, 2)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.compat.proto.graph_pb2 import GraphDef
 from test_divergence import GENTLE, NoValueIsRead
 from torch import Tensor
 
@@ -17,14 +16,12 @@ from fastnst.inference import stylize
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
 from fastnst.models.transform_net import TransformNet
 from fastnst.models.vgg19 import VGG19
-from fastnst.training.monitoring import snapshots
-from fastnst.training.run_dir.checkpoint import latest_checkpoint
 from fastnst.training.step import graphed_step
 from fastnst.training.step.graphed_step import WARM_UP, GraphedStep
 from fastnst.training.step.train_step import NetTrainer, train_step
 from fastnst.training.train import train
 from helpers.fake_cuda_graph import CpuStreams
-from helpers.tiny_runs import SmallNet
+from helpers.tiny_runs import SmallNet, leave_out_graph, newest, real_config
 
 CPU = torch.device("cpu")
 LAST = WARM_UP + 4
@@ -53,6 +50,12 @@ def new_trainer(
     loss = PerceptualLoss(vgg, config.loss).to(device)
     loss.set_style(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3 + style)).to(device))
     return NetTrainer(net, loss, config.train, device, shared_vgg=shared_vgg)
+
+
+def new_group(precision: str = "fp32", styles: int = 2) -> list[NetTrainer]:
+    """Trainers of styles that share one VGG19."""
+    first = new_trainer(precision)
+    return [first, *(new_trainer(precision, style=style, shared_vgg=first) for style in range(1, styles))]
 
 
 def new_batch(number: int, images: int = 1, device: torch.device = CPU) -> Tensor:
@@ -200,24 +203,18 @@ def test_graphed_step_equals_launched_steps(maker: Maker, precision: str, norm: 
 
 
 def test_graphed_step_captures_several_styles_in_one_graph(maker: Maker) -> None:
-    groups = []
-    for _ in range(2):
-        first = new_trainer()
-        groups.append([first, new_trainer(style=1, shared_vgg=first)])
     numbers = range(1, LAST + 1)
-    assert_same(maker.make(groups[0], numbers), launched(groups[1], numbers))
+    assert_same(maker.make(new_group(), numbers), launched(new_group(), numbers))
     assert maker.replays == [4]
 
 
 def test_graphed_step_captures_anew_when_a_style_joins(maker: Maker) -> None:
-    groups = []
-    for _ in range(2):
-        first = new_trainer()
-        groups.append([first, new_trainer(style=1, shared_vgg=first)])
-    for kind, make in enumerate((maker.make, launched)):
-        make(groups[kind][:1], range(1, LAST + 1))
-    more = range(LAST + 1, 2 * LAST + 1)
-    assert_same(maker.make(groups[0], more), launched(groups[1], more))
+    outcomes = []
+    for make in (maker.make, launched):
+        group = new_group()
+        make(group[:1], range(1, LAST + 1))
+        outcomes.append(make(group, range(LAST + 1, 2 * LAST + 1)))
+    assert_same(*outcomes)
     assert maker.replays == [4, 4]
 
 
@@ -237,34 +234,30 @@ def test_graphed_step_launches_a_batch_of_another_shape_and_goes_on(maker: Maker
 
 
 def test_graphed_step_with_samples_in_between_changes_nothing(maker: Maker) -> None:
-    images: tuple[list[Tensor], list[Tensor]] = ([], [])
-    outcomes = []
-    for make, painted in zip((maker.make, launched), images, strict=True):
+    samples: list[Tensor] = []
 
-        def look(_: int, steps: list[NetTrainer], painted: list[Tensor] = painted) -> None:
-            painted.append(stylize(steps[0].net, new_batch(0).permute(0, 3, 1, 2).float() / 255))
+    def log_samples(_: int, steps: list[NetTrainer]) -> None:
+        samples.append(stylize(steps[0].net, new_batch(0).permute(0, 3, 1, 2).float() / 255))
 
-        outcomes.append(make([new_trainer(norm="batch")], range(1, LAST + 1), look))
+    outcomes = [make([new_trainer(norm="batch")], range(1, LAST + 1), log_samples) for make in (maker.make, launched)]
     assert_same(*outcomes)
-    torch.testing.assert_close(*images, rtol=0, atol=0)
-    assert not torch.equal(images[0][-1], images[0][-2])
+    torch.testing.assert_close(samples[:LAST], samples[LAST:], rtol=0, atol=0)
+    assert not torch.equal(samples[-1], samples[-2])
 
 
 def test_graphed_step_with_projections_in_between_changes_nothing(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = ("data.image_size=16", "data.workers=1", "data.loader=pillow", "train.batch_size=1", "style.size=16")
-    others = (f"train.steps={WARM_UP + 2}", "train.device=cpu", "train.samples=0", f"visualize.every={WARM_UP + 1}")
+    leave_out_graph(monkeypatch)
     watched = ("visualize.images=1", 'visualize.transform_maps=["conv2:0"]', 'visualize.vgg_maps=["relu1_1:0"]')
-    options = {"data.folder": photo_folder, "style.image": photo_folder / "image_00.jpg", "loss.vgg": "random"}
-    config = load_config(preset="vgg-conv3", assignments=[*sizes, *others, *watched], options=options, environment={})
-    monkeypatch.setattr(snapshots, "training_graph", lambda *_, **__: GraphDef())
+    steps = (f"train.steps={WARM_UP + 2}", f"visualize.every={WARM_UP + 1}")
+    config = real_config(photo_folder, *steps, *watched)
     train(config, tmp_path / "launched")
     streams = CpuStreams()
     capture_on_cpu(monkeypatch, streams)
     train(config, tmp_path / "captured")
     assert [graph.replays for graph in streams.graphs] == [2]
-    one, other = (latest_checkpoint(tmp_path / name) for name in ("launched", "captured"))
+    one, other = (newest(tmp_path / name) for name in ("launched", "captured"))
     torch.testing.assert_close(one.tensors, other.tensors, rtol=0, atol=0)
 
 
@@ -282,29 +275,31 @@ def test_graphed_step_never_waits_for_the_device(maker: Maker, precision: str, m
 # What is taken down.
 
 
-@pytest.mark.parametrize(("first", "bad"), [(1, 1), (1, WARM_UP + 1), (41, WARM_UP), (41, WARM_UP + 2), (41, LAST)])
-def test_graphed_step_names_the_first_bad_step(maker: Maker, first: int, bad: int) -> None:
+def poison(step: int) -> Before:
+    """Makes one weight NaN before `step`."""
+
     def poison(number: int, steps: list[NetTrainer]) -> None:
-        if number == first + bad - 1:
+        if number == step:
             steps[0].net.get_parameter("conv1.weight").data[1, 2, 0, 1] = math.nan
 
-    numbers = range(first, first + LAST)
-    found = maker.make([new_trainer()], numbers, poison)
-    assert_same(found, launched([new_trainer()], numbers, poison))
+    return poison
+
+
+@pytest.mark.parametrize(("first", "bad"), [(1, 1), (1, WARM_UP + 1), (41, WARM_UP), (41, WARM_UP + 2), (41, LAST)])
+def test_graphed_step_names_the_first_bad_step(maker: Maker, first: int, bad: int) -> None:
+    numbers, bad_step = range(first, first + LAST), first + bad - 1
+    found = maker.make([new_trainer()], numbers, poison(bad_step))
+    assert_same(found, launched([new_trainer()], numbers, poison(bad_step)))
     step, names = found.state["0 in numbers"][1]
-    assert step == first + bad - 1
+    assert step == bad_step
     assert "model.conv1.weight" in names
 
 
 def test_graphed_step_names_the_bad_step_after_launched_ones(maker: Maker) -> None:
-    def poison(number: int, steps: list[NetTrainer]) -> None:
-        if number == LAST:
-            steps[0].net.get_parameter("conv1.weight").data[1, 2, 0, 1] = math.nan
-
     def batch(number: int) -> Tensor:
         return new_batch(number, 2 if number == LAST - 1 else 1)
 
-    found = maker.make([new_trainer()], range(1, LAST + 1), poison, batch)
+    found = maker.make([new_trainer()], range(1, LAST + 1), poison(LAST), batch)
     assert maker.replays == [3]
     assert found.state["0 in numbers"][1][0] == LAST
 
@@ -345,27 +340,24 @@ def test_graphed_step_goes_on_from_a_loaded_state(maker: Maker, precision: str, 
 
 
 @pytest.mark.parametrize(
-    ("precision", "fails_at", "several"),
+    ("precision", "fails_at", "styles"),
     [
-        ("fp32", "aten._to_copy", False),
-        ("fp32", "convolution_backward", True),
-        ("fp32", "_fused_adam_", False),
-        ("fp32", "_foreach_norm", False),
-        ("fp16", "_amp_foreach_non_finite_check_and_unscale_", False),
-        ("fp16", "_fused_adam_", True),
-        ("fp16", "_amp_update_scale_", False),
+        ("fp32", "aten._to_copy", 1),
+        ("fp32", "convolution_backward", 2),
+        ("fp32", "_fused_adam_", 1),
+        ("fp32", "_foreach_norm", 1),
+        ("fp16", "_amp_foreach_non_finite_check_and_unscale_", 1),
+        ("fp16", "_fused_adam_", 2),
+        ("fp16", "_amp_update_scale_", 1),
     ],
 )
 def test_graphed_step_launches_steps_where_a_capture_fails(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, precision: str, fails_at: str, several: bool
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, precision: str, fails_at: str, styles: int
 ) -> None:
     maker = Maker(monkeypatch, caplog, fails_at=fails_at)
-    groups = []
-    for _ in range(2):
-        first = new_trainer(precision)
-        groups.append([first, *([new_trainer(precision, style=1, shared_vgg=first)] if several else [])])
     numbers = range(1, LAST + 1)
-    assert_same(maker.make(groups[0], numbers), launched(groups[1], numbers))
+    found = maker.make(new_group(precision, styles), numbers)
+    assert_same(found, launched(new_group(precision, styles), numbers))
     reason = f"since the capture failed (cannot capture {fails_at})"
     assert maker.logged == [f"train.capture: steps are launched one operation at a time, {reason}"]
     assert maker.replays == []

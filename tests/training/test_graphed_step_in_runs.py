@@ -4,6 +4,7 @@ On a CPU with a fake CUDA graph; the last tests are for a GPU.
 """
 
 import copy
+import functools
 import gzip
 import json
 from collections.abc import Callable
@@ -16,13 +17,12 @@ from test_graphed_step import Outcome, assert_same, launched, new_batch, new_tra
 from fastnst.config import TrainConfig
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DivergedError
-from fastnst.training.run_dir.checkpoint import latest_checkpoint
 from fastnst.training.step import graphed_step
 from fastnst.training.step.graphed_step import WARM_UP, GraphedStep
 from fastnst.training.step.train_step import NetTrainer
 from helpers.fake_cuda_graph import CpuStreams
 from helpers.run_comparison import assert_same_outcome
-from helpers.tiny_runs import logged, make_small, small_config, train_small
+from helpers.tiny_runs import logged, make_small, newest, small_config, train_small
 from helpers.tolerances import assert_as_exact_as_torch
 
 LAST = WARM_UP + 4
@@ -42,8 +42,11 @@ class Made(list[CpuStreams]):
         return [sum(graph.replays for graph in streams.graphs) for streams in self]
 
 
+Capture = Callable[[], Made]
+
+
 @pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
+def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     """From now on, runs are captured."""
 
     def capture() -> Made:
@@ -63,15 +66,12 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
 def assert_same_end(run: Path, reference: Path) -> None:
     """Metrics of all steps and the newest checkpoint are equal; a run in parts has logged more samples."""
     assert logged(run) == logged(reference)
-    one, other = latest_checkpoint(run), latest_checkpoint(reference)
-    assert one is not None
-    assert other is not None
-    torch.testing.assert_close(one.tensors, other.tensors, rtol=0, atol=0)
+    torch.testing.assert_close(newest(run).tensors, newest(reference).tensors, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_train_captured_leaves_what_launched_steps_leave(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], precision: str
+    generated_photos: Path, tmp_path: Path, capture: Capture, precision: str
 ) -> None:
     config = small_config(generated_photos, *SETTINGS, f"train.precision={precision}")
     messages = [train_small(config, tmp_path / "launched")]
@@ -84,7 +84,7 @@ def test_train_captured_leaves_what_launched_steps_leave(
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_train_captured_resumes_after_each_step(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], precision: str
+    generated_photos: Path, tmp_path: Path, capture: Capture, precision: str
 ) -> None:
     config = small_config(generated_photos, *SETTINGS, f"train.precision={precision}", "train.log_every=1")
     train_small(config, tmp_path / "launched")
@@ -100,9 +100,7 @@ def test_train_captured_resumes_after_each_step(
     assert made.replays == [count for pair in replays for count in pair]
 
 
-def test_train_captured_resumes_without_capture(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
-) -> None:
+def test_train_captured_resumes_without_capture(generated_photos: Path, tmp_path: Path, capture: Capture) -> None:
     train_small(small_config(generated_photos, *SETTINGS, "train.log_every=1"), tmp_path / "launched")
     made = capture()
     parts = tmp_path / "parts"
@@ -112,9 +110,7 @@ def test_train_captured_resumes_without_capture(
     assert_same_end(parts, tmp_path / "launched")
 
 
-def test_train_captures_several_styles_together(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
-) -> None:
+def test_train_captures_several_styles_together(generated_photos: Path, tmp_path: Path, capture: Capture) -> None:
     config = small_config(generated_photos, *SETTINGS)
     styles = {name: next(generated_photos.glob(f"{name}.*")) for name in ("image_00", "image_01")}
     train_small(config, tmp_path / "launched", styles=styles)
@@ -126,7 +122,7 @@ def test_train_captures_several_styles_together(
 
 
 def test_train_captured_stops_at_nan_and_names_it(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+    generated_photos: Path, tmp_path: Path, capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = GraphedStep.__call__
 
@@ -142,9 +138,7 @@ def test_train_captured_stops_at_nan_and_names_it(
     assert made.replays == [3]
 
 
-def test_train_profile_shows_replays_as_one_piece(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made]
-) -> None:
+def test_train_profile_shows_replays_as_one_piece(generated_photos: Path, tmp_path: Path, capture: Capture) -> None:
     made = capture()
     train_small(small_config(generated_photos, "train.steps=18"), tmp_path / "run", profile=3)
     assert made.replays == [15]
@@ -157,7 +151,7 @@ def test_train_profile_shows_replays_as_one_piece(
 
 
 def test_train_captured_loads_on_the_feed_stream(
-    generated_photos: Path, tmp_path: Path, capture: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+    generated_photos: Path, tmp_path: Path, capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where on a GPU its copies are queued beside the step; an image that fails takes the same way."""
     within: list[bool] = []
@@ -189,36 +183,47 @@ def test_train_captured_loads_on_the_feed_stream(
 
 # On a GPU.
 
+GPU = torch.device("cuda", 0)
+exact_cudnn = functools.partial(torch.backends.cudnn.flags, enabled=True, benchmark=False, deterministic=True)
+
+
+@pytest.fixture
+def steps() -> GraphedStep:
+    return GraphedStep(TrainConfig(), GPU)
+
+
+def trainer_on_gpu(precision: str = "fp32") -> NetTrainer:
+    return new_trainer(precision, norm="instance", device=GPU)
+
+
+def batch_on_gpu(number: int, images: int = 1) -> torch.Tensor:
+    return new_batch(number, images, GPU)
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_graphed_step_on_cuda_equals_launched_steps(precision: str) -> None:
-    """Bit for bit where cuDNN takes the same algorithms, which it is told to."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    steps = GraphedStep(TrainConfig(), device)
-    step = new_trainer(precision, norm="instance", device=device)
+def test_graphed_step_on_cuda_equals_launched_steps(steps: GraphedStep, precision: str) -> None:
+    """Bit for bit where cuDNN takes the same algorithms, as `exact_cudnn` makes it."""
+    step = trainer_on_gpu(precision)
     terms = []
-    batches = (new_batch(number, device=device) for number in range(1, LAST + 1))
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    batches = (batch_on_gpu(number) for number in range(1, LAST + 1))
+    with exact_cudnn():
         for number in range(1, LAST + 1):
             terms.append(seen(steps(number, steps.fetch(batches), [step])[0]))
-        plain = new_trainer(precision, norm="instance", device=device)
-        expected = launched([plain], range(1, LAST + 1), batch=lambda number: new_batch(number, device=device))
+        expected = launched([trainer_on_gpu(precision)], range(1, LAST + 1), batch=batch_on_gpu)
     assert steps.captured
     assert_same(Outcome(terms).of(step), expected)
 
 
 @pytest.mark.gpu
-def test_graphed_step_on_cuda_is_as_exact_as_a_launched_step() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    steps = GraphedStep(TrainConfig(), device)
-    one, other = (new_trainer("fp32", norm="instance", device=device) for _ in range(2))
+def test_graphed_step_on_cuda_is_as_exact_as_a_launched_step(steps: GraphedStep) -> None:
+    one, other = (trainer_on_gpu() for _ in range(2))
     truth = new_trainer("fp32", norm="instance")
     for number in range(1, WARM_UP + 1):
-        steps(number, new_batch(number, device=device), [one])
+        steps(number, batch_on_gpu(number), [one])
     for step in (other, truth):
         step.load_state({name: tensor.to(step.device) for name, tensor in one.state_tensors().items()}, {})
-    steps(WARM_UP + 1, new_batch(0, device=device), [one])
+    steps(WARM_UP + 1, batch_on_gpu(0), [one])
     for step in (other, truth):
         step.train_step(WARM_UP + 1, new_batch(0, device=step.device))
     assert steps.captured
@@ -229,11 +234,9 @@ def test_graphed_step_on_cuda_is_as_exact_as_a_launched_step() -> None:
 
 
 @pytest.mark.gpu
-def test_graphed_step_on_cuda_never_waits_and_names_a_fault() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    steps = GraphedStep(TrainConfig(), device)
-    step = new_trainer("fp32", norm="instance", device=device)
-    batches = iter([new_batch(number, device=device) for number in range(2 * LAST)])
+def test_graphed_step_on_cuda_never_waits_and_names_a_fault(steps: GraphedStep) -> None:
+    step = trainer_on_gpu()
+    batches = iter([batch_on_gpu(number) for number in range(2 * LAST)])
     for number in range(1, LAST + 1):
         steps(number, steps.fetch(batches), [step])
     torch.cuda.synchronize()
@@ -252,13 +255,11 @@ def test_graphed_step_on_cuda_never_waits_and_names_a_fault() -> None:
 
 
 @pytest.mark.gpu
-def test_graphed_step_on_cuda_takes_odd_batches_samples_and_loaded_states() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    steps = GraphedStep(TrainConfig(), device)
-    step, plain = (new_trainer("fp32", norm="instance", device=device) for _ in range(2))
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+def test_graphed_step_on_cuda_takes_odd_batches_samples_and_loaded_states(steps: GraphedStep) -> None:
+    step, plain = (trainer_on_gpu() for _ in range(2))
+    with exact_cudnn():
         for number in range(1, 3 * LAST):
-            batch = new_batch(number, 2 if number == LAST else 1, device)
+            batch = batch_on_gpu(number, 2 if number == LAST else 1)
             if number == 2 * LAST:
                 saved = copy.deepcopy((step.state_tensors(), step.state_values()))
                 step.load_state(*saved)
@@ -266,20 +267,17 @@ def test_graphed_step_on_cuda_takes_odd_batches_samples_and_loaded_states() -> N
             plain.train_step(number, batch)
             del batch
             with torch.no_grad():
-                step.net(torch.rand(1, 3, 48, 48, device=device))
+                step.net(torch.rand(1, 3, 48, 48, device=GPU))
     assert steps.captured
-    for name, tensor in plain.state_tensors().items():
-        assert torch.equal(tensor, step.state_tensors()[name]), name
+    torch.testing.assert_close(step.state_tensors(), plain.state_tensors(), rtol=0, atol=0)
 
 
 @pytest.mark.gpu
 def test_graphed_step_on_cuda_goes_on_where_a_capture_fails(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    steps: GraphedStep, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "fastnst")
-    device = torch.device("cuda", torch.cuda.current_device())
-    steps = GraphedStep(TrainConfig(), device)
-    step, plain = (new_trainer("fp32", norm="instance", device=device) for _ in range(2))
+    step, plain = (trainer_on_gpu() for _ in range(2))
     original = NetTrainer._record_findings
 
     def reads(self: NetTrainer, *args: object, **options: object) -> None:
@@ -287,11 +285,10 @@ def test_graphed_step_on_cuda_goes_on_where_a_capture_fails(
         original(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(NetTrainer, "_record_findings", reads)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    with exact_cudnn():
         for number in range(1, LAST + 1):
-            steps(number, new_batch(number, device=device), [step])
-            plain.train_step(number, new_batch(number, device=device))
+            steps(number, batch_on_gpu(number), [step])
+            plain.train_step(number, batch_on_gpu(number))
     assert not steps.captured
     assert "the capture failed" in caplog.messages[0]
-    for name, tensor in plain.state_tensors().items():
-        assert torch.equal(tensor, step.state_tensors()[name]), name
+    torch.testing.assert_close(step.state_tensors(), plain.state_tensors(), rtol=0, atol=0)

@@ -1,28 +1,16 @@
-"""What a run reads before its directory is touched."""
+"""What a run reads before it begins: images, steps, and the names of several styles."""
 
-import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from fastnst.config import DataConfig, load_config
-from fastnst.errors import UserError
+from fastnst.errors import DataError, UserError
 from fastnst.training.inputs import read_manifest, total_steps
+from fastnst.training.run_dir.style_folder import STYLES_NAME, saved_styles, style_names
 from fastnst.training.train import train
-from helpers.tiny_runs import make_small, small_config, train_small
-
-
-def test_train_names_broken_images_and_goes_on(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_small(monkeypatch)
-    (photo_folder / "notes.jpg").write_text("not an image")
-    messages = train_small(small_config(photo_folder, "train.steps=1"), tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
-    assert [row["path"] for row in rows] == ["notes.jpg"]
-    assert rows[0]["reason"]
-    assert any("1 of 13 images refused" in message for message in messages)
+from helpers.tiny_runs import small_config
 
 
 def test_read_manifest_refuses_an_image_of_one_colour(photo_folder: Path) -> None:
@@ -46,3 +34,28 @@ def test_total_steps_follow_from_epochs() -> None:
     assert total_steps(config, 118_287) == 59_144
     assert total_steps(config, 1) == 1
     assert total_steps(config.model_copy(update={"steps": 7}), 118_287) == 7
+
+
+def test_style_names_are_stems_and_differ() -> None:
+    assert style_names([Path("a/wave.jpg"), Path("b/scream.png")]) == {
+        "wave": Path("a/wave.jpg"),
+        "scream": Path("b/scream.png"),
+    }
+    with pytest.raises(UserError, match=r"b/wave\.png would have the same run directory as a/wave\.jpg: 'wave'"):
+        style_names([Path("a/wave.jpg"), Path("b/wave.png")])
+    with pytest.raises(UserError, match=r"the same run directory as itself: 'wave'; give each style once"):
+        style_names([Path("a/wave.jpg"), Path("a/wave.jpg")])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"[]", b"{}", b'{"a": 1}', b'{"..": "/x.jpg"}', b'{"a/b": "/x.jpg"}', b'{".": "/x.jpg"}', b"\xff"),
+        *(b"[" * 100_000, b'{"a": "' + b"x" * (1 << 22) + b'"}'),
+    ],
+    ids=range(9),
+)
+def test_saved_styles_refuses_a_damaged_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / STYLES_NAME).write_bytes(content)
+    with pytest.raises(DataError, match=r"styles\.json is damaged; go on with each style by fastnst train --resume"):
+        saved_styles(tmp_path)

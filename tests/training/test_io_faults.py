@@ -8,6 +8,7 @@ import errno
 import itertools
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from safetensors.torch import load_file
 from fastnst.config import load_config
 from fastnst.models.style_model import read_style_metadata
 from fastnst.storage import StorageError, write_atomic
-from fastnst.training.run_dir.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from helpers.run_command import exit_code_of
+from fastnst.training.run_dir.checkpoint import load_checkpoint, save_checkpoint
 from helpers.run_comparison import assert_same_outcome
 from helpers.storage_faults import REMOVALS, Call, StorageFaults
-from helpers.tiny_runs import make_small, small_arguments
+from helpers.tiny_runs import make_small, newest, small_arguments
+
+Fastnst = Callable[..., tuple[int, str, str]]
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
 REASONS = {errno.ENOSPC: "No space left", errno.EIO: "Input/output error", errno.EROFS: "Read-only file system"}
@@ -103,8 +105,7 @@ def test_save_checkpoint_where_any_call_fails(
             stopped.append(at)
             assert REASONS[code] in str(error)
             assert error.exit_code == 3
-        checkpoint = latest_checkpoint(run)
-        assert checkpoint is not None
+        checkpoint = newest(run)
         assert checkpoint.step in (1, step)
         assert checkpoint.tensors["model.weight"].tolist() == [float(checkpoint.step)] * 3
         for path in (run / "checkpoints").glob("step_*"):
@@ -122,9 +123,7 @@ def test_latest_checkpoint_restores_one_that_was_moved_aside(tmp_path: Path) -> 
     folder = tmp_path / "checkpoints"
     (folder / "step_00000001").rename(folder / ".step_00000001.replaced")
     (folder / ".step_00000001.part").mkdir()
-    checkpoint = latest_checkpoint(tmp_path)
-    assert checkpoint is not None
-    assert checkpoint.path == folder / "step_00000001"
+    assert newest(tmp_path).path == folder / "step_00000001"
 
 
 def test_write_atomic_where_any_call_fails(tmp_path: Path) -> None:
@@ -162,30 +161,19 @@ def check_files(run: Path) -> None:
         load_checkpoint(path)
 
 
-def fail_everywhere(
-    photos: Path,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *,
-    every: int,
-) -> set[str]:
+def fail_everywhere(photos: Path, folder: Path, fastnst: Fastnst, *, every: int) -> set[str]:
     """Fail each `every`th call of a run, once or for good, with each code in turn; returns what was hit."""
     whole = folder / "whole"
-    arguments = small_arguments(photos, whole, "train.keep_checkpoints=1")
-    assert exit_code_of(monkeypatch, *arguments) == 0
-    with StorageFaults(folder / "count").installed() as layer:
-        assert exit_code_of(monkeypatch, *small_arguments(photos, folder / "count", "train.keep_checkpoints=1")) == 0
+    with StorageFaults(whole).installed() as layer:
+        assert fastnst(*small_arguments(photos, whole, "train.keep_checkpoints=1"))[0] == 0
     hit: set[str] = set()
     for at in range(0, len(layer.calls), every):
         run = folder / f"run{at}"
         code, for_good = CODES[at // every % 3], at // every % 2 == 1
         arguments = small_arguments(photos, run, "train.keep_checkpoints=1")
         faults = StorageFaults(run, at, code, for_good)
-        capsys.readouterr()
         with faults.installed():
-            ended = exit_code_of(monkeypatch, *arguments)
-        err = capsys.readouterr().err
+            ended, _, err = fastnst(*arguments)
         assert faults.failed is not None
         hit.add(re.sub(r"\d{5,}.*", "", Path(faults.failed.path).name))
         check_files(run)
@@ -200,27 +188,23 @@ def fail_everywhere(
         assert "Traceback" not in err
         begun = (run / "config.toml").exists()
         again = ["train", "--resume", "--out", str(run)] if begun else arguments
-        assert exit_code_of(monkeypatch, *again) == 0
+        assert fastnst(*again)[0] == 0
         assert_same_outcome(run, whole)
         shutil.rmtree(run)
     return hit
 
 
 @pytest.mark.usefixtures("_small")
-def test_train_where_calls_fail(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_where_calls_fail(generated_photos: Path, tmp_path: Path, fastnst: Fastnst) -> None:
     """A part of them: `-m campaign` fails every one."""
-    hit = fail_everywhere(generated_photos, tmp_path, monkeypatch, capsys, every=29)
+    hit = fail_everywhere(generated_photos, tmp_path, fastnst, every=29)
     assert "events.out.tfevents." in hit
 
 
 @pytest.mark.campaign
 @pytest.mark.usefixtures("_small")
-def test_train_where_every_call_fails(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_where_every_call_fails(generated_photos: Path, tmp_path: Path, fastnst: Fastnst) -> None:
     """`pytest -m campaign tests/training/test_io_faults.py`: about ten minutes on one core."""
-    hit = fail_everywhere(generated_photos, tmp_path, monkeypatch, capsys, every=1)
+    hit = fail_everywhere(generated_photos, tmp_path, fastnst, every=1)
     assert {".lock", ".config.toml.part", "metrics.jsonl", ".model.safetensors.part", "checkpoints"} <= hit
     assert {".state.safetensors.part", ".state.json.part", ".manifest.json.part", ".step_"} <= hit

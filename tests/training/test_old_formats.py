@@ -12,10 +12,13 @@ from PIL import Image
 from fastnst import config_text
 from fastnst.config import load_config
 from fastnst.models.style_model import read_style_metadata
+from fastnst.run_log.writer import read_metrics
 from helpers import old_formats
 from helpers.crash_points import InThisProcess
 
 Fastnst = Callable[..., tuple[int, str, str]]
+Inputs = tuple[Path, Path, Path]
+"""Folders of photos and styles, and the file of VGG19's weights."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +27,7 @@ def _warn_again() -> None:
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
     monkeypatch.setattr("fastnst.data.loaders.pillow.ProcessPoolExecutor", InThisProcess)
     torch.manual_seed(0)
     return old_formats.write_inputs(tmp_path)
@@ -52,13 +55,9 @@ def test_load_config_reads_old_keys_and_names_the_new(
     assert len(caplog.messages) == 3
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_resumed(run: Path) -> None:
     """Steps 1 and 2 are the old ones, and step 3 was made."""
-    rows = metrics(run)
+    rows = read_metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["loss/total"] for row in rows[:2]] == [1274.5, 937.25]
     assert read_style_metadata(run)["steps"] == "3"
@@ -68,9 +67,7 @@ def assert_resumed(run: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_train_resume_continues_a_run(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, fastnst: Fastnst, precision: str
-) -> None:
+def test_train_resume_continues_a_run(inputs: Inputs, tmp_path: Path, fastnst: Fastnst, precision: str) -> None:
     photos, styles, vgg = inputs
     old_formats.write_run(tmp_path / "run", photos, styles / "wave.png", vgg, precision)
     code, _, said = fastnst("train", "--resume", "--out", tmp_path / "run")
@@ -84,9 +81,7 @@ def test_train_resume_continues_a_run(
     assert "picture" not in (tmp_path / "run" / "config.toml").read_text().replace(str(tmp_path), "")
 
 
-def test_train_resume_names_what_changed_in_a_run(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, fastnst: Fastnst
-) -> None:
+def test_train_resume_names_what_changed_in_a_run(inputs: Inputs, tmp_path: Path, fastnst: Fastnst) -> None:
     """Old names of the checkpoint's configuration do not hide a change, nor make one."""
     photos, styles, vgg = inputs
     old_formats.write_run(tmp_path / "run", photos, styles / "wave.png", vgg)
@@ -97,9 +92,7 @@ def test_train_resume_names_what_changed_in_a_run(
     assert "style." not in said.partition("trained otherwise")[2]
 
 
-def test_train_resume_continues_a_folder_of_styles(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, fastnst: Fastnst
-) -> None:
+def test_train_resume_continues_a_folder_of_styles(inputs: Inputs, tmp_path: Path, fastnst: Fastnst) -> None:
     old_formats.write_style_folder(tmp_path / "runs", *inputs)
     code, _, said = fastnst("train", "--resume", "--out", tmp_path / "runs")
     assert code == 0, said
@@ -108,7 +101,7 @@ def test_train_resume_continues_a_folder_of_styles(
         assert_resumed(tmp_path / "runs" / name)
 
 
-def test_train_reads_a_cache(inputs: tuple[Path, Path, Path], tmp_path: Path, fastnst: Fastnst) -> None:
+def test_train_reads_a_cache(inputs: Inputs, tmp_path: Path, fastnst: Fastnst) -> None:
     from fastnst.data.cache.format import as_manifest, read_cache
     from fastnst.data.loaders import open_loader
     from fastnst.data.sampler import Sampler
@@ -130,17 +123,14 @@ def test_stylize_takes_a_style_model(tmp_path: Path, fastnst: Fastnst, architect
     old_formats.write_style_model(tmp_path / "model.safetensors", architecture, norm)
     Image.new("RGB", (24, 20), (200, 90, 30)).save(tmp_path / "photo.png")
     out = tmp_path / "out.png"
-    code, _, said = fastnst(
-        "stylize", tmp_path / "model.safetensors", tmp_path / "photo.png", "--out", out, "--device", "cpu"
-    )
+    files = (tmp_path / "model.safetensors", tmp_path / "photo.png")
+    code, _, said = fastnst("stylize", *files, "--out", out, "--device", "cpu")
     assert code == 0, said
     with Image.open(out) as image:
         assert image.size == (24, 20)
 
 
-def test_visualize_transform_loads_a_checkpoint(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, fastnst: Fastnst
-) -> None:
+def test_visualize_transform_loads_a_checkpoint(inputs: Inputs, tmp_path: Path, fastnst: Fastnst) -> None:
     photos, styles, vgg = inputs
     old_formats.write_run(tmp_path / "run", photos, styles / "wave.png", vgg)
     code, printed, said = fastnst(

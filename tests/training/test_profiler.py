@@ -15,7 +15,7 @@ from fastnst.errors import StoppedBySignal, UserError
 from fastnst.training.monitoring.profiler import record_span
 from fastnst.training.signals import StopRequest
 from fastnst.training.train import train
-from helpers.tiny_runs import log_messages, make_small, small_arguments, small_config, train_small
+from helpers.tiny_runs import before_each_step, log_messages, make_small, small_arguments, small_config, train_small
 
 SPANS = {"data wait", "transform net", "loss network", "backward", "optimiser", "logging", "samples and checkpoints"}
 
@@ -77,39 +77,21 @@ def test_profile_of_a_resumed_run_traces_its_own_steps(generated_photos: Path, t
     assert list(traces(tmp_path / "run")) == ["steps_5_to_5.pt.trace.json.gz", "steps_7_to_8.pt.trace.json.gz"]
 
 
-class StopAfter(StopRequest):
-    """As if a signal came in step `step`."""
-
-    def __init__(self, step: int) -> None:
-        self._asked, self._step = 0, step
-        super().__init__()
-
-    @property
-    def signum(self) -> int | None:
-        self._asked += 1
-        return signal.SIGTERM if self._asked > self._step else None
-
-    @signum.setter
-    def signum(self, value: int | None) -> None:
-        pass
-
-
-@pytest.mark.parametrize(("steps", "expected"), [(30, []), (6, ["steps_3_to_4.pt.trace.json.gz"])])
+@pytest.mark.parametrize(("steps", "asked"), [(30, 3), (6, 4)])
 def test_profile_of_a_stopped_run_says_what_there_is(
-    generated_photos: Path, tmp_path: Path, steps: int, expected: list[str]
+    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, asked: int
 ) -> None:
+    stop = StopRequest()
+    before_each_step(monkeypatch, lambda _, step: setattr(stop, "signum", signal.SIGTERM if step == 4 else None))
     config = small_config(generated_photos, f"train.steps={steps}")
-    asked = 4 if expected else 3
-    with log_messages() as messages, pytest.raises(StoppedBySignal) as stopped:
-        train(config, tmp_path / "run", stop=StopAfter(4), profile=asked)
-    made = int(str(stopped.value).split("stopped at step ")[1].split()[0])
-    found = list(traces(tmp_path / "run"))
-    if not expected:
-        assert found == []
+    with log_messages() as messages, pytest.raises(StoppedBySignal, match="stopped at step 4"):
+        train(config, tmp_path / "run", stop=stop, profile=asked)
+    if steps == 30:
+        assert list(traces(tmp_path / "run")) == []
         assert "profile: no trace, since the run ended at or before step 13" in messages[-1]
     else:
-        assert found == [f"steps_3_to_{made}.pt.trace.json.gz"]
-        assert f"a trace of {made - 2} step" in messages[-1]
+        assert list(traces(tmp_path / "run")) == ["steps_3_to_4.pt.trace.json.gz"]
+        assert "a trace of 2 steps" in messages[-1]
         assert "(4 were asked for)" in messages[-1]
 
 

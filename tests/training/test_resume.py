@@ -9,17 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastnst.config import Config
 from fastnst.errors import DataError, StoppedBySignal, UserError
 from fastnst.models.style_model import read_style_metadata
 from fastnst.run_log.writer import RunLog
 from fastnst.training import train as training
-from fastnst.training.run_dir.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from fastnst.training.run_dir.checkpoint import load_checkpoint, save_checkpoint
 from fastnst.training.signals import StopRequest
-from fastnst.training.step.train_step import NetTrainer
-from fastnst.training.style_run import StyleRun
 from helpers.run_comparison import assert_same_outcome
-from helpers.tiny_runs import SmallNet, logged, make_small, small_config, train_small
+from helpers.tiny_runs import (
+    SmallNet,
+    before_each_step,
+    logged,
+    make_small,
+    newest,
+    small_config,
+    train_killed_at,
+    train_small,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,48 +33,14 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
 
 
-class Killed(Exception):
-    """Ends a run as SIGKILL would: nothing is saved on the way out."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "_save_checkpoint", *, after: bool = False) -> None:
-    """The next run dies just before, or just after, it does `name` for `step`."""
-    original = getattr(StyleRun, name)
-
-    def die(run: Any, *arguments: Any) -> None:
-        if after:
-            original(run, *arguments)
-        if arguments[-1] == step:
-            monkeypatch.setattr(StyleRun, name, original)
-            raise Killed
-        if not after:
-            original(run, *arguments)
-
-    monkeypatch.setattr(StyleRun, name, die)
-
-
-def newest(run: Path) -> Checkpoint:
-    checkpoint = latest_checkpoint(run)
-    assert checkpoint is not None
-    return checkpoint
-
-
-def train_killed_at(
-    monkeypatch: pytest.MonkeyPatch, step: int, name: str, config: Config, run: Path, *, after: bool = False
-) -> None:
-    kill_at(monkeypatch, step, name, after=after)
-    with pytest.raises(Killed):
-        train_small(config, run)
-
-
 @pytest.mark.parametrize(("step", "saved"), [(2, 0), (4, 2), (5, 4)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_train_resume_equals_an_undisturbed_run(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, saved: int, precision: str
+    generated_photos: Path, tmp_path: Path, step: int, saved: int, precision: str
 ) -> None:
     config = small_config(generated_photos, f"train.precision={precision}")
     train_small(config, tmp_path / "whole")
-    train_killed_at(monkeypatch, step, "_save_checkpoint", config, tmp_path / "parts")
+    train_killed_at(step, config, tmp_path / "parts")
     assert logged(tmp_path / "parts")[-1]["step"] == step  # more was logged than was saved
     messages = train_small(config, tmp_path / "parts", resume=True)
     assert any(message.startswith(f"resuming at step {saved}" if saved else "training: ") for message in messages)
@@ -94,20 +66,14 @@ def test_train_resume_restores_random_states_and_running_statistics(
 ) -> None:
     """No step draws numbers today; one that did would draw the same ones."""
     drawn: dict[int, float] = {}
-    original = NetTrainer.train_step
-
-    def draw(self: NetTrainer, step: int, batch: torch.Tensor) -> object:
-        drawn[step] = float(torch.rand(()))
-        return original(self, step, batch)
-
-    monkeypatch.setattr(NetTrainer, "train_step", draw)
+    before_each_step(monkeypatch, lambda _, step: drawn.update({step: float(torch.rand(()))}))
     monkeypatch.setattr("fastnst.training.style_run.TransformNet", NetWithStatistics)
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
     expected = dict(drawn)
     assert len(set(expected.values())) == 5
     drawn.clear()
-    train_killed_at(monkeypatch, 4, "_save_model", config, tmp_path / "parts")
+    train_killed_at(4, config, tmp_path / "parts", "_save_model")
     torch.manual_seed(99)
     train_small(config, tmp_path / "parts", resume=True)
     assert drawn == expected
@@ -120,11 +86,11 @@ def test_train_resume_restores_random_states_and_running_statistics(
 
 @pytest.mark.parametrize("step", [4, 5])
 def test_train_resume_writes_a_style_model_that_lags_behind_its_checkpoint(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    generated_photos: Path, tmp_path: Path, step: int
 ) -> None:
     config = small_config(generated_photos)
     train_small(config, tmp_path / "whole")
-    train_killed_at(monkeypatch, step, "_save_model", config, tmp_path / "parts")
+    train_killed_at(step, config, tmp_path / "parts", "_save_model")
     assert newest(tmp_path / "parts").step == step
     assert read_style_metadata(tmp_path / "parts")["steps"] != str(step)
     messages = train_small(config, tmp_path / "parts", resume=True)
@@ -215,13 +181,6 @@ def test_train_resume_removes_what_a_killed_process_left(generated_photos: Path,
     assert all(path.exists() for path in others)
 
 
-def test_train_starts_where_a_process_was_killed_at_its_start(generated_photos: Path, tmp_path: Path) -> None:
-    (tmp_path / ".lock").touch()
-    (tmp_path / ".config.toml.abcd1234.part").write_text('preset = "vg')
-    train_small(small_config(generated_photos), tmp_path)
-    assert not list(tmp_path.glob(".config*"))
-
-
 def test_train_does_not_restart_a_run_that_another_process_finished_meanwhile(
     generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,22 +197,6 @@ def test_train_does_not_restart_a_run_that_another_process_finished_meanwhile(
     with pytest.raises(UserError, match="holds another run; go on with it by --resume"):
         train_small(config, tmp_path)
     assert newest(tmp_path).step == len(logged(tmp_path)) == 5
-
-
-def test_train_reports_a_signal_in_the_last_step(
-    generated_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop = StopRequest()
-    original = RunLog.close
-
-    def close(self: RunLog) -> None:
-        original(self)
-        stop.signum = 15
-
-    monkeypatch.setattr(RunLog, "close", close)
-    with pytest.raises(StoppedBySignal, match="stopped by SIGTERM; all 5 steps are done and saved") as stopped:
-        train_small(small_config(generated_photos), tmp_path, stop=stop)
-    assert stopped.value.exit_code == 143
 
 
 def test_train_stopped_by_a_signal_saves_log_checkpoint_and_style_model(

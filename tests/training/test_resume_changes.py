@@ -4,13 +4,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from fastnst.config import load_config
 from fastnst.errors import DataError, UserError
-from fastnst.training.run_dir.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from helpers.tiny_runs import make_small, small_arguments, small_config, train_small
+from fastnst.training.run_dir.checkpoint import save_checkpoint
+from helpers.tiny_runs import Killed, make_small, newest, small_arguments, small_config, train_small
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +24,6 @@ def run(photo_folder: Path, tmp_path: Path) -> Path:
     """A run of five steps."""
     train_small(small_config(photo_folder), tmp_path / "run")
     return tmp_path / "run"
-
-
-def newest(run: Path) -> Checkpoint:
-    checkpoint = latest_checkpoint(run)
-    assert checkpoint is not None
-    return checkpoint
 
 
 def snapshot(run: Path) -> dict[str, bytes]:
@@ -114,17 +109,10 @@ def test_train_resume_lists_a_changed_configuration_key_by_key(photo_folder: Pat
         resume(photo_folder, run)
 
 
-def test_train_resume_keeps_what_was_allowed_if_it_is_killed_at_once(
-    photo_folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
+def test_train_resume_keeps_what_was_allowed_if_it_is_killed_at_once(photo_folder: Path, run: Path) -> None:
     (photo_folder / "image_03.jpg").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("fastnst.training.trainer.RunLog", die)
-        with pytest.raises(KeyboardInterrupt):
-            resume(photo_folder, run, "train.learning_rate=0.01", allow_changes=True)
+    with mock.patch("fastnst.training.trainer.RunLog", side_effect=Killed), pytest.raises(Killed):
+        resume(photo_folder, run, "train.learning_rate=0.01", allow_changes=True)
     messages = resume(photo_folder, run, "train.learning_rate=0.01")
     assert any(message.startswith("resuming at step 5") for message in messages)
 

@@ -1,19 +1,18 @@
 """Samples and projections that a run logs: which, when, and that they change nothing."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.proto.graph_pb2 import GraphDef
 
-from fastnst.config import Config, load_config
+from fastnst.config import Config
 from fastnst.errors import UserError
-from fastnst.training.monitoring import snapshots
 from fastnst.training.train import train
+from helpers.run_comparison import assert_same_weights
+from helpers.tiny_runs import leave_out_graph, real_config
 
 Configure = Callable[..., Config]
 STEPS = 5
@@ -21,22 +20,11 @@ STEPS = 5
 
 @pytest.fixture
 def configure(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
-    """A run of real networks on single 32 px images, without the graph, which is slow to trace."""
-    monkeypatch.setattr(snapshots, "training_graph", lambda *_, **__: GraphDef())
-
-    def configure(*assignments: str) -> Config:
-        small = ("data.image_size=32", "train.batch_size=1", "data.workers=1", "data.loader=pillow", "style.size=48")
-        log = (f"train.steps={STEPS}", "train.sample_every=100", "train.samples=1", "train.device=cpu")
-        watched = ("visualize.vgg_maps=['relu1_2:3']", "visualize.transform_maps=['conv2:5','up2']")
-        options = {
-            "data.folder": photo_folder,
-            "style.image": photo_folder / "image_00.jpg",
-            "loss.vgg": "random",
-        }
-        all_assignments = [*small, *log, *watched, *assignments]
-        return load_config(preset="vgg-conv3", assignments=all_assignments, options=options, environment={})
-
-    return configure
+    """A run of real networks on single images."""
+    leave_out_graph(monkeypatch)
+    log = (f"train.steps={STEPS}", "train.sample_every=100", "train.samples=1", "visualize.every=100")
+    watched = ("visualize.vgg_maps=['relu1_2:3']", "visualize.transform_maps=['conv2:5','up2']")
+    return functools.partial(real_config, photo_folder, *log, *watched)
 
 
 def images(out: Path) -> dict[str, list[int]]:
@@ -57,8 +45,7 @@ def test_train_logs_projections_every_so_many_steps_and_learns_the_same(configur
     assert sliders["stylised/image_00"] == [0, 5]
 
     train(configure("visualize.every=0"), tmp_path / "unwatched")
-    watched, unwatched = (load_file(tmp_path / name / "model.safetensors") for name in ("watched", "unwatched"))
-    assert all(torch.equal(tensor, unwatched[name]) for name, tensor in watched.items())
+    assert_same_weights(tmp_path / "watched", tmp_path / "unwatched")
     assert not any(tag.startswith(("evolution/", "strip/")) for tag in images(tmp_path / "unwatched"))
 
 

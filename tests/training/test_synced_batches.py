@@ -166,6 +166,6 @@ def test_synced_batches_read_what_one_process_reads(
 def test_synced_batches_end_on_all_ranks_in_the_same_step() -> None:
     _, noted, errors = read_all(3, 9, dict.fromkeys(range(8), 1), batch_size=6, ahead=2, early=False, percent=1.0)
     assert sorted(type(error).__name__ for error in errors) == ["DataError", "EndedElsewhere", "EndedElsewhere"]
-    (told,) = [error for error in errors if isinstance(error, DataError)]
-    assert "of 9 images" in str(told)
+    (reported,) = [error for error in errors if isinstance(error, DataError)]
+    assert "of 9 images" in str(reported)
     assert len(noted) > 3

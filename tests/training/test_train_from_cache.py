@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from fastnst.data.cache import format
 from fastnst.data.cache.build import build_cache
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import build_manifest
 from fastnst.errors import UserError
-from fastnst.training.run_dir.checkpoint import latest_checkpoint
 from fastnst.training.style_run import StyleRun
-from helpers.tiny_runs import logged, make_small, small_arguments, small_config, train_small
+from helpers.run_comparison import assert_same_weights
+from helpers.tiny_runs import logged, make_small, newest, small_arguments, small_config, train_small
 
 Fastnst = Callable[..., tuple[int, str, str]]
 
@@ -43,15 +42,11 @@ def train_on(folder: Path, out: Path, photos: Path, *assignments: str, **options
     return train_small(config.model_copy(update={"data": data}), out, **options)
 
 
-def weights(run: Path) -> dict[str, list[float]]:
-    return {name: tensor.tolist() for name, tensor in load_file(run / "model.safetensors").items()}
-
-
 def test_train_from_cache_and_folder_gives_the_same_weights(cache: Path, few_photos: Path, tmp_path: Path) -> None:
     messages = train_on(cache, tmp_path / "from_cache", few_photos, "data.loader=dali", "train.samples=2")
     assert any("5 in the folder, 16 px, fp32 on" in text and "loader cache" in text for text in messages)
     train_on(few_photos, tmp_path / "from_folder", few_photos, "train.samples=2")
-    assert weights(tmp_path / "from_cache") == weights(tmp_path / "from_folder")
+    assert_same_weights(tmp_path / "from_cache", tmp_path / "from_folder")
     assert logged(tmp_path / "from_cache") == logged(tmp_path / "from_folder")
 
 
@@ -60,7 +55,7 @@ def test_train_resume_from_cache_is_exact(cache: Path, few_photos: Path, tmp_pat
     train_on(cache, tmp_path / "parts", few_photos, "train.steps=3")
     messages = train_on(cache, tmp_path / "parts", few_photos, resume=True)
     assert any("resuming at step 3" in text for text in messages)
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
 
@@ -75,7 +70,7 @@ def test_train_resume_from_folder_to_its_cache_needs_allow_changes(
     assert any("goes on, though data.folder was" in text for text in messages)
     assert any("goes on, though the images in the data folder changed" in text for text in messages)
     train_on(few_photos, tmp_path / "whole", few_photos)
-    assert weights(run) == weights(tmp_path / "whole")
+    assert_same_weights(run, tmp_path / "whole")
 
 
 def test_train_stops_at_a_truncated_shard_and_resumes_after_rebuild(
@@ -98,9 +93,7 @@ def test_train_stops_at_a_truncated_shard_and_resumes_after_rebuild(
     assert "shard_0000.u8 was written to: it has 5 bytes, and had" in err
     assert "--rebuild, then go on with --resume" in err
     assert "Traceback" not in err
-    checkpoint = latest_checkpoint(run)
-    assert checkpoint is not None
-    assert checkpoint.step >= 2
+    assert newest(run).step >= 2
     monkeypatch.setattr(StyleRun, "_save", save)
     code, _, err = fastnst(*arguments, "--resume")
     assert code == 3
@@ -109,7 +102,7 @@ def test_train_stops_at_a_truncated_shard_and_resumes_after_rebuild(
     assert (cache / "shard_0000.u8").read_bytes() == whole
     assert fastnst(*arguments, "--resume")[0] == 0
     train_on(cache, tmp_path / "whole", few_photos, "train.steps=40", "data.prefetch=1")
-    assert weights(run) == weights(tmp_path / "whole")
+    assert_same_weights(run, tmp_path / "whole")
 
 
 def test_data_cache_and_check_commands(

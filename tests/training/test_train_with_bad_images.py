@@ -6,10 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from fastnst.config import Config
 from fastnst.data.loaders import open_loader
@@ -19,18 +18,14 @@ from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.training import trainer
 from fastnst.training.run_dir import rejected_images
-from fastnst.training.step.train_step import NetTrainer
 from helpers.batches import load_pillow_in_this_process
-from helpers.tiny_runs import logged, make_small, small_config, train_small
+from helpers.run_comparison import assert_same_weights
+from helpers.tiny_runs import Killed, before_each_step, logged, make_small, small_config, train_small
 
 pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
 
 STEPS, BATCH, IMAGES = 12, 2, 12
 LOADERS = ("dali", "pillow")
-
-
-class Crash(Exception):
-    """Ends a run as a power cut does: nothing more is written."""
 
 
 class Scene:
@@ -44,12 +39,10 @@ class Scene:
         self.crash_after: int | None = None
         self.sampler = Sampler(0, IMAGES, BATCH, STEPS)
         self.paths = [entry.path for entry in build_manifest(folder).images]
-        step = NetTrainer.train_step
 
-        def crashing(this: NetTrainer, number: int, batch: torch.Tensor) -> Any:
-            if self.crash_after is not None and number > self.crash_after:
-                raise Crash
-            return step(this, number, batch)
+        def crash(_: object, step: int) -> None:
+            if self.crash_after is not None and step > self.crash_after:
+                raise Killed
 
         def opening(*arguments: Any, **options: Any) -> Any:
             for name in self.victims:
@@ -58,7 +51,7 @@ class Scene:
 
         make_small(monkeypatch)
         load_pillow_in_this_process(monkeypatch)
-        monkeypatch.setattr(NetTrainer, "train_step", crashing)
+        before_each_step(monkeypatch, crash)
         monkeypatch.setattr(trainer, "open_loader", opening)
 
     def config(self, loader: str, *more: str) -> Config:
@@ -79,7 +72,7 @@ class Scene:
 
     def crash(self, config: Config, name: str, after: int, without: Sequence[str] = ()) -> None:
         self.crash_after = after
-        with pytest.raises(Crash):
+        with pytest.raises(Killed):
             self.train(config, name, without)
         self.crash_after = None
 
@@ -88,10 +81,7 @@ class Scene:
 
     def assert_same(self, one: str, other: str) -> None:
         """Weights bit for bit, and all that was logged."""
-        first, second = (load_file(self.tmp / name / "model.safetensors") for name in (one, other))
-        assert first.keys() == second.keys()
-        for key, tensor in first.items():
-            assert torch.equal(tensor, second[key]), key
+        assert_same_weights(self.tmp / one, self.tmp / other)
         assert logged(self.tmp / one) == logged(self.tmp / other)
 
 
@@ -105,6 +95,7 @@ def test_train_replaces_lists_and_logs_an_image_that_vanishes(scene: Scene, load
     (scene.folder / "letter.jpg").write_text("A letter.")
     victim = scene.first_used_in(5)
     messages = scene.train(scene.config(loader), "run", [victim])
+    assert any("1 of 13 images refused" in message for message in messages)
     (message,) = [message for message in messages if victim in message]
     assert "failed in step 5: no such file or directory" in message
     assert "rejected.jsonl" in message
@@ -201,10 +192,8 @@ def test_train_resume_refuses_a_folder_that_lost_an_image(scene: Scene) -> None:
 
 
 def test_train_stops_if_a_failure_cannot_be_listed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_path: Path, _row: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(rejected_images, "append_row", full)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(rejected_images, "append_row", mock.Mock(side_effect=error))
     with pytest.raises(DataError, match=r"rejected\.jsonl: No space left") as caught:
         scene.train(scene.config("dali"), "run", [scene.first_used_in(5)])
     assert caught.value.exit_code == 3

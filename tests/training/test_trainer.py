@@ -9,21 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.proto.graph_pb2 import GraphDef
 
 from fastnst.config import Config, load_config
 from fastnst.errors import StoppedBySignal, UserError
-from fastnst.run_log.writer import RunLog, read_metrics
-from fastnst.training.monitoring import snapshots
-from fastnst.training.run_dir.checkpoint import latest_checkpoint
+from fastnst.run_log.writer import read_metrics
 from fastnst.training.signals import StopRequest
-from fastnst.training.step.train_step import NetTrainer
 from fastnst.training.train import train
-from helpers.tiny_runs import log_messages, make_small, small_config, train_small
+from helpers.run_comparison import assert_same_weights
+from helpers.tiny_runs import (
+    before_each_step,
+    leave_out_graph,
+    log_messages,
+    make_small,
+    newest,
+    real_config,
+    small_config,
+    train_small,
+)
 
 Configure = Callable[..., Config]
+ONE_IMAGE = ("train.steps=1", "train.samples=0", "data.image_size=16", "train.batch_size=1")
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +37,16 @@ def configure(generated_photos: Path) -> Configure:
     """A run of six steps of two 32 px images, with real networks and a shallow random VGG19."""
 
     def configure(*assignments: str, preset: str = "vgg-conv3") -> Config:
-        small = ("data.image_size=32", "train.batch_size=2", "data.workers=1", "data.loader=pillow", "train.steps=6")
-        log = ("train.log_every=2", "train.sample_every=3", "train.samples=2", "style.size=48", "train.device=cpu")
-        saved = ("train.checkpoint_every=4", "train.keep_checkpoints=2", "visualize.every=0")
-        options = {
-            "data.folder": generated_photos,
-            "style.image": generated_photos / "image_00.jpg",
-            "loss.vgg": "random",
-        }
-        assignments = (*small, *log, *saved, *assignments)
-        return load_config(preset=preset, assignments=assignments, options=options, environment={})
+        small = ("data.image_size=32", "train.batch_size=2", "train.steps=6", "train.samples=2", "style.size=48")
+        log = ("train.log_every=2", "train.sample_every=3", "train.checkpoint_every=4", "train.keep_checkpoints=2")
+        return real_config(generated_photos, *small, *log, *assignments, preset=preset)
 
     return configure
 
 
 @pytest.fixture
 def no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the networks' graph, which is slow to trace."""
-    monkeypatch.setattr(snapshots, "training_graph", lambda *_, **__: GraphDef())
+    leave_out_graph(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +95,7 @@ def test_train_logs_scalars_histograms_and_images(finished_run: Path) -> None:
 
 @pytest.mark.usefixtures("no_graph")
 def test_train_lowers_the_loss(configure: Configure, tmp_path: Path) -> None:
-    settings = ("train.steps=12", "train.log_every=1", "train.sample_every=1000", "loss.tv_weight=0")
-    train(configure(*settings, "train.samples=0", "data.image_size=16", "train.batch_size=1"), tmp_path / "run")
+    train(configure(*ONE_IMAGE, "train.steps=12", "train.log_every=1", "loss.tv_weight=0"), tmp_path / "run")
     found = losses(tmp_path / "run")
     assert sum(found[-3:]) < 0.7 * sum(found[:3])
 
@@ -115,11 +112,7 @@ def test_train_lowers_the_loss(configure: Configure, tmp_path: Path) -> None:
 )
 @pytest.mark.usefixtures("no_graph")
 def test_train_resume_equals_uninterrupted_to_the_last_bit(
-    configure: Configure,
-    finished_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    variant: tuple[str, ...],
+    configure: Configure, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: tuple[str, ...]
 ) -> None:
     config, whole, parts = configure(*variant), finished_run, tmp_path / "parts"
     if variant:
@@ -127,15 +120,13 @@ def test_train_resume_equals_uninterrupted_to_the_last_bit(
         train(config, whole)
     made: list[int] = []
     stop = StopRequest()
-    original = NetTrainer.train_step
 
-    def interrupted(self: NetTrainer, step: int, batch: torch.Tensor) -> object:
+    def interrupt(_: object, step: int) -> None:
         made.append(step)
         if made == [1, 2, 3]:
             stop.signum = signal.SIGINT
-        return original(self, step, batch)
 
-    monkeypatch.setattr(NetTrainer, "train_step", interrupted)
+    before_each_step(monkeypatch, interrupt)
     with pytest.raises(StoppedBySignal, match=r"stopped at step 3 of 6.*--resume") as stopped:
         train(config, parts, stop=stop)
     assert stopped.value.exit_code == 130
@@ -144,14 +135,8 @@ def test_train_resume_equals_uninterrupted_to_the_last_bit(
     assert any("resuming at step 3" in message for message in messages)
     assert made == [1, 2, 3, 4, 5, 6]
 
-    one, other = latest_checkpoint(whole), latest_checkpoint(parts)
-    assert one is not None
-    assert other is not None
-    assert one.tensors.keys() == other.tensors.keys()
-    for name, tensor in one.tensors.items():
-        assert torch.equal(tensor, other.tensors[name]), name
-    models = [load_file(run / "model.safetensors") for run in (whole, parts)]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    torch.testing.assert_close(newest(parts).tensors, newest(whole).tensors, rtol=0, atol=0)
+    assert_same_weights(parts, whole)
     logged = [{(row["step"], row["loss/total"]) for row in read_metrics(run)} for run in (whole, parts)]
     # The stop adds a row for its own step; all other rows are the same numbers.
     assert logged[0] <= logged[1]
@@ -160,9 +145,8 @@ def test_train_resume_equals_uninterrupted_to_the_last_bit(
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.usefixtures("no_graph")
 def test_train_in_reduced_precision_follows_fp32(configure: Configure, tmp_path: Path, precision: str) -> None:
-    settings = ("train.steps=1", "train.samples=0", "data.image_size=16", "train.batch_size=1")
-    train(configure(*settings), tmp_path / "fp32")
-    train(configure(*settings, f"train.precision={precision}"), tmp_path / precision)
+    train(configure(*ONE_IMAGE), tmp_path / "fp32")
+    train(configure(*ONE_IMAGE, f"train.precision={precision}"), tmp_path / precision)
     exact, reduced = losses(tmp_path / "fp32"), losses(tmp_path / precision)
     # bf16 keeps 8 bits: 2⁻⁸ per rounding, over some twenty layers.
     assert reduced[0] == pytest.approx(exact[0], rel=0.05)
@@ -173,7 +157,7 @@ def test_train_in_reduced_precision_follows_fp32(configure: Configure, tmp_path:
 @pytest.mark.parametrize("preset", ["hwalsuklee", "lengstrom", "johnson"])
 @pytest.mark.usefixtures("no_graph")
 def test_train_with_every_preset(configure: Configure, tmp_path: Path, preset: str) -> None:
-    train(configure("train.steps=1", "train.samples=0", "train.batch_size=1", preset=preset), tmp_path / "run")
+    train(configure(*ONE_IMAGE, preset=preset), tmp_path / "run")
     (loss,) = losses(tmp_path / "run")
     assert math.isfinite(loss)
 
@@ -187,8 +171,7 @@ def test_train_compiled_takes_the_whole_step_in_one_graph(
     # Capturing and differentiating is ours to get right; generating C++ is the compiler's, and takes minutes.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     for name in ("false", "true"):
-        settings = ("train.steps=1", "train.samples=0", "data.image_size=16", "train.batch_size=1")
-        train(configure(*settings, f"train.compile={name}"), tmp_path / name)
+        train(configure(*ONE_IMAGE, f"train.compile={name}"), tmp_path / name)
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-3)
 
 
@@ -201,27 +184,6 @@ def tiny(generated_photos: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
     return functools.partial(small_config, generated_photos)
 
 
-def test_train_ends_the_next_step_on_a_signal_late_in_a_step(
-    tiny: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the moment, the message "which is saved" is true."""
-    stop = StopRequest()
-    original = RunLog.histograms
-
-    def interrupted(self: RunLog, step: int, net: torch.nn.Module) -> None:
-        original(self, step, net)
-        if step == 2:
-            stop.signum = signal.SIGTERM
-
-    monkeypatch.setattr(RunLog, "histograms", interrupted)
-    with pytest.raises(StoppedBySignal, match="stopped at step 3 of 5, which is saved") as stopped:
-        train_small(tiny(), tmp_path / "run", stop=stop)
-    assert stopped.value.exit_code == 143
-    checkpoint = latest_checkpoint(tmp_path / "run")
-    assert checkpoint is not None
-    assert checkpoint.step == 3
-
-
 def test_train_resume_with_more_steps_goes_on(tiny: Configure, tmp_path: Path) -> None:
     train_small(tiny("train.steps=3"), tmp_path / "run")
     train_small(tiny(), tmp_path / "run", resume=True)
@@ -229,8 +191,7 @@ def test_train_resume_with_more_steps_goes_on(tiny: Configure, tmp_path: Path) -
     (message,) = [text for text in train_small(tiny(), tmp_path / "run", resume=True) if "steps" in text]
     assert message.startswith("nothing to do: 5 of 5 steps are done")
     train_small(tiny(), tmp_path / "whole")
-    models = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole")]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_train_needs_an_empty_directory(tiny: Configure, tmp_path: Path) -> None:

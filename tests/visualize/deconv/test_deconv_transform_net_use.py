@@ -16,6 +16,7 @@ from fastnst.models.pretrained import load_lengstrom_npz
 from fastnst.models.transform_net import LAYER_NAMES, NORMS, TransformNet
 from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
+from fastnst.visualize.deconv.transform_recording import TransformRecording
 from helpers.random_inputs import seeded
 from helpers.tiny_transform_nets import random_images, small_net
 
