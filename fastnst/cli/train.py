@@ -28,7 +28,7 @@ _LONGEST_NAME = 200
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="IMAGE",
-    help="Style image; train several at once by repeating --style, which costs less than one after the other.",
+    help="Style image; train several at once by repeating --style.",
 )
 @click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER", help="Photos to train on, or a cache.")
 @click.option("--preset", metavar="NAME", help="hwalsuklee (the default), lengstrom, johnson or vgg-conv3.")

@@ -22,6 +22,8 @@ from fastnst.data.manifest import ImageEntry, Manifest, compute_fingerprint, quo
 from fastnst.errors import DataError
 from fastnst.images import TRAINING_FORMATS, UnusableImageError, explain_os_error, printable
 
+REJECTED_NAME = "rejected.jsonl"
+"""A run's list of images that were refused or failed later."""
 ALWAYS_ALLOWED = 3
 """Failures allowed in a folder of any size unless `max_percent` is 0: 1 % of a small folder is less than one image."""
 _MAX_NAMED = 3

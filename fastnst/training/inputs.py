@@ -17,7 +17,7 @@ from fastnst.config import Config, DataConfig, TrainConfig
 from fastnst.data.cache.format import is_cache
 from fastnst.data.cache.verify import open_cache
 from fastnst.data.manifest import Manifest, build_manifest
-from fastnst.data.replacements import ReadFailure, with_failed
+from fastnst.data.replacements import REJECTED_NAME, ReadFailure, with_failed
 from fastnst.device import resolve_device, resolve_precision
 from fastnst.errors import DataError, UserError
 from fastnst.images import printable, read_image, to_tensor
@@ -25,7 +25,6 @@ from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.models.weights import load_vgg19
 from fastnst.progress import counted
 from fastnst.storage import sha256_of
-from fastnst.training.run_dir.layout import REJECTED_NAME
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 
 from fastnst import __version__
 from fastnst.config import to_toml
-from fastnst.data.replacements import ReadFailure
+from fastnst.data.replacements import REJECTED_NAME, ReadFailure
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DataError
 from fastnst.losses.perceptual import LossTerms, PerceptualLoss
@@ -24,7 +24,7 @@ from fastnst.training.divergence import DivergenceMonitor
 from fastnst.training.inputs import Inputs
 from fastnst.training.monitoring.snapshots import SampleLogger
 from fastnst.training.run_dir.checkpoint import Checkpoint, remove_old_checkpoints, save_checkpoint
-from fastnst.training.run_dir.layout import CONFIG_NAME, REJECTED_NAME
+from fastnst.training.run_dir.layout import CONFIG_NAME
 from fastnst.training.run_dir.load_net import steps_of_run
 from fastnst.training.run_dir.rejected_images import RejectedImages
 from fastnst.training.run_dir.resume import check_fits, checkpoint_to_resume, diff_provenance, provenance

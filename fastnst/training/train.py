@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fastnst.config import Config
-from fastnst.data.replacements import ReadFailure, read_failures
+from fastnst.data.replacements import REJECTED_NAME, ReadFailure, read_failures
 from fastnst.errors import DataError
 from fastnst.storage import lock_run
 from fastnst.training import determinism
@@ -30,7 +30,6 @@ from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve
 from fastnst.training.memory.advice import explained_memory_errors
 from fastnst.training.monitoring.profiler import check_steps
 from fastnst.training.run_dir.checkpoint import checkpoint_steps
-from fastnst.training.run_dir.layout import REJECTED_NAME
 from fastnst.training.run_dir.resume import provenance
 from fastnst.training.run_dir.style_folder import MultiStyleDir, run_configs, validate_run_dirs
 from fastnst.training.signals import StopRequest

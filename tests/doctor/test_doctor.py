@@ -100,7 +100,7 @@ def probe(name: str, limit: float = 60.0) -> Probe:
 def test_run_probes_survives_probes_that_raise_crash_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCTOR_TEST_FILE", str(tmp_path / "processes"))
     names = ["raises", "exits", "is_no_json", "crashes", "leaves", "is_not_there"]
-    failing = [probe(name) for name in names] + [Probe("answers", "helpers.doctor.probes:answers", 60.0)]
+    failing = [probe(name) for name in [*names, "answers"]]
     checks = [Check(name, lambda results, name=name: passed(str(results[name])), DEVICE, "") for name in names]
     started = time.monotonic()
     # The limit includes the start of the process, which takes a while on a busy machine.
@@ -110,12 +110,12 @@ def test_run_probes_survives_probes_that_raise_crash_or_hang(tmp_path: Path, mon
     assert results["answers"]["process"] > 0
     assert results["after"]["process"] > 0
     said = {row.name: row.found for row in report(results, checks).rows}
-    assert said["raises"] == "RuntimeError: the cable"
-    assert said["exits"] == "SystemExit: 3"
-    assert said["is_no_json"].startswith("TypeError: ")
-    assert said["crashes"] == "its process crashed (SIGSEGV)"
-    assert said["leaves"] == "its process ended with code 7"
-    assert said["is_not_there"].startswith("AttributeError: ")
+    assert said.pop("is_no_json").startswith("TypeError: ")
+    assert said.pop("is_not_there").startswith("AttributeError: ")
+    assert said == {
+        **{"raises": "RuntimeError: the cable", "exits": "SystemExit: 3"},
+        **{"crashes": "its process crashed (SIGSEGV)", "leaves": "its process ended with code 7"},
+    }
     with pytest.raises(Exception, match=r"^no answer within 4 s$"):
         results["hangs"]
     for process in (tmp_path / "processes").read_text().split():
@@ -150,15 +150,14 @@ def test_run_probes_leaves_no_hanging_process(
 def gone(process: int) -> bool:
     """Return whether it ends within ten seconds."""
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+    state = ""
+    while state != "Z" and time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return True
-        if state == "Z":
-            return True
         time.sleep(0.05)
-    return False
+    return state == "Z"
 
 
 def test_run_probes_imports_nothing_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +174,7 @@ def test_run_probes_imports_nothing_from_the_working_directory(tmp_path: Path, m
 
 def run_doctor(*options: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "fastnst", "doctor", *options]
-    return subprocess.run(
-        command, env=os.environ | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 def test_doctor_command_on_this_machine(tmp_path: Path) -> None:

@@ -69,15 +69,11 @@ def test_probe_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nvidia_displays_counts_display_controllers(tmp_path: Path) -> None:
     assert device._nvidia_displays(tmp_path) == 0
-    for address, vendor, kind in (
-        ("a", "0x10de", "0x030200"),
-        ("b", "0x10de", "0x040300"),
-        ("c", "0x8086", "0x030000"),
-    ):
+    for address, vendor, kind in (("a", "0x10de", "0x0302"), ("b", "0x10de", "0x0403"), ("c", "0x8086", "0x0300")):
         folder = tmp_path / "sys/bus/pci/devices" / address
         folder.mkdir(parents=True)
         (folder / "vendor").write_text(f"{vendor}\n")
-        (folder / "class").write_text(f"{kind}\n")
+        (folder / "class").write_text(f"{kind}00\n")
     (tmp_path / "sys/bus/pci/devices/gone").mkdir()
     assert device._nvidia_displays(tmp_path) == 1
 
@@ -165,9 +161,7 @@ def test_probe_jpeg_engines(monkeypatch: pytest.MonkeyPatch, answer: object, fou
 def test_nvjpeg_of_dali_has_the_functions() -> None:
     pytest.importorskip("nvidia.dali", reason="nvJPEG comes with DALI")
     found = images._nvjpeg()
-    assert found.nvjpegCreateEx
-    assert found.nvjpegGetHardwareDecoderInfo
-    assert found.nvjpegDestroy
+    assert all((found.nvjpegCreateEx, found.nvjpegGetHardwareDecoderInfo, found.nvjpegDestroy))
 
 
 # Kernels and decoders.

@@ -24,16 +24,8 @@ from helpers.doctor.machines import row_of
 def test_probe_packages_compares_versions_with_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     pin = ["triton==0.0.1; platform_system == 'Linux'", "triton==9; extra == 'no'", "jinja2"]
     monkeypatch.setattr(installation, "_requires", lambda _: pin)
-    own = SimpleNamespace(
-        metadata={"Requires-Python": ">=99"},
-        requires=[
-            "pillow>=1",
-            "numpy>=99",
-            "no-such-thing>=1",
-            "captum>=0.8; extra == 'test'",
-            "click; os_name == 'x'",
-        ],
-    )
+    requires = ["pillow>=1", "numpy>=99", "no-such-thing>=1", "captum>=0.8; extra == 'test'", "click; os_name == 'x'"]
+    own = SimpleNamespace(metadata={"Requires-Python": ">=99"}, requires=requires)
     monkeypatch.setattr(metadata, "distribution", lambda _: own)
     monkeypatch.setattr(installation, "_version", lambda name: {"no-such-thing": None}.get(name, "1.5"))
     found = installation.probe_packages()

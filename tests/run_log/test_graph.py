@@ -46,6 +46,10 @@ class Net(nn.Module):
 LIKE = torch.empty(())
 
 
+def placeholder(recorder: GraphRecorder, *shape: int, name: str = "x") -> Tensor:
+    return recorder.placeholder(name, shape or (1, 3, 8, 8), like=LIKE)
+
+
 def nodes(graph: GraphDef) -> dict[str, NodeDef]:
     return {node.name: node for node in graph.node}
 
@@ -64,7 +68,7 @@ def shapes(node: NodeDef) -> list[list[int]]:
 def test_graph_recorder_modules_are_scopes_and_tensors_edges() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
-        x = recorder.placeholder("image", (2, 3, 8, 8), like=LIKE)
+        x = placeholder(recorder, 2, 3, 8, 8, name="image")
         with recorder.scope("net"):
             net(x)
     assert edges(recorder) == {
@@ -96,8 +100,8 @@ def test_graph_recorder_modules_are_scopes_and_tensors_edges() -> None:
 def test_graph_recorder_draws_a_module_in_each_block_that_uses_it() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
-        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
-        y = recorder.placeholder("y", (1, 3, 8, 8), like=LIKE)
+        x = placeholder(recorder)
+        y = placeholder(recorder, name="y")
         for name, image in (("first", x), ("second", y)):
             with recorder.scope(name):
                 net(image)
@@ -110,7 +114,7 @@ def test_graph_recorder_draws_a_module_in_each_block_that_uses_it() -> None:
 def test_graph_recorder_draws_equal_computations_once() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
-        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        x = placeholder(recorder)
         with recorder.scope("first"):
             net(x)
         with recorder.scope("second"):
@@ -121,25 +125,18 @@ def test_graph_recorder_draws_equal_computations_once() -> None:
 
 def test_graph_recorder_distinguishes_views_without_drawing_them() -> None:
     with GraphRecorder() as recorder:
-        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        x = placeholder(recorder)
         x[:, :, 1:] * 2.0
         x[:, :, :-1] * 2.0
         x[:, :, 1:] * 2.0
         first, second = x.split([1, 2], dim=1)
         first.sum(), second.sum(), x.transpose(2, 3).detach().sum()
-    assert edges(recorder) == {
-        "x": [],
-        "mul": ["x"],
-        "mul_1": ["x"],
-        "sum": ["x"],
-        "sum_1": ["x"],
-        "sum_2": ["x"],
-    }
+    assert edges(recorder) == {"x": [], "mul": ["x"], "mul_1": ["x"], "sum": ["x"], "sum_1": ["x"], "sum_2": ["x"]}
 
 
 def test_graph_recorder_follows_in_place_writes() -> None:
     with GraphRecorder() as recorder:
-        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        x = placeholder(recorder)
         y = x * 2.0
         same = y[:]
         y.add_(1.0)
@@ -162,7 +159,7 @@ def test_graph_recorder_follows_in_place_writes() -> None:
 
 def test_graph_recorder_several_outputs_and_inputs() -> None:
     with GraphRecorder() as recorder:
-        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        x = placeholder(recorder)
         values, places = x.max(dim=1)
         torch.cat([values, places.float(), values])
     assert edges(recorder)["to_copy"] == ["max:1"]
@@ -174,7 +171,7 @@ def test_graph_recorder_several_outputs_and_inputs() -> None:
 def test_graph_recorder_puts_constants_where_they_are_used() -> None:
     outside = torch.ones(3, 1, 1)
     with GraphRecorder() as recorder:
-        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
+        x = placeholder(recorder)
         with recorder.scope("here"):
             x + outside + torch.zeros(1)
     graph = nodes(recorder.graph_def())
@@ -185,7 +182,7 @@ def test_graph_recorder_puts_constants_where_they_are_used() -> None:
 def test_graph_recorder_parameter_outside_its_module_opens_its_scope() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
-        x = recorder.placeholder("x", (1, 4, 8, 8), like=LIKE)
+        x = placeholder(recorder, 1, 4, 8, 8)
         with recorder.scope("backwards"):
             turned = net.block.conv.weight.flip(2, 3).transpose(0, 1)
             F.conv2d(x.relu(), turned).exp()
@@ -201,25 +198,21 @@ def test_graph_recorder_parameter_outside_its_module_opens_its_scope() -> None:
 
 def test_graph_recorder_nested_roots() -> None:
     net = Net()
-    with GraphRecorder(net.block, net) as recorder:
-        x = recorder.placeholder("x", (1, 3, 8, 8), like=LIKE)
-        with recorder.scope("inner"):
-            net.block(x)
+    with GraphRecorder(net.block, net) as recorder, recorder.scope("inner"):
+        net.block(placeholder(recorder))
     assert "inner/conv/convolution" in edges(recorder)
 
 
 def test_graph_recorder_computes_nothing() -> None:
     net = nn.Conv2d(3, 1000, 3)
     with GraphRecorder(net) as recorder:
-        x = recorder.placeholder("x", (1000, 3, 100_000, 100_000), like=LIKE)
-        y = net(x)
-    assert y.numel() > 10**15
+        assert net(placeholder(recorder, 1000, 3, 100_000, 100_000)).numel() > 10**15
 
 
 def test_graph_recorder_cleans_up_after_an_error() -> None:
     net = Net()
     with GraphRecorder(net) as recorder:
-        x = recorder.placeholder("x", (1, 5, 8, 8), like=LIKE)
+        x = placeholder(recorder, 1, 5, 8, 8)
         with pytest.raises(RuntimeError), recorder.scope("broken"):
             net(x)
         with recorder.scope("after"):
@@ -252,9 +245,7 @@ def block_edges(graph: GraphDef) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("architecture", "norm"), [*zip(ARCHITECTURES, itertools.cycle(NORMS), strict=False)])
-def test_training_graph_has_the_papers_blocks_and_each_layer(
-    loss: PerceptualLoss, architecture: str, norm: str
-) -> None:
+def test_training_graph_has_blocks_and_layers(loss: PerceptualLoss, architecture: str, norm: str) -> None:
     net = TransformNet(architecture, norm)
     graph = training_graph(net, loss, image_size=64)
     names = [node.name for node in graph.node]
@@ -269,14 +260,9 @@ def test_training_graph_has_the_papers_blocks_and_each_layer(
     for node in graph.node:
         assert all(place[name.split(":")[0]] < place[node.name] for name in node.input)
     assert block_edges(graph) == {
-        ("X_content", "transform_net"),
-        ("X_content", "vgg_content"),
-        ("transform_net", "vgg_transformed"),
-        ("transform_net", "loss"),
-        ("transform_net", "visualization"),
-        ("vgg_transformed", "visualization"),
-        ("vgg_transformed", "loss"),
-        ("vgg_content", "loss"),
+        *(("X_content", "transform_net"), ("X_content", "vgg_content"), ("vgg_content", "loss")),
+        *(("transform_net", target) for target in ("vgg_transformed", "loss", "visualization")),
+        *(("vgg_transformed", target) for target in ("loss", "visualization")),
     }
 
     layers = {name.rpartition("/")[0] for name in names}
@@ -306,9 +292,7 @@ def test_training_graph_changes_nothing(loss: PerceptualLoss) -> None:
         assert torch.equal(tensor, before[name])
     assert net.training
     assert all(parameter.requires_grad for parameter in net.parameters())
-    for module in [*net.modules(), *loss.modules()]:
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*net.modules(), *loss.modules()])
 
 
 def test_training_graph_has_the_runs_sizes(loss: PerceptualLoss) -> None:

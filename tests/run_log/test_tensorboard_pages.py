@@ -26,16 +26,10 @@ if TYPE_CHECKING:
 STEPS = 4
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
     "--disable-3d-apis",  # charts as SVG, which can be read, not on a canvas
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 PATIENCE = 60_000
 """Milliseconds until a page counts as broken, on a machine that is busy with other things."""
@@ -44,14 +38,16 @@ PATIENCE = 60_000
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, generated_photos: Path) -> Path:
     """A finished training run, and a sheet that was added to it afterwards."""
-    sizes = ("data.image_size=32", "train.batch_size=2", "data.workers=1", "data.loader=pillow", "style.size=48")
-    log = (f"train.steps={STEPS}", "train.log_every=1", "train.sample_every=2", "train.samples=1", "train.device=cpu")
-    options = {
-        "data.folder": generated_photos,
-        "style.image": generated_photos / "image_00.jpg",
-        "loss.vgg": "random",
-    }
-    config = load_config(preset="vgg-conv3", assignments=[*sizes, *log], options=options, environment={})
+    small = ("data.image_size=32", "train.batch_size=2", "data.workers=1", "data.loader=pillow", "style.size=48")
+    small += (
+        f"train.steps={STEPS}",
+        "train.log_every=1",
+        "train.sample_every=2",
+        "train.samples=1",
+        "train.device=cpu",
+    )
+    options = {"data.folder": generated_photos, "style.image": generated_photos / "image_00.jpg", "loss.vgg": "random"}
+    config = load_config(preset="vgg-conv3", assignments=small, options=options, environment={})
     out = tmp_path_factory.mktemp("runs") / "run"
     train(config, out)
     sheet = np.full((20, 30, 3), (200, 40, 40), dtype=np.uint8)
@@ -90,12 +86,9 @@ def page(tensorboard: str, requests: list[str], tmp_path_factory: pytest.TempPat
 
     browser = find_browser()
     with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("browser"),
-            executable_path=browser,
-            args=list(FLAGS),
-            viewport={"width": 1400, "height": 1000},
-        )
+        profile, size = tmp_path_factory.mktemp("browser"), {"width": 1400, "height": 1000}
+        launch = playwright.chromium.launch_persistent_context
+        context = launch(profile, executable_path=browser, args=list(FLAGS), viewport=size)
         context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.on("request", lambda request: requests.append(request.url))

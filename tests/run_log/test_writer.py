@@ -54,13 +54,8 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
 
 def test_loss_scalars_name_every_term() -> None:
     terms = LossTerms(*(torch.tensor(value) for value in (6.0, 1.0, 3.0, 2.0)), {"style/relu1_1": torch.tensor(3.0)})
-    assert loss_scalars(terms) == {
-        "loss/total": 6.0,
-        "loss/content": 1.0,
-        "loss/style": 3.0,
-        "loss/tv": 2.0,
-        "loss/style/relu1_1": 3.0,
-    }
+    expected = {"loss/total": 6.0, "loss/content": 1.0, "loss/style": 3.0, "loss/tv": 2.0, "loss/style/relu1_1": 3.0}
+    assert loss_scalars(terms) == expected
 
 
 def test_run_log_resumed_has_each_step_once(tmp_path: Path) -> None:
@@ -113,12 +108,8 @@ def test_metrics_writes_null_for_nan_and_inf(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         log.metrics(1, {"loss/total": float("nan"), "loss/tv": float("inf"), "loss/style": 1.5})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail) == {
-        "step": 1,
-        "loss/total": None,
-        "loss/tv": None,
-        "loss/style": 1.5,
-    }
+    expected = {"step": 1, "loss/total": None, "loss/tv": None, "loss/style": 1.5}
+    assert json.loads(line, parse_constant=pytest.fail) == expected
 
 
 FLOATS = arrays.arrays(np.float32, st.integers(0, 50), elements=st.floats(width=32))
@@ -142,13 +133,8 @@ def test_histogram_counts_finite_values(values: np.ndarray) -> None:
 def test_histogram_by_hand() -> None:
     values = np.array([[0.0, 1.0, np.inf], [3.0, 1.0, np.nan]], dtype=np.float32)
     assert histogram(values, bins=3) == {
-        "min": 0.0,
-        "max": 3.0,
-        "num": 4,
-        "sum": 5.0,
-        "sum_squares": 11.0,
-        "bucket_limits": [1.0, 2.0, 3.0],
-        "bucket_counts": [1, 2, 1],
+        **{"min": 0.0, "max": 3.0, "num": 4, "sum": 5.0, "sum_squares": 11.0},
+        **{"bucket_limits": [1.0, 2.0, 3.0], "bucket_counts": [1, 2, 1]},
     }
 
 
@@ -188,13 +174,15 @@ def hparams(run: Path, tag: str) -> Any:
     return getattr(HParamsPluginData.FromString(content), tag)
 
 
-def test_config_logs_hyper_parameters_in_the_run_itself(tmp_path: Path) -> None:
+def test_config_logs_text_and_hyper_parameters_in_the_run_itself(tmp_path: Path) -> None:
     config = load_config(options={"style.image": Path("/images/wave.jpg")}, environment={})
     with RunLog(tmp_path) as log:
         log.config(config)
         log.metrics(1, {"loss/total": 1.0})
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     assert len(list(tmp_path.glob("events.*"))) == 1
+    (text,) = read_events(tmp_path).Tensors("config/text_summary")
+    assert b'preset = "hwalsuklee"' in text.tensor_proto.string_val[0]
     values = hparams(tmp_path, "session_start_info").hparams
     assert values["loss.style_weight"].number_value == config.loss.style_weight
     assert values["model.architecture"].string_value == "hwalsuklee"
@@ -227,13 +215,6 @@ def test_run_log_marks_only_finished_runs(tmp_path: Path) -> None:
     with RunLog(tmp_path, start_step=1):
         pass
     assert hparams(tmp_path, "session_end_info").status == 1  # STATUS_SUCCESS
-
-
-def test_config_is_a_text_page(tmp_path: Path) -> None:
-    with RunLog(tmp_path) as log:
-        log.config(load_config(environment={}))
-    (text,) = read_events(tmp_path).Tensors("config/text_summary")
-    assert b'preset = "hwalsuklee"' in text.tensor_proto.string_val[0]
 
 
 def test_images_round_trip(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from helpers.malformed.files import (
     malformed_style_models,
     malformed_weights,
 )
-from helpers.malformed.images import hostile_images, largest_images
+from helpers.malformed.images import largest_images, malformed_images
 
 MAX_MIB = 1024
 ENTRY_POINTS = {
@@ -72,7 +72,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Malformed], R
         *malformed_npz(folder / "npz", canary),
         *malformed_configurations(folder / "configurations"),
         *malformed_checkpoints(folder / "checkpoints"),
-        *(Malformed("image", path, harmless) for path, harmless in hostile_images(folder / "images")),
+        *(Malformed("image", path, harmless) for path, harmless in malformed_images(folder / "images")),
     ]
     return files, load_in_child(files, folder, canary)
 

@@ -62,29 +62,37 @@ def connections(log: Path) -> list[str]:
     return [line for line in lines if line != "started"]
 
 
+def torchvision_state(last_layer: str) -> dict[str, torch.Tensor]:
+    """Random weights of VGG19 up to a layer, under torchvision's names."""
+    net = VGG19(last_layer, generator=torch.Generator().manual_seed(0))
+    parts = ((*name.rpartition(".")[::2], tensor) for name, tensor in net.state_dict().items())
+    return {f"{torchvision_key(layer)}.{kind}": tensor.contiguous().clone() for layer, kind, tensor in parts}
+
+
 def test_train_uses_no_network(guarded: tuple[dict[str, str], Path], photo_folder: Path, tmp_path: Path) -> None:
     environment, log = guarded
-    state = {}
-    for name, tensor in VGG19("relu3_4", generator=torch.Generator().manual_seed(0)).state_dict().items():
-        layer, _, kind = name.partition(".")
-        state[f"{torchvision_key(layer)}.{kind}"] = tensor.contiguous()
-    torch.save(state, tmp_path / "vgg19.pth")
+    torch.save(torchvision_state("relu3_4"), tmp_path / "vgg19.pth")
     sizes = ("data.image_size=32", "train.batch_size=1", "style.size=32", "train.samples=1", "data.workers=1")
     sizes += ("loss.vgg_flavour=torchvision", "visualize.every=0")
     other_loader = "dali" if importlib.util.find_spec("nvidia.dali") else "pillow"
     runs = (("random", "pillow", 1), (str(tmp_path / "vgg19.pth"), other_loader, 2))
     code = "from fastnst.cli.main import cli\n"
     for vgg, loader, steps in runs:
-        command = ["train", "--style", photo_folder / "image_00.jpg"]
-        command += ["--data", photo_folder, "--preset", "vgg-conv3", "--loader", loader, "--device", "cpu"]
-        command += ["--vgg", vgg, "--steps", str(steps), "--out", tmp_path / f"run{steps}"]
+        command = ["train", "--style", photo_folder / "image_00.jpg", "--data", photo_folder, "--preset", "vgg-conv3"]
+        command += ["--loader", loader, "--device", "cpu", "--vgg", vgg, "--steps", steps, "--out", f"run{steps}"]
         command += [part for size in sizes for part in ("--set", size)]
         code += f"cli.main({[str(word) for word in command]}, standalone_mode=False)\n"
     # The Pillow loader's workers import the main module anew: it must be a file, and guarded.
     script = tmp_path / "script.py"
     script.write_text("if __name__ == '__main__':\n    " + code.replace("\n", "\n    ").rstrip() + "\n")
     done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("run*/model.safetensors"))) == 2
@@ -167,9 +175,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Remot
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     path = tmp_path / "cache" / "weights" / "vgg.pth"
     path.parent.mkdir(parents=True)
-    net = VGG19("relu1_2", generator=torch.Generator().manual_seed(0))
-    state = {f"{torchvision_key(n[:7])}.{n[8:]}": t.contiguous() for n, t in net.state_dict().items()}
-    torch.save(state, path)
+    torch.save(torchvision_state("relu1_2"), path)
     data = path.read_bytes()
     return path, RemoteFile("http://127.0.0.1:9/", hashlib.sha256(data).hexdigest(), len(data), path.name)
 
@@ -201,8 +207,7 @@ def test_load_vgg19_checks_cached_weights_at_every_load(
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_load_vgg19_refuses_nan_and_inf(tmp_path: Path, suffix: str, value: float) -> None:
-    net = VGG19("relu1_2", generator=torch.Generator().manual_seed(0))
-    state = {f"{torchvision_key(n[:7])}.{n[8:]}": t.contiguous().clone() for n, t in net.state_dict().items()}
+    state = torchvision_state("relu1_2")
     state["features.2.bias"][-1] = value
     path = tmp_path / f"vgg{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)

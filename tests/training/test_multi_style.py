@@ -14,7 +14,7 @@ from tensorboard.compat.proto.graph_pb2 import GraphDef
 
 from fastnst.config import Config, load_config
 from fastnst.data.loaders import open_loader
-from fastnst.data.replacements import read_failures
+from fastnst.data.replacements import REJECTED_NAME, read_failures
 from fastnst.errors import DataError, DivergedError, StoppedBySignal, UserError
 from fastnst.losses.fused import FusedPerceptualLoss
 from fastnst.storage import StorageError, lock_run
@@ -22,7 +22,7 @@ from fastnst.training import trainer
 from fastnst.training.memory.estimate import estimate
 from fastnst.training.monitoring import snapshots
 from fastnst.training.run_dir.checkpoint import checkpoint_steps, latest_checkpoint
-from fastnst.training.run_dir.layout import CONFIG_NAME, REJECTED_NAME
+from fastnst.training.run_dir.layout import CONFIG_NAME
 from fastnst.training.run_dir.style_folder import STYLES_NAME, saved_styles, style_names
 from fastnst.training.signals import StopRequest
 from fastnst.training.step.train_step import NetTrainer

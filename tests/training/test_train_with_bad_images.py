@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from fastnst.config import Config
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import build_manifest
+from fastnst.data.replacements import REJECTED_NAME
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.training import trainer
 from fastnst.training.run_dir import rejected_images
-from fastnst.training.run_dir.layout import REJECTED_NAME
 from fastnst.training.step.train_step import NetTrainer
 from helpers.batches import load_pillow_in_this_process
 from helpers.tiny_runs import logged, make_small, small_config, train_small

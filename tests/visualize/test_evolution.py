@@ -62,10 +62,8 @@ def test_projections_of_vgg_are_of_the_output(net: TransformNet, vgg: VGG19, ima
     net.eval()
     with torch.no_grad():
         output = net(images[:1]).clamp(0, 1)
-    expected = Deconvnet(vgg)(output, "relu1_2", [3])[0]
-    assert torch.equal(
-        seen["evolution/vgg_transformed/relu1_2_map3/cat"], about_grey(expected, colour_scale(expected))[0]
-    )
+    raw = Deconvnet(vgg)(output, "relu1_2", [3])[0]
+    assert torch.equal(seen["evolution/vgg_transformed/relu1_2_map3/cat"], about_grey(raw, colour_scale(raw))[0])
 
 
 def test_projections_default_to_the_strongest_map_of_each_loss_layer(
@@ -107,7 +105,7 @@ def test_projection_monitor_changes_no_net_and_no_random_state(net: TransformNet
         assert all(torch.equal(tensor, state[name]) for name, tensor in some_net.state_dict().items())
 
 
-def test_strips_show_photo_and_all_layers(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
+def test_projection_monitor_strips_show_photo_and_all_layers(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
     monitor = _monitor(net, vgg, images)
     transform = dict(monitor.projections())["strip/transform_net/cat"]
     content = dict(monitor.content_strips())["strip/vgg_content/cat"]
@@ -116,17 +114,11 @@ def test_strips_show_photo_and_all_layers(net: TransformNet, vgg: VGG19, images:
     assert len(dict(monitor.content_strips())) == 2
 
 
-@pytest.mark.parametrize(
-    ("monitored", "message"),
-    [
+def test_projection_monitor_refuses_unknown_maps(net: TransformNet, vgg: VGG19, images: Tensor) -> None:
+    for keys, message in (
         ({"vgg_maps": ("relu3_1:0",)}, "relu3_1"),
         ({"vgg_maps": ("relu1_1:64",)}, "relu1_1 has no map 64; its maps are 0 … 63"),
         ({"transform_maps": ("res3:128",)}, "res3 has no map 128; its maps are 0 … 127"),
-    ],
-)
-def test_projection_monitor_refuses_unknown_maps(
-    net: TransformNet, vgg: VGG19, images: Tensor, monitored: dict[str, tuple[str, ...]], message: str
-) -> None:
-    with pytest.raises(UserError) as caught:
-        _monitor(net, vgg, images, **monitored)
-    assert message in str(caught.value)
+    ):
+        with pytest.raises(UserError, match=message):
+            _monitor(net, vgg, images, **keys)

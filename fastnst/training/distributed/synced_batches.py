@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fastnst.data.loaders import Loader
 from fastnst.data.manifest import Manifest
-from fastnst.data.replacements import ImageReplacer, ReadFailure, failure_row, parse_failures
+from fastnst.data.replacements import REJECTED_NAME, ImageReplacer, ReadFailure, failure_row, parse_failures
 from fastnst.data.sampler import Sampler
 from fastnst.errors import DataError
 from fastnst.training.distributed.process_group import ProcessGroup
-from fastnst.training.run_dir.layout import REJECTED_NAME
 
 
 class SyncedFailures:

@@ -9,7 +9,6 @@ from fastnst.errors import DataError, UserError
 from fastnst.storage import LOCK_NAME, is_leftover, storage_error
 
 CONFIG_NAME = "config.toml"
-REJECTED_NAME = "rejected.jsonl"
 
 CHANGEABLE_KEYS = frozenset(
     {

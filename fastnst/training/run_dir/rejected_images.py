@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastnst.data.manifest import Manifest, write_rejections
-from fastnst.data.replacements import ReadFailure, append_row, failure_row
+from fastnst.data.replacements import REJECTED_NAME, ReadFailure, append_row, failure_row
 from fastnst.images import printable
 from fastnst.storage import storage_error
-from fastnst.training.run_dir.layout import REJECTED_NAME
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,8 @@ from fastnst.doctor.workers import Results
 GIB = 2**30
 SHA = "dc" * 32
 H200 = {"name": "NVIDIA H200", "capability": [9, 0], "free": 139 * GIB, "total": 140 * GIB, "cooperative": True}
+ABSENT = {"path": "/var/cache/fastnst/weights/vgg19.pth", "size": None, "sha256": None}
+DAMAGED = ABSENT | {"size": 5740, "sha256": "0b" * 32}
 
 
 def package(version: str | None, wanted: str, *, fits: bool = True, needed: bool = True) -> dict[str, Any]:
@@ -49,18 +51,10 @@ HEALTHY: dict[str, Any] = {
         **{"cache_free": 64 * GIB, "cache_refused": None},
     },
     "weights": {
-        "files": [
-            {"path": "/var/cache/fastnst/weights/vgg19.pth", "size": 5740, "sha256": SHA},
-            {"path": "/var/torch/vgg19.pth", "size": None, "sha256": None},
-        ],
-        "wanted": SHA,
-        "size": 5740,
-        "url": "https://example.org/vgg19.pth",
-        "part": None,
+        "files": [ABSENT | {"size": 5740, "sha256": SHA}, ABSENT | {"path": "/var/torch/vgg19.pth"}],
+        **{"wanted": SHA, "size": 5740, "url": "https://example.org/vgg19.pth", "part": None},
     },
 }
-ABSENT = {"path": "/var/cache/fastnst/weights/vgg19.pth", "size": None, "sha256": None}
-DAMAGED = {"path": "/var/cache/fastnst/weights/vgg19.pth", "size": 5740, "sha256": "0b" * 32}
 NO_GPU = {"visible": None, "reason": None, "gpus": []}
 NO_DRIVER = {"pci": 0, "library": False}
 

@@ -74,12 +74,12 @@ def ways_in(way: str, path: Path, given: dict[str, Any]) -> Iterator[Way]:
 
 def newest(run: Path) -> None:
     """Raise the messages about skipped checkpoints as an error."""
-    told = io.StringIO()
-    handler = logging.StreamHandler(told)
+    messages = io.StringIO()
+    handler = logging.StreamHandler(messages)
     logging.getLogger("fastnst").addHandler(handler)
     try:
         if latest_checkpoint(run) is None:
-            raise UserError(told.getvalue())
+            raise UserError(messages.getvalue())
     finally:
         logging.getLogger("fastnst").removeHandler(handler)
 

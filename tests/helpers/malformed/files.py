@@ -12,7 +12,6 @@ import pickle
 import struct
 import subprocess
 import tarfile
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -218,9 +217,6 @@ def _checkpoint_changes() -> Iterator[tuple[str, Callable[[Path], object]]]:
     def link(name: str, target: str) -> Callable[[Path], object]:
         return lambda path: ((path / name).unlink(), (path / name).symlink_to(target))
 
-    def pipe(name: str) -> Callable[[Path], object]:
-        return lambda path: ((path / name).unlink(), os.mkfifo(path / name))
-
     entry = {"size": 1, "sha256": "0" * 64}
     for name, elsewhere in {"above": "../../../x", "absolute": "/etc/passwd", "null": "a\0b"}.items():
         yield f"manifest_names_{name}", manifest(files={elsewhere: entry, "state.json": entry})
@@ -228,9 +224,8 @@ def _checkpoint_changes() -> Iterator[tuple[str, Callable[[Path], object]]]:
     yield "manifest_of_digits", lambda path: (path / "manifest.json").write_text('{"step": ' + "9" * 5000 + "}")
     yield "manifest_of_4_gib", lambda path: os.truncate(path / "manifest.json", 4 * GIB)
     yield "manifest_not_utf8", lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}")
-    yield "size_is_huge", manifest(files={"state.json": entry, "state.safetensors": entry | {"size": 10**400}})
-    yield "size_is_negative", manifest(files={"state.json": entry, "state.safetensors": entry | {"size": -1}})
-    yield "size_is_text", manifest(files={"state.json": entry, "state.safetensors": entry | {"size": "1"}})
+    for name, size in {"huge": 10**400, "negative": -1, "text": "1"}.items():
+        yield f"size_is_{name}", manifest(files={"state.json": entry, "state.safetensors": entry | {"size": size}})
     yield "step_is_true", manifest(step=True)
     yield "step_is_text", manifest(step="1")
     yield "files_is_a_list", manifest(files=["state.json"])
@@ -242,7 +237,7 @@ def _checkpoint_changes() -> Iterator[tuple[str, Callable[[Path], object]]]:
     for name in ("state.json", "state.safetensors", "manifest.json"):
         yield f"{name}_is_dev_zero", link(name, "/dev/zero")
         yield f"{name}_is_passwd", link(name, "/etc/passwd")
-        yield f"{name}_is_a_pipe", pipe(name)
+        yield f"{name}_is_a_pipe", lambda path, name=name: ((path / name).unlink(), os.mkfifo(path / name))
     for name, data in malformed_safetensors(kind=None).items():
         yield f"tensors_{name}", replaced("state.safetensors", data)
 
@@ -349,16 +344,11 @@ def _odd_zips() -> dict[str, bytes]:
     locator = saved.index(b"PK\6\7")
     lying = bytearray(saved)
     lying[locator - 56 + 24 : locator - 56 + 32] = struct.pack("<Q", 1)
-    twice = zipfile.ZipFile(io.BytesIO(saved)).namelist()
-    assert twice[0].endswith("data.pkl")
+    bomb = {"data": zeros(3 * GIB), "packed": 3 * GIB}
     return {
-        "pickle_inflates.pth": raw_zip([Record("archive/data.pkl", zeros(3 * GIB), packed=3 * GIB), *_rest()]),
-        "version_inflates.pth": raw_zip(
-            [whole, Record("archive/version", zeros(3 * GIB), packed=3 * GIB), *_rest()[1:]]
-        ),
-        "storage_inflates.pth": raw_zip(
-            [whole, *_rest()[:2], Record("archive/data/0", zeros(3 * GIB), packed=3 * GIB)]
-        ),
+        "pickle_inflates.pth": raw_zip([Record("archive/data.pkl", **bomb), *_rest()]),
+        "version_inflates.pth": raw_zip([whole, Record("archive/version", **bomb), *_rest()[1:]]),
+        "storage_inflates.pth": raw_zip([whole, *_rest()[:2], Record("archive/data/0", **bomb)]),
         "many_records.pth": raw_zip([whole, *(Record(f"archive/data/{n}", b"") for n in range(60_000))]),
         "overlapping_records.pth": raw_zip(
             [whole, *_rest(), *(Record(f"archive/{n}", b"", offset=0) for n in range(9))]

@@ -13,7 +13,7 @@ LARGE = 9400
 """Pixels a side: just within Pillow's limit on their number."""
 
 
-def hostile_images(folder: Path) -> list[tuple[Path, bool]]:
+def malformed_images(folder: Path) -> list[tuple[Path, bool]]:
     """Make malformed files; return each with whether it may be read after all, harmlessly."""
     folder.mkdir()
     refused = {

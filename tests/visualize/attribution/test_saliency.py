@@ -113,20 +113,15 @@ def test_saliency_guided_is_zero_behind_a_closed_relu(two_colours: VGG19) -> Non
 # Agreement.
 
 
+@pytest.mark.parametrize(("method", "peer"), [("plain", Saliency), ("guided", GuidedBackprop)], ids=["plain", "guided"])
 @pytest.mark.parametrize("target", [parse_target(text) for text in TARGETS], ids=TARGETS)
-def test_saliency_plain_agrees_with_captum(net: VGG19, images: Tensor, target: Target) -> None:
-    peer = captum_map(Saliency(AsSequential(net, target.layer)).attribute, images, target)
-    assert_near(saliency(net, images, target), peer, 1e-12)
-
-
-@pytest.mark.parametrize("target", [parse_target(text) for text in TARGETS], ids=TARGETS)
-def test_saliency_guided_agrees_with_captum(net: VGG19, images: Tensor, target: Target) -> None:
-    peer = captum_map(GuidedBackprop(AsSequential(net, target.layer)).attribute, images, target)
-    found = saliency(net, images, target, method="guided")
-    assert_near(found, peer, 1e-12)
-    if target.layer not in ("conv1_1", "relu1_1"):
-        plain = saliency(net, images, target)
-        assert not torch.allclose(found, plain, rtol=0.1)
+def test_saliency_agrees_with_captum(
+    net: VGG19, images: Tensor, target: Target, method: str, peer: type[Saliency] | type[GuidedBackprop]
+) -> None:
+    found = saliency(net, images, target, method=method)
+    assert_near(found, captum_map(peer(AsSequential(net, target.layer)).attribute, images, target), 1e-12)
+    if method == "guided" and target.layer not in ("conv1_1", "relu1_1"):
+        assert not torch.allclose(found, saliency(net, images, target), rtol=0.1)
 
 
 def test_saliency_smoothgrad_is_the_mean_over_noisy_copies(net: VGG19, images: Tensor) -> None:
@@ -147,10 +142,8 @@ def test_saliency_smoothgrad_is_the_mean_over_noisy_copies(net: VGG19, images: T
 
 
 def test_saliency_smoothgrad_follows_the_seed(net: VGG19, images: Tensor) -> None:
-    target = parse_target("relu2_2:3")
-    one, again, other = (
-        saliency(net, images[:1], target, method="smoothgrad", samples=2, seed=seed) for seed in (1, 1, 2)
-    )
+    settings = {"target": parse_target("relu2_2:3"), "method": "smoothgrad", "samples": 2}
+    one, again, other = (saliency(net, images[:1], seed=seed, **settings) for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
@@ -173,11 +166,10 @@ def test_saliency_does_not_depend_on_the_batch(net: VGG19, images: Tensor, metho
 def test_saliency_works_with_gradients_off(
     net: VGG19, images: Tensor, method: str, context: Callable[[], torch.no_grad]
 ) -> None:
-    target = parse_target("relu2_2:3")
-    expected = saliency(net, images, target, method=method, samples=2)
+    settings = {"target": parse_target("relu2_2:3"), "method": method, "samples": 2}
+    expected = saliency(net, images, **settings)
     with context():
-        made_here = images + 0
-        assert torch.equal(saliency(net, made_here, target, method=method, samples=2), expected)
+        assert torch.equal(saliency(net, images + 0, **settings), expected)
         assert not torch.is_grad_enabled()
 
 

@@ -1,9 +1,7 @@
 """`fastnst visualize …`: the five commands from start to end."""
 
-import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,34 +22,14 @@ from fastnst.visualize.commands.options import read_crops
 from helpers.html_page import Page
 
 Fastnst = Callable[..., tuple[int, bytes, str]]
+Visualize = Callable[..., tuple[Page, set[str], str]]
+MAP = ("--target", "conv1_1:0")
 SMALL = ("--vgg", "random", "--device", "cpu", "--size", "64")
 
 
-def check_output(out: Path, printed: bytes) -> tuple[Page, set[str]]:
-    """Check that the page and exactly the files that it links to are printed and written; return page and names."""
-    paths = [Path(os.fsdecode(line)) for line in printed.splitlines()]
-    assert paths[0] == out / "index.html"
-    names = {path.name for path in paths}
-    assert {path.name for path in out.iterdir()} == names
-    page = Page(paths[0].read_bytes())
-    assert {os.fsdecode(name) for name in page.files} == names - {"index.html"}
-    for name in names:
-        if name.endswith(".png"):
-            with Image.open(out / name) as image:
-                assert image.mode == "RGB"
-                image.load()
-    return page, names - {"index.html"}
-
-
-# The five commands.
-
-
-def test_deconvnet(fastnst: Fastnst, photo: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_deconvnet(visualize: Visualize, photo: Path) -> None:
     layers = ("--layer", "conv2_1", "--layer", "relu1_1", "--layer", "conv2_1")
-    code, printed, err = fastnst("deconvnet", photo, *layers, "--maps", "3,0-4", "--out", out, *SMALL)
-    assert code == 0, err
-    page, names = check_output(out, printed)
+    page, names, err = visualize("deconvnet", photo, *layers, "--maps", "3,0-4", *SMALL)
     stem = photo.stem
     sheets = {f"{stem}-{what}" for what in ("layers", "relu1_1", "relu1_1-close", "conv2_1", "conv2_1-close")}
     assert names == {f"{sheet}.png" for sheet in sheets}
@@ -65,35 +43,26 @@ def test_deconvnet(fastnst: Fastnst, photo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activation", ["all", "5,60"])
-def test_deconvnet_activation_option(fastnst: Fastnst, photo: Path, tmp_path: Path, activation: str) -> None:
-    out = tmp_path / "out"
-    arguments = ("--layer", "relu1_2", "--activation", activation, "--maps", "top:2", "--out", out)
-    code, printed, err = fastnst("deconvnet", photo, *arguments, *SMALL)
-    assert code == 0, err
-    page, names = check_output(out, printed)
+def test_deconvnet_activation_option(visualize: Visualize, photo: Path, activation: str) -> None:
+    arguments = ("--layer", "relu1_2", "--activation", activation, "--maps", "top:2")
+    page, names, _ = visualize("deconvnet", photo, *arguments, *SMALL)
     close = set() if activation == "all" else {f"{photo.stem}-relu1_2-close.png"}
     assert names == {f"{photo.stem}-relu1_2.png", *close}
     assert {"all": "all activations of each map", "5,60": "row 5, column 60"}[activation] in " ".join(page.text)
 
 
-def test_deconvnet_spreads_many_maps_over_sheets(fastnst: Fastnst, photo: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ("--layer", "conv1_1", "--activation", "all", "--maps", "all", "--out", out)
-    code, printed, err = fastnst("deconvnet", photo, *arguments, *SMALL)
-    assert code == 0, err
-    page, names = check_output(out, printed)
+def test_deconvnet_spreads_many_maps_over_sheets(visualize: Visualize, photo: Path) -> None:
+    arguments = ("--layer", "conv1_1", "--activation", "all", "--maps", "all")
+    page, names, _ = visualize("deconvnet", photo, *arguments, *SMALL)
     assert names == {f"{photo.stem}-conv1_1-{part}.png" for part in (1, 2)}
     scales = {text.split("±")[1].split(",")[0] for text in page.text if "±" in text}
     assert len(scales) == 1, "one scale for all maps of a layer"
 
 
-def test_transform(fastnst: Fastnst, finished_run: Path, photo: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    code, printed, err = fastnst("transform", finished_run, photo, "--out", out, "--size", 32, "--device", "cpu")
-    assert code == 0, err
-    page, names = check_output(out, printed)
+def test_transform(visualize: Visualize, finished_run: Path, photo: Path, tmp_path: Path) -> None:
+    page, names, _ = visualize("transform", finished_run, photo, "--size", 32, "--device", "cpu")
     assert names == {f"{photo.stem}-layers.png"}
-    with Image.open(out / f"{photo.stem}-layers.png") as strip:
+    with Image.open(tmp_path / "out" / f"{photo.stem}-layers.png") as strip:
         assert strip.width > 13 * 96, "photo, eleven layers, output"
     text = " ".join(page.text)
     assert f"{finished_run}: johnson, instance norm" in text
@@ -101,13 +70,11 @@ def test_transform(fastnst: Fastnst, finished_run: Path, photo: Path, tmp_path: 
 
 
 def test_transform_checkpoint_and_maps_options(
-    fastnst: Fastnst, finished_run: Path, photo: Path, tmp_path: Path
+    visualize: Visualize, finished_run: Path, photo: Path, tmp_path: Path
 ) -> None:
     def stylize(name: str, *more: object) -> bytes:
         arguments = ("--layer", "up1", "--layer", "conv2", "--maps", "0,7", "--size", 32, "--device", "cpu")
-        code, printed, err = fastnst("transform", finished_run, photo, *arguments, "--out", tmp_path / name, *more)
-        assert code == 0, err
-        _, names = check_output(tmp_path / name, printed)
+        _, names, _ = visualize("transform", finished_run, photo, *arguments, *more, out=name)
         assert names == {f"{photo.stem}-{sheet}.png" for sheet in ("layers", "conv2", "up1")}
         return (tmp_path / name / f"{photo.stem}-layers.png").read_bytes()
 
@@ -117,15 +84,12 @@ def test_transform_checkpoint_and_maps_options(
     assert "step 10" in (tmp_path / "first" / "index.html").read_text("utf-8")
 
 
-def test_top(fastnst: Fastnst, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
+def test_top(visualize: Visualize, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = sorted(photo_folder.iterdir())
     Image.new("RGB", (200, 4)).save(photo_folder / "narrow.png")
     monkeypatch.setattr(top, "MAPS_PER_SHEET", 2)
-    arguments = ("--layer", "relu2_1", "--maps", "top:3", "--count", 4, "--out", out)
-    code, printed, err = fastnst("top", photo_folder, *arguments, *SMALL)
-    assert code == 0, err
-    page, names = check_output(out, printed)
+    arguments = ("--layer", "relu2_1", "--maps", "top:3", "--count", 4)
+    page, names, err = visualize("top", photo_folder, *arguments, *SMALL)
     assert names == {"relu2_1-1.png", "relu2_1-2.png"}
     text = " ".join(page.text)
     assert f"{photo_folder}, 12 images" in text
@@ -148,13 +112,10 @@ def test_top(fastnst: Fastnst, photo_folder: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("method", ["plain", "guided", "smoothgrad"])
-def test_saliency(fastnst: Fastnst, photo: Path, tmp_path: Path, method: str) -> None:
+def test_saliency(visualize: Visualize, photo: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"
     samples = ("--samples", 2, "--noise", 0.1) if method == "smoothgrad" else ()
-    arguments = ("--target", "relu1_2:17", "--method", method, *samples, "--out", out)
-    code, printed, err = fastnst("saliency", photo, *arguments, *SMALL)
-    assert code == 0, err
-    page, names = check_output(out, printed)
+    page, names, _ = visualize("saliency", photo, "--target", "relu1_2:17", "--method", method, *samples, *SMALL)
     stem = f"{photo.stem}-saliency"
     assert names == {f"{stem}.png", f"{stem}-heat.png", f"{stem}-overlay.png", f"{stem}-heat.npy"}
     values = np.load(out / f"{stem}-heat.npy", allow_pickle=False)
@@ -167,15 +128,12 @@ def test_saliency(fastnst: Fastnst, photo: Path, tmp_path: Path, method: str) ->
 
 
 @pytest.mark.parametrize("fill", ["grey", "blur"])
-def test_occlusion(fastnst: Fastnst, photo: Path, tmp_path: Path, fill: str) -> None:
+def test_occlusion(visualize: Visualize, photo: Path, tmp_path: Path, fill: str) -> None:
     out = tmp_path / "out"
-    arguments = ("--target", "relu1_2:3", "--patch", 16, "--stride", 16, "--fill", fill, "--out", out)
-    code, printed, err = fastnst("occlusion", photo, *arguments, *SMALL)
-    assert code == 0, err
-    _, names = check_output(out, printed)
+    arguments = ("--target", "relu1_2:3", "--patch", 16, "--stride", 16, "--fill", fill)
+    _, names, _ = visualize("occlusion", photo, *arguments, *SMALL)
     stem = f"{photo.stem}-occlusion"
-    endings = (".png", "-heat.png", "-overlay.png", "-heat.npy", "-scores.npy")
-    assert names == {stem + ending for ending in endings}
+    assert names == {stem + end for end in (".png", "-heat.png", "-overlay.png", "-heat.npy", "-scores.npy")}
     heat_values, scores = (np.load(out / f"{stem}-{what}.npy", allow_pickle=False) for what in ("heat", "scores"))
     assert (heat_values.dtype, heat_values.shape) == (np.float32, (64, 64))
     assert (scores.dtype, scores.shape) == (np.float32, (4, 4))
@@ -187,7 +145,7 @@ def test_occlusion(fastnst: Fastnst, photo: Path, tmp_path: Path, fill: str) -> 
 # Names, folders, and the log.
 
 
-def test_saliency_of_files_with_any_names(fastnst: Fastnst, photo: Path, tmp_path: Path) -> None:
+def test_saliency_of_files_with_any_names(visualize: Visualize, photo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a #b ü"
     folder.mkdir()
     names = ["with space & <b>.png", "käse#1?.jpg", "käse#1?.png", os.fsdecode(b"caf\xe9 50%.png")]
@@ -195,11 +153,7 @@ def test_saliency_of_files_with_any_names(fastnst: Fastnst, photo: Path, tmp_pat
     for path in images:
         with Image.open(photo) as source:
             source.convert("RGB").save(os.fsencode(path))
-    out = tmp_path / "out %41"
-    arguments = [os.fsdecode(os.fsencode(path)) for path in images]
-    code, printed, err = fastnst("saliency", *arguments, "--target", "conv1_1:0", "--out", out, *SMALL)
-    assert code == 0, err
-    page, found = check_output(out, printed)
+    page, found, _ = visualize("saliency", *map(str, images), *MAP, *SMALL, out="out %41")
     assert len(found) == 16
     assert "käse#1?-2-saliency.png" in found
     assert b"caf\xe9 50%-saliency.png" in {os.fsencode(name) for name in found}
@@ -214,7 +168,7 @@ def test_visualize_run_option_logs_at_the_right_step(
     for options in ((), ("--checkpoint", 20)):
         code, _, err = fastnst("transform", run, photo, *options, *common)
         assert code == 0, err
-    code, _, err = fastnst("saliency", photo, "--target", "conv1_1:0", "--vgg", "random", *common)
+    code, _, err = fastnst("saliency", photo, *MAP, "--vgg", "random", *common)
     assert code == 0, err
     assert f"fastnst tensorboard {run}" in err
     events = EventAccumulator(str(run), size_guidance={"images": 0, "tensors": 0})
@@ -257,9 +211,6 @@ def test_steps_of_run_without_a_model(tmp_path: Path) -> None:
 # Errors.
 
 
-MAP = ("--target", "conv1_1:0")
-
-
 def test_saliency_of_a_class_needs_the_classifiers_weights(
     fastnst: Fastnst, photo: Path, weights: Path, tmp_path: Path
 ) -> None:
@@ -292,15 +243,3 @@ def test_visualize_help(fastnst: Fastnst, command: str) -> None:
     assert out.startswith(b"Usage: ")
     assert b"--out FOLDER" in out
     assert b"--run RUN" in out
-
-
-def test_visualize_help_imports_nothing_heavy() -> None:
-    import subprocess
-
-    code = (
-        "import sys\nfrom fastnst.cli.visualize import visualize\n"
-        "visualize.main(['saliency', '--help'], standalone_mode=False)\n"
-        "print(json.dumps([n for n in ('torch', 'numpy', 'PIL') if n in sys.modules]))"
-    )
-    done = subprocess.run([sys.executable, "-c", f"import json\n{code}"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == []

@@ -27,7 +27,7 @@ def _backwards(x: Tensor, value: Tensor, rule: Callable[[Tensor], Tensor]) -> Te
 
 
 def _open_relu(x: Tensor) -> Tensor:
-    return _backwards(x, x.relu(), lambda grad: grad)
+    return _backwards(x, x.relu(), torch.clone)
 
 
 def _deconv_relu(x: Tensor) -> Tensor:
@@ -100,11 +100,6 @@ def _plainly(
     return activations
 
 
-def _enlarge_in_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the CPU take the way that a GPU takes through nearest-neighbour layers."""
-    monkeypatch.setattr(transform_net, "_upsamples_in_norm", lambda _: True)
-
-
 # The way up.
 
 
@@ -120,13 +115,8 @@ def test_record_activations_agree_with_plain_pytorch(architecture: str, norm: st
         torch.testing.assert_close(recording.activations[layer], expected, rtol=1e-9, atol=1e-9)
     out = recording.activations["out"]
     with torch.no_grad():
-        match architecture:
-            case "hwalsuklee":
-                output = 0.5 * out.tanh() + 0.5
-            case "lengstrom":
-                output = (150.0 / 255.0) * out.tanh() + 0.5
-            case _:
-                output = (1.0 / 255.0) * out
+        scaled = {"hwalsuklee": 0.5 * out.tanh() + 0.5, "lengstrom": (150.0 / 255.0) * out.tanh() + 0.5}
+        output = scaled.get(architecture, (1.0 / 255.0) * out)
         assert torch.equal(output, net(images))
 
 
@@ -134,7 +124,8 @@ def test_record_activations_do_not_depend_on_where_upsampling_happens(monkeypatc
     net = small_net("johnson")
     images = random_images(1, (18, 21))
     expected = TransformDeconvnet(net).record(images, LAYER_NAMES).activations
-    _enlarge_in_norms(monkeypatch)
+    # The CPU takes the way that a GPU takes through nearest-neighbour layers.
+    monkeypatch.setattr(transform_net, "_upsamples_in_norm", lambda _: True)
     actual = TransformDeconvnet(net).record(images, LAYER_NAMES).activations
     for layer in LAYER_NAMES:
         torch.testing.assert_close(actual[layer], expected[layer], rtol=1e-9, atol=1e-9)
@@ -150,14 +141,7 @@ def test_record_keeps_requested_layers_front_to_back() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    ("rule", "norm"),
-    [
-        ("deconvnet", "batch"),
-        ("open", "instance"),
-        ("renorm", "instance"),
-    ],
-)
+@pytest.mark.parametrize(("rule", "norm"), [("deconvnet", "batch"), ("open", "instance"), ("renorm", "instance")])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "johnson as on a GPU"])
 def test_project_layer_agrees_with_autograd(
     architecture: str, rule: str, norm: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -165,7 +149,7 @@ def test_project_layer_agrees_with_autograd(
     """Autograd, with the rule as the backward of ReLUs and norms; `open` gives the exact adjoint."""
     architecture, *on_a_gpu = architecture.split(maxsplit=1)
     if on_a_gpu:
-        _enlarge_in_norms(monkeypatch)
+        monkeypatch.setattr(transform_net, "_upsamples_in_norm", lambda _: True)
     net = small_net(architecture, norm).eval()
     images = random_images(2, size).requires_grad_()
     deconvnet = TransformDeconvnet(net)
@@ -227,15 +211,10 @@ def test_project_layer_does_not_depend_on_batch_size() -> None:
         torch.testing.assert_close(deconvnet.project_layer(recording, "up2", batch_size=2, **options), together)
 
 
-def test_project_no_neurons() -> None:
-    deconvnet = TransformDeconvnet(small_net("lengstrom"))
-    recording = deconvnet.record(random_images(1, (16, 18)), ["conv1"])
-    assert deconvnet.project(recording, "conv1", Neurons.every_position([], [])).shape == (0, 3, 16, 18)
-
-
-def test_project_layer_of_zeros_is_zero() -> None:
+def test_project_of_no_neurons_is_empty_and_of_zeros_is_zero() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
     recording = deconvnet.record(random_images(1, (16, 18)), ["res4"])
+    assert deconvnet.project(recording, "res4", Neurons.every_position([], [])).shape == (0, 3, 16, 18)
     silent = with_activations(recording, "res4", torch.zeros_like(recording.activations["res4"]))
     for renormalise in (False, True):
         projection = deconvnet.project_layer(silent, "res4", renormalise=renormalise)

@@ -1,5 +1,7 @@
 """The transform net's deconvnet in use: what it leaves alone, what it refuses, and a published network."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from fastnst.models.pretrained import load_lengstrom_npz
 from fastnst.models.transform_net import LAYER_NAMES, NORMS, TransformNet
 from fastnst.visualize.deconv.neurons import Neurons
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
+from fastnst.visualize.deconv.transform_recording import TransformRecording
 from helpers.random_inputs import seeded
 from helpers.tiny_transform_nets import random_images, small_net
 
@@ -83,41 +86,30 @@ def test_transform_deconvnet_in_inference_mode_and_under_autocast() -> None:
 # Bad input.
 
 
-def test_transform_deconvnet_refuses_unknown_layers() -> None:
+REFUSED: list[tuple[Callable[[TransformDeconvnet, TransformRecording], object], str]] = [
+    (lambda d, _: d.record(random_images(1, (16, 16)), ["rse1"]), "no layer 'rse1'; did you mean 'res1'"),
+    (lambda d, _: d.record(random_images(1, (16, 16)), ["zzz"]), "no layer 'zzz'; the layers are conv1, conv2"),
+    (lambda d, _: d.record(random_images(1, (16, 16)), []), "no layer was given; name at least one of conv1"),
+    (lambda d, r: d.project_layer(r, "up1"), "up1 is not recorded, only conv1, conv3"),
+    (lambda d, r: d.project(r, "upp1", Neurons.every_position([0], [0])), "did you mean 'up1'"),
+    (lambda d, r: d.project(r, "conv3", Neurons.every_position([0], [16])), "conv3 has no map 16; its maps are 0 … 15"),
+    (lambda d, r: d.project(r, "conv3", Neurons.every_position([2], [0])), "no image 2; its images are 0 … 1"),
+    (
+        lambda d, r: d.project(r, "conv3", Neurons.at([0], [0], [(4, 0)])),
+        "no position (4, 0) in this image; its rows are 0 … 3, its columns 0 … 4",
+    ),
+    (lambda d, _: d.record(random_images(1, (15, 40)), ["conv1"]), "sides of 16 pixels or more"),
+    (lambda d, _: d.record(random_images(1, (16, 16))[0], ["conv1"]), "sides of 16 pixels or more"),
+    (lambda d, _: d.record(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["conv1"]), "divide by 255"),
+]
+
+
+def test_transform_deconvnet_refuses_bad_arguments() -> None:
     deconvnet = TransformDeconvnet(small_net("lengstrom"))
-    images = random_images(1, (16, 16))
-    with pytest.raises(UserError, match="no layer 'rse1'; did you mean 'res1'"):
-        deconvnet.record(images, ["rse1"])
-    with pytest.raises(UserError, match="no layer 'zzz'; the layers are conv1, conv2"):
-        deconvnet.record(images, ["zzz"])
-    with pytest.raises(UserError, match="no layer was given; name at least one of conv1"):
-        deconvnet.record(images, [])
-    recording = deconvnet.record(images, ["conv1", "res1"])
-    with pytest.raises(UserError, match="up1 is not recorded, only conv1, res1"):
-        deconvnet.project_layer(recording, "up1")
-    with pytest.raises(UserError, match="did you mean 'up1'"):
-        deconvnet.project(recording, "upp1", Neurons.every_position([0], [0]))
-
-
-def test_project_refuses_neurons_out_of_range() -> None:
-    deconvnet = TransformDeconvnet(small_net("lengstrom"))
-    recording = deconvnet.record(random_images(2, (16, 20)), ["conv3"])
-    with pytest.raises(UserError, match="conv3 has no map 16; its maps are 0 … 15"):
-        deconvnet.project(recording, "conv3", Neurons.every_position([0], [16]))
-    with pytest.raises(UserError, match="no image 2; its images are 0 … 1"):
-        deconvnet.project(recording, "conv3", Neurons.every_position([2], [0]))
-    with pytest.raises(UserError, match=r"no position \(4, 0\) in this image; its rows are 0 … 3, its columns 0 … 4"):
-        deconvnet.project(recording, "conv3", Neurons.at([0], [0], [(4, 0)]))
-
-
-def test_record_refuses_bad_images() -> None:
-    deconvnet = TransformDeconvnet(small_net("lengstrom"))
-    with pytest.raises(UserError, match="sides of 16 pixels or more"):
-        deconvnet.record(random_images(1, (15, 40)), ["conv1"])
-    with pytest.raises(UserError, match="sides of 16 pixels or more"):
-        deconvnet.record(random_images(1, (16, 16))[0], ["conv1"])
-    with pytest.raises(UserError, match="divide by 255"):
-        deconvnet.record(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["conv1"])
+    recording = deconvnet.record(random_images(2, (16, 20)), ["conv1", "conv3"])
+    for act, message in REFUSED:
+        with pytest.raises(UserError, match=re.escape(message)):
+            act(deconvnet, recording)
 
 
 # A real network.

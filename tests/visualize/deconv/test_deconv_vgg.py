@@ -128,9 +128,8 @@ def test_deconvnet_convolution_pooling_convolution_by_hand() -> None:
 
 @pytest.mark.parametrize("activation", ["all", (1, 1)])
 def test_deconvnet_switches_to_the_first_of_equal_maxima(activation: str | tuple[int, int]) -> None:
-    projection = Deconvnet(_plain("pool1"))(
-        torch.ones(1, 3, 4, 4, dtype=torch.float64), "pool1", [0], activation=activation
-    )
+    image = _red([[1.0] * 4] * 4)
+    projection = Deconvnet(_plain("pool1"))(image, "pool1", [0], activation=activation)
     lit = [[0, 0], [0, 2], [2, 0], [2, 2]] if activation == "all" else [[2, 2]]
     assert projection[0, 0, 0].nonzero().tolist() == lit
 
@@ -183,9 +182,7 @@ def _linear(net: VGG19, images: Tensor, v: Tensor) -> dict[str, Tensor]:
     [
         pytest.param(lambda: _net("fc8"), (2, 3, 37, 70), "conv1_1", id="narrow, odd"),
         pytest.param(lambda: _net("fc8", [4] * 5, "caffe"), (1, 3, 256, 300), "pool5", id="averaging of 8x9"),
-        pytest.param(
-            lambda: VGG19("pool2", "caffe", generator=_generator()).double(), (1, 3, 17, 22), "conv1_1", id="wide"
-        ),
+        pytest.param(lambda: _net("pool2", [64, 128], "caffe"), (1, 3, 17, 22), "conv1_1", id="wide"),
     ],
 )
 def test_project_layer_is_the_exact_adjoint(make_net: Callable[[], VGG19], shape: tuple[int, ...], first: str) -> None:
@@ -279,7 +276,9 @@ def test_project_one_map_agrees_with_all_others_zero(narrow: VGG19, layer: str) 
 def test_project_agrees_with_captum(layer: str) -> None:
     """On relu2_2 the pool's switches, too: PyTorch's backward goes to the first maximum as well."""
     net = VGG19(layer, "caffe", generator=_generator()).double()
-    modules: list[nn.Module] = [_Preprocessing(net)]
+    preprocessing = nn.Identity()
+    preprocessing.register_forward_pre_hook(lambda _, inputs: net.preprocess(inputs[0]))
+    modules: list[nn.Module] = [preprocessing]
     for name in net.layers:
         kind = {"relu": nn.ReLU(), "pool": nn.MaxPool2d(2)}.get(name[:4])
         modules.append(kind or net.get_submodule(name))
@@ -299,12 +298,3 @@ def test_project_agrees_with_captum(layer: str) -> None:
         assert value > 0
         expected = value * peer.attribute(images[image].requires_grad_(), target=place)[0]
         torch.testing.assert_close(actual[index], expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
-
-
-class _Preprocessing(nn.Module):
-    def __init__(self, net: VGG19) -> None:
-        super().__init__()
-        self.preprocess = net.preprocess
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.preprocess(x)

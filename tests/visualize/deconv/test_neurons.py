@@ -22,23 +22,16 @@ def test_neurons_at_keeps_positions() -> None:
     assert neurons.positions.dtype == torch.int64
 
 
-def test_neurons_strongest_finds_each_maps_maximum() -> None:
+def test_neurons_strongest_finds_the_first_of_each_maps_maxima() -> None:
     activations = torch.zeros(2, 3, 4, 5)
     activations[0, 1, 3, 2] = 7
-    activations[1, 1, 0, 4] = 8
+    activations[1, 1, 0, 4] = activations[1, 1, 2, 0] = 8
     activations[1, 2] = -1
     activations[1, 2, 2, 1] = -0.5
-    neurons = Neurons.strongest(activations.contiguous(memory_format=torch.channels_last), [0, 1, 1], [1, 1, 2])
+    activations = activations.contiguous(memory_format=torch.channels_last)
+    neurons = Neurons.strongest(activations, [0, 1, 1, 0], [1, 1, 2, 0])
     assert neurons.positions is not None
-    assert neurons.positions.tolist() == [[3, 2], [0, 4], [2, 1]]
-
-
-def test_neurons_strongest_takes_the_first_of_equal_maxima() -> None:
-    activations = torch.zeros(1, 2, 3, 4)
-    activations[0, 1, 2, 0] = activations[0, 1, 1, 3] = 5
-    neurons = Neurons.strongest(activations, [0, 0], [0, 1])
-    assert neurons.positions is not None
-    assert neurons.positions.tolist() == [[0, 0], [1, 3]]
+    assert neurons.positions.tolist() == [[3, 2], [0, 4], [2, 1], [0, 0]]
 
 
 def test_neurons_strongest_without_positions() -> None:
@@ -65,10 +58,9 @@ def test_neurons_slice() -> None:
 def test_neurons_refuses_unequal_lengths() -> None:
     with pytest.raises(UserError, match=r"images \[2\] and maps \[1\] do not pair up"):
         Neurons.every_position([0, 1], [2])
-    with pytest.raises(UserError, match=r"positions are \[1, 2\], expected \[2, 2\]"):
-        Neurons.at([0, 1], [2, 3], [(0, 0)])
-    with pytest.raises(UserError, match=r"positions are \[2, 3\], expected \[2, 2\]"):
-        Neurons.at([0, 1], [2, 3], [(0, 0, 0), (0, 0, 0)])
+    for positions, shape in (([(0, 0)], "1, 2"), ([(0, 0, 0)] * 2, "2, 3")):
+        with pytest.raises(UserError, match=rf"positions are \[{shape}\], expected \[2, 2\]"):
+            Neurons.at([0, 1], [2, 3], positions)
 
 
 @pytest.mark.parametrize("number", [-1, 256])
