@@ -136,19 +136,16 @@ def test_write_atomic_with_a_file_or_folder_in_the_way(tmp_path: Path) -> None:
             write_atomic(tmp_path / name, b"data")
 
 
-@pytest.mark.parametrize(
-    ("code", "advice"),
-    [
+def test_storage_error_gives_advice() -> None:
+    for code, advice in (
         (errno.EDQUOT, "quota"),
         (errno.EROFS, "read-only"),
         (errno.EACCES, "choose a folder you may write to"),
         (errno.EIO, "check the disk"),
-    ],
-)
-def test_storage_error_gives_advice(code: int, advice: str) -> None:
-    text = str(storage_error(Path("runs/wave"), OSError(code, os.strerror(code))))
-    assert text.startswith(f"cannot write runs/wave: {os.strerror(code)}; ")
-    assert advice in text
+    ):
+        text = str(storage_error(Path("runs/wave"), OSError(code, os.strerror(code))))
+        assert text.startswith(f"cannot write runs/wave: {os.strerror(code)}; ")
+        assert advice in text
 
 
 def test_sync_folder_refuses_files(tmp_path: Path) -> None:

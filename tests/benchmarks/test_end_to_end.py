@@ -105,7 +105,7 @@ WRONG = {
 }
 
 
-def test_wrong_provider_has_no_row(
+def test_end_to_end_refuses_wrong_providers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, (kind, _) in WRONG.items():
@@ -146,7 +146,7 @@ def written(generated_photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return json.loads(text), (out / "rows.md").read_text("utf-8")
 
 
-def test_rows_have_figures_and_conditions(written: tuple[list[dict[str, Any]], str]) -> None:
+def test_end_to_end_rows_have_figures_and_conditions(written: tuple[list[dict[str, Any]], str]) -> None:
     rows, _ = written
     names = ("fastnst", "eager_fp32", "fastnst_fed")
     assert [(row["provider"], row["batch_size"]) for row in rows] == [(name, n) for n in (1, 2) for name in names]
@@ -171,7 +171,7 @@ def test_rows_have_figures_and_conditions(written: tuple[list[dict[str, Any]], s
     assert 1 < peaks["eager_fp32", 2] / peaks["eager_fp32", 1] <= 2.1
 
 
-def test_results_compare_fastnst_with_the_fastest_eager_baseline(written: tuple[list[dict[str, Any]], str]) -> None:
+def test_end_to_end_compares_fastnst_with_the_fastest_eager_baseline(written: tuple[list[dict[str, Any]], str]) -> None:
     rows, page = written
     for own in (row for row in rows if row["provider"] == "fastnst"):
         eager = [r for r in rows if r["batch_size"] == own["batch_size"] and r["provider"].startswith("eager")]
@@ -209,7 +209,7 @@ def test_compiled_and_mixed_steps_agree(tmp_path: Path) -> None:
         (["--set", 'loss.style_layers=["conv1_1"]'], "cannot show conv1_1; choose ReLUs"),
     ],
 )
-def test_main_refuses_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_to_end_refuses_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert end_to_end.main([*TINY, *arguments]) == 2
     assert message in capsys.readouterr().err
 

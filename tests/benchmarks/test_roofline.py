@@ -150,7 +150,7 @@ def test_training_step_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_traffic.launched_bytes.cache_clear()
 
 
-def test_main_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_roofline_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--preset johnson --image-size 64 --batch-size 2 --tflops 100 --tb-per-s 2".split()  # noqa: SIM905
     assert roofline.main([*arguments, "--json", str(tmp_path / "plan.json")]) == 0
     printed = capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_main_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "plan.md").read_text("utf-8") == printed
 
 
-def test_main_refuses_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_roofline_refuses_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline.main(["--preset", "jonson"]) == 2
     assert "unknown preset 'jonson'; did you mean 'johnson'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -13,7 +13,7 @@ TINY += ["--set", "loss.style_layer_weights=[]", "--set", "data.loader=pillow", 
 TINY += ["--set", "data.prefetch=1"]
 
 
-def test_both_modes_train_the_same(few_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_styles_both_modes_train_alike(few_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "styles.json"
     assert styles.main([*TINY, "--folder", str(few_photos), "--styles", "2", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
@@ -26,7 +26,7 @@ def test_both_modes_train_the_same(few_photos: Path, tmp_path: Path, capsys: pyt
     assert "together / alone = " in capsys.readouterr().out
 
 
-def test_modes_with_different_weights_are_refused(
+def test_styles_refuses_modes_with_different_weights(
     few_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train_otherwise(self: styles._Bench) -> dict[str, list[float]]:
@@ -41,7 +41,7 @@ def test_modes_with_different_weights_are_refused(
     assert "the weights of both modes differ" in capsys.readouterr().err
 
 
-def test_main_refuses_wrong_options(few_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_styles_refuses_wrong_options(few_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert styles.main([*TINY, "--folder", str(tmp_path / "none")]) == 3
     assert styles.main([*TINY, "--folder", str(few_photos), "--styles", "0"]) == 2
     assert "--styles, --steps and --turns are at least 1" in capsys.readouterr().err

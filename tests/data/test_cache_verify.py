@@ -73,24 +73,14 @@ def link_elsewhere(path: Path) -> None:
     path.symlink_to(path.with_suffix(".u9"))
 
 
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (change, "is damaged: its SHA-256 differs from the manifest's"),
     (lambda path: os.truncate(path, 1000), "is damaged: it has 1000 bytes instead of "),
     (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "is damaged: it has "),
     (lambda path: path.unlink(), "is missing"),
     (link_elsewhere, "is a symbolic link, which a cache never holds"),
-    (pipe, "is damaged: it is no regular file"),
-    (folder, "is damaged: it is no regular file"),
+    (lambda path: (path.unlink(), os.mkfifo(path)), "is damaged: it is no regular file"),
+    (lambda path: (path.unlink(), path.mkdir()), "is damaged: it is no regular file"),
 ]
 
 

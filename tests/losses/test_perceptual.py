@@ -241,7 +241,7 @@ def test_perceptual_loss_compiles_without_graph_breaks() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_image_optimized_with_real_weights_takes_on_the_style(weights: Path, styles: Path, content: Path) -> None:
+def test_perceptual_loss_with_real_weights_gives_an_image_the_style(weights: Path, styles: Path, content: Path) -> None:
     """Ten Adam steps on the pixels with the real conv1_1 … conv3_4 reduce the style loss to a fraction."""
 
     def read(path: Path) -> Tensor:

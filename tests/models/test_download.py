@@ -116,7 +116,7 @@ def _refused(source: RemoteFile, cached: Path) -> str:
     return message
 
 
-def test_auto_downloads_once(
+def test_load_vgg19_auto_downloads_once(
     server: _Server,
     source: RemoteFile,
     cached: Path,
@@ -233,7 +233,7 @@ def test_download_to_a_failing_disk(source: RemoteFile, cached: Path) -> None:
         _auto(source)
 
 
-def test_auto_replaces_a_damaged_file(
+def test_load_vgg19_auto_replaces_a_damaged_file(
     server: _Server, source: RemoteFile, cached: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     cached.parent.mkdir(parents=True)
@@ -244,7 +244,7 @@ def test_auto_replaces_a_damaged_file(
     assert len(server.ranges) == 1
 
 
-def test_auto_uses_the_copy_of_torch_hub(
+def test_load_vgg19_auto_uses_the_copy_of_torch_hub(
     *, server: _Server, source: RemoteFile, cached: Path, content: bytes, tmp_path: Path, caplog: Any
 ) -> None:
     hub = tmp_path / "torch" / "hub" / "checkpoints" / source.file_name
@@ -262,7 +262,7 @@ def test_auto_uses_the_copy_of_torch_hub(
     assert hub.read_bytes() == content[:-1]
 
 
-def test_auto_downloads_from_the_mirror_of_the_environment(
+def test_load_vgg19_auto_downloads_from_the_mirror_of_the_environment(
     server: _Server, source: RemoteFile, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTNST_VGG19_URL", source.url)
@@ -271,7 +271,7 @@ def test_auto_downloads_from_the_mirror_of_the_environment(
     assert len(server.ranges) == 1
 
 
-def test_parallel_downloads_request_the_file_once(server: _Server, source: RemoteFile, cached: Path) -> None:
+def test_download_file_in_parallel_requests_it_once(server: _Server, source: RemoteFile, cached: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: download_file(source, cached, pause=0.0), range(4)))
     assert server.ranges == [None]

@@ -91,7 +91,7 @@ def test_architectures_are_those_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_net_is_the_published_architecture(architecture: str) -> None:
+def test_transform_net_is_the_published_architecture(architecture: str) -> None:
     """With its gradients, on an odd height and an even width."""
     net = _net(architecture).double()
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_parameter_names_and_shapes(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_layer_stays_channels_last(architecture: str) -> None:
+def test_forward_keeps_every_layer_channels_last(architecture: str) -> None:
     net = _net(architecture)
     seen: dict[str, Tensor] = {}
     for name in net.layer_names:

@@ -127,7 +127,7 @@ def test_deepest_layer() -> None:
     assert deepest_layer(["pool5", "conv5_4", "fc8"]) == "fc8"
 
 
-def test_unknown_and_missing_layers_are_named() -> None:
+def test_vgg19_names_unknown_and_missing_layers() -> None:
     with pytest.raises(UserError, match="did you mean 'relu4_2'"):
         VGG19("relu42")
     with pytest.raises(UserError, match="torchvision, caffe"):
@@ -153,7 +153,7 @@ def test_forward_refuses_images_too_small_for_the_layer(layer: str, smallest: in
             net(images(1, 3, smallest - 1, 9), [layer])
 
 
-def test_real_weights_on_a_real_image(weights: Path, content: Path) -> None:
+def test_vgg19_real_weights_on_a_photo(weights: Path, content: Path) -> None:
     """Caffe's features of a photo are in the hundreds and grow with depth; torchvision's would stay below ten."""
     net = load_vgg19(str(weights / "vgg19_caffe_conv1_1-conv3_4.pth"), last_layer="relu3_4")
     assert net.flavour == "caffe"

@@ -62,21 +62,21 @@ def test_load_vgg19_reads_deeper_files_in_half_precision(tmp_path: Path) -> None
     assert torch.equal(net.conv1_2.weight, state["features.2.weight"].float())
 
 
-def test_flavour_of_real_caffe_weights(weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_load_vgg19_detects_real_caffe_weights(weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     link = tmp_path / "torchvision_vgg19.pth"
     link.symlink_to(weights / "vgg19_caffe_conv1_1-conv3_4.pth")
     assert _load(str(link), "relu3_4").flavour == "caffe"
     assert "conv1_1 is the original of Oxford" in caplog.text
 
 
-def test_flavour_by_metadata(tmp_path: Path) -> None:
+def test_load_vgg19_takes_the_flavour_of_metadata(tmp_path: Path) -> None:
     state = vgg19_state()
     assert _load(vgg19_file(tmp_path, state, "a.safetensors", metadata={"flavour": "caffe"})).flavour == "caffe"
     with pytest.raises(DataError, match="'keras'"):
         _load(vgg19_file(tmp_path, state, "b.safetensors", metadata={"flavour": "keras"}))
 
 
-def test_flavour_of_unknown_weights_by_option_or_checksum(
+def test_load_vgg19_takes_the_flavour_of_option_or_checksum(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = vgg19_file(tmp_path, vgg19_state(kernel=None), "vgg19_caffe.pth")
@@ -149,7 +149,7 @@ def test_load_vgg19_refuses_other_content(tmp_path: Path) -> None:
         _load("random", flavour="tensorflow")
 
 
-def test_random_weights_are_seeded_and_announced(caplog: pytest.LogCaptureFixture) -> None:
+def test_load_vgg19_random_weights_are_seeded_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     random_state = torch.get_rng_state()
     first, second, other = (_load("random", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), random_state)
