@@ -267,6 +267,7 @@ def load_config(
     *,
     preset: str | None = None,
     file: Path | None = None,
+    is_saved: bool = False,
     assignments: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
@@ -276,6 +277,7 @@ def load_config(
     Args:
         preset: name of a preset; None: `preset` of the environment or file, else `hwalsuklee`.
         file: a TOML file with any of the sections.
+        is_saved: `file` is a run's own `config.toml`: do not warn of old keys, which no user wrote.
         assignments: `section.key=value` strings, values in TOML syntax (bare words are strings).
         options: dotted key → value from named command-line options; None values are ignored.
         environment: `FASTNST_SECTION__KEY` variables; default `os.environ`.
@@ -292,7 +294,7 @@ def load_config(
     sources = ((str(file), in_file), ("the environment", in_environment), ("the command line", _nested(given)))
     name: Any = DEFAULT_PRESET
     for source, values in sources:
-        update_old_keys(values, source)
+        update_old_keys(values, source, warn=not (is_saved and values is in_file))
         _check_keys(values, source)
         name = values.get("preset", name)
     if name not in preset_names():

@@ -59,8 +59,8 @@ def current_keys(values: Mapping[str, str]) -> dict[str, str]:
     return {RENAMED_KEYS.get(key, key): value for key, value in values.items() if key not in RETIRED_KEYS}
 
 
-def update_old_keys(values: dict[str, Any], source: str) -> None:
-    """Rename the old keys of a source and remove the retired ones, with one warning for each.
+def update_old_keys(values: dict[str, Any], source: str, *, warn: bool = True) -> None:
+    """Rename the old keys of a source and remove the retired ones; `warn` logs one warning for each.
 
     Raises:
         UserError: a key is set under both names.
@@ -72,13 +72,15 @@ def update_old_keys(values: dict[str, Any], source: str) -> None:
             continue
         value = keys.pop(old_key)
         if old in RETIRED_KEYS:
-            _warn_once(f"{source}: {old} no longer does anything: {RETIRED_KEYS[old]}")
+            if warn:
+                _warn_once(f"{source}: {old} no longer does anything: {RETIRED_KEYS[old]}")
             continue
         new = RENAMED_KEYS[old]
         if new.partition(".")[2] in keys:
             raise UserError(f"{source}: {old} is the old name of {new}, and both are set; remove {old}")
         keys[new.partition(".")[2]] = value
-        _warn_once(f"{source}: {old} is now named {new}; the old name still works")
+        if warn:
+            _warn_once(f"{source}: {old} is now named {new}; the old name still works")
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def demo(out: Path, vgg: str, steps: int | None) -> None:
     from fastnst.demo import run_demo
 
     image, model = run_demo(out, vgg=vgg, steps=steps, stop=stop_request())
-    click.echo(f"stylised image {image}")
+    click.echo(f"stylized image   {image}")
     click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
 

@@ -107,13 +107,14 @@ def _plan(
     from fastnst.training.run_dir.style_folder import STYLES_NAME, style_names
 
     styles = style_names([style.absolute() for style in given])
+    is_saved = resume and options["file"] is None
     if resume:
         if out is None:
             raise click.UsageError("--resume needs --out RUN, the directory of the run to go on with")
         styles, configuration = _saved_run(out, styles)
-        if options["file"] is None:
+        if is_saved:
             options["file"] = configuration
-    config = _load_config(style=next(iter(styles.values()), None), **options)
+    config = _load_config(style=next(iter(styles.values()), None), is_saved=is_saved, **options)
     if out is None:
         if config.style.image is None:
             raise click.UsageError("no style image; give one with --style IMAGE")
@@ -128,6 +129,7 @@ def _load_config(
     data: Path | None,
     preset: str | None,
     file: Path | None,
+    is_saved: bool,
     assignments: tuple[str, ...],
     **keys: Any,
 ) -> "Config":
@@ -140,7 +142,7 @@ def _load_config(
     options |= {"style.image": style and style.absolute(), "data.folder": data and data.absolute()}
     if options["loss.vgg"] not in (None, "auto", "random"):
         options["loss.vgg"] = str(Path(options["loss.vgg"]).absolute())
-    return load_config(preset=preset, file=file, assignments=assignments, options=options)
+    return load_config(preset=preset, file=file, is_saved=is_saved, assignments=assignments, options=options)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Transform nets of three published implementations, a row each: a new one needs no other code.
+"""Transform nets of three published implementations, a row each; `config.ModelConfig` lists their names.
 
 hwalsuklee: hwalsuklee/tensorflow-fast-style-transfer; lengstrom: lengstrom/fast-style-transfer; johnson:
 pytorch/examples.

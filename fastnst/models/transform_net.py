@@ -192,7 +192,7 @@ class _NormedLayer(nn.Module):
     """A convolution's weight, then norm, residual and ReLU in one kernel, or a bias alone.
 
     In training, the backward of the next convolution computes the norm's result again from the norm's input instead of
-    keeping it (`fastnst_kernels.recomputed`).
+    keeping it (`fastnst_kernels.norm.recompute`).
     """
 
     running_mean: Tensor

@@ -38,7 +38,7 @@ from fastnst.training.trainer import Trainer
 
 def train(
     config: Config,
-    out: Path,
+    out: Path | str,
     *,
     styles: Mapping[str, Path] | None = None,
     resume: bool = False,
@@ -74,7 +74,7 @@ def train(
         SystemExit: another process of the run has raised one of these.
     """
     check_steps(profile)
-    dist_env, stop = DistEnv.from_environ(), stop or StopRequest()
+    dist_env, out, stop = DistEnv.from_environ(), Path(out), stop or StopRequest()
     style_dir = MultiStyleDir(out, styles) if styles else None
     configs = run_configs(config, styles, out) if styles else {out: config}
     runs = list(configs)

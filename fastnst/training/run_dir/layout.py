@@ -72,7 +72,7 @@ def saved_config(run: Path) -> Config:
     path = run / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{run} holds no run to resume ({CONFIG_NAME} is missing); start one without --resume")
-    return load_config(file=path, environment={})
+    return load_config(file=path, is_saved=True, environment={})
 
 
 def config_values(config: Config) -> dict[str, str]:

@@ -35,7 +35,7 @@ class CenterCrops:
         workers: threads or processes that decode; None: one per core.
 
     Raises:
-        DataError: no images; while iterating, see `fastnst.data.open_loader`.
+        DataError: no images; while iterating, see `fastnst.data.loaders.open_loader`.
         UserError: size, batch size or loader out of range; while iterating, DALI is not installed.
     """
 

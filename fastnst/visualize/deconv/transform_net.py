@@ -186,8 +186,8 @@ class TransformDeconvnet:
             elif rstd is not None:
                 signal = signal * (module.scale * rstd[images])[:, :, None, None]
             if isinstance(module, UpLayer) and module.nearest:
-                before = before._replace(placing=_ENLARGED)
-            return upsample_pad_adjoint(_convolution_adjoint(module, signal, before.placed_size), before.placing)
+                before = before._replace(written=_ENLARGED)
+            return upsample_pad_adjoint(_convolution_adjoint(module, signal, before.written_size), before.written)
 
         if layer == "out":
             size = passages[layer].size

@@ -14,7 +14,7 @@ from fastnst_kernels.norm.upsample_pad import UpsamplePad, unpadded
 IMAGE = "image"
 """Key of the input image in `passages`."""
 
-_Wants = Callable[[Tensor], InputLayout]
+_LayoutOf = Callable[[Tensor], InputLayout]
 _Note = Callable[[str, ConvLayer | UpLayer, Tensor, InputLayout, Tensor], None]
 
 
@@ -23,17 +23,17 @@ class Passage(NamedTuple):
 
     Attributes:
         size: height and width of the result.
-        placing: how the result was written for the next layer.
+        written: the upsampling and padding with which the result was written for the next layer.
         rstd: 1 / √(σ² + ε) of the norm, `[N, C]`; None without a norm.
     """
 
     size: tuple[int, int]
-    placing: UpsamplePad
+    written: UpsamplePad
     rstd: Tensor | None = None
 
     @property
-    def placed_size(self) -> tuple[int, int]:
-        return self.placing.size(*self.size)
+    def written_size(self) -> tuple[int, int]:
+        return self.written.size(*self.size)
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def run_and_record(net: TransformNet, images: Tensor, layers: Sequence[str]) -> 
     activations: dict[str, Tensor] = {}
     passages: dict[str, Passage] = {}
 
-    def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, placing: InputLayout, y: Tensor) -> None:
-        placement = UpsamplePad(*placing)
-        passages[layer] = Passage((x.shape[2], x.shape[3]), placement, _rstd(module, x))
+    def note(layer: str, module: ConvLayer | UpLayer, x: Tensor, layout: InputLayout, y: Tensor) -> None:
+        written = UpsamplePad(*layout)
+        passages[layer] = Passage((x.shape[2], x.shape[3]), written, _rstd(module, x))
         if layer in layers:
-            activations[layer] = unpadded(y, placement, x.shape[2:]).contiguous(memory_format=torch.channels_last)
+            activations[layer] = unpadded(y, written, x.shape[2:]).contiguous(memory_format=torch.channels_last)
 
     with torch.autocast(device.type, enabled=False), _in_evaluation_mode(net), _listening(net, note):
         net(images.to(device, dtype))
@@ -128,9 +128,9 @@ def _listening(net: TransformNet, note: _Note) -> Iterator[None]:
     def listener(layer: str, module: ConvLayer | UpLayer) -> Callable[..., Tensor]:
         normalise = module.normalise
 
-        def listening(x: Tensor, wants: _Wants, residual: Tensor | None = None) -> Tensor:
-            y = normalise(x, wants, residual)
-            note(layer, module, x, wants(x), y)
+        def listening(x: Tensor, next_layout: _LayoutOf, residual: Tensor | None = None) -> Tensor:
+            y = normalise(x, next_layout, residual)
+            note(layer, module, x, next_layout(x), y)
             return y
 
         return listening

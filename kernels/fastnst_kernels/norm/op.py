@@ -41,8 +41,14 @@ class NormOptions(TypedDict, total=False):
     padding_mode: str
 
 
+_OPTION_NAMES = tuple(NormOptions.__annotations__)
+
+
 def pad_of(x: Tensor, options: NormOptions) -> UpsamplePad:
-    """The upsampling and padding of a norm of x, checked."""
+    """The upsampling and padding of a norm of x, checked; TypeError for an argument that the norms do not have."""
+    for name in options:
+        if name not in _OPTION_NAMES:
+            raise TypeError(f"a norm got an unexpected keyword argument {name!r}; it takes {', '.join(_OPTION_NAMES)}")
     padding, mode = options.get("padding", 0), options.get("padding_mode", "reflect")
     return UpsamplePad.checked(x, options.get("upsample", 1), padding, mode)
 

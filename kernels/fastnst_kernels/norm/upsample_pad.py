@@ -237,8 +237,8 @@ def _near_top_or_bottom(first, last, H, W, UP: tl.constexpr, TOP: tl.constexpr, 
 
 @jit
 def store_upsample_pad(p_y, b_y, o_r, m_r, o_q, m_q, first, last, H, W, Q, UP: tl.constexpr, LEFT: tl.constexpr,
-                 RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr, SKIP: tl.constexpr,
-                 ZEROS: tl.constexpr):  # fmt: skip
+                       RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr, SKIP: tl.constexpr,
+                       ZEROS: tl.constexpr):  # fmt: skip
     """Write the rows `o_r` of z, all in [first, last), to all their copies in the plane at `p_y`."""
     near = _near_top_or_bottom(first, last, H, W, UP, TOP, BOTTOM, SKIP)
     for d in range(4 * UP * UP):
@@ -252,8 +252,8 @@ def store_upsample_pad(p_y, b_y, o_r, m_r, o_q, m_q, first, last, H, W, Q, UP: t
 
 @jit
 def load_upsample_pad_adjoint(p_dy, o_r, m_r, o_q, m_q, first, last, H, W, Q, UP: tl.constexpr, LEFT: tl.constexpr,
-                        RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr, SKIP: tl.constexpr,
-                        ZEROS: tl.constexpr):  # fmt: skip
+                              RIGHT: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr, SKIP: tl.constexpr,
+                              ZEROS: tl.constexpr):  # fmt: skip
     """Σ of dy over all copies of the rows `o_r` of z, fp32; loads of unmirrored copies are issued first."""
     b_g = tl.zeros([o_r.shape[0], o_q.shape[0]], tl.float32)
     for d in tl.static_range(UP * UP):
