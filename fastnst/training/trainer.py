@@ -119,8 +119,7 @@ class Trainer:
                     profile.step()
                     if signum and step < last:
                         self.group.exit_unless()
-                        kept = f"which is saved; go on with: fastnst train --resume --out {self.out}"
-                        raise StoppedBySignal(signum, f"stopped at step {step} of {last}, {kept}")
+                        raise StoppedBySignal(signum, f"stopped at step {step} of {last}, {self._resume_hint()}")
             for style in active:
                 style.log_summary()
         # Too late to end a step early, but the sender still learns that the signal was received.
@@ -128,6 +127,11 @@ class Trainer:
             self.group.exit_unless()
             raise stopped_by(signum, f"; all {last} steps are done and saved in {self.out}")
         return models
+
+    def _resume_hint(self) -> str:
+        is_alone = self.group.dist_env.world_size == 1
+        command = f"fastnst train --resume --out {self.out}" if is_alone else "the same torchrun command and --resume"
+        return f"which is saved; go on with: {command}"
 
     def _log_metrics(
         self,

@@ -107,7 +107,7 @@ def test_train_distributed_stops_all_ranks_at_the_same_step(
     # The first backward belongs to no step (it settles the order of the sums), so that the fourth is that of step 3.
     assert codes(ended) == [143, 143]
     assert messages(ended) == [
-        (0, f"stopped at step 3 of 4, which is saved; go on with: fastnst train --resume --out {tmp_path}/run")
+        (0, "stopped at step 3 of 4, which is saved; go on with: the same torchrun command and --resume")
     ]
     assert leftovers(tmp_path) == []
     last = run_ranks(fork_server, next_command(argv), tmp_path)
