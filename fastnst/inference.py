@@ -56,7 +56,8 @@ def stylize(model: TransformNet, images: Tensor, *, precision: str = "auto") -> 
     model.eval()  # batch norm: running statistics, unchanged
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return model(images.to(device, torch.float32)).clamp_(0, 1).to(images.device)
+            output: Tensor = model(images.to(device, torch.float32))
+            return output.clamp_(0, 1).to(images.device)
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise

@@ -50,7 +50,8 @@ def convolve_backward(gradient: Tensor, weight: Tensor) -> Tensor:
 
 def relu_backward_(gradient: Tensor, output: Tensor) -> Tensor:
     """[y > 0]·∂L/∂y in place, y the ReLU's `output`; as in PyTorch, a NaN in y passes the gradient."""
-    return torch.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=gradient)
+    torch.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=gradient)
+    return gradient
 
 
 def pool(x: Tensor, *, switches: bool) -> tuple[Tensor, Tensor | None]:
@@ -73,9 +74,10 @@ def unpool(gradient: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
         (*gradient.shape[:2], *size), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
     )
     # It reads only shape and format of the pooled tensor, and the result has the same.
-    return torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+    torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
         gradient, result, [2, 2], [2, 2], [0, 0], [1, 1], False, switches.to(torch.int64), grad_input=result
     )
+    return result
 
 
 def _fuses_on_cuda(dtype: torch.dtype) -> bool:

@@ -259,7 +259,7 @@ class GraphRecorder:
 
 class _DispatchMode(TorchDispatchMode):
     def __init__(self, recorder: GraphRecorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -278,7 +278,7 @@ def _join(*parts: str) -> str:
 
 def _memory(tensor: Tensor) -> int:
     """Identify the memory that a tensor shares with its views."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _without_tensors(leaf: Any) -> Any:

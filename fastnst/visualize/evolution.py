@@ -119,7 +119,8 @@ class ProjectionMonitor:
         self._net.eval()
         try:
             with torch.no_grad():
-                return self._net(photo).clamp_(0, 1)
+                output: Tensor = self._net(photo)
+                return output.clamp_(0, 1)
         finally:
             self._net.train(was_training)
 

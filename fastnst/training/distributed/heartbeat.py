@@ -216,6 +216,6 @@ class Heartbeat:
 
     def _num_informed(self) -> int:
         try:
-            return self._store.add("heard", 0)
+            return int(self._store.add("heard", 0))
         except RuntimeError:
             return len(self._states)

@@ -196,7 +196,8 @@ class NetTrainer:
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             stylized = self._transform(content, pre_activation=False)
             with record_span("loss network"):
-                return self._loss(stylized, content)
+                terms: LossTerms = self._loss(stylized, content)
+                return terms
 
     def _fused_pass(self, engine: FusedPerceptualLoss, batch: Tensor, content: ContentFeatures | None) -> LossTerms:
         """Forward and backward of one batch, with the engine's own gradient of the loss."""

@@ -47,10 +47,10 @@ def convolution(
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         # Else autocast converts x, and the convolution would save the copy.
         if x.dtype == weight.dtype:
-            result: Tensor = _Convolution.apply(x, weight, bias, node, stride, padding, transposed)
+            result: Tensor = _Convolution.apply(x, weight, bias, node, stride, padding, transposed)  # type: ignore[no-untyped-call]
             return result
     elif not is_plain() and _prefers_nchw(x, transposed=transposed) and x.dtype == weight.dtype and not _casts(x):
-        own: Tensor = _Convolution.apply(x, weight, bias, None, stride, padding, transposed)
+        own: Tensor = _Convolution.apply(x, weight, bias, None, stride, padding, transposed)  # type: ignore[no-untyped-call]
         return own
     if transposed:
         return F.conv_transpose2d(x, weight, bias, stride, padding)

@@ -30,7 +30,8 @@ from fastnst_kernels.runtime import ceil_div, jit, tl
 def loss_relu_backward_reference(features: Tensor, **terms: Any) -> Tensor:
     """The formula in PyTorch, in fp32 (fp64 for fp64); same arguments as `loss_relu_backward`."""
     total = _sum_of_terms(features, **terms)
-    return torch.ops.aten.threshold_backward(total, features.to(total.dtype), 0).to(features.dtype)
+    masked: Tensor = torch.ops.aten.threshold_backward(total, features.to(total.dtype), 0)
+    return masked.to(features.dtype)
 
 
 def _sum_of_terms(

@@ -110,7 +110,7 @@ def _recomputed(
 ) -> Tensor:
     residual = options.get("residual")
     arguments = (options.get("eps", 1e-5), options.get("relu", False), op.pad_of(x, options).as_ints())
-    y: Tensor = _Norm.apply(x, weight, bias, residual, node_of(residual), running, momentum, *arguments)
+    y: Tensor = _Norm.apply(x, weight, bias, residual, node_of(residual), running, momentum, *arguments)  # type: ignore[no-untyped-call]
     node: Any = y.grad_fn
     if node is not None:
         node.version = y._version

@@ -133,9 +133,10 @@ def _max_unpool(y: Tensor, switches: Tensor, height: int, width: int, kernel_siz
     # ATen's pooling backward adds where windows overlap, in the dtype that it is given. ATen's unpool overwrites, and
     # takes longer. Only x's shape and format matter.
     dtype = y.dtype if stride >= kernel_size else runtime.statistics_dtype(y)
-    return torch.ops.aten.max_pool2d_with_indices_backward(
+    placed: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
         y.to(dtype), x.to(dtype), [kernel_size] * 2, [stride] * 2, [0, 0], [1, 1], False, index
-    ).to(y.dtype)
+    )
+    return placed.to(y.dtype)
 
 
 @_max_unpool.register_fake
