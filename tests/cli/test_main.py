@@ -64,6 +64,17 @@ def test_train_then_stylize(fastnst: Fastnst, small: list[object], tmp_path: Pat
         assert stylized.size == source.size
 
 
+@pytest.mark.slow
+def test_demo_trains_a_style_and_stylizes_a_photo(fastnst: Fastnst, tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="the demo's photos ship with scikit-image")
+    code, out, err = fastnst("demo", "--out", tmp_path / "demo", "--vgg", "random", "--steps", 1)
+    assert code == 0, err
+    image = tmp_path / "demo-images" / "chelsea-stylised.png"
+    assert out.splitlines()[:2] == [f"stylized image   {image}", f"style model      {tmp_path}/demo/model.safetensors"]
+    with Image.open(image) as stylized:
+        assert stylized.size == (451, 300)
+
+
 def test_train_dry_run_prints_a_plan_and_writes_nothing(fastnst: Fastnst, small: list[object], tmp_path: Path) -> None:
     code, out, err = fastnst("train", *small, "--out", tmp_path / "run", "--dry-run")
     assert code == 0, err
