@@ -1,6 +1,9 @@
 """A folder of bad images: rejections name their reason, and all loaders read the accepted ones alike."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,3 +76,38 @@ def test_build_manifest_and_loaders_on_bad_images_among_good_ones(
     assert build_manifest(folder, allow_uniform=False) == manifest, "from the cache"
     check_verdicts(manifest, found, tmp_path / "run")
     assert_loaders_agree(manifest, one_epoch(manifest, 16), 32)
+
+
+# A process of its own, since the peak of a process is that of its whole life.
+SCRIPT = """
+import resource, sys, torch
+from pathlib import Path
+from fastnst.config import DataConfig
+from fastnst.data.loaders import open_loader
+from fastnst.data.manifest import build_manifest
+from fastnst.data.sampler import Sampler
+
+if __name__ == "__main__":
+    manifest = build_manifest(Path(sys.argv[1]), workers=2, allow_uniform=False, cache=False)
+    sampler = Sampler(1, len(manifest.images), 16, -(-len(manifest.images) // 16))
+    for loader in ("pillow", "dali"):
+        config = DataConfig(loader=loader, image_size=64, workers=2)
+        with open_loader(manifest, sampler, config, device=torch.device("cpu")) as batches:
+            print(loader, sum(len(batch) for batch in batches))
+    print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+
+
+def test_build_manifest_and_loaders_bound_memory(bad_images: tuple[Path, list[Specimen]], tmp_path: Path) -> None:
+    """Decompression bombs among the images: the process and two workers stay below 4 GiB."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(script), str(bad_images[0])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    pillow, dali, peaks = (line.split() for line in done.stdout.splitlines())
+    assert (pillow[0], dali[0], pillow[1]) == ("pillow", "dali", dali[1])
+    own, largest_worker = (int(kib) << 10 for kib in peaks)
+    assert largest_worker > 1 << 26
+    assert own + 2 * largest_worker < 4 << 30
