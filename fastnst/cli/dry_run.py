@@ -42,7 +42,7 @@ def print_plan(
     config, device = resolve(next(iter(configs.values())))
     check_divisible(config, dist_env)
     changes = validate_run_dirs(configs, folder, resume=resume, allow_changes=allow_changes)
-    images = [(own.style.image, read_style(own)[0]) for own in configs.values()]
+    images = [(own.style.image, read_style(own.style)[0]) for own in configs.values()]
     manifest = read_manifest(config.data)
     log_rejected(manifest)
     num_images = len(manifest.images)

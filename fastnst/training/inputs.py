@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastnst.config import Config, DataConfig, TrainConfig
+from fastnst.config import Config, DataConfig, StyleConfig, TrainConfig
 from fastnst.data.cache.format import is_cache
 from fastnst.data.cache.verify import open_cache
 from fastnst.data.manifest import Manifest, build_manifest
@@ -82,7 +82,7 @@ def read_inputs(config: Config, device: torch.device, late: Sequence[ReadFailure
         device: where training runs.
         late: images that failed in the run that is resumed; they keep their places in the manifest.
     """
-    style, style_sha256 = read_style(config)
+    style, style_sha256 = read_style(config.style)
     check_folder(config.data.folder)
     watched_layers = [name.partition(":")[0] for name in config.visualize.vgg_maps]
     vgg = load_vgg19(
@@ -99,17 +99,17 @@ def read_inputs(config: Config, device: torch.device, late: Sequence[ReadFailure
     return Inputs(config, device, style, style_sha256, manifest, vgg, steps, tuple(late))
 
 
-def read_style(config: Config) -> tuple[Tensor, str]:
+def read_style(config: StyleConfig) -> tuple[Tensor, str]:
     """Return the style image, `[1, 3, H, W]` in [0, 1], at `style.size`, and the SHA-256 of its file."""
-    if config.style.image is None:
+    if config.image is None:
         raise UserError("no style image; give one with --style IMAGE")
-    pixels = Image.fromarray(read_image(config.style.image))
-    side = min(config.style.size or LARGEST_STYLE_SIDE, max(pixels.size))
+    pixels = Image.fromarray(read_image(config.image))
+    side = min(config.size or LARGEST_STYLE_SIDE, max(pixels.size))
     if side < max(pixels.size):
         scale = side / max(pixels.size)
         size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-    return to_tensor(np.asarray(pixels)), sha256_of(config.style.image)
+    return to_tensor(np.asarray(pixels)), sha256_of(config.image)
 
 
 def check_folder(folder: Path | None) -> Path:

@@ -131,7 +131,7 @@ def _read_inputs(
     failures = broadcast_failures(failures, group)
     first, *others = configs.values()
     with group.local_rank_zero_first():
-        styles = [read_style(config) for config in others]  # first, since a mistake in them shows at once
+        styles = [read_style(config.style) for config in others]  # first, since a mistake in them shows at once
         inputs = read_inputs(first, device, failures)
     all_inputs = [
         inputs,

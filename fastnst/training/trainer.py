@@ -101,14 +101,14 @@ class Trainer:
                 ) as progress,
                 StepProfile(self.styles[0].out, self.profile, done=done, last=last, device=self.device) as profile,
             ):
-                train_step = GraphedStep(self.config.train, self.device, processes=self.group.dist_env.world_size)
+                graphed_step = GraphedStep(self.config.train, self.device, processes=self.group.dist_env.world_size)
                 batches = self._batches(loader, done, failures)
                 meter = ThroughputMeter(batch_size)
                 for step in range(done + 1, last + 1):
                     with meter.waiting(), record_span("data wait"):
-                        batch = train_step.fetch(batches)
+                        batch = graphed_step.fetch(batches)
                     styles = [style for style in active if style.done < step]
-                    terms = train_step(step, batch, [style.net_trainer for style in styles])
+                    terms = graphed_step(step, batch, [style.net_trainer for style in styles])
                     # Polled once a step, so that all ranks agree: a later signal ends the next step.
                     signum = self.group.all_reduce_max(self.stop.signum or 0)[0]
                     is_final = step == last or bool(signum)

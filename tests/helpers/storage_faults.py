@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 REMOVALS = ("unlink", "rmdir")
 
 
@@ -135,3 +137,17 @@ class _RawFile(io.FileIO):
             super().write(bytes(data)[: len(data) // 2])
             raise
         return super().write(data)
+
+
+def record_synced_sizes(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Return inode → size when it was last synced, filled by the calls of `os.fsync` from now on."""
+    sizes: dict[int, int] = {}
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        sync(descriptor)
+        status = os.fstat(descriptor)
+        sizes[status.st_ino] = status.st_size
+
+    monkeypatch.setattr(os, "fsync", record)
+    return sizes

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from fastnst.errors import DataError
 from fastnst.losses.perceptual import LossTerms
 from fastnst.run_log.protos import METRICS, histogram, hyper_parameters
 from fastnst.run_log.writer import RunLog, log_visualization, loss_scalars, read_metrics
+from helpers.storage_faults import record_synced_sizes
 
 
 @contextmanager
@@ -73,14 +73,7 @@ def test_run_log_resumed_has_each_step_once(tmp_path: Path) -> None:
 def test_run_log_flush_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RunLog(tmp_path) as log:
         log.metrics(1, {"loss/total": 1.0})
-        sizes: dict[int, int] = {}
-        sync = os.fsync
-
-        def record(descriptor: int) -> None:
-            sync(descriptor)
-            sizes[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
-
-        monkeypatch.setattr(os, "fsync", record)
+        sizes = record_synced_sizes(monkeypatch)
         log.flush()
         paths = [tmp_path / "metrics.jsonl", *tmp_path.glob("events.*")]
         # Each whole: nothing is written behind what was made durable.

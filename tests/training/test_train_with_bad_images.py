@@ -20,6 +20,7 @@ from fastnst.training import trainer
 from fastnst.training.run_dir import rejected_images
 from helpers.batches import load_pillow_in_this_process
 from helpers.run_comparison import assert_same_weights
+from helpers.storage_faults import record_synced_sizes
 from helpers.tiny_runs import Killed, before_each_step, logged, make_small, small_config, train_small
 
 pytest.importorskip("nvidia.dali", reason="DALI is made for Linux on x86-64 only")
@@ -200,14 +201,7 @@ def test_train_stops_if_a_failure_cannot_be_listed(scene: Scene, monkeypatch: py
 
 
 def test_train_lists_a_failure_durably_before_its_step(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: dict[int, int] = {}
-    sync = os.fsync
-
-    def record(descriptor: int) -> None:
-        sync(descriptor)
-        sizes[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
-
-    monkeypatch.setattr(os, "fsync", record)
+    sizes = record_synced_sizes(monkeypatch)
     scene.crash(scene.config("pillow"), "run", 5, [scene.first_used_in(6)])
     assert [row["step"] for row in scene.rows("run")] == [6]
     status = (scene.tmp / "run" / REJECTED_NAME).stat()

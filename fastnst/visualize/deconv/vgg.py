@@ -200,8 +200,8 @@ class Deconvnet:
         recording = self.record(images, [layer])
         rows = [row for row in range(len(images)) for _ in maps]
         neurons = Neurons.select(recording.activations[layer], rows, list(maps) * len(images), activation)
-        projections = self.project(recording, layer, neurons)
-        return projections.reshape(len(images), len(maps), *projections.shape[1:])
+        projections: Tensor = self.project(recording, layer, neurons).unflatten(0, (len(images), len(maps)))
+        return projections
 
     def _weight(self, name: str) -> Tensor:
         weight = self.net.get_submodule(name).weight
