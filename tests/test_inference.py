@@ -329,7 +329,8 @@ def test_stylize_files_names_the_image_of_nonfinite_results(
 def test_stylize_files_checks_memory_and_names_a_size_that_fits(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastnst.inference._free_bytes", lambda _: 20_000_000)
+    for module in ("files", "tensors"):
+        monkeypatch.setattr(f"fastnst.inference.{module}.free_bytes", lambda _: 20_000_000)
     large, small = write(tmp_path / "large.png", image(300, 400)), write(tmp_path / "small.png", image(20, 20))
     with pytest.raises(DeviceError, match=r"large.png: cpu has too little memory for 400 × 300 px; about") as caught:
         run(model, large, out=tmp_path / "out.png")

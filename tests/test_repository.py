@@ -34,7 +34,7 @@ LAYERS = (
     {"losses", "data"},
     {"inference", "doctor", "config", "config_text", "presets"},
     {"models", "images"},
-    {"storage", "device"},
+    {"storage", "device", "memory", "file_kind"},
     {"errors", "progress"},
 )
 MAY_IMPORT_NEIGHBOURS = {"cli": {"demo"}, "__main__": {"cli"}, "config": {"config_text"}}

@@ -74,8 +74,7 @@ def _print_memory(
     config: "LocalConfig", need: "Estimate", device: "torch.device", dist_env: "DistEnv", *, styles: int
 ) -> None:
     from fastnst.progress import byte_count
-    from fastnst.training.memory.advice import describe_shortage
-    from fastnst.training.memory.available import available_memory_per_process
+    from fastnst.training.memory.advice import available_memory_per_process, describe_shortage
 
     click.echo(
         f"# memory     {byte_count(need.memory)}: weights, gradients and Adam {byte_count(need.weights)}, "

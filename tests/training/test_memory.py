@@ -15,9 +15,9 @@ import torch
 
 from fastnst.config import Config, load_config
 from fastnst.errors import DeviceError
-from fastnst.training.memory import advice, available
+from fastnst.memory import available_memory
+from fastnst.training.memory import advice
 from fastnst.training.memory.advice import RESERVE_BYTES, largest_that_fits, required_memory
-from fastnst.training.memory.available import available_memory
 from fastnst.training.memory.estimate import Estimate, estimate
 from fastnst.training.step.train_step import NetTrainer
 from fastnst.training.train import train
@@ -88,7 +88,7 @@ def failure(configure: Configure, tmp_path: Path) -> Callable[..., str]:
 
     def failure(error: BaseException, room: int, *assignments: str, estimate: Any = round_numbers) -> str:
         with (
-            mock.patch.object(available, "available_memory", return_value=room),
+            mock.patch.object(advice, "available_memory", return_value=room),
             mock.patch.object(advice, "estimate", estimate),
             mock.patch.object(NetTrainer, "train_step", side_effect=error),
             pytest.raises(DeviceError) as raised,
@@ -128,7 +128,7 @@ def test_train_out_of_memory_that_was_there_at_the_start_blames_something_else(f
 def test_explained_memory_errors_names_the_captured_graph(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, setting: str, named: bool
 ) -> None:
-    monkeypatch.setattr(available, "available_memory", lambda _: 2**40)
+    monkeypatch.setattr(advice, "available_memory", lambda _: 2**40)
     monkeypatch.setattr(advice, "estimate", lambda config, **_: round_numbers(config, device_type="cpu"))
     config = configure("train.precision=bf16", setting)
     with pytest.raises(DeviceError) as raised, advice.explained_memory_errors(config, torch.device("cuda")):
@@ -163,7 +163,7 @@ def test_dry_run_warns_of_too_little_memory(
         (int(2.25 * 2**30), "2.2 GiB are there: set train.batch_size = 2, the largest that should fit"),
         (2**31 + 50 * 2**20, "not even train.batch_size = 1 should fit; with it set data.image_size = 64"),
     ):
-        monkeypatch.setattr(available, "available_memory", lambda _, room=room: room)
+        monkeypatch.setattr(advice, "available_memory", lambda _, room=room: room)
         code, out, _ = fastnst(*arguments, "--dry-run")
         assert code == 0
         warnings = [line for line in out.splitlines() if line.startswith("# warning")]
@@ -219,7 +219,7 @@ UNDER_A_LIMIT = """
 import resource, sys
 from fastnst.cli.main import main
 import fastnst.training.train
-from fastnst.training.memory.available import _read
+from fastnst.memory import _read
 from pathlib import Path
 used = int(_read(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv.pop(1)),) * 2)

@@ -10,9 +10,9 @@ import torch
 from fastnst.config import Config
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DeviceError, UserError
+from fastnst.memory import available_memory
 from fastnst.progress import byte_count
 from fastnst.training.distributed.environment import DistEnv, local_config
-from fastnst.training.memory.available import available_memory_per_process
 from fastnst.training.memory.estimate import Estimate, estimate
 from fastnst.training.step.graphed_step import capture_unsupported_reason, wants_capture
 
@@ -71,6 +71,11 @@ def _largest_image(required: Callable[[int], int], side: int, available: int) ->
     sizes = range(SIZE_STEP, side, SIZE_STEP)
     fitting = bisect.bisect_right(sizes, available, key=required_or_zero)
     return (1, sizes[fitting - 1]) if fitting and required_or_zero(sizes[fitting - 1]) else None
+
+
+def available_memory_per_process(device: torch.device, dist_env: DistEnv) -> int:
+    """Return `available_memory`, divided among the processes of this machine unless each has its own GPU."""
+    return available_memory(device) // (1 if device.type == "cuda" else dist_env.local_world_size)
 
 
 @contextlib.contextmanager

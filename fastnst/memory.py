@@ -4,13 +4,13 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from fastnst.training.distributed.environment import DistEnv
 
-
-def available_memory(device: torch.device, root: Path = Path("/")) -> int:
+def available_memory(device: "torch.device", root: Path = Path("/")) -> int:
     """Return the bytes that this process may allocate, beside what it uses already.
 
     On a GPU: free memory, and what PyTorch has reserved without using it. On a CPU: the least of `MemAvailable`, the
@@ -21,8 +21,15 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
         root: parent of `proc` and `sys`.
     """
     if device.type == "cuda":
+        import torch
+
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    return available_host_memory(root)
+
+
+def available_host_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of the machine's memory that this process may still allocate; see `available_memory`."""
     page = resource.getpagesize()
     bounds = [*_system_available(root), *_cgroups_available(root)] or [os.sysconf("SC_PHYS_PAGES") * page]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -30,11 +37,6 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
         pages = int(_read(root / "proc/self/statm").partition(" ")[0] or 0)
         bounds.append(limit - pages * page)
     return max(0, min(bounds))
-
-
-def available_memory_per_process(device: torch.device, dist_env: DistEnv) -> int:
-    """Return `available_memory`, divided among the processes of this machine unless each has its own GPU."""
-    return available_memory(device) // (1 if device.type == "cuda" else dist_env.local_world_size)
 
 
 def _system_available(root: Path) -> Iterator[int]:
