@@ -15,7 +15,7 @@ from fastnst.images.files import (
     read_with_mtime,
 )
 from fastnst.images.open import READABLE_FORMATS, TRAINING_FORMATS, ignore_pillow_warnings, load, open_image
-from fastnst.images.read import MIN_SIDE, read_image
+from fastnst.images.read import MIN_SIDE, SourceImage, read_image, read_with_metadata
 from fastnst.images.tensors import to_array, to_tensor
 from fastnst.images.write import SUFFIXES, check_writable_suffix, write_image
 
@@ -24,6 +24,7 @@ __all__ = [
     "READABLE_FORMATS",
     "SUFFIXES",
     "TRAINING_FORMATS",
+    "SourceImage",
     "UnusableImageError",
     "check_size",
     "check_writable_suffix",
@@ -37,6 +38,7 @@ __all__ = [
     "printable",
     "read_bytes",
     "read_image",
+    "read_with_metadata",
     "read_with_mtime",
     "to_array",
     "to_tensor",

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from fastnst.images.files import UnusableImageError
+from fastnst.images.metadata import dpi_of, exif_to_keep
 from fastnst.images.open import ignore_pillow_warnings, load, open_image
 
 _ORIENTATION_TAG = 0x0112
@@ -26,12 +27,21 @@ def decode(data: bytes, *, formats: tuple[str, ...], alpha: bool = False) -> Ima
     Raises:
         UnusableImageError: another format, damaged, truncated, or above Pillow's limit on the number of pixels.
     """
+    return decode_with_metadata(data, formats=formats, alpha=alpha)[0]
+
+
+def decode_with_metadata(
+    data: bytes, *, formats: tuple[str, ...], alpha: bool = False
+) -> tuple[Image.Image, bytes | None, tuple[float, float] | None]:
+    """Decode as `decode` does; return the image, its EXIF tags and its resolution (see `fastnst.images.metadata`)."""
     image = open_image(data, formats=formats)
     load(image)
     orientation = orientation_of(image)
+    exif = exif_to_keep(image, orientation)
+    dpi = dpi_of(image, orientation)
     # One variable, so that each intermediate image is freed at once: the largest take 360 MB.
     image = _to_rgb(image, alpha=alpha)
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image, exif, dpi
 
 
 def orientation_of(image: Image.Image) -> int:
