@@ -65,7 +65,7 @@ def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: A
     """
     from fastnst.data.cache.build import build_cache
     from fastnst.data.cache.format import is_cache
-    from fastnst.errors import DataError
+    from fastnst.errors import DataError, shell_quote
     from fastnst.progress import byte_count
 
     if is_cache(folder):
@@ -84,7 +84,7 @@ def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: A
     keys = f"--set data.image_size={size}" + (f" --set data.fit={made.fit}" if made.fit != "random_crop" else "")
     click.echo(
         f"{len(made.images)} images of {size} px ({made.fit}), {len(made.rejected)} refused, "
-        f"{byte_count(made.bytes)} in {len(made.shards)} shards; train with: --data {out} {keys}",
+        f"{byte_count(made.bytes)} in {len(made.shards)} shards; train with: --data {shell_quote(out)} {keys}",
         err=True,
     )
 

@@ -67,6 +67,7 @@ def train(
     fastnst train --resume --out runs/wave
     fastnst train --style wave.jpg --style scream.jpg --data train2017 --out runs/both
     """
+    from fastnst.errors import shell_quote
     from fastnst.training.distributed.environment import DistEnv
 
     dist_env = DistEnv.from_environ()
@@ -97,7 +98,8 @@ def train(
     for model in models:
         click.echo(f"style model      {model}")
     click.echo(f"TensorBoard log  {out}")
-    log.info("look at it: fastnst tensorboard %s; use it: fastnst stylize %s IMAGE --out IMAGE", out, models[0].parent)
+    shown, used = shell_quote(out), shell_quote(models[0].parent)
+    log.info("look at it: fastnst tensorboard %s; use it: fastnst stylize %s IMAGE --out IMAGE", shown, used)
 
 
 def _plan(

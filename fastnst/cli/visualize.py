@@ -204,13 +204,12 @@ def _write(
     command = shlex.join(["fastnst", *sys.argv[1:]])
     paths = write_report(report, out, command=command, inputs=inputs)
     if run is not None:
+        from fastnst.errors import shell_quote
         from fastnst.run_log.writer import log_visualization
 
         sheets = {figure.tag: figure.image for figure in report.figures}
         log_visualization(run, sheets, step=step or 0, text=as_markdown(report, command))
-        log.info(
-            "%d sheets are also in the TensorBoard log: fastnst tensorboard %s", len(sheets), shlex.quote(str(run))
-        )
+        log.info("%d sheets are also in the TensorBoard log: fastnst tensorboard %s", len(sheets), shell_quote(run))
     for path in paths:
         # As bytes, to preserve names that are not UTF-8.
         click.echo(os.fsencode(path))

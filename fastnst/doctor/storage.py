@@ -1,7 +1,6 @@
 """Free space, the cache folder, VGG19's weights."""
 
 import os
-import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from fastnst.doctor.verdict import Verdict, failed, gib, passed, warned
 from fastnst.doctor.workers import Results
+from fastnst.errors import shell_quote
 
 _COMFORTABLE_DISK, _LEAST_DISK = 2 * 2**30, 2**28
 """Bytes for runs: checkpoints take about 100 MB, a log with images as much or more."""
@@ -96,15 +96,15 @@ def check_weights(results: Results) -> Verdict:
     weights = results["weights"]
     damaged = [file for file in weights["files"] if file["size"] is not None and file["sha256"] != weights["wanted"]]
     right = [file for file in weights["files"] if file["sha256"] == weights["wanted"]]
-    removal = "\n".join("  rm " + shlex.quote(file["path"]) for file in damaged)
+    removal = "\n".join("  rm " + shell_quote(file["path"]) for file in damaged)
     said = "; ".join(f"{file['path']} {_fault(file, weights)}" for file in damaged)
     if right:
         found = f"{right[0]['path']}, SHA-256 right"
         return warned(f"{found}; but {said}", f"remove the damaged file:\n{removal}") if damaged else passed(found)
     own = weights["files"][0]["path"]
     download = (
-        f"  mkdir -p {shlex.quote(str(Path(own).parent))}\n"
-        f"  curl --fail --location --continue-at - --output {shlex.quote(own)} {_address(weights['url'])}"
+        f"  mkdir -p {shell_quote(Path(own).parent)}\n"
+        f"  curl --fail --location --continue-at - --output {shell_quote(own)} {_address(weights['url'])}"
     )
     if damaged:
         mend = "make it readable or remove it" if any("unreadable" in file for file in damaged) else "remove it"

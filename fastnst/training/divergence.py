@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from fastnst.config import TrainConfig
-from fastnst.errors import DataError, DivergedError
+from fastnst.errors import DataError, DivergedError, shell_quote
 from fastnst.storage import StorageError
 from fastnst.training.distributed.process_group import ProcessGroup
 from fastnst.training.run_dir.checkpoint import latest_checkpoint
@@ -97,5 +97,5 @@ def explained_storage_errors(out: Path, runs: Sequence[Path]) -> Iterator[None]:
         of_all = " of all styles" if len(runs) > 1 else ""
         kept = f"step {min(steps)} is the last that is saved{of_all}" if min(steps) else f"no step is saved{of_all}"
         begun = any((run / CONFIG_NAME).is_file() for run in runs)
-        how = f"go on with fastnst train --resume --out {out}" if begun else "then start again"
+        how = f"go on with fastnst train --resume --out {shell_quote(out)}" if begun else "then start again"
         raise StorageError(f"{error}. Training stopped; {kept}; {how}") from error

@@ -11,7 +11,7 @@ import torch
 from fastnst.data.loaders import Loader, loader_name, open_loader
 from fastnst.data.replacements import ReadFailure, still_failed
 from fastnst.data.sampler import Sampler
-from fastnst.errors import DivergedError, StoppedBySignal
+from fastnst.errors import DivergedError, StoppedBySignal, shell_quote
 from fastnst.losses.perceptual import LossTerms
 from fastnst.models.style_model import MODEL_NAME
 from fastnst.progress import ProgressReport
@@ -130,8 +130,9 @@ class Trainer:
 
     def _resume_hint(self) -> str:
         is_alone = self.group.dist_env.world_size == 1
-        command = f"fastnst train --resume --out {self.out}" if is_alone else "the same torchrun command and --resume"
-        return f"which is saved; go on with: {command}"
+        if not is_alone:
+            return "which is saved; go on with: the same torchrun command and --resume"
+        return f"which is saved; go on with: fastnst train --resume --out {shell_quote(self.out)}"
 
     def _log_metrics(
         self,
@@ -237,5 +238,5 @@ class Trainer:
                 raise
             raise DivergedError(
                 f"{error}. The other styles end with it, at their last checkpoints; go on with each of them by "
-                f"fastnst train --resume --out {self.out}/NAME"
+                f"fastnst train --resume --out {shell_quote(self.out)}/NAME"
             ) from error

@@ -21,7 +21,6 @@ import errno
 import hashlib
 import json
 import os
-import shlex
 import stat
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
@@ -35,7 +34,7 @@ import PIL
 from fastnst.data.crop import resized_length
 from fastnst.data.manifest import ImageEntry, Manifest, Rejection, compute_fingerprint, quote_path, unquote_path
 from fastnst.data.sampler import Fit
-from fastnst.errors import DataError
+from fastnst.errors import DataError, shell_quote
 from fastnst.images import TRAINING_FORMATS, open_nonblocking, printable
 from fastnst.storage import read_regular_file
 
@@ -156,8 +155,7 @@ def check_matches(cache: Cache, *, size: int, fit: Fit) -> None:
 def cache_command(source: Path | str, size: int, fit: Fit, out: Path) -> str:
     """Return the command line that makes a cache."""
     option = "" if fit == "random_crop" else f" --fit {fit}"
-    folder, target = (shlex.quote(printable(path)) for path in (source, out))
-    return f"fastnst data cache {folder} --size {size}{option} --out {target}"
+    return f"fastnst data cache {shell_quote(source)} --size {size}{option} --out {shell_quote(out)}"
 
 
 def shard_name(index: int) -> str:
@@ -229,7 +227,7 @@ def read_cache(folder: Path) -> Cache:
         DataError: the manifest is missing, damaged, or not a cache's.
     """
     path = folder / MANIFEST
-    anew = f"fastnst data cache FOLDER --size SIZE --out {shlex.quote(printable(folder))}"
+    anew = f"fastnst data cache FOLDER --size SIZE --out {shell_quote(folder)}"
     try:
         data = read_regular_file(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastnst.config import Config
-from fastnst.errors import DataError, UserError
+from fastnst.errors import DataError, UserError, shell_quote
 from fastnst.images import explain_os_error, printable
 from fastnst.storage import LOCK_NAME, is_leftover, remove_leftovers, storage_error, write_atomic
 from fastnst.training.run_dir.layout import CONFIG_NAME, validate_run_dir
@@ -138,7 +138,7 @@ def saved_styles(out: Path) -> dict[str, Path] | None:
                 raise ValueError("not a name and an image")
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{printable(path)} is damaged; go on with each style by fastnst train --resume --out {printable(out)}/NAME"
+            f"{printable(path)} is damaged; go on with each style by fastnst train --resume --out {shell_quote(out)}/NAME"
         ) from error
     return {name: Path(image) for name, image in styles.items()}
 
