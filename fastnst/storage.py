@@ -24,6 +24,16 @@ class StorageError(DataError):
     """Writing failed: no space, read-only, a broken disk."""
 
 
+class ForeignFileError(UserError):
+    """A file that fastnst did not write is in the way of a result, and is kept."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} exists, and fastnst did not write it: it is kept; choose another --out, or give --overwrite to "
+            "replace it"
+        )
+
+
 def cache_folder() -> Path:
     """Return `$FASTNST_CACHE`, else `$XDG_CACHE_HOME/fastnst`, else `~/.cache/fastnst`."""
     if own := os.environ.get("FASTNST_CACHE"):
@@ -32,7 +42,9 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fastnst"
 
 
-def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+def write_atomic(
+    path: Path, content: bytes | Callable[[BinaryIO], None], *, may_replace: Callable[[Path], bool] | None = None
+) -> None:
     """Write a file so that readers, and crashes at any moment, leave the old content or the new, never a part.
 
     Writes and fsyncs a temporary file in the same folder, renames it, and fsyncs the folder.
@@ -40,8 +52,10 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
     Args:
         path: the file; its folder is created if missing.
         content: the bytes, or a function that writes them into the given open file.
+        may_replace: asked right before the file gets its name, whether one of that name may be replaced; None: yes.
 
     Raises:
+        ForeignFileError: a file exists that may not be replaced.
         StorageError: no space, read-only, no permission. The old file is intact, or, if only the last fsync failed, the
             new one is complete.
     """
@@ -60,7 +74,10 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
             file.flush()
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if may_replace is None or (os.path.lexists(path) and may_replace(path)):
+            temporary.replace(path)
+        else:
+            _rename_new(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
@@ -181,6 +198,18 @@ def lock_run(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Give a file its name; raise ForeignFileError if that is taken, even since a moment ago."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError as error:
+        raise ForeignFileError(path) from error
+    except OSError as error:  # A file system without hard links.
+        if os.path.lexists(path):
+            raise ForeignFileError(path) from error
+        temporary.replace(path)
 
 
 def _temporary_prefix(path: Path) -> str:

@@ -14,29 +14,41 @@ from fastnst.images.files import (
     read_bytes,
     read_with_mtime,
 )
+from fastnst.images.header import Header, is_own_image, read_header
 from fastnst.images.open import READABLE_FORMATS, TRAINING_FORMATS, ignore_pillow_warnings, load, open_image
 from fastnst.images.read import MIN_SIDE, SourceImage, read_image, read_with_metadata
 from fastnst.images.tensors import to_array, to_tensor
-from fastnst.images.write import SUFFIXES, check_writable_suffix, write_image
+from fastnst.images.write import (
+    SUFFIXES,
+    check_replaceable,
+    check_writable_size,
+    check_writable_suffix,
+    write_image,
+)
 
 __all__ = [
     "MIN_SIDE",
     "READABLE_FORMATS",
     "SUFFIXES",
     "TRAINING_FORMATS",
+    "Header",
     "SourceImage",
     "UnusableImageError",
+    "check_replaceable",
     "check_size",
+    "check_writable_size",
     "check_writable_suffix",
     "decode",
     "explain_os_error",
     "ignore_pillow_warnings",
+    "is_own_image",
     "load",
     "open_image",
     "open_nonblocking",
     "orientation_of",
     "printable",
     "read_bytes",
+    "read_header",
     "read_image",
     "read_with_metadata",
     "read_with_mtime",

@@ -138,7 +138,8 @@ def saved_styles(out: Path) -> dict[str, Path] | None:
                 raise ValueError("not a name and an image")
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{printable(path)} is damaged; go on with each style by fastnst train --resume --out {shell_quote(out)}/NAME"
+            f"{printable(path)} is damaged; go on with each style by "
+            f"fastnst train --resume --out {shell_quote(out)}/NAME"
         ) from error
     return {name: Path(image) for name, image in styles.items()}
 
