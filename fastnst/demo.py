@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 from fastnst.config import load_config
 from fastnst.errors import UserError
-from fastnst.images import write_image
+from fastnst.images import check_replaceable, write_image
+from fastnst.storage import ForeignFileError
 from fastnst.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
     """Train a style on crops of a few photos, and stylize one of them.
 
     Args:
-        out: the run directory, new or empty; images are put into `out` with the suffix `-images`.
+        out: the run directory, new or empty; images are put into `out` with the suffix `-images`, where only images
+            that fastnst wrote are replaced.
         vgg: as `--vgg`; if `auto` finds no weights and cannot download them, the demo says so and uses `random`.
         steps: training steps; None: enough to show the style.
         stop: as for `train`.
@@ -47,7 +49,7 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
         The stylized image and the style model.
 
     Raises:
-        UserError: scikit-image is not installed, or `out` holds another run.
+        UserError: scikit-image is not installed, `out` holds another run, or a foreign file has the name of an image.
     """
     from fastnst.inference import stylize_files
     from fastnst.models.weights import WeightsUnavailable, load_vgg19
@@ -56,14 +58,21 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
 
     logged = ["train.sample_every=50", "train.log_every=10", "visualize.every=50"]
     assignments = [f"data.image_size={IMAGE_SIZE}", *logged]
-    images = out.with_name(out.name + "-images")
-    style = images / "style.png"
+    if out.name in ("", ".."):  # `.` has a name only as an absolute path.
+        out = out.resolve()
+    images = out.parent / f"{out.name}-images"
+    style, stylized = images / "style.png", images / f"{SHOWN}-stylised.png"
     options = {
         "train.steps": steps or STEPS,
         "style.image": style.absolute(),
         "data.folder": (images / "photos").absolute(),
     }
     validate_run_dir(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
+    for path in (style, stylized, *(images / "photos" / f"{name}.png" for name in PHOTOS)):
+        try:
+            check_replaceable(path)
+        except ForeignFileError as error:
+            raise UserError(f"{path} exists, and fastnst did not write it; choose another --out") from error
     photos = write_photos(images / "photos")
     write_image(style, draw_strokes(256))
     if vgg == "auto":
@@ -77,7 +86,7 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
     config = load_config(preset="vgg-conv3", assignments=assignments, options=options | {"loss.vgg": vgg})
     (model,) = train(config, out, stop=stop)
     shown = next(path for path in photos if path.stem == SHOWN)
-    (stylized,) = stylize_files(out, [shown], images / f"{SHOWN}-stylised.png")
+    stylize_files(out, [shown], stylized)
     return stylized, model
 
 

@@ -25,12 +25,13 @@ class StorageError(DataError):
 
 
 class ForeignFileError(UserError):
-    """A file that fastnst did not write is in the way of a result, and is kept."""
+    """Files that fastnst did not write are in the way of results, and are kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, more: int = 0) -> None:
+        others, them = (f" and {more} more files exist", "them") if more else (" exists", "it")
         super().__init__(
-            f"{path} exists, and fastnst did not write it: it is kept; choose another --out, or give --overwrite to "
-            "replace it"
+            f"{path}{others}, and fastnst did not write {them}; choose another --out, or give --overwrite to replace "
+            f"{them}"
         )
 
 
@@ -109,6 +110,17 @@ def make_folder(folder: Path) -> None:
                 sync_folder(new.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
+def check_folder(folder: Path) -> None:
+    """Raise StorageError if files could not be written into `folder`, or if it could not be created; writes nothing."""
+    try:
+        nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            code = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
+            raise storage_error(folder, OSError(code, os.strerror(code)))
+    except OSError as error:
+        raise storage_error(folder, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:

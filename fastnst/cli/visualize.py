@@ -36,7 +36,8 @@ _target = click.option(
 def _common(function: Any) -> Any:
     """Add the options that all commands end with."""
     options = [
-        click.option("--out", type=_PATH, required=True, metavar="FOLDER", help="Output folder; files are replaced."),
+        click.option("--out", type=_PATH, required=True, metavar="FOLDER", help="Output folder."),
+        click.option("--overwrite", is_flag=True, help="Also replace files that fastnst did not write."),
         click.option("--run", type=_PATH, metavar="RUN", help="Also write the sheets into that run's TensorBoard log."),
         click.option("--device", default="auto", metavar="cuda|cpu", help="Default: cuda if available."),
     ]
@@ -49,7 +50,9 @@ def _common(function: Any) -> Any:
 def visualize() -> None:
     """Draw what the networks respond to, as contact sheets on one page.
 
-    Each command writes PNG sheets and index.html into --out. Files of the same names are replaced, others stay.
+    Each command writes PNG sheets and index.html into --out. Files of the same names that fastnst wrote are replaced. A
+    foreign index.html is kept, and the command ends, unless --overwrite is given; where another foreign file, or an
+    input, has a sheet's name, the sheet's gets a number.
     """
 
 
@@ -65,7 +68,9 @@ def visualize() -> None:
 @_size
 @_vgg
 @_common
-def deconvnet(images: tuple[Path, ...], layers: tuple[str, ...], out: Path, run: Path | None, **options: Any) -> None:
+def deconvnet(
+    images: tuple[Path, ...], layers: tuple[str, ...], out: Path, overwrite: bool, run: Path | None, **options: Any
+) -> None:
     """Project maps of VGG19 back to pixels.
 
     Shows what in the image caused an activation (Zeiler & Fergus 2014).
@@ -76,7 +81,7 @@ def deconvnet(images: tuple[Path, ...], layers: tuple[str, ...], out: Path, run:
     """
     from fastnst.visualize.commands.deconvnet import deconvnet_report
 
-    _write(partial(deconvnet_report, images, layers, **options), out, run, images)
+    _write(partial(deconvnet_report, images, layers, **options), out, run, images, overwrite=overwrite)
 
 
 @visualize.command()
@@ -88,7 +93,7 @@ def deconvnet(images: tuple[Path, ...], layers: tuple[str, ...], out: Path, run:
 @click.option("--loader", default="pillow", show_default=True, metavar="dali|pillow", help="Decoder of the images.")
 @_vgg
 @_common
-def top(folder: Path, layer: str, out: Path, run: Path | None, **options: Any) -> None:
+def top(folder: Path, layer: str, out: Path, overwrite: bool, run: Path | None, **options: Any) -> None:
     """Find each map's strongest activations in a FOLDER.
 
     Projects them back to pixels, beside the patches of the images that cause them.
@@ -98,7 +103,7 @@ def top(folder: Path, layer: str, out: Path, run: Path | None, **options: Any) -
     """
     from fastnst.visualize.commands.top import top_report
 
-    _write(partial(top_report, folder, layer, **options), out, run, ())
+    _write(partial(top_report, folder, layer, **options), out, run, (), overwrite=overwrite)
 
 
 @visualize.command()
@@ -110,7 +115,9 @@ def top(folder: Path, layer: str, out: Path, run: Path | None, **options: Any) -
 @_size
 @_vgg
 @_common
-def saliency(images: tuple[Path, ...], target: str, out: Path, run: Path | None, **options: Any) -> None:
+def saliency(
+    images: tuple[Path, ...], target: str, out: Path, overwrite: bool, run: Path | None, **options: Any
+) -> None:
     """Show which pixels a class or a map is sensitive to.
 
     By the gradient of its score (Simonyan et al. 2013), optionally guided or averaged over noise.
@@ -121,7 +128,7 @@ def saliency(images: tuple[Path, ...], target: str, out: Path, run: Path | None,
     """
     from fastnst.visualize.commands.saliency import saliency_report
 
-    _write(partial(saliency_report, images, target, **options), out, run, images)
+    _write(partial(saliency_report, images, target, **options), out, run, images, overwrite=overwrite)
 
 
 @visualize.command()
@@ -133,7 +140,9 @@ def saliency(images: tuple[Path, ...], target: str, out: Path, run: Path | None,
 @_size
 @_vgg
 @_common
-def occlusion(images: tuple[Path, ...], target: str, out: Path, run: Path | None, **options: Any) -> None:
+def occlusion(
+    images: tuple[Path, ...], target: str, out: Path, overwrite: bool, run: Path | None, **options: Any
+) -> None:
     """Show how a class or a map suffers from covered parts.
 
     A square slides over the image, and the score is read at each position (Zeiler & Fergus 2014).
@@ -143,7 +152,7 @@ def occlusion(images: tuple[Path, ...], target: str, out: Path, run: Path | None
     """
     from fastnst.visualize.commands.occlusion import occlusion_report
 
-    _write(partial(occlusion_report, images, target, **options), out, run, images)
+    _write(partial(occlusion_report, images, target, **options), out, run, images, overwrite=overwrite)
 
 
 @visualize.command()
@@ -160,6 +169,7 @@ def transform(
     layers: tuple[str, ...],
     checkpoint: int | None,
     out: Path,
+    overwrite: bool,
     run: Path | None,
     **options: Any,
 ) -> None:
@@ -185,16 +195,29 @@ def transform(
 
         return load_checkpoint_net(model, checkpoint).to(device)
 
-    _write(partial(transform_report, load, name, images, layers, **options), out, run, images, step=checkpoint)
+    _write(
+        partial(transform_report, load, name, images, layers, **options),
+        out,
+        run,
+        images,
+        overwrite=overwrite,
+        step=checkpoint,
+    )
 
 
 def _write(
-    make_report: Callable[[], "Report"], out: Path, run: Path | None, inputs: Sequence[Path], *, step: int | None = None
+    make_report: Callable[[], "Report"],
+    out: Path,
+    run: Path | None,
+    inputs: Sequence[Path],
+    *,
+    overwrite: bool,
+    step: int | None = None,
 ) -> None:
     """Check the output folder and the run, make the report, write it, and print the paths."""
     from fastnst.visualize.sheets.report import as_markdown, check_out, write_report
 
-    check_out(out)
+    check_out(out, overwrite=overwrite)
     if run is not None:
         from fastnst.training.run_dir.load_net import check_run, steps_of_run
 
@@ -202,7 +225,7 @@ def _write(
         step = steps_of_run(run) if step is None else step
     report = make_report()
     command = shlex.join(["fastnst", *sys.argv[1:]])
-    paths = write_report(report, out, command=command, inputs=inputs)
+    paths = write_report(report, out, command=command, inputs=inputs, overwrite=overwrite)
     if run is not None:
         from fastnst.errors import shell_quote
         from fastnst.run_log.writer import log_visualization

@@ -24,6 +24,7 @@ from PIL import Image
 from fastnst.data.dali_safe import check_integrity, is_dali_safe
 from fastnst.errors import DataError
 from fastnst.images import (
+    IMAGE_SUFFIXES,
     MIN_SIDE,
     TRAINING_FORMATS,
     UnusableImageError,
@@ -37,13 +38,6 @@ from fastnst.images import (
     read_bytes,
 )
 from fastnst.storage import cache_folder, write_atomic
-
-TRAINING_SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"])
-OTHER_SUFFIXES = frozenset(
-    [".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".tga", ".psd"]
-)
-"""Suffixes of other image formats: rejected unless the content is a JPEG, PNG or WebP. Files with any other suffix are
-ignored."""
 
 _CACHE_VERSION = 2
 _CHUNK = 16
@@ -245,7 +239,6 @@ def _list_files(folder: Path) -> tuple[list[Rejection], list[_File], int]:
         raise DataError(f"cannot read the folder {printable(folder)}: {explain_os_error(error)}") from error
     unreadable: list[Rejection] = []
     candidates: list[_File] = []
-    suffixes = TRAINING_SUFFIXES | OTHER_SUFFIXES
     ignored = 0
     visited: set[tuple[int, int]] = set()
 
@@ -260,7 +253,7 @@ def _list_files(folder: Path) -> tuple[list[Rejection], list[_File], int]:
         visited.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:  # noqa: PTH122
+            if name.startswith(".") or os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122
                 ignored += 1
                 continue
             path = os.path.join(directory, name)  # noqa: PTH118

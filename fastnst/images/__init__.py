@@ -14,9 +14,10 @@ from fastnst.images.files import (
     read_bytes,
     read_with_mtime,
 )
-from fastnst.images.header import Header, is_own_image, read_header
+from fastnst.images.header import SOFTWARE, Header, is_own_image, read_header
 from fastnst.images.open import READABLE_FORMATS, TRAINING_FORMATS, ignore_pillow_warnings, load, open_image
 from fastnst.images.read import MIN_SIDE, SourceImage, read_image, read_with_metadata
+from fastnst.images.suffixes import IMAGE_SUFFIXES
 from fastnst.images.tensors import to_array, to_tensor
 from fastnst.images.write import (
     SUFFIXES,
@@ -27,8 +28,10 @@ from fastnst.images.write import (
 )
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "MIN_SIDE",
     "READABLE_FORMATS",
+    "SOFTWARE",
     "SUFFIXES",
     "TRAINING_FORMATS",
     "Header",

@@ -1,5 +1,6 @@
 """Write an image's file. Every result says that fastnst wrote it, and only such files are replaced unasked."""
 
+import errno
 import functools
 import io
 import logging
@@ -15,7 +16,7 @@ from fastnst.images.files import printable
 from fastnst.images.header import SOFTWARE, is_own_image
 from fastnst.images.metadata import MAX_EXIF_BYTES
 from fastnst.images.open import ignore_pillow_warnings
-from fastnst.storage import ForeignFileError, write_atomic
+from fastnst.storage import ForeignFileError, storage_error, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +63,12 @@ def write_image(
             f"not {array.dtype} {list(array.shape)}; see fastnst.images.to_array"
         )
     check_writable_size(path, array.shape[1], array.shape[0])
-    if not overwrite:
-        check_replaceable(path)
+    check_replaceable(path, overwrite=overwrite)
     image = Image.fromarray(np.ascontiguousarray(array))
     image_format = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {"icc_profile": _srgb_profile(), "exif": _tags(path, image.size, exif, dpi)}
     if dpi is not None and image_format != "WEBP":  # which has the EXIF tags only
-        options["dpi"] = dpi
+        options["dpi"] = tuple(min(value, 65535.0) for value in dpi)
     if image_format == "JPEG":
         options |= {"quality": 95, "subsampling": 0}
         if image.mode == "RGBA":
@@ -108,9 +108,16 @@ def check_writable_size(path: Path, width: int, height: int) -> None:
         )
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise ForeignFileError if `path` exists and fastnst did not write it; call it before long work."""
-    if os.path.lexists(path) and not is_own_image(path):
+def check_replaceable(path: Path, *, overwrite: bool = False) -> None:
+    """Check that `write_image` would write to `path`; call it before long work.
+
+    Raises:
+        ForeignFileError: a file is there that fastnst did not write, and `overwrite` is not set.
+        StorageError: a folder is there.
+    """
+    if path.is_dir() and not path.is_symlink():
+        raise storage_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if not overwrite and os.path.lexists(path) and not is_own_image(path):
         raise ForeignFileError(path)
 
 

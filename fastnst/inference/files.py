@@ -2,7 +2,10 @@
 
 import contextlib
 import logging
+import os
+import unicodedata
 from collections.abc import Callable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,53 +13,70 @@ import numpy as np
 
 from fastnst.device import resolve_device
 from fastnst.errors import DataError, DeviceError, UserError
-from fastnst.images import SUFFIXES, check_writable_suffix, read_image, to_array, to_tensor, write_image
+from fastnst.images import (
+    IMAGE_SUFFIXES,
+    SUFFIXES,
+    check_replaceable,
+    check_writable_size,
+    check_writable_suffix,
+    printable,
+    read_header,
+    read_with_metadata,
+    to_array,
+    to_tensor,
+    write_image,
+)
 from fastnst.inference.tensors import free_bytes, needed_bytes, resolve, stylize, too_large
 from fastnst.models.style_model import load_style_model
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
+from fastnst.storage import ForeignFileError, check_folder
 
 log = logging.getLogger(__name__)
 
-# Suffixes searched for in a folder, and the suffix of the result: the same if that format can be written.
-_RESULT_SUFFIX = {
-    **{suffix: suffix for suffix in SUFFIXES},
-    **{".jpe": ".jpg", ".jfif": ".jpg", ".bmp": ".png", ".tif": ".png", ".tiff": ".png"},
-}
+# Of the result, for sources whose suffix cannot be written; .png for all others.
+_RESULT_SUFFIX = {".jpe": ".jpg", ".jfif": ".jpg", ".mpo": ".jpg"}
 
 
 def stylize_files(
     model: Path,
     images: Sequence[Path],
-    out: Path,
+    out: Path | str,
     *,
     device: str = "auto",
     precision: str = "auto",
+    overwrite: bool = False,
     written: Callable[[Path], None] = lambda _: None,
 ) -> list[Path]:
     """Stylize image files with a style model.
 
-    The result has the size of its source (after its orientation tag) and keeps its transparency; for JPEG, which has
-    none, the image is composited on white. An image that fails is logged, and the others go on.
+    The result has the size of its source (after its orientation tag) and keeps its transparency, resolution and EXIF
+    tags; for JPEG, which has no transparency, the image is composited on white. An image that fails is logged, and the
+    others go on.
 
     Args:
         model: a `model.safetensors`, or the run directory that holds one.
         images: files, and folders of images (without subfolders).
-        out: for one image the output file, with a suffix of JPEG, PNG or WebP; for several, or without a suffix, a
-            folder in which each keeps its name. Files in it are replaced, inputs never.
+        out: for one image the output file, with a suffix of JPEG, PNG or WebP; for several, without a suffix, or with
+            a slash at its end, a folder in which each keeps its name. Names that clash are told apart.
         device: `auto`, `cuda` or `cpu`.
         precision: `auto` (fp32), `bf16`, `fp16` or `fp32`.
+        overwrite: also replace files that fastnst did not write; by default only its own results are. Inputs never.
         written: called with each output file once it is complete.
 
     Returns:
         The output files, in the order of their sources.
 
     Raises:
-        UserError: an output would replace an input or another output, or `out` must be a folder and is none.
+        UserError: an output would replace an input, or `out` must be a folder and is none.
+        ForeignFileError: an output would replace a file that fastnst did not write; nothing was stylized.
         DataError: the model cannot be used, the storage fails, or, after all others are done, some image failed.
         DeviceError: no such device, or it lacks the memory for some image.
     """
-    jobs = _plan(images, out)
+    jobs = _plan(images, out, overwrite=overwrite)
+    too_long = _check_sizes(jobs)
+    if too_long and len(jobs) == 1:
+        raise too_long[jobs[0]]
     where = resolve_device(device)
     precision = resolve(precision, where)
     net = load_style_model(model, device=where)
@@ -65,7 +85,9 @@ def stylize_files(
     with ProgressReport("stylize", len(jobs), "images") if len(jobs) > 1 else contextlib.nullcontext() as progress:
         for job in jobs:
             try:
-                _stylize_file(net, job, precision)
+                if job in too_long:
+                    raise too_long[job]
+                _stylize_file(net, job, precision, overwrite=overwrite)
             except UserError as error:
                 if len(jobs) == 1 or _storage_refuses(error):
                     raise
@@ -78,7 +100,8 @@ def stylize_files(
                 progress.advance()
     if failures:
         kind = DeviceError if all(isinstance(error, DeviceError) for error in failures) else DataError
-        raise kind(f"{len(failures)} of {len(jobs)} images could not be stylized, see above; the others are in {out}")
+        others = f"the others are in {out}" if results else "nothing was written"
+        raise kind(f"{len(failures)} of {len(jobs)} images could not be stylized, see above; {others}")
     return results
 
 
@@ -87,22 +110,26 @@ class _Job(NamedTuple):
     result: Path
 
 
-def _plan(images: Sequence[Path], out: Path) -> list[_Job]:
-    """Assign an output to every source, or refuse them all."""
+def _plan(images: Sequence[Path], out: Path | str, *, overwrite: bool) -> list[_Job]:
+    """Assign an output to every source, and check that all may be written, or refuse them all."""
+    # `Path` drops a slash at the end, with which a folder is meant, whether it exists or has a dot in its name.
+    is_folder = os.fspath(out).endswith(("/", "/."))
+    out = Path(out)
+    is_folder = is_folder or out.is_dir()
     sources = list(dict.fromkeys(file for image in images for file in _files_of(image)))
     if not sources:
         raise UserError("no image was named; give one or more files or folders")
     one = len(sources) == 1 and not images[0].is_dir()
-    if one and not out.is_dir() and out.suffix:
+    if one and not is_folder and out.suffix:
         check_writable_suffix(out)
         jobs = [_Job(sources[0], out)]
     elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, and a folder is needed for {len(sources)} images; name a folder")
-    elif out.suffix.lower() in SUFFIXES and not out.is_dir():
+    elif out.suffix.lower() in SUFFIXES and not is_folder:
         raise UserError(f"--out {out} names one image, and there are {len(sources)} to write; name a folder")
     else:
-        jobs = [_Job(source, out / _result_name(source)) for source in sources]
-    _refuse_overwriting(jobs)
+        jobs = [_Job(source, out / name) for source, name in _result_names(sources).items()]
+    _check_results(jobs, overwrite=overwrite)
     return jobs
 
 
@@ -110,14 +137,47 @@ def _files_of(image: Path) -> list[Path]:
     if not image.is_dir():
         return [image]
     try:
-        entries = sorted(image.iterdir())
+        entries = sorted(entry for entry in image.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"cannot read the folder {image}: {error.strerror}; check its permissions") from error
-    visible = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
-    files = [entry for entry in visible if entry.suffix.lower() in _RESULT_SUFFIX]
-    if not files:
-        raise DataError(f"the folder {image} holds no image ({', '.join(_RESULT_SUFFIX)}); give another")
-    return files
+    files = [entry for entry in entries if not entry.is_dir()]
+    found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    left_out: list[str] = []
+    if number := len(files) - len(found):
+        suffixes = sorted({file.suffix or "no suffix" for file in files} - {file.suffix for file in found})
+        more = ", …" if len(suffixes) > 8 else ""
+        left_out.append(f"{number} other file{'s'[: number > 1]} ({', '.join(suffixes[:8])}{more})")
+    if folders := len(entries) - len(files):
+        left_out.append(f"{folders} subfolder{'s'[: folders > 1]}")
+    if not found:
+        only = f", only {' and '.join(left_out)}" if left_out else ""
+        raise DataError(f"the folder {printable(image)} holds no image{only}; give another")
+    if left_out:
+        log.info("%s: left out %s", printable(image), " and ".join(left_out))
+    return found
+
+
+def _result_names(sources: Sequence[Path]) -> dict[Path, str]:
+    """Name each result after its source, and results of one name apart: a.png keeps its name, a.bmp gets a.bmp.png.
+
+    Names that differ in case only count as one, since many file systems cannot tell them apart.
+    """
+    names: dict[Path, str] = {}
+    taken: dict[str, Path] = {}
+    # Images that keep their names come first.
+    for source in sorted(sources, key=lambda source: _result_name(source) != source.name):
+        wanted = _result_name(source)
+        suffix = Path(wanted).suffix
+        longer = [source.name + suffix] if wanted != source.name else []
+        numbered = (f"{source.stem}-{number}{suffix}" for number in count(2))
+        name = next(name for name in chain([wanted], longer, numbered) if _folded(name) not in taken)
+        names[source] = name
+        if name != wanted:
+            log.info(
+                "%s becomes %s, apart from %s", printable(source), printable(name), printable(taken[_folded(wanted)])
+            )
+        taken[_folded(name)] = source
+    return {source: names[source] for source in sources}
 
 
 def _result_name(source: Path) -> str:
@@ -125,20 +185,37 @@ def _result_name(source: Path) -> str:
     return source.name if suffix in SUFFIXES else source.stem + _RESULT_SUFFIX.get(suffix, ".png")
 
 
-def _refuse_overwriting(jobs: Sequence[_Job]) -> None:
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _check_results(jobs: Sequence[_Job], *, overwrite: bool) -> None:
+    """Check, before any work, that every result may be written: no input, nor, unasked, what is not fastnst's."""
     inputs = {_identity(job.source): job.source for job in jobs}
-    results: dict[object, Path] = {}
+    foreign: list[Path] = []
     for job in jobs:
-        identity = _identity(job.result)
-        if identity in inputs:
-            replaced = inputs[identity]
+        if replaced := inputs.get(_identity(job.result)):
             raise UserError(f"{job.result} would replace the input {replaced}; choose another --out, inputs are kept")
-        if identity in results:
-            raise UserError(
-                f"{results[identity]} and {job.source} would both become {job.result}; rename one, or write them to "
-                "different folders"
-            )
-        results[identity] = job.source
+        try:
+            check_replaceable(job.result, overwrite=overwrite)
+        except ForeignFileError:
+            foreign.append(job.result)
+    if foreign:
+        raise ForeignFileError(foreign[0], len(foreign) - 1)
+    check_folder(jobs[0].result.parent)
+
+
+def _check_sizes(jobs: Sequence[_Job]) -> dict[_Job, DataError]:
+    """Return why the formats of some results cannot hold them, from the headers of their sources."""
+    errors: dict[_Job, DataError] = {}
+    for job in jobs:
+        # Of a source without a readable header, the reader says what is wrong.
+        if header := read_header(job.source):
+            try:
+                check_writable_size(job.result, header.width, header.height)
+            except DataError as error:
+                errors[job] = error
+    return errors
 
 
 def _identity(path: Path) -> object:
@@ -150,8 +227,9 @@ def _identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def _stylize_file(net: TransformNet, job: _Job, precision: str) -> None:
-    pixels = read_image(job.source, alpha=True)
+def _stylize_file(net: TransformNet, job: _Job, precision: str, *, overwrite: bool) -> None:
+    source = read_with_metadata(job.source, alpha=True)
+    pixels = source.pixels
     height, width = pixels.shape[:2]
     device = next(net.parameters()).device
     free = free_bytes(device)
@@ -162,7 +240,8 @@ def _stylize_file(net: TransformNet, job: _Job, precision: str) -> None:
         stylized = to_array(stylize(net, to_tensor(pixels[..., :3]), precision=precision))
     except (DataError, DeviceError) as error:
         raise type(error)(f"cannot stylize {job.source}: {error}") from error
-    write_image(job.result, np.concatenate([stylized, pixels[..., 3:]], axis=2))
+    stylized = np.concatenate([stylized, pixels[..., 3:]], axis=2)
+    write_image(job.result, stylized, exif=source.exif, dpi=source.dpi, overwrite=overwrite)
 
 
 def _storage_refuses(error: UserError) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from fastnst.config import Config, load_config, to_toml
 from fastnst.errors import DataError, UserError
 from fastnst.images import write_image
+from fastnst.storage import ForeignFileError
 from fastnst.training.run_dir.checkpoint import FOLDER, STATE, TENSORS
 from fastnst.training.train import train
 from fastnst.visualize.sheets.page import Figure
@@ -102,15 +103,20 @@ def test_train_keeps_the_target_of_a_linked_lock(config: Config, run: Path, outs
     assert untouched(outside)
 
 
-def test_write_image_and_write_report_replace_links(tmp_path: Path, outside: Path) -> None:
+def test_write_image_and_write_report_never_follow_links(tmp_path: Path, outside: Path) -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     out = tmp_path / "out"
     out.mkdir()
     for name in ("stylized.png", PAGE_NAME, "sheet.png"):
         (out / name).symlink_to(outside / "precious")
-    write_image(out / "stylized.png", image)
     report = Report("title", "about", {}, [Figure("sheet", "tag", image, "caption", "alt")])
-    write_report(report, out, command="fastnst", inputs=[])
+    for write in (
+        lambda **options: write_image(out / "stylized.png", image, **options),
+        lambda **options: write_report(report, out, command="fastnst", inputs=[], **options),
+    ):
+        with pytest.raises(ForeignFileError):
+            write()
+        write(overwrite=True)
     assert untouched(outside)
     assert not any((out / name).is_symlink() for name in ("stylized.png", PAGE_NAME, "sheet.png"))
 

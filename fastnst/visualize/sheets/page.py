@@ -10,6 +10,9 @@ import numpy as np
 
 from fastnst.images import printable
 
+GENERATOR = b'<meta name="generator" content="fastnst visualize">'
+"""In every page: what has it may be replaced by the next."""
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --faint: #62626a; --paper: #f6f6f7; --card: #fff; --line: #d9d9de; }
 @media (prefers-color-scheme: dark) {
@@ -83,7 +86,7 @@ def build_page(title: str, about: str, settings: Mapping[str, str], figures: Seq
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="fastnst visualize">
+{GENERATOR.decode()}
 <title>{_text(title)}</title>
 <style>{_STYLE}</style>
 </head>

@@ -1,20 +1,25 @@
 """The result of a `fastnst visualize` command, written as PNG sheets, arrays and an `index.html`."""
 
-import errno
 import io
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 
 from fastnst.errors import DataError, UserError
-from fastnst.images import printable, write_image
-from fastnst.storage import storage_error, write_atomic
-from fastnst.visualize.sheets.page import Figure, build_page
+from fastnst.images import SOFTWARE, is_own_image, open_nonblocking, printable, write_image
+from fastnst.storage import ForeignFileError, check_folder, read_regular_file, storage_error, write_atomic
+from fastnst.visualize.sheets.page import GENERATOR, Figure, build_page
+
+log = logging.getLogger(__name__)
 
 PAGE_NAME = "index.html"
+_LARGEST_PAGE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -28,50 +33,57 @@ class Report:
     figures: Sequence[Figure]
 
 
-def check_out(out: Path) -> None:
-    """Check, before any work, that `out` can be a folder of results, or raise UserError or DataError."""
+def check_out(out: Path, *, overwrite: bool = False) -> None:
+    """Check, before any work, that `out` can be a folder of results.
+
+    Raises:
+        UserError: it is a file.
+        ForeignFileError: its page is not fastnst's, and `overwrite` is not set.
+        StorageError: it cannot be written.
+    """
     try:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {printable(out)} is a file, and a folder is needed; name a folder")
-        parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            code = errno.EACCES if parent.is_dir() else errno.ENOTDIR
-            raise storage_error(out, OSError(code, os.strerror(code)))
+        page = out / PAGE_NAME
+        if not overwrite and os.path.lexists(page) and not _is_own(page):
+            raise ForeignFileError(page)
     except OSError as error:
         raise storage_error(out, error) from error
+    check_folder(out)
 
 
-def write_report(report: Report, out: Path, *, command: str, inputs: Sequence[Path]) -> list[Path]:
-    """Write images, arrays and, last, the page. Replaces files of the same names, but never an input.
+def write_report(
+    report: Report, out: Path, *, command: str, inputs: Sequence[Path], overwrite: bool = False
+) -> list[Path]:
+    """Write images, arrays and, last, the page. Replaces results of earlier reports.
+
+    A figure gets a number where an input, or a file that fastnst did not write, has one of its names.
 
     Args:
         report, command: the results, and the command line for the page.
         out: the folder; created if absent.
         inputs: files that must not be replaced.
+        overwrite: also replace files that fastnst did not write; never an input.
 
     Returns:
         The page, then the other files in its order.
 
     Raises:
-        UserError: a result would replace an input.
+        ForeignFileError: the page would replace a file that fastnst did not write.
         DataError: a file name would be too long, or writing fails.
     """
+    figures = _free_figures(report.figures, out, inputs, overwrite=overwrite)
     contents: dict[str, np.ndarray] = {}
-    for figure in report.figures:
+    for figure in figures:
         contents |= figure.files
-    page = build_page(report.title, report.about, {"command": command, **report.settings}, report.figures)
-    kept = {path.resolve() for path in inputs}
-    for name in [*contents, PAGE_NAME]:
-        if len(os.fsencode(name)) > 255:
-            raise DataError(f"{printable(name)} is too long for a file's name; rename the image")
-        if (out / name).resolve() in kept:
-            raise UserError(f"{printable(out / name)} would be replaced, and is an input; choose another --out")
+    may_replace = None if overwrite else _is_own
     for name, array in contents.items():
         if name.endswith(".npy"):
-            write_atomic(out / name, _npy(array))
+            write_atomic(out / name, _npy(array), may_replace=may_replace)
         else:
-            write_image(out / name, array)
-    write_atomic(out / PAGE_NAME, page)
+            write_image(out / name, array, overwrite=overwrite)
+    page = build_page(report.title, report.about, {"command": command, **report.settings}, figures)
+    write_atomic(out / PAGE_NAME, page, may_replace=may_replace)
     return [out / PAGE_NAME, *(out / name for name in contents)]
 
 
@@ -93,7 +105,58 @@ def image_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
+def _free_figures(figures: Sequence[Figure], out: Path, inputs: Sequence[Path], *, overwrite: bool) -> list[Figure]:
+    """Return the figures, with a number after the names that files which must be kept have in `out`."""
+    kept = {path.resolve() for path in inputs}
+
+    def is_free(name: str) -> bool:
+        if len(os.fsencode(name)) > 255:
+            raise DataError(f"{printable(name)} is too long for a file's name; rename the image")
+        path = out / name
+        if path.resolve() in kept or (path.is_dir() and not path.is_symlink()):
+            return False
+        return overwrite or not os.path.lexists(path) or _is_own(path)
+
+    names = {figure.name for figure in figures}
+    free: list[Figure] = []
+    for figure in figures:
+        numbered = (replace(figure, name=f"{figure.name}-{number}") for number in count(2))
+        candidates = chain([figure], (other for other in numbered if other.name not in names))
+        found = next(other for other in candidates if all(map(is_free, other.files)))
+        names.add(found.name)
+        free.append(found)
+    if renamed := [(old.name, new.name) for old, new in zip(figures, free, strict=True) if old.name != new.name]:
+        old, new = map(printable, renamed[0])
+        log.info(
+            "%s: kept files that fastnst did not write; %s is written as %s%s (--overwrite replaces all but inputs)",
+            printable(out),
+            old,
+            new,
+            f", and {len(renamed) - 1} more likewise" if len(renamed) > 1 else "",
+        )
+    return free
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether fastnst wrote the file at `path`: a page, an array or an image."""
+    if path.is_symlink():
+        return False
+    try:
+        if path.name == PAGE_NAME:
+            return GENERATOR in read_regular_file(path, _LARGEST_PAGE)
+        if path.suffix == ".npy":
+            with open(path, "rb", opener=open_nonblocking) as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 256))
+                return re.search(rb"\x93NUMPY[^\n]*\nfastnst [^\n]*$", file.read()) is not None
+    except OSError:
+        return False
+    return is_own_image(path)
+
+
 def _npy(array: np.ndarray) -> bytes:
+    """Return an array's file; a second array in it, which `np.load` does not read, says that fastnst wrote it."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
+    np.save(buffer, np.array(SOFTWARE.encode()), allow_pickle=False)
     return buffer.getvalue()

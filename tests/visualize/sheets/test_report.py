@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fastnst.errors import DataError, UserError
+from fastnst.storage import ForeignFileError
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.report import Report, check_out, image_names, write_report
 from helpers.html_page import Page
@@ -48,22 +49,72 @@ def test_write_report_arrays_round_trip(tmp_path: Path) -> None:
     assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+RESULTS = ["index.html", "x-heat.npy", "x-heat.png", "x.png"]
+NUMBERED = ["index.html", "x-2-heat.npy", "x-2-heat.png", "x-2.png"]
+
+
+def written(out: Path, **options: bool) -> list[str]:
+    return sorted(path.name for path in write_report(report("x"), out, command="", inputs=[], **options))
+
+
 def test_write_report_replaces_results_and_keeps_other_files(tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_text("old")
     (tmp_path / "letter.txt").write_text("mine")
-    write_report(report("x"), tmp_path, command="", inputs=[])
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    for _ in range(2):
+        assert written(tmp_path) == RESULTS
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*RESULTS, "letter.txt"])
     assert (tmp_path / "letter.txt").read_text() == "mine"
 
 
-def test_write_report_never_replaces_an_input(tmp_path: Path) -> None:
-    (tmp_path / "x-heat.png").write_text("precious")
+@pytest.mark.parametrize("name", RESULTS[1:])
+def test_write_report_numbers_a_figure_beside_a_foreign_file(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / name).write_bytes(b"\x89PNG mine")
+    for _ in range(2):  # the second replaces the first's results
+        assert written(tmp_path) == NUMBERED
+        assert "x is written as x-2" in caplog.text
+    assert (tmp_path / name).read_bytes() == b"\x89PNG mine"
+    assert {os.fsdecode(file) for file in Page((tmp_path / "index.html").read_bytes()).files} == set(NUMBERED[1:])
+    assert written(tmp_path, overwrite=True) == RESULTS
+    assert (tmp_path / name).read_bytes() != b"\x89PNG mine"
+
+
+def test_write_report_numbers_past_its_own_names_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("mine")
+    (tmp_path / "x-3-heat.png").mkdir()
+    paths = write_report(report("x", "x-2"), tmp_path, command="", inputs=[])
+    assert [path.stem for path in paths if "heat" not in path.stem] == ["index", "x-4", "x-2"]
+
+
+def test_write_report_numbers_a_figure_beside_an_input(tmp_path: Path) -> None:
+    write_report(report("x"), tmp_path, command="", inputs=[])
+    before = (tmp_path / "x-heat.png").read_bytes()
     (tmp_path / "link.png").symlink_to(tmp_path / "x-heat.png")
     for name in ("x-heat.png", "link.png"):
-        with pytest.raises(UserError, match=r"x-heat\.png would be replaced, and is an input"):
-            write_report(report("x"), tmp_path, command="", inputs=[tmp_path / name])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.png", "x-heat.png"]
-    assert (tmp_path / "x-heat.png").read_text() == "precious"
+        for overwrite in (False, True):
+            paths = write_report(report("x"), tmp_path, command="", inputs=[tmp_path / name], overwrite=overwrite)
+            assert sorted(path.name for path in paths) == NUMBERED
+    assert (tmp_path / "x-heat.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"<html>my page</html>", b""])
+def test_foreign_page_is_found_before_the_work_and_at_its_end(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "index.html").write_bytes(content)
+    with pytest.raises(ForeignFileError, match=r"index\.html exists, and fastnst did not write it; .*--overwrite"):
+        check_out(tmp_path)
+    with pytest.raises(ForeignFileError):
+        written(tmp_path)
+    assert (tmp_path / "index.html").read_bytes() == content
+    check_out(tmp_path, overwrite=True)
+    assert written(tmp_path, overwrite=True) == RESULTS
+    check_out(tmp_path)
+
+
+def test_write_report_replaces_arrays_by_their_mark_alone(tmp_path: Path) -> None:
+    # The same numbers, written by somebody else.
+    np.save(tmp_path / "x-heat.npy", np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert written(tmp_path) == NUMBERED
 
 
 def test_write_report_refuses_too_long_names_before_writing(tmp_path: Path) -> None:
