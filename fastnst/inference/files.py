@@ -173,9 +173,8 @@ def _result_names(sources: Sequence[Path]) -> dict[Path, str]:
         name = next(name for name in chain([wanted], longer, numbered) if _folded(name) not in taken)
         names[source] = name
         if name != wanted:
-            log.info(
-                "%s becomes %s, apart from %s", printable(source), printable(name), printable(taken[_folded(wanted)])
-            )
+            shown = [printable(path) for path in (source, name, taken[_folded(wanted)])]
+            log.info("%s: its result is named %s, apart from that of %s", *shown)
         taken[_folded(name)] = source
     return {source: names[source] for source in sources}
 

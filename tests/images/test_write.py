@@ -36,7 +36,7 @@ def test_write_image_replaces_only_its_own(tmp_path: Path, suffix: str) -> None:
     assert is_own_image(path)
     write_image(path, 2 * RAMP)
     assert path.read_bytes() != before
-    assert os.listdir(tmp_path) == [path.name]
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def foreign_link(path: Path) -> None:
@@ -105,7 +105,7 @@ def test_write_image_keeps_a_file_that_appears_meanwhile(
     with pytest.raises(ForeignFileError):
         write_image(path, RAMP)
     assert path.read_text() == "precious"
-    assert os.listdir(tmp_path) == ["a.png"]
+    assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
 
 
 # What the file says.
