@@ -1,4 +1,4 @@
-"""stylize_files and `fastnst stylize`: what is replaced, how results are named, what is left out, what is kept of a file."""
+"""stylize_files and `fastnst stylize`: what is replaced, names of results, what is left out, what is kept of a file."""
 
 import os
 from collections.abc import Callable
