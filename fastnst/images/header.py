@@ -7,7 +7,7 @@ from PIL import ExifTags, Image
 
 from fastnst import __version__
 from fastnst.images.files import open_nonblocking
-from fastnst.images.open import READABLE_FORMATS, ignore_pillow_warnings
+from fastnst.images.open import MAX_PIXELS_OF_ONE, READABLE_FORMATS, _pillow_limit, ignore_pillow_warnings
 
 SOFTWARE = f"fastnst {__version__}"
 """EXIF tag Software of every image that `write_image` writes."""
@@ -28,6 +28,7 @@ def read_header(path: Path) -> Header | None:
     try:
         with (
             ignore_pillow_warnings(),
+            _pillow_limit(MAX_PIXELS_OF_ONE),
             open(path, "rb", opener=open_nonblocking) as file,
             Image.open(file, formats=READABLE_FORMATS) as image,
         ):

@@ -14,7 +14,8 @@ import numpy as np
 from fastnst.device import resolve_device
 from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.images import (
-    IMAGE_SUFFIXES,
+    OTHER_SUFFIXES,
+    READABLE_SUFFIXES,
     SUFFIXES,
     check_replaceable,
     check_writable_size,
@@ -141,7 +142,7 @@ def _files_of(image: Path) -> list[Path]:
     except OSError as error:
         raise DataError(f"cannot read the folder {image}: {error.strerror}; check its permissions") from error
     files = [entry for entry in entries if not entry.is_dir()]
-    found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    found = [file for file in files if file.suffix.lower() in READABLE_SUFFIXES | OTHER_SUFFIXES]
     left_out: list[str] = []
     if number := len(files) - len(found):
         suffixes = sorted({file.suffix or "no suffix" for file in files} - {file.suffix for file in found})

@@ -35,7 +35,7 @@ from fastnst.data.crop import resized_length
 from fastnst.data.manifest import ImageEntry, Manifest, Rejection, compute_fingerprint, quote_path, unquote_path
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError, shell_quote
-from fastnst.images import TRAINING_FORMATS, open_nonblocking, printable
+from fastnst.images import READABLE_FORMATS, open_nonblocking, printable
 from fastnst.storage import read_regular_file
 
 MANIFEST = "manifest.json"
@@ -334,7 +334,7 @@ def _parse_rows(index: int, rows: list[Any], fit: Fit, size: int) -> list[Cached
         width, height = _checked_int(width, 1, _MAX_INT), _checked_int(height, 1, _MAX_INT)
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f"an image of {width} × {height} px")
-        if image_format not in TRAINING_FORMATS or type(dali_safe) is not bool:
+        if image_format not in READABLE_FORMATS or type(dali_safe) is not bool:
             raise ValueError("not an image that passed the check")
         length, mtime = _checked_int(length, 1, _MAX_INT), _checked_int(mtime, -_MAX_INT, _MAX_INT)
         entry = ImageEntry(path, length, width, height, image_format, dali_safe, mtime)
