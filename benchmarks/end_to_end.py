@@ -40,6 +40,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from kernel_bench.environment import environment
+from result_files import result_file
 from roofline import Machine, configured
 from step_bench import correctness, measure, results
 from step_bench.cost_model import training_step
@@ -80,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--folder", type=Path, metavar="PHOTOS", help="measure fastnst with its loader on this folder, too")
     add("--tflops", type=float, help="rate of matrix products; default: measured")
     add("--tb-per-s", type=float, help="rate of a plain copy; default: measured")
-    add("--json", type=Path, metavar="FILE", help="write the rows here")
-    add("--markdown", type=Path, metavar="FILE", help="write the table here, too")
+    add("--json", type=result_file, metavar="FILE", help="write the rows here")
+    add("--markdown", type=result_file, metavar="FILE", help="write the table here, too")
     return parser
 
 

@@ -14,15 +14,16 @@ import sys
 from pathlib import Path
 
 from kernel_bench import results
+from result_files import result_file
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 3 with a message if a file cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw achieved bandwidth here")
-    parser.add_argument("--merge", type=Path, metavar="FILE.json", help="write the benchmarks of all files here")
+    parser.add_argument("--markdown", type=result_file, metavar="FILE", help="write the table here")
+    parser.add_argument("--plot", type=result_file, metavar="FILE.png", help="draw achieved bandwidth here")
+    parser.add_argument("--merge", type=result_file, metavar="FILE.json", help="write the benchmarks of all files here")
     parser.add_argument("--batch", type=int, metavar="N", help="the batch size to draw; default: 16, else the largest")
     options = parser.parse_args(arguments)
     try:

@@ -16,10 +16,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import result_file
 from step_bench.cost_model import totals, training_step
 from step_bench.kernel_traffic import ARCHITECTURE, can_record
 from step_bench.operations import PARTS, Operation
@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--batch-size", type=int, default=32, help="default: 32")
     add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
     add("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables here instead of to the terminal")
-    add("--json", type=Path, metavar="FILE", help="write every pass and the sums here")
+    add("--markdown", type=result_file, metavar="FILE", help="write the tables here instead of to the terminal")
+    add("--json", type=result_file, metavar="FILE", help="write every pass and the sums here")
     options = parser.parse_args(arguments)
     try:
         config = configured(options.preset, options.image_size, options.batch_size, options.assignments)

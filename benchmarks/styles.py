@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from kernel_bench.environment import environment
+from result_files import result_file
 from roofline import configured
 from step_bench.measure import synchronized_time
 from step_bench.with_loader import loader_of, warm_up_steps
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=8, help="timed steps of a turn; default: 8")
     add("--turns", type=int, default=2, help="of each mode; default: 2")
     add("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as fastnst train")
-    add("--json", type=Path, metavar="FILE", help="write the result here")
+    add("--json", type=result_file, metavar="FILE", help="write the result here")
     return parser
 
 

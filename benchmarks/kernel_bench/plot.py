@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import blended_transform_factory
+from result_files import SOFTWARE
 
 # Colours that people with any colour vision can distinguish (Okabe and Ito), and shapes, for printing in grey.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -72,7 +73,7 @@ def draw(results: Results, file: Path, batch: int) -> None:
     figure.subplots_adjust(
         left=0.195, right=0.985, top=1 - _HEAD_INCHES / height, bottom=_FOOT_INCHES / height, wspace=0.05
     )
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, metadata={"Software": SOFTWARE} if file.suffix == ".png" else None)
 
 
 def _panel(ax: Axes, results: Results, positions: dict[Any, float], direction: str, batch: int) -> None:
