@@ -6,7 +6,7 @@ from pathlib import Path
 from fastnst.config import SECTIONS, Config, load_config
 from fastnst.config_text import toml_value
 from fastnst.errors import DataError, UserError
-from fastnst.storage import LOCK_NAME, is_leftover, storage_error
+from fastnst.storage import LOCK_NAMES, is_leftover, storage_error
 
 CONFIG_NAME = "config.toml"
 
@@ -50,7 +50,7 @@ def validate_run_dir(out: Path, config: Config, *, resume: bool, allow_changes: 
         raise storage_error(out, error) from error
     if not resume:
         # A process killed right at its start leaves nothing that could be resumed or is worth keeping.
-        present = [name for name in names if name != LOCK_NAME and not is_leftover(name)]
+        present = [name for name in names if name not in LOCK_NAMES and not is_leftover(name)]
         if CONFIG_NAME in present:
             raise UserError(f"{out} holds another run; go on with it by --resume, or choose another --out")
         if present:
