@@ -3,6 +3,11 @@
 A message names the given value, why it cannot be used, and the fix. What cannot happen is an `assert`.
 """
 
+import signal
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that end work in good order; batch systems announce the end of a job by the last two."""
+
 
 class UserError(ValueError):
     """An unusable option, configuration value or argument."""
