@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 
 import click
@@ -57,10 +58,11 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
-        if not error.filename:  # all files are named
+        if traceback.extract_tb(error.__traceback__)[-1].filename == click.utils.__file__:
             process.give_up_stdout()
             _fail(f"cannot write the results to stdout: {error.strerror}; free some space there, or redirect it", 3)
-        _fail(f"the storage refuses {error.filename}: {error.strerror}; free some space or choose another folder", 3)
+        where = f" {error.filename}" if error.filename else ""
+        _fail(f"the storage refuses{where}: {error.strerror}; free some space or choose another folder", 3)
 
 
 @click.group(context_settings=CONTEXT)
