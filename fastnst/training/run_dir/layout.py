@@ -30,6 +30,9 @@ CHANGEABLE_KEYS = frozenset(
 
 `train.capture` is one: a captured step runs the same kernels on the same numbers as a launched one."""
 
+PATH_KEYS = {"data.folder": "data", "style.image": "style", "loss.vgg": "vgg"}
+"""Keys that say where something lies → its fingerprint (`Inputs.fingerprints`): the content counts, not the place."""
+
 ARCHITECTURE_KEYS = ("model.architecture", "model.norm")
 """Keys whose change makes trained weights unusable."""
 
@@ -84,13 +87,18 @@ def config_values(config: Config) -> dict[str, str]:
 
 
 def config_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return `section.key was A, is now B` for each key that affects the weights and differs; see `config_values`."""
-    keys = [key for key in {**now, **before} if key not in CHANGEABLE_KEYS and not key.startswith("visualize.")]
-    return [
-        f"{key} was {before.get(key, 'unknown')}, is now {now.get(key, 'unknown')}"
-        for key in keys
-        if before.get(key) != now.get(key)
-    ]
+    """Return `section.key was A, is now B` for each key that affects the weights and differs; see `config_values`.
+
+    Paths are left out: `resume.diff_provenance` compares what lies there.
+    """
+    free = CHANGEABLE_KEYS | PATH_KEYS.keys()
+    keys = [key for key in {**now, **before} if key not in free and not key.startswith("visualize.")]
+    return [difference(key, before, now) for key in keys if before.get(key) != now.get(key)]
+
+
+def difference(key: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return `section.key was A, is now B`."""
+    return f"{key} was {before.get(key, 'unknown')}, is now {now.get(key, 'unknown')}"
 
 
 def refuse_another_network(where: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
