@@ -1,5 +1,6 @@
 """Parse and write configuration text: TOML files, environment variables and `--set` assignments."""
 
+import codecs
 import difflib
 import functools
 import logging
@@ -22,27 +23,37 @@ ENVIRONMENT_PREFIX = "FASTNST_"
 MAX_FILE_BYTES = 1 << 20
 _MAX_DOTS = 500
 _STRING = re.compile(r"""\"(?:[^"\\]|\\.)*\"|'[^']*'""")
+_BACKSLASHES = re.compile(r"""^[^#\n]*?=\s*\[?\s*"?([^"'\n]*\\[^"'\n]*)""", re.MULTILINE)
+_WINDOWS_PATH = re.compile(r"""^[^#\n]*"[A-Za-z]:\\[^\\]""", re.MULTILINE)
 UNSET = "unset"  # TOML has no null: this word removes the value that a preset or file sets
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """Read a TOML file of at most 1 MiB.
+    """Read a TOML file of at most 1 MiB, in UTF-8 (with or without a byte order mark), or UTF-16 with one.
 
     Raises:
-        UserError: it cannot be read, is too large, or is not TOML.
+        UserError: it cannot be read, is too large, in another encoding, or not TOML.
     """
+    text = ""
     try:
-        return _parse_toml(read_regular_file(file, MAX_FILE_BYTES).decode("utf-8"))
+        text = _decode(read_regular_file(file, MAX_FILE_BYTES))
+        # "C:\temp" would be read as a tab between C: and emp.
+        if _WINDOWS_PATH.search(text):
+            raise ValueError("in double quotes a backslash has a meaning of its own")
+        return _parse_toml(text)
     except OSError as error:
         raise UserError(
             f"cannot read the configuration {file}: {error.strerror}; give an existing TOML file"
         ) from error
     except RecursionError as error:
         raise UserError(f"{file} nests its values too deep; no key needs more than a list") from error
-    except ValueError as error:  # not UTF-8, not TOML, or a number with thousands of digits
-        raise UserError(
-            f"{file} is not TOML: {str(error)[:200]}; write sections like [train] with lines like steps = 100"
-        ) from error
+    except UnicodeError as error:
+        raise UserError(f"{file} is not TOML: it is not UTF-8 ({error}); save it as UTF-8 in your editor") from error
+    except ValueError as error:  # not TOML, or a number with thousands of digits
+        advice = "write sections like [train] with lines like steps = 100"
+        if (found := _BACKSLASHES.search(text)) is not None:
+            advice = f"write a path with backslashes in single quotes: '{found[1].strip()}'"
+        raise UserError(f"{file} is not TOML: {str(error)[:200]}; {advice}") from error
 
 
 def environment_texts(environment: Mapping[str, str]) -> dict[str, str]:
@@ -154,6 +165,27 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):
         return f"something too large to be shown ({type(value).__name__})"
     return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def _decode(data: bytes) -> str:
+    """Decode a text file by its byte order mark, if it has one; Windows editors and shells write such files.
+
+    Raises:
+        UnicodeError: it is in another encoding; the message says which line shows it.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if len(data) == len(codecs.BOM_UTF16_LE):
+            raise UnicodeError("nothing follows its byte order mark")
+        return data.decode("utf-16")
+    if b"\0" in data[:4]:
+        raise UnicodeError("it looks like UTF-16 or UTF-32")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UnicodeError(
+            f"byte 0x{data[error.start]:02x} in line {line}: perhaps Windows-1252 (ANSI) or Latin-1"
+        ) from error
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

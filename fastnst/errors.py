@@ -6,7 +6,11 @@ message can be pasted into a shell: its paths go through `shell_quote`.
 
 import os
 import shlex
+import signal
 from pathlib import Path
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that end work in good order; batch systems announce the end of a job by the last two."""
 
 
 class UserError(ValueError):

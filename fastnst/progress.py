@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -42,7 +42,9 @@ class ProgressReport:
         self.label, self.total, self.unit = label, total, unit
         self.rate_per_item, self.rate_unit = rate_per_item, rate_unit or unit
         self.done = self._start = start
-        self._stream = stream if stream is not None else io.StringIO() if _is_silent else sys.stderr
+        # sys.stderr is None in a process that was started with a closed stderr.
+        shown = stream or (io.StringIO() if _is_silent or sys.stderr is None else sys.stderr)
+        self._stream: TextIO = _Unfailing(shown)  # type: ignore[assignment]
         self._note = ""
         self._done_printed = start
         self._started = self._printed = time.monotonic()
@@ -100,6 +102,30 @@ class ProgressReport:
         if self._note:
             parts.append(self._note)
         print(", ".join(parts), file=self._stream, flush=True)
+
+
+class _Unfailing:
+    """A stream whose writes never raise: a terminal that is gone must not end the work whose progress it showed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.isatty()
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager

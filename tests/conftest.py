@@ -76,9 +76,11 @@ for _variable in [name for name in os.environ if name.startswith("FASTNST_")]:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What the kernel has outlives a killed process, so no test needs the disk. Tests that count calls patch this in turn.
 os.fsync = lambda _: None
-# Shells start background jobs with SIGINT ignored, and child processes inherit that: tests could not interrupt runs.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Shells start background jobs with SIGINT ignored, nohup ignores SIGHUP, and child processes inherit that: tests could
+# not interrupt runs.
+for _signum, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, _handler)
 # The time of one example depends on the machine.
 hypothesis.settings.register_profile(
     "fastnst", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True

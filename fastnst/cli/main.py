@@ -7,10 +7,12 @@ import contextlib
 import errno
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 
 import click
 
+from fastnst.cli import process
 from fastnst.cli.data import data
 from fastnst.cli.stylize import stylize
 from fastnst.cli.tools import demo, doctor, tensorboard
@@ -18,6 +20,7 @@ from fastnst.cli.train import train
 from fastnst.cli.visualize import visualize
 
 _LONGEST_MESSAGE = 4000
+_HELP = {"-h", "--help", "--version"}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
@@ -26,15 +29,23 @@ def main() -> None:
     from fastnst.errors import StoppedBySignal, UserError
     from fastnst.training.signals import StopRequest
 
+    closed = process.open_closed_streams()
+    process.make_streams_encode_anything()
+    if "stdout" in closed:
+        _say("stdout is closed, so results are not shown")
     # From here on, not only while training: importing torch and checking a folder take long enough to be stopped.
     stop = StopRequest()
     try:
         with stop.installed():
+            if not _HELP & set(sys.argv[1:]):
+                process.check_working_directory()
+                process.keep_compiled_code_elsewhere()
             cli.main(standalone_mode=False, obj=stop)
     except click.Abort:
         _fail("interrupted", 130)
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):
+            error.show()
         sys.exit(error.exit_code)
     except (UserError, StoppedBySignal) as error:
         _fail(str(error), error.exit_code)
@@ -42,11 +53,14 @@ def main() -> None:
         _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of stdout has gone (`fastnst … | head`): nothing is left to say, and nowhere to say it.
-        sys.stderr.close()
+        process.give_up_stdout()
         sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
+        if traceback.extract_tb(error.__traceback__)[-1].filename == click.utils.__file__:
+            process.give_up_stdout()
+            _fail(f"cannot write the results to stdout: {error.strerror}; free some space there, or redirect it", 3)
         where = f" {error.filename}" if error.filename else ""
         _fail(f"the storage refuses{where}: {error.strerror}; free some space or choose another folder", 3)
 
@@ -90,12 +104,18 @@ def _log_to_stderr() -> Iterator[None]:
 
 class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(_harmless(record.getMessage()), err=True)
+        _say(record.getMessage())
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(_harmless(f"fastnst: {message}"), err=True)
+    _say(f"fastnst: {message}")
     sys.exit(code)
+
+
+def _say(message: str) -> None:
+    # A terminal that is gone, or a full disk below stderr, must not end a run, nor change its exit code.
+    with contextlib.suppress(OSError):
+        click.echo(_harmless(message), err=True)
 
 
 def _harmless(text: str) -> str:

@@ -17,7 +17,7 @@ def tensorboard(run: Path, port: int, host: str) -> None:
     """Open the TensorBoard log of a RUN (or of a folder of runs) on localhost."""
     from fastnst.errors import DataError
 
-    if not any(run.rglob("events.out.tfevents.*")):
+    if not _holds_log(run):
         raise DataError(f"{run} holds no TensorBoard log; give a run directory that fastnst train has written")
     # TensorBoard takes this process's place, so that signals and its exit code are its own. It keeps 10 images per
     # tag unless told otherwise, and the sliders want them all. Without its data server it follows only the newest file
@@ -25,6 +25,20 @@ def tensorboard(run: Path, port: int, host: str) -> None:
     keep = "images=1000,histograms=1000,scalars=10000,text=1000"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--samples_per_plugin", keep]
     os.execv(sys.executable, [*command, "--reload_multifile", "true", "--host", host, "--port", str(port)])
+
+
+def _holds_log(folder: Path) -> bool:
+    """Return whether TensorBoard finds an event file: it follows links, and takes any name with `tfevents`."""
+    seen = set()
+    for inside, subfolders, names in os.walk(folder, followlinks=True):
+        status = Path(inside).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        if any("tfevents" in name and Path(inside, name).is_file() for name in names):
+            return True
+    return False
 
 
 @click.command()

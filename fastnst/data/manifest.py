@@ -4,7 +4,6 @@ Every image is decoded once before training, so that a damaged one does not end 
 the cache folder and reused for each file with the same size and modification time.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -37,7 +36,7 @@ from fastnst.images import (
     printable,
     read_bytes,
 )
-from fastnst.storage import cache_folder, write_atomic
+from fastnst.storage import cache_folder, write_atomic, write_cached
 
 _CACHE_VERSION = 3
 """Raised whenever the check finds something else: 3 since colour profiles, transparency and further formats."""
@@ -340,9 +339,7 @@ def _write_cache(file: Path, rules: _Rules, results: Iterable[_Checked]) -> None
     content = json.dumps(
         {"key": _cache_key(rules), "files": [_to_row(checked) for checked in results if checked.cacheable]}
     )
-    # In a full or read-only home folder, the next check only takes longer.
-    with contextlib.suppress(DataError):
-        write_atomic(file, content.encode("ascii"))
+    write_cached(file, content.encode("ascii"))
 
 
 def _to_row(checked: _Checked) -> list[Any]:

@@ -21,6 +21,7 @@ from fastnst.data.crop import read_checked
 from fastnst.data.manifest import ImageEntry, Manifest, compute_fingerprint, quote_path, unquote_path
 from fastnst.errors import DataError
 from fastnst.images import READABLE_FORMATS, UnusableImageError, explain_os_error, printable
+from fastnst.storage import sync_descriptor
 
 REJECTED_NAME = "rejected.jsonl"
 """A run's list of images that were refused or failed later."""
@@ -212,7 +213,7 @@ def append_row(path: Path, row: str) -> None:
         data = row.encode()
         while data:
             data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
+        sync_descriptor(descriptor, path)
     finally:
         os.close(descriptor)
 

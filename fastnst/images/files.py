@@ -5,6 +5,8 @@ import os
 import stat
 from pathlib import Path
 
+from fastnst.storage import open_nonblocking
+
 MAX_FILE_BYTES = 1 << 30
 
 
@@ -40,11 +42,6 @@ def check_size(width: int, height: int, min_side: int) -> None:
     """Raise UnusableImageError if the short side has fewer than `min_side` pixels."""
     if min(width, height) < min_side:
         raise UnusableImageError(f"{width} × {height} px is too small; the short side needs at least {min_side} px")
-
-
-def open_nonblocking(path: str, flags: int) -> int:
-    """Opener for `open` that does not block on a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def printable(path: Path | str) -> str:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from PIL import ExifTags, Image
 
 from fastnst import __version__
-from fastnst.images.files import open_nonblocking
 from fastnst.images.open import MAX_PIXELS_OF_ONE, READABLE_FORMATS, _pillow_limit, ignore_pillow_warnings
+from fastnst.storage import open_nonblocking
 
 SOFTWARE = f"fastnst {__version__}"
 """EXIF tag Software of every image that `write_image` writes."""

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock
-
 from fastnst.errors import DataError
-from fastnst.storage import sha256_of, storage_error, sync_folder
+from fastnst.storage import lock_file, sha256_of, storage_error, sync_folder
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -69,7 +67,7 @@ def download_file(
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(target.name + ".lock")):
+        with lock_file(target.with_name(target.name + ".lock")):
             if target.is_file() and sha256_of(target) == source.sha256:
                 return
             _download(source, part, progress, timeout, attempts, pause)

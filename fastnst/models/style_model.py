@@ -10,13 +10,14 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastnst import __version__
 from fastnst.device import resolve_device
 from fastnst.errors import DataError
 from fastnst.models.file_checks import UnsafeFileError, check_safetensors_file, excerpt
+from fastnst.models.safetensors_file import open_safetensors
 from fastnst.models.transform_net import TransformNet
 from fastnst.storage import write_atomic
 
@@ -86,8 +87,8 @@ def _read(file: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str
         raise DataError(f"there is no style model {file}; {advice}")
     try:
         check_safetensors_file(file)
-        with safe_open(file, framework="pt", device="cpu") as content:
-            metadata: dict[str, str] = content.metadata() or {}
+        with open_safetensors(file) as content:
+            metadata = content.metadata() or {}
             names = list(content.keys())
             _check_kind(file, metadata, names, advice)
             return metadata, {name: content.get_tensor(name) for name in names} if weights else {}

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from fastnst.models.file_checks import (
     check_torch_file,
     excerpt,
 )
+from fastnst.models.safetensors_file import open_safetensors
 from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
 from fastnst.progress import counted
 from fastnst.storage import cache_folder, sha256_of
@@ -175,7 +175,7 @@ def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapp
     try:
         if path.suffix == ".safetensors":
             check_safetensors_file(path)
-            with safetensors.safe_open(path, framework="pt") as archive:
+            with open_safetensors(path) as archive:
                 metadata = archive.metadata() or {}
                 loaded: Any = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         else:
@@ -184,7 +184,7 @@ def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapp
             # Memory mapping reads only the layers in use, but works with the newer, zipped format only.
             with path.open("rb") as file:
                 zipped = file.read(4) == b"PK\3\4"
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            loaded = _load(path, mapped=zipped)
     except UnsafeFileError as error:
         raise DataError(f"{path} is damaged or no weights file: {error}; {_ADVICE}") from error
     except Exception as error:
@@ -198,6 +198,16 @@ def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapp
         if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
             return dict(items), metadata
     raise DataError(f"{path} holds no dictionary of tensors; {_ADVICE}")
+
+
+def _load(path: Path, *, mapped: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except RuntimeError as error:
+        # Some file systems map no files.
+        if not mapped or not str(error).startswith("unable to mmap"):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
 
 
 def _check_file(path: Path) -> None:

@@ -212,7 +212,7 @@ def log_visualization(run: Path, sheets: Mapping[str, np.ndarray], *, step: int,
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """Read the rows of a run's `metrics.jsonl`, without a last line cut by a crash."""
     rows = []
-    for line in (run / METRICS_NAME).read_text("utf-8").splitlines():
+    for line in (run / METRICS_NAME).read_text("utf-8-sig").splitlines():
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError):

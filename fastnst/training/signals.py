@@ -1,18 +1,22 @@
-"""SIGINT, SIGTERM and SIGHUP finish the step, save a checkpoint and print the resume command.
+"""SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 finish the step, save a checkpoint and print the resume command.
 
-A second signal exits without a save.
+A second signal exits without a save. SIGXCPU, by which the kernel announces the end of a limit of CPU time, saves
+too; it comes every second from then on, and only the first counts.
 """
 
 import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
-from fastnst.errors import StoppedBySignal
+from fastnst.errors import STOP_SIGNALS, StoppedBySignal
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+__all__ = ["STOP_SIGNALS", "StopRequest", "stopped_by"]
+
+_FORWARDED_S = 5.0
 
 
 class StopRequest:
@@ -29,6 +33,7 @@ class StopRequest:
         self.signum: int | None = None
         self._deferred = False
         self._raised: int | None = None
+        self._received = 0.0
         self._heeded: list[signal.Signals] = []
         self._is_disregarded = False
 
@@ -42,7 +47,9 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        heeded = [
+            signum for signum in (*STOP_SIGNALS, signal.SIGXCPU) if signal.getsignal(signum) is not signal.SIG_IGN
+        ]
         previous = {signum: signal.signal(signum, self._handle) for signum in heeded}
         self._heeded = heeded
         try:
@@ -81,6 +88,9 @@ class StopRequest:
         self._is_disregarded = True
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self._is_repeated(signum):
+            return
+        self._received = time.monotonic()
         if self._raised is not None:
             # Not `print`, which is not reentrant.
             os.write(2, f"fastnst: stopped at once by {signal.Signals(signum).name}\n".encode())
@@ -92,6 +102,15 @@ class StopRequest:
         if self._deferred:
             raise stopped_by(signum, ", a second time; what was done since the last checkpoint is lost")
         raise stopped_by(signum)
+
+    def _is_repeated(self, signum: int) -> bool:
+        """Return whether a signal is the one before, which nobody sent twice."""
+        earlier = self._raised or self.signum
+        if signum == signal.SIGXCPU:
+            return earlier is not None
+        # A batch system signals all processes, and torchrun passes on to its children what it receives.
+        is_below_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        return is_below_torchrun and signum == earlier and time.monotonic() - self._received < _FORWARDED_S
 
 
 def stopped_by(signum: int, circumstance: str = "") -> StoppedBySignal:

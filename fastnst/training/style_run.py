@@ -24,10 +24,16 @@ from fastnst.training.divergence import DivergenceMonitor
 from fastnst.training.inputs import Inputs
 from fastnst.training.monitoring.snapshots import SampleLogger
 from fastnst.training.run_dir.checkpoint import Checkpoint, remove_old_checkpoints, save_checkpoint
-from fastnst.training.run_dir.layout import CONFIG_NAME
+from fastnst.training.run_dir.layout import CONFIG_NAME, config_values, saved_config
 from fastnst.training.run_dir.load_net import steps_of_run
 from fastnst.training.run_dir.rejected_images import RejectedImages
-from fastnst.training.run_dir.resume import check_fits, checkpoint_to_resume, diff_provenance, provenance
+from fastnst.training.run_dir.resume import (
+    check_fits,
+    checkpoint_to_resume,
+    diff_provenance,
+    moved_paths,
+    provenance,
+)
 from fastnst.training.step.train_step import NetTrainer
 
 if TYPE_CHECKING:
@@ -105,13 +111,17 @@ class StyleRun:
             self._load(None)
             return
         checkpoint = checkpoint_to_resume(self.out)
+        now = provenance(self.inputs, world_size=self.group.dist_env.world_size)
         if checkpoint is None:
+            begun = self.out / CONFIG_NAME
+            before = {"configuration": config_values(saved_config(self.out))} if begun.is_file() else now
+            self._log_moved(moved_paths(before, now))
             self._log_changes(changes, 0)
             self.messages.info("%s holds no checkpoint yet; starting at step 0", self.out)
             self._load(None)
             return
-        now = provenance(self.inputs, world_size=self.group.dist_env.world_size)
         changes = diff_provenance(checkpoint, now, allow=allow_changes)
+        self._log_moved(moved_paths(checkpoint.state, now))
         check_fits(checkpoint, self.net)
         self._load(checkpoint)
         self._log_changes(changes, checkpoint.step)
@@ -219,6 +229,10 @@ class StyleRun:
                 "on from an older one, or start a new run in another --out"
             ) from error
         self.done = checkpoint.step
+
+    def _log_moved(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.messages.info("goes on: %s", note)
 
     def _log_changes(self, changes: list[str], step: int) -> None:
         """List what was allowed to change, and what that means for the order of images."""

@@ -19,7 +19,7 @@ from PIL import Image
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.data.sampler import Fit, Sampler
-from fastnst.errors import DataError, UserError
+from fastnst.errors import STOP_SIGNALS, DataError, UserError
 from helpers.bad_image_fixtures import ACCEPTED, place_specimens, specimens
 from helpers.batches import (
     CPU,
@@ -206,10 +206,12 @@ if __name__ == "__main__":
     from fastnst.data.loaders import open_loader
     from fastnst.data.manifest import build_manifest
     from fastnst.data.sampler import Sampler
+    from fastnst.errors import STOP_SIGNALS
 
     logging.basicConfig(format="%(message)s")
     interrupts = []
-    signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
+    for signum in (*STOP_SIGNALS, signal.SIGXCPU):
+        signal.signal(signum, lambda *_: interrupts.append(1))
     manifest = build_manifest(Path(sys.argv[1]))
     sampler = Sampler(0, 12, 2, 10**6)
     config = DataConfig(loader="pillow", image_size=16, workers=2)
@@ -248,13 +250,14 @@ def worker_ids(process: "subprocess.Popen[str]") -> list[int]:
     return [int(word) for word in process.stdout.readline().split()]
 
 
-def test_pillow_workers_survive_ctrl_c_and_are_replaced_when_killed(process: "subprocess.Popen[str]") -> None:
+def test_pillow_workers_survive_stop_signals_and_are_replaced_when_killed(process: "subprocess.Popen[str]") -> None:
     workers = worker_ids(process)
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     assert process.stderr is not None
     assert "ended unexpectedly; it is replaced" in process.stderr.readline()
-    os.killpg(process.pid, signal.SIGINT)
+    for signum in (*STOP_SIGNALS, signal.SIGXCPU):
+        os.killpg(process.pid, signum)
     out, err = process.communicate(timeout=60)
     assert out == "ended in good order\n"
     assert err == ""

@@ -26,7 +26,7 @@ TRAIN, TRAINER, STYLE_RUN, INPUTS, DIVERGENCE, SIGNALS, DETERMINISM = (
 )
 STEP, GRAPHED = (f"fastnst/training/step/{name}.py" for name in ("train_step", "graphed_step"))
 CHECKPOINT, RESUME, LAYOUT = (f"fastnst/training/run_dir/{name}.py" for name in ("checkpoint", "resume", "layout"))
-LOG, STORAGE, WEIGHTS = "fastnst/run_log/writer.py", "fastnst/storage.py", "fastnst/models/weights.py"
+LOG, STORAGE, WEIGHTS = "fastnst/run_log/writer.py", "fastnst/storage/files.py", "fastnst/models/weights.py"
 FILE_CHECKS, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/cpu/winograd.py"
 
 TRAINING = "tests/training"
@@ -157,26 +157,26 @@ LOGGED = (
 )
 
 DURABLE = (
-    Fault("content not synced", STORAGE, "os.fsync(file.fileno())", "pass", WRITE),
+    Fault("content not synced", STORAGE, "sync_descriptor(file.fileno(), path)", "pass", WRITE),
     Fault(
         "name not synced",
         STORAGE,
-        "temporary.replace(path)\n        sync_folder(path.parent)\n",
-        "temporary.replace(path)\n",
+        "        sync_folder(path.parent)\n    except OSError",
+        "    except OSError",
         WRITE,
     ),
     Fault(
         "content copied instead of renamed",
         STORAGE,
-        "temporary.replace(path)\n",
-        "path.write_bytes(temporary.read_bytes())\n",
+        "        _replace(temporary, path)\n",
+        "        path.write_bytes(temporary.read_bytes())\n",
         f"{TRAINING}/test_io_faults.py::test_write_atomic_where_any_call_fails",
     ),
     Fault(
         "run directory not locked",
-        STORAGE,
-        "lock.acquire()",
-        "pass",
+        "fastnst/storage/locks.py",
+        "    try:\n        lock.acquire()",
+        "    try:\n        pass",
         "tests/test_storage.py::test_lock_run_refuses_a_second_process_until_the_first_ends",
     ),
     Fault(

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from fastnst.errors import StoppedBySignal
+from fastnst.training import signals
 from fastnst.training.signals import STOP_SIGNALS, StopRequest
 
 
@@ -46,7 +47,7 @@ def test_at_once_raises_a_signal_that_waited() -> None:
 
 
 def test_disregard_ignores_all_further_signals() -> None:
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in (*STOP_SIGNALS, signal.SIGXCPU)}
     try:
         with StopRequest().installed() as stop:
             stop.disregard()
@@ -73,6 +74,35 @@ def test_deferred_keeps_a_signal_that_was_swallowed() -> None:
             assert stop.signum is None
         with stop.deferred():
             assert stop.signum == signal.SIGTERM
+
+
+def test_deferred_counts_sigxcpu_once() -> None:
+    """The kernel sends it every second."""
+    with StopRequest().installed() as stop, stop.deferred():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGXCPU)
+        assert stop.signum == signal.SIGXCPU
+        with pytest.raises(StoppedBySignal, match="SIGTERM, a second time"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+def test_deferred_counts_once_what_torchrun_passes_on(monkeypatch: pytest.MonkeyPatch, signum: signal.Signals) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with StopRequest().installed() as stop, stop.deferred():
+        os.kill(os.getpid(), signum)
+        now += 1.0
+        os.kill(os.getpid(), signum)
+        assert stop.signum == signum
+        now += 10.0
+        with pytest.raises(StoppedBySignal, match="a second time"):
+            os.kill(os.getpid(), signum)
+
+
+def test_stop_signals_hold_those_of_batch_systems() -> None:
+    assert {signal.SIGUSR1, signal.SIGUSR2} < set(STOP_SIGNALS)
 
 
 FORCED = """

@@ -45,7 +45,7 @@ from fastnst.errors import DataError
 from fastnst.images import UnusableImageError, printable
 from fastnst.progress import ProgressReport, byte_count
 from fastnst.storage import (
-    LOCK_NAME,
+    LOCK_NAMES,
     StorageError,
     is_leftover,
     lock_run,
@@ -163,9 +163,10 @@ class _Builder:
             existing = existing.parent
         try:
             free = shutil.disk_usage(existing).free
-        except OSError as error:
-            raise storage_error(self._out, error) from error
-        if needed > free:
+        except OSError:
+            free = 0
+        # Some file systems do not say, or say 0; then the first write tells.
+        if 0 < free < needed:
             raise StorageError(
                 f"the cache needs {byte_count(needed)} in {printable(self._out)}, and {byte_count(free)} are free "
                 "there; free some space, choose another --out, or a smaller --size"
@@ -237,7 +238,7 @@ class _Builder:
         with contextlib.suppress(OSError):
             current = {shard.name for shard in shards}
             for path in self._out.iterdir():
-                if _is_cache_file(path.name) and path.name not in {MANIFEST, LOCK_NAME, *current}:
+                if _is_cache_file(path.name) and path.name not in {MANIFEST, *LOCK_NAMES, *current}:
                     path.unlink(missing_ok=True)
         return cache
 
@@ -332,7 +333,7 @@ def _check_place(out: Path) -> None:
 
 
 def _is_cache_file(name: str) -> bool:
-    return name in (MANIFEST, LOCK_NAME) or bool(re.fullmatch(r"shard_[0-9]+\.(u8|json)", name)) or is_leftover(name)
+    return name in {MANIFEST, *LOCK_NAMES} or bool(re.fullmatch(r"shard_[0-9]+\.(u8|json)", name)) or is_leftover(name)
 
 
 def _chunks(images: list[CachedImage]) -> Iterator[list[CachedImage]]:

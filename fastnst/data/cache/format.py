@@ -35,8 +35,8 @@ from fastnst.data.crop import resized_length
 from fastnst.data.manifest import ImageEntry, Manifest, Rejection, compute_fingerprint, quote_path, unquote_path
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError, shell_quote
-from fastnst.images import READABLE_FORMATS, open_nonblocking, printable
-from fastnst.storage import read_regular_file
+from fastnst.images import READABLE_FORMATS, printable
+from fastnst.storage import open_nonblocking, read_regular_file
 
 MANIFEST = "manifest.json"
 KIND = "fastnst cache"
@@ -207,7 +207,7 @@ def open_shard(folder: Path, name: str, size: int) -> int:
     """
     path = folder / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_nonblocking(str(path), os.O_RDONLY | os.O_NOFOLLOW)
     except OSError as error:
         known = {errno.ENOENT: "is missing", errno.ELOOP: "is a symbolic link, which a cache never holds"}
         reason = known.get(error.errno or 0, f"cannot be read: {error.strerror}")

@@ -1,6 +1,5 @@
 """Verify a cache's shards: every byte the first time, later only the shards that changed since."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from fastnst.data.cache.format import (
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
 from fastnst.images import printable
-from fastnst.storage import cache_folder, read_regular_file, write_atomic
+from fastnst.storage import cache_folder, read_regular_file, write_cached
 
 _BLOCK = 1 << 20
 _SETTLED_NS = 2 * 10**9
@@ -138,9 +137,7 @@ def _write_stamps(folder: Path, stamps: dict[str, _Stamp | None]) -> None:
     # A file changed within the clock's resolution could change again and keep its times.
     latest = time.time_ns() - _SETTLED_NS
     settled = {name: stamp for name, stamp in stamps.items() if stamp is not None and max(stamp[3:]) < latest}
-    # In a full or read-only home folder, the next start only takes longer.
-    with contextlib.suppress(DataError):
-        write_atomic(_stamps_file(folder), json.dumps(settled).encode())
+    write_cached(_stamps_file(folder), json.dumps(settled).encode())
 
 
 def _stamp(folder: Path, shard: Shard) -> _Stamp | None:

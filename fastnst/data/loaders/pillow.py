@@ -23,7 +23,7 @@ import numpy as np
 from fastnst.data.crop import CropBox, read_crop
 from fastnst.data.loaders.base import Loader, LoaderArgs, Sample
 from fastnst.data.manifest import ImageEntry
-from fastnst.errors import DataError
+from fastnst.errors import STOP_SIGNALS, DataError
 from fastnst.images import UnusableImageError
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class PillowLoader(Loader):
         return batch
 
     def _new_pool(self) -> ProcessPoolExecutor:
-        # This also starts Python's resource tracker, which keeps SIGHUP blocked and ignores the other two by itself.
+        # This also starts Python's resource tracker, which ignores SIGINT and SIGTERM by itself and keeps the others
+        # blocked.
         with _stop_signals_blocked():
             return ProcessPoolExecutor(
                 self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
@@ -151,9 +152,9 @@ def _read_crops(jobs: list[Job], size: int) -> Part:
 
 
 def _start_worker() -> None:
-    for signum in (signal.SIGINT, signal.SIGHUP):
+    unblocked = {*STOP_SIGNALS, signal.SIGXCPU}
+    for signum in unblocked - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
-    unblocked = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM}
     # Where the system does not tell the sender of a signal (macOS), every SIGTERM ends a worker.
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_end_on_sigterm_from_parent, daemon=True).start()
@@ -182,7 +183,7 @@ def _end_with_parent() -> None:
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
     """Block stop signals in this thread and in processes that it starts; deliver them here afterwards."""
-    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGXCPU})
     try:
         yield
     finally:

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
+_NO_FOLDER_RENAME = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EMFILE})
 LARGEST_MANIFEST = 1 << 16
 """Bytes; real ones have about 400."""
 LARGEST_FILE = 1 << 28
@@ -251,9 +252,19 @@ def _json_bytes(value: Any) -> bytes:
 
 def _rename_into_place(part: Path, path: Path) -> None:
     """Rename `part` to `path`; an existing checkpoint is moved aside until the new name is durable."""
-    if path.exists():
-        path.rename(_aside(path))
-    part.rename(path)
+    try:
+        if path.exists():
+            path.rename(_aside(path))
+        part.rename(path)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_RENAME:
+            raise
+        # Some file systems (gcsfuse) rename no folders. Without its manifest, a checkpoint is passed over.
+        path.mkdir(exist_ok=True)
+        (path / MANIFEST).unlink(missing_ok=True)
+        for name in (TENSORS, STATE, MANIFEST):
+            (part / name).replace(path / name)
+        sync_folder(path)
 
 
 def _aside(path: Path) -> Path:
@@ -275,7 +286,13 @@ def _restore_moved_aside(folder: Path) -> None:
 def _delete(path: Path) -> None:
     """Rename a checkpoint, so that no part of it can be mistaken for a whole one, then remove it."""
     renamed = path.with_name(f".{path.name}.old.part")
-    path.rename(renamed)
+    try:
+        path.rename(renamed)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_RENAME:
+            raise
+        (path / MANIFEST).unlink(missing_ok=True)
+        renamed = path
     shutil.rmtree(renamed, ignore_errors=True)
 
 

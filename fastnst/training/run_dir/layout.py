@@ -6,7 +6,7 @@ from pathlib import Path
 from fastnst.config import SECTIONS, Config, load_config
 from fastnst.config_text import toml_value
 from fastnst.errors import DataError, UserError
-from fastnst.storage import LOCK_NAME, is_leftover, storage_error
+from fastnst.storage import LOCK_NAMES, is_leftover, storage_error
 
 CONFIG_NAME = "config.toml"
 
@@ -30,6 +30,9 @@ CHANGEABLE_KEYS = frozenset(
 
 `train.capture` is one: a captured step runs the same kernels on the same numbers as a launched one."""
 
+PATH_KEYS = {"data.folder": "data", "style.image": "style", "loss.vgg": "vgg"}
+"""Keys that say where something lies → its fingerprint (`Inputs.fingerprints`): the content counts, not the place."""
+
 ARCHITECTURE_KEYS = ("model.architecture", "model.norm")
 """Keys whose change makes trained weights unusable."""
 
@@ -50,7 +53,7 @@ def validate_run_dir(out: Path, config: Config, *, resume: bool, allow_changes: 
         raise storage_error(out, error) from error
     if not resume:
         # A process killed right at its start leaves nothing that could be resumed or is worth keeping.
-        present = [name for name in names if name != LOCK_NAME and not is_leftover(name)]
+        present = [name for name in names if name not in LOCK_NAMES and not is_leftover(name)]
         if CONFIG_NAME in present:
             raise UserError(f"{out} holds another run; go on with it by --resume, or choose another --out")
         if present:
@@ -84,13 +87,18 @@ def config_values(config: Config) -> dict[str, str]:
 
 
 def config_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return `section.key was A, is now B` for each key that affects the weights and differs; see `config_values`."""
-    keys = [key for key in {**now, **before} if key not in CHANGEABLE_KEYS and not key.startswith("visualize.")]
-    return [
-        f"{key} was {before.get(key, 'unknown')}, is now {now.get(key, 'unknown')}"
-        for key in keys
-        if before.get(key) != now.get(key)
-    ]
+    """Return `section.key was A, is now B` for each key that affects the weights and differs; see `config_values`.
+
+    Paths are left out: `resume.diff_provenance` compares what lies there.
+    """
+    free = CHANGEABLE_KEYS | PATH_KEYS.keys()
+    keys = [key for key in {**now, **before} if key not in free and not key.startswith("visualize.")]
+    return [difference(key, before, now) for key in keys if before.get(key) != now.get(key)]
+
+
+def difference(key: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return `section.key was A, is now B`."""
+    return f"{key} was {before.get(key, 'unknown')}, is now {now.get(key, 'unknown')}"
 
 
 def refuse_another_network(where: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

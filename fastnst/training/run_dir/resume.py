@@ -2,7 +2,7 @@
 
 A resumed run equals an uninterrupted one bit for bit as long as configuration, images, style, VGG19 and world size are
 unchanged. Every difference is reported with both values and refused without `--allow-changes`; another architecture is
-always refused.
+always refused. Images, style and VGG19 may lie elsewhere than before, as long as their content is the same.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,13 @@ from fastnst.config_text import current_keys
 from fastnst.errors import DataError, UserError
 from fastnst.training.inputs import Inputs
 from fastnst.training.run_dir.checkpoint import Checkpoint, checkpoint_steps, latest_checkpoint
-from fastnst.training.run_dir.layout import config_differences, config_values, refuse_another_network
+from fastnst.training.run_dir.layout import (
+    PATH_KEYS,
+    config_differences,
+    config_values,
+    difference,
+    refuse_another_network,
+)
 
 
 def provenance(inputs: Inputs, *, world_size: int) -> dict[str, Any]:
@@ -77,9 +83,12 @@ def diff_provenance(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bo
         then, today = str(fingerprints.get(key, "unknown")), now["fingerprints"][key]
         if then != today:
             before, after = counts.get(key, ("", ""))
+            place = next(name for name, fingerprint in PATH_KEYS.items() if fingerprint == key)
+            moved = configuration.get(place) != now["configuration"][place]
+            elsewhere = f"; {difference(place, configuration, now['configuration'])}" if moved else ""
             files.append(
                 f"{what} changed since the checkpoint was written ({before}SHA-256 {then[:12]}… then, "
-                f"{after}{today[:12]}… now)"
+                f"{after}{today[:12]}… now{elsewhere})"
             )
     if (options or files) and not allow:
         remedy = "restore them" if not options else "resume without these options"
@@ -88,6 +97,25 @@ def diff_provenance(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bo
             "--allow-changes, or start a new run in another --out"
         )
     return options + files
+
+
+def moved_paths(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe each path that differs between two `provenance`s, though what lies there is the same.
+
+    Args:
+        before: of a checkpoint, or of a run without one: just its `configuration`; then nothing can be compared.
+        now: today's.
+    """
+    configuration, fingerprints = current_keys(before["configuration"]), before.get("fingerprints")
+    notes = []
+    for key, name in PATH_KEYS.items():
+        if configuration.get(key) == now["configuration"][key]:
+            continue
+        if fingerprints is None:
+            notes.append(f"{difference(key, configuration, now['configuration'])}; no checkpoint was made from the old")
+        elif fingerprints.get(name) == now["fingerprints"][name]:
+            notes.append(f"{difference(key, configuration, now['configuration'])}, with the same content")
+    return notes
 
 
 def check_fits(checkpoint: Checkpoint, net: nn.Module) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastnst.config import Config
 from fastnst.errors import DataError, UserError, shell_quote
 from fastnst.images import explain_os_error, printable
-from fastnst.storage import LOCK_NAME, is_leftover, remove_leftovers, storage_error, write_atomic
+from fastnst.storage import LOCK_NAMES, is_leftover, remove_leftovers, storage_error, write_atomic
 from fastnst.training.run_dir.layout import CONFIG_NAME, validate_run_dir
 
 STYLES_NAME = "styles.json"
@@ -150,7 +150,7 @@ def _has_config(run: Path) -> bool:
 
 def _is_nothing(path: Path) -> bool:
     """Return whether `path` is all that a process killed at its start leaves: locks, temporary files, empty folders."""
-    if path.name == LOCK_NAME or is_leftover(path.name):
+    if path.name in LOCK_NAMES or is_leftover(path.name):
         return True
     try:
         return path.is_dir() and not path.is_symlink() and all(_is_nothing(inside) for inside in path.iterdir())

@@ -12,8 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from fastnst.errors import DataError, UserError
-from fastnst.images import SOFTWARE, is_own_image, open_nonblocking, printable, write_image
-from fastnst.storage import ForeignFileError, check_folder, read_regular_file, storage_error, write_atomic
+from fastnst.images import SOFTWARE, is_own_image, printable, write_image
+from fastnst.storage import (
+    ForeignFileError,
+    check_folder,
+    open_nonblocking,
+    read_regular_file,
+    storage_error,
+    write_atomic,
+)
 from fastnst.visualize.sheets.page import GENERATOR, Figure, build_page
 
 log = logging.getLogger(__name__)

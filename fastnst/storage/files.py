@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, the cache folder, and the lock of a run directory."""
+"""Write files atomically, read regular files, and explain what went wrong."""
 
 import contextlib
 import errno
@@ -6,18 +6,19 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import stat
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from fastnst.errors import DataError, UserError
+from fastnst.storage.durability import UNSUPPORTED, say_lack, sync_descriptor, sync_folder
 
 LOCK_NAME = ".lock"
 _TEMPORARY_SUFFIX = ".part"
+_NO_REPLACEMENT = UNSUPPORTED | {errno.EEXIST, errno.EPERM, errno.EACCES}
+"""How file systems answer (sshfs, some SMB servers) that they rename to free names only."""
 
 
 class StorageError(DataError):
@@ -33,14 +34,6 @@ class ForeignFileError(UserError):
             f"{path}{others}, and fastnst did not write {them}; choose another --out, or give --overwrite to replace "
             f"{them}"
         )
-
-
-def cache_folder() -> Path:
-    """Return `$FASTNST_CACHE`, else `$XDG_CACHE_HOME/fastnst`, else `~/.cache/fastnst`."""
-    if own := os.environ.get("FASTNST_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastnst"
 
 
 def write_atomic(
@@ -62,10 +55,11 @@ def write_atomic(
     """
     try:
         make_folder(path.parent)
-        descriptor, name = tempfile.mkstemp(_TEMPORARY_SUFFIX, _temporary_prefix(path), path.parent)
+        temporary = path.with_name(f"{_temporary_prefix(path)}{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
+        # The mode is that of any new file, given when it is made: not every file system can change it later.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise storage_error(path, error) from error
-    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             if callable(content):
@@ -73,10 +67,9 @@ def write_atomic(
             else:
                 file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
+            sync_descriptor(file.fileno(), path)
         if may_replace is None or (os.path.lexists(path) and may_replace(path)):
-            temporary.replace(path)
+            _replace(temporary, path)
         else:
             _rename_new(temporary, path)
         sync_folder(path.parent)
@@ -91,13 +84,15 @@ def write_atomic(
 def remove_leftovers(path: Path) -> None:
     """Remove temporary files of processes killed in `write_atomic(path, …)`; only for the single writer of `path`."""
     with contextlib.suppress(OSError):
+        if (aside := _aside(path)).exists() and not path.exists():
+            aside.rename(path)
         for leftover in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}*{_TEMPORARY_SUFFIX}"):
             leftover.unlink(missing_ok=True)
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether `write_atomic` names its temporary files like this."""
-    return name.startswith(".") and name.endswith(_TEMPORARY_SUFFIX)
+    """Return whether killed processes leave such a name: that of a temporary file, or of a lock taken over."""
+    return name.startswith(".") and (name.endswith(_TEMPORARY_SUFFIX) or name.startswith(f"{LOCK_NAME}.owner."))
 
 
 def make_folder(folder: Path) -> None:
@@ -105,9 +100,7 @@ def make_folder(folder: Path) -> None:
     for new in reversed([folder, *folder.parents]):
         if not new.exists():
             new.mkdir(exist_ok=True)
-            # A folder with write but no read permission cannot be fsynced.
-            with contextlib.suppress(PermissionError):
-                sync_folder(new.parent)
+            sync_folder(new.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
@@ -135,7 +128,7 @@ def read_regular_file(path: Path, limit: int) -> bytes:
         OSError: it cannot be read, is larger, or is not a regular file: a pipe would block, a device never end.
         ValueError: the path contains a null character.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+    with open(path, "rb", opener=open_nonblocking) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
@@ -144,22 +137,15 @@ def read_regular_file(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def sync_file(path: Path) -> None:
-    """Fsync a file's content, whichever handle wrote it."""
-    _fsync(path, os.O_RDONLY)
-
-
-def sync_folder(folder: Path) -> None:
-    """Fsync a folder, so that renames inside it are durable."""
-    _fsync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def open_nonblocking(path: str, flags: int) -> int:
+    """Opener for `open` that does not block on a pipe."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        # Some file systems do not know the flag, and a file with a lease (Samba's) answers EAGAIN.
+        if error.errno not in UNSUPPORTED | {errno.EAGAIN} or not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            raise
+        return os.open(path, flags | os.O_CLOEXEC)
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -188,28 +174,31 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {error.strerror or error}; {advice}")
 
 
-@contextlib.contextmanager
-def lock_run(directory: Path) -> Iterator[None]:
-    """Lock a run directory, one process at a time; the lock ends with the process, even if it is killed.
-
-    Raises:
-        UserError: another process holds the lock.
-        DataError: the directory cannot be created or written.
-    """
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`; where the file system renames to free names only, move the old file aside first."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK_NAME, timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{directory} is in use by another fastnst process; wait for it to end or choose another --out"
-        ) from error
+        temporary.replace(path)
     except OSError as error:
-        raise storage_error(directory, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
+        if error.errno not in _NO_REPLACEMENT or not path.is_file():
+            raise
+        aside = _aside(path)
+        try:
+            path.rename(aside)
+        except OSError:
+            raise error from None
+        try:
+            temporary.rename(path)
+        except OSError:
+            aside.rename(path)
+            raise
+        # `remove_leftovers` does it later.
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        say_lack(path.parent, "replace a file in one step", error, "a crash in between may leave the old one hidden")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{_temporary_prefix(path)}replaced{_TEMPORARY_SUFFIX}")
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
@@ -221,15 +210,8 @@ def _rename_new(temporary: Path, path: Path) -> None:
     except OSError as error:  # A file system without hard links.
         if os.path.lexists(path):
             raise ForeignFileError(path) from error
-        temporary.replace(path)
+        temporary.rename(path)
 
 
 def _temporary_prefix(path: Path) -> str:
     return f".{path.name[:32]}."
-
-
-def _umask() -> int:
-    # No call only reads it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
