@@ -3,12 +3,14 @@
 The colour under full transparency is whatever a program left there, and must not reach a network or a statistic. A
 pixel of opacity α and colour c becomes
 
-    out = α · c + (1 - α) · fill
+    out = w · c + (1 - w) · fill,    w = 3t² - 2t³,  t = min(2α, 1)
 
-where the fill continues the visible pixels (pull-push: Gortler et al. 1996, The Lumigraph, §3.4.2). Pulling halves the
-image until one pixel is left, each the mean of its four weighted by opacity, with the sum of their opacities up to 1.
-Pushing goes back: each coarser level, enlarged bilinearly, is the fill of the finer one. Integers only, so the same on
-every machine, and continuous in α. Where nothing is visible at all, the ground is white.
+so that it keeps its colour from α = 1/2 on, does not count at α = 0, and in between changes smoothly. The fill
+continues the visible pixels (pull-push: Gortler et al. 1996, The Lumigraph, §3.4.2). Pulling halves the image until one
+pixel is left, each the mean of its four weighted by w, with the highest of their weights: with their sum, as in the
+paper, a wide area of nearly invisible pixels would pass for a visible one. Pushing goes back: each coarser level,
+enlarged bilinearly, is the fill of the finer one. Integers only, so the same on every machine. Where nothing is visible
+at all, the ground is white.
 """
 
 from collections.abc import Iterator
@@ -20,6 +22,9 @@ GROUND = (255, 255, 255)
 """Colour of an image without a visible pixel."""
 
 _STRIP_PIXELS = 1 << 18
+_T = np.minimum(np.arange(256) / 127.5, 1)
+_WEIGHTS = np.rint(255 * (3 - 2 * _T) * _T**2).astype(np.uint8)
+"""w · 255 by α · 255."""
 
 
 def is_transparent(image: Image.Image) -> bool:
@@ -32,7 +37,9 @@ def fill_hidden(image: Image.Image) -> None:
     """Replace the hidden colours of an RGBA image, in place; its opacities stay."""
     levels = [_pull_image(image)]
     if not levels[0][1].any():
+        alpha = image.getchannel("A")
         image.paste((*GROUND, 0), (0, 0, image.width, image.height))
+        image.putalpha(alpha)
         return
     while levels[-1][1].size > 1:
         levels.append(_pull(*levels[-1]))
@@ -44,13 +51,14 @@ def fill_hidden(image: Image.Image) -> None:
         fill = colors
     for rows in _strips(image.height, image.width):
         pixels = _rows_of(image, rows)
-        if pixels[..., 3].min() < 255:
-            pixels[..., :3] = _blend(pixels[..., :3], pixels[..., 3], _enlarge(fill, rows, image.width))
+        weights = _WEIGHTS[pixels[..., 3]]
+        if weights.min() < 255:
+            pixels[..., :3] = _blend(pixels[..., :3], weights, _enlarge(fill, rows, image.width))
             image.paste(Image.fromarray(pixels), (0, rows.start))
 
 
 _Level = tuple[np.ndarray, np.ndarray]
-"""Colours, uint8 `[H, W, 3]`, and opacities, uint8 `[H, W]`."""
+"""Colours, uint8 `[H, W, 3]`, and weights w · 255, uint8 `[H, W]`."""
 
 
 def _pull_image(image: Image.Image) -> _Level:
@@ -60,7 +68,7 @@ def _pull_image(image: Image.Image) -> _Level:
     for rows in _strips(image.height, image.width):
         pixels = _rows_of(image, rows)
         half = slice(rows.start // 2, -(-rows.stop // 2))
-        colors[half], weights[half] = _pull(pixels[..., :3], pixels[..., 3])
+        colors[half], weights[half] = _pull(pixels[..., :3], _WEIGHTS[pixels[..., 3]])
     return colors, weights
 
 
@@ -73,7 +81,8 @@ def _pull(colors: np.ndarray, weights: np.ndarray) -> _Level:
     result = np.empty((*total.shape, 3), np.uint8)
     for channel in range(3):
         result[..., channel] = (_sum_of_four(np.pad(colors[..., channel], odd) * fine) + half) // divisor
-    return result, np.minimum(total, 255).astype(np.uint8)
+    rows = np.maximum(fine[::2], fine[1::2])
+    return result, np.maximum(rows[:, ::2], rows[:, 1::2]).astype(np.uint8)
 
 
 def _sum_of_four(fine: np.ndarray) -> np.ndarray:

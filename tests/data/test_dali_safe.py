@@ -19,7 +19,8 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ImageEntry]:
         (True, "gray.jpg progressive.jpg restart.jpg sampling2.jpg two.jpg opaque_alpha.png lossless.webp"),
         (
             False,
-            "alpha.png clear.webp gray_alpha.png image.gif tiff.jpg modern.avif rgb.jpg cmyk.jpg deep.png moving.png moving.webp turned.png turned.webp xmp.jpg bad_exif.jpg",
+            "alpha.png clear.webp gray_alpha.png image.gif tiff.jpg modern.avif rgb.jpg cmyk.jpg deep.png moving.png "
+            "moving.webp turned.png turned.webp xmp.jpg bad_exif.jpg",
         ),
     ],
 )
