@@ -10,11 +10,11 @@ import numpy as np
 
 from fastnst.device import resolve_device
 from fastnst.errors import DataError, DeviceError, UserError
-from fastnst.images import SUFFIXES, check_writable_suffix, read_image, to_array, to_tensor, write_image
-from fastnst.inference.tensors import free_bytes, needed_bytes, resolve, stylize, too_large
+from fastnst.images import SUFFIXES, check_writable_suffix, read_image, write_image
+from fastnst.inference.tensors import resolve, stylize_pixels
 from fastnst.models.style_model import load_style_model
 from fastnst.models.transform_net import TransformNet
-from fastnst.progress import ProgressReport
+from fastnst.progress import ProgressReport, counted
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +62,13 @@ def stylize_files(
     net = load_style_model(model, device=where)
     results: list[Path] = []
     failures: list[UserError] = []
-    with ProgressReport("stylize", len(jobs), "images") if len(jobs) > 1 else contextlib.nullcontext() as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(ProgressReport("stylize", len(jobs), "images")) if len(jobs) > 1 else None
+        # Of a large image; one bar at a time.
+        strips = stack.enter_context(counted("stylize", "strips")) if progress is None else _noted(progress)
         for job in jobs:
             try:
-                _stylize_file(net, job, precision)
+                _stylize_file(net, job, precision, strips)
             except UserError as error:
                 if len(jobs) == 1 or _storage_refuses(error):
                     raise
@@ -75,11 +78,15 @@ def stylize_files(
                 results.append(job.result)
                 written(job.result)
             if progress is not None:
-                progress.advance()
+                progress.advance(note="")
     if failures:
         kind = DeviceError if all(isinstance(error, DeviceError) for error in failures) else DataError
         raise kind(f"{len(failures)} of {len(jobs)} images could not be stylized, see above; the others are in {out}")
     return results
+
+
+def _noted(progress: ProgressReport) -> Callable[[int, int], None]:
+    return lambda done, total: progress.advance(0, note=f"strip {done} of {total}")
 
 
 class _Job(NamedTuple):
@@ -150,16 +157,10 @@ def _identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def _stylize_file(net: TransformNet, job: _Job, precision: str) -> None:
+def _stylize_file(net: TransformNet, job: _Job, precision: str, progress: Callable[[int, int], None] | None) -> None:
     pixels = read_image(job.source, alpha=True)
-    height, width = pixels.shape[:2]
-    device = next(net.parameters()).device
-    free = free_bytes(device)
-    # The operating system overcommits a CPU's memory and kills the process later: check first.
-    if device.type == "cpu" and free is not None and needed_bytes(1, height, width, device, precision) > free:
-        raise DeviceError(f"cannot stylize {job.source}: {too_large(1, height, width, device, precision)}")
     try:
-        stylized = to_array(stylize(net, to_tensor(pixels[..., :3]), precision=precision))
+        stylized = stylize_pixels(net, pixels[..., :3], precision=precision, progress=progress)
     except (DataError, DeviceError) as error:
         raise type(error)(f"cannot stylize {job.source}: {error}") from error
     write_image(job.result, np.concatenate([stylized, pixels[..., 3:]], axis=2))

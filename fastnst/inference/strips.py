@@ -90,10 +90,11 @@ class Strips:
 
         conv1 = _Layer(net.conv1, image, padded=True)
         conv2 = _Layer(net.conv2, conv1)
-        x: _Layer | _Sum = _Layer(net.conv3, conv2)
+        conv3 = _Layer(net.conv3, conv2)
         run(conv1)
-        run(conv2, max(0, x.gap()))
-        run(x, 0)
+        run(conv2, conv3.gap())
+        run(conv3, 0)
+        x: _Layer | _Sum = conv3
         blocks = [layer for layer in net.children() if isinstance(layer, ResidualBlock)]
         assert len(blocks) % 2 == 1, "the last block's result must lie in the upper half"
         sums = list[tuple[_Layer, _Layer, _Sum]]()
@@ -104,11 +105,11 @@ class Strips:
         up1 = _Layer(net.up1, x)
         up2 = _Layer(net.up2, up1)
         out = _Layer(net.out, up2)
-        up1_start = max(0, out.gap(up1)) if out.measures else 0
-        half = max(up1_start + up1.gap(), *(max(0, z.gap()) + y.size for y, z, _ in sums), sums[0][2].residual.size)
+        up1_start = out.gap(up1) if out.measures else 0
+        half = max(up1_start + up1.gap(), *(z.gap() + y.size for y, z, _ in sums), conv3.size)
         for index, (y, z, total) in enumerate(sums):
             start = half if index % 2 == 0 else 0
-            run(y, start + max(0, z.gap()))
+            run(y, start + z.gap())
             run(z, start)
             passes.append(_Pass(total.height, self._rows, total.compute))
         run(up1, up1_start)
@@ -241,9 +242,7 @@ class _Layer:
             self._check_overwrites_nothing_needed(last)
             self.kept.write(first, z)
 
-    def read(
-        self, first: int, last: int, columns: UpsamplePad = _AS_IT_IS, residual: Tensor | None = None
-    ) -> Tensor:
+    def read(self, first: int, last: int, columns: UpsamplePad = _AS_IT_IS, residual: Tensor | None = None) -> Tensor:
         """Return rows after norm, residual and ReLU; see `_Source`."""
         z = self._convolved(first, last) if self.kept is None else self.kept.rows(first, last)
         layer = self._layer
@@ -273,17 +272,17 @@ class _Layer:
         from_ = source or self._source
         # Both sides grow linearly with the row, but for rounding and the border: the extremes are at the ends.
         rows = [*range(1, min(self.height, 64)), *range(max(1, self.height - 64), self.height)]
-        written = self.width * self.channels
-        return max(row * written - self._needed(row, from_) * from_.width * from_.channels for row in rows)
+        written, read = self.width * self.channels, from_.width * from_.channels
+        return max(0, *(row * written - self._needed(row, from_) * read for row in rows))
 
     def _needed(self, row: int, of: _Source) -> int:
         """Return the first row of an earlier result that this result's rows from `row` on are computed from."""
-        inputs = self._index[self._input_rows(row, row + 1)[0] :]
-        row = int(inputs[inputs >= 0].min()) // self._layout.upsample
+        inputs: np.ndarray = self._index[self._input_rows(row, row + 1)[0] :]
+        first = int(inputs[inputs >= 0].min()) // self._layout.upsample
         if self._source is of:
-            return row
+            return first
         assert isinstance(self._source, _Layer)
-        return self._source._needed(row, of)
+        return self._source._needed(first, of)
 
     def _check_overwrites_nothing_needed(self, last: int) -> None:
         source: _Source = self._source
