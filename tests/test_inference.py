@@ -320,10 +320,10 @@ def test_stylize_files_names_the_image_of_nonfinite_results(
 def test_stylize_files_checks_memory_and_names_a_size_that_fits(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("files", "tensors"):
-        monkeypatch.setattr(f"fastnst.inference.{module}.free_bytes", lambda _: 20_000_000)
-    large, small = write(tmp_path / "large.png", image(300, 400)), write(tmp_path / "small.png", image(20, 20))
-    with pytest.raises(DeviceError, match=r"large.png: cpu has too little memory for 400 × 300 px; about") as caught:
+    monkeypatch.setattr("fastnst.inference.tensors.available_memory", lambda _: 100 * 2**20)
+    large, small = write(tmp_path / "large.png", image(1000, 1400)), write(tmp_path / "small.png", image(20, 20))
+    message = r"large.png: cpu has too little memory for 1400 × 1000 px, 100.0 MiB; about 7\d\d × 5\d\d px would fit"
+    with pytest.raises(DeviceError, match=message) as caught:
         run(model, large, out=tmp_path / "out.png")
     assert caught.value.exit_code == 5
     assert "scale it down" in str(caught.value)

@@ -23,14 +23,12 @@ from fastnst.images import (
     printable,
     read_header,
     read_with_metadata,
-    to_array,
-    to_tensor,
     write_image,
 )
-from fastnst.inference.tensors import free_bytes, needed_bytes, resolve, stylize, too_large
+from fastnst.inference.tensors import resolve, stylize_pixels
 from fastnst.models.style_model import load_style_model
 from fastnst.models.transform_net import TransformNet
-from fastnst.progress import ProgressReport
+from fastnst.progress import ProgressReport, counted
 from fastnst.storage import ForeignFileError, check_folder
 
 log = logging.getLogger(__name__)
@@ -83,12 +81,15 @@ def stylize_files(
     net = load_style_model(model, device=where)
     results: list[Path] = []
     failures: list[UserError] = []
-    with ProgressReport("stylize", len(jobs), "images") if len(jobs) > 1 else contextlib.nullcontext() as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(ProgressReport("stylize", len(jobs), "images")) if len(jobs) > 1 else None
+        # Of a large image; one bar at a time.
+        strips = stack.enter_context(counted("stylize", "strips")) if progress is None else _noted(progress)
         for job in jobs:
             try:
                 if job in too_long:
                     raise too_long[job]
-                _stylize_file(net, job, precision, overwrite=overwrite)
+                _stylize_file(net, job, precision, strips, overwrite=overwrite)
             except UserError as error:
                 if len(jobs) == 1 or _storage_refuses(error):
                     raise
@@ -98,12 +99,16 @@ def stylize_files(
                 results.append(job.result)
                 written(job.result)
             if progress is not None:
-                progress.advance()
+                progress.advance(note="")
     if failures:
         kind = DeviceError if all(isinstance(error, DeviceError) for error in failures) else DataError
         others = f"the others are in {out}" if results else "nothing was written"
         raise kind(f"{len(failures)} of {len(jobs)} images could not be stylized, see above; {others}")
     return results
+
+
+def _noted(progress: ProgressReport) -> Callable[[int, int], None]:
+    return lambda done, total: progress.advance(0, note=f"strip {done} of {total}")
 
 
 class _Job(NamedTuple):
@@ -227,20 +232,22 @@ def _identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def _stylize_file(net: TransformNet, job: _Job, precision: str, *, overwrite: bool) -> None:
+def _stylize_file(
+    net: TransformNet,
+    job: _Job,
+    precision: str,
+    progress: Callable[[int, int], None] | None,
+    *,
+    overwrite: bool,
+) -> None:
     source = read_with_metadata(job.source, alpha=True)
     pixels = source.pixels
-    height, width = pixels.shape[:2]
-    device = next(net.parameters()).device
-    free = free_bytes(device)
-    # The operating system overcommits a CPU's memory and kills the process later: check first.
-    if device.type == "cpu" and free is not None and needed_bytes(1, height, width, device, precision) > free:
-        raise DeviceError(f"cannot stylize {job.source}: {too_large(1, height, width, device, precision)}")
     try:
-        stylized = to_array(stylize(net, to_tensor(pixels[..., :3]), precision=precision))
+        stylized = stylize_pixels(net, pixels[..., :3], precision=precision, progress=progress)
     except (DataError, DeviceError) as error:
         raise type(error)(f"cannot stylize {job.source}: {error}") from error
-    stylized = np.concatenate([stylized, pixels[..., 3:]], axis=2)
+    if pixels.shape[2] == 4:
+        stylized = np.concatenate([stylized, pixels[..., 3:]], axis=2)
     write_image(job.result, stylized, exif=source.exif, dpi=source.dpi, overwrite=overwrite)
 
 

@@ -258,9 +258,13 @@ class ConvLayer(_NormedLayer):
             return InputLayout(padding=(left, right, top, bottom), padding_mode="zeros")
         return InputLayout()
 
+    @property
+    def zero_padding(self) -> int:
+        """Zeros that the convolution itself adds at each side."""
+        return self.weight.shape[-1] // 2 if self.padding == "same" and self.stride == 1 else 0
+
     def forward(self, x: Tensor, next_layout: _LayoutOf = _plain_layout, residual: Tensor | None = None) -> Tensor:
-        around = self.weight.shape[-1] // 2 if self.padding == "same" and self.stride == 1 else 0
-        x = convolution(x, self.weight, self.bias, stride=self.stride, padding=around)
+        x = convolution(x, self.weight, self.bias, stride=self.stride, padding=self.zero_padding)
         return self.normalise(x, next_layout, residual)
 
 
@@ -307,14 +311,16 @@ class UpLayer(_NormedLayer):
         return InputLayout(padding=(1, 1, 1, 1), padding_mode="symmetric")
 
     def forward(self, x: Tensor, next_layout: _LayoutOf = _plain_layout) -> Tensor:
+        return self.normalise(self.convolve(x), next_layout)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The norm's input, `[N, out, 2H, 2W]`, from x in `input_layout`."""
         if not self.nearest:
             x = convolution(x, self.weight, stride=2, transposed=True)[:, :, :-1, :-1]
-            x = x.contiguous(memory_format=torch.channels_last)
-        elif _upsamples_in_norm(x):
-            x = convolution(x, self.weight)
-        else:
-            x = convolution(x, _doubling_kernel(self.weight), stride=2, padding=3, transposed=True)
-        return self.normalise(x, next_layout)
+            return x.contiguous(memory_format=torch.channels_last)
+        if _upsamples_in_norm(x):
+            return convolution(x, self.weight)
+        return convolution(x, _doubling_kernel(self.weight), stride=2, padding=3, transposed=True)
 
 
 def _upsamples_in_norm(x: Tensor) -> bool:
