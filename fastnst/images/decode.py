@@ -56,9 +56,10 @@ def decode_opened(
 ) -> DecodedImage:
     """Decode an image that was opened with the same `max_pixels`, and leave its orientation to the caller."""
     space = prepare(image, data)
+    turned = image.format == "TIFF" and orientation_of(image) >= 5  # Pillow turns these while loading.
     load(image, max_pixels=max_pixels)
     orientation = orientation_of(image)
-    exif, dpi = exif_to_keep(image, orientation), dpi_of(image, orientation)
+    exif, dpi = exif_to_keep(image, orientation), dpi_of(image, 6 if turned else orientation)
     # One variable, so that each intermediate image is freed at once: the largest take 360 MB.
     image = _to_rgb(image, data, space, alpha=alpha)
     return DecodedImage(image, orientation, exif, dpi, space.ignored)

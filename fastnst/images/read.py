@@ -17,8 +17,8 @@ from fastnst.progress import byte_count
 
 _CHECKED_PIXELS = 4_000_000
 """Smaller images always fit."""
-_BYTES_PER_PIXEL = {"JPEG": 12, "MPO": 12, "WEBP": 24, "AVIF": 24, "JPEG2000": 32}
-_BYTES_PER_PIXEL_OF_OTHERS = 10
+_BYTES_PER_PIXEL = {"JPEG": 13, "MPO": 13, "WEBP": 24, "AVIF": 24, "JPEG2000": 32, "TIFF": 16}
+_BYTES_PER_PIXEL_OF_OTHERS = 12
 """Measured peaks of decoding and converting."""
 MIN_SIDE = 16
 """Minimum of the short side in pixels; both networks need that much."""

@@ -86,8 +86,9 @@ def _pull(colors: np.ndarray, weights: np.ndarray) -> _Level:
 
 
 def _sum_of_four(fine: np.ndarray) -> np.ndarray:
-    rows: np.ndarray = fine[::2] + fine[1::2]
-    return rows[:, ::2] + rows[:, 1::2]
+    rows = fine[::2] + fine[1::2]
+    total: np.ndarray = rows[:, ::2] + rows[:, 1::2]
+    return total
 
 
 def _enlarge(coarse: np.ndarray, rows: slice, width: int) -> np.ndarray:
