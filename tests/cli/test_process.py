@@ -83,7 +83,7 @@ def test_results_in_an_encoding_without_their_characters(generated_photos: Path,
     photos.mkdir()
     (photos / "größe ×.png").write_bytes(b"no image")
     (photos / "good.jpg").write_bytes(min(generated_photos.glob("*.jpg")).read_bytes())
-    for encoding in ("ascii", "latin-1", "utf-8"):
+    for encoding in ("ascii", "latin-1", "koi8-r", "utf-8"):
         done = shell(f"{COMMAND} data check '{photos}'", tmp_path, PYTHONIOENCODING=f"{encoding}:strict")
         assert done.returncode == 0, done.stderr
     done = shell(f"{COMMAND} data check '{photos}'", tmp_path, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")

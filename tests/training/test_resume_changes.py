@@ -125,7 +125,7 @@ def test_train_resume_refuses_moved_images_that_changed(photo_folder: Path, run:
     moved = photo_folder.rename(tmp_path / "moved")
     (moved / "image_03.jpg").unlink()
     before = snapshot(run)
-    text = f'data.folder was "{photo_folder}", is now "{moved}"; the images .* 12 images, SHA-256 .* 11 images'
+    text = f'data.folder was "{photo_folder}", is now "{moved}"; the images .*12 images, SHA-256 .* 11 images'
     with pytest.raises(DataError, match=text) as caught:
         resume(moved, run)
     assert "the style image" not in str(caught.value)
