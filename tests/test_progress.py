@@ -77,6 +77,35 @@ def test_progress_report_shows_a_bar_on_a_terminal(clock: Clock) -> None:
     assert "train" in stream.getvalue()
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_report_goes_on_where_its_stream_fails(clock: Clock, is_terminal: bool) -> None:
+    """A terminal that was closed answers EIO; a full disk ENOSPC."""
+
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+        def write(self, _: str) -> int:
+            raise OSError(5, "Input/output error")
+
+        def flush(self) -> None:
+            raise OSError(5, "Input/output error")
+
+    with ProgressReport("train", 2, "steps", stream=Gone()) as report:
+        for _ in range(2):
+            clock.now += 9.0
+            report.advance(note="loss 3.2")
+    assert report.done == 2
+
+
+def test_progress_report_without_stderr(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.sys, "stderr", None)
+    with ProgressReport("train", 2, "steps") as report:
+        clock.now += 9.0
+        report.advance()
+    assert report.done == 1
+
+
 def test_duration() -> None:
     assert list(map(duration, (0, 59.6, 61, 3600, 36_061))) == ["0:00", "1:00", "1:01", "1:00:00", "10:01:01"]
 

@@ -20,13 +20,15 @@ def open_closed_streams() -> set[str]:
     Otherwise the next file that is opened would become stderr, and receive its messages.
     """
     closed = set()
-    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+    names = {"stdin": "r", "stdout": "w", "stderr": "w"}
+    for descriptor, name in enumerate(names):
         try:
             os.fstat(descriptor)
         except OSError:
             # The lowest free number, so it is this one; child processes inherit it.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             closed.add(name)
+    for name, mode in names.items():
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
             closed.add(name)

@@ -1,8 +1,12 @@
 """Free space, the cache folder, VGG19's weights."""
 
+import contextlib
+import fcntl
+import mmap
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from fastnst.errors import shell_quote
 
 _COMFORTABLE_DISK, _LEAST_DISK = 2 * 2**30, 2**28
 """Bytes for runs: checkpoints take about 100 MB, a log with images as much or more."""
+_LACKING = "fastnst works without them: after a power cut the last files may be missing"
 _ELSEWHERE = "free some space there, or keep it elsewhere:\n  export FASTNST_CACHE=FOLDER"
 
 
@@ -35,11 +40,51 @@ def probe_folders() -> dict[str, Any]:
     return {
         "here_free": shutil.disk_usage(here).free,
         "here_writable": os.access(here, os.W_OK | os.X_OK),
+        "here_lacks": missing_operations(here) if os.access(here, os.W_OK | os.X_OK) else [],
         "cache": str(cache),
         "cache_exists": there == cache,
         "cache_free": shutil.disk_usage(there).free,
         "cache_refused": refused,
+        "cache_lacks": missing_operations(cache) if there == cache and not refused else [],
     }
+
+
+def missing_operations(folder: Path) -> list[str]:
+    """Try what network and cloud file systems may lack, in a temporary folder inside `folder`; name what fails."""
+
+    def lock() -> None:
+        with file.open("rb+") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def fsync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def map_memory() -> None:
+        with file.open("rb") as opened:
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ).close()
+
+    lacks = []
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=".fastnst-doctor-", dir=folder) as inside:
+        file, other = Path(inside, "file"), Path(inside, "other")
+        file.write_bytes(b"fastnst")
+        other.write_bytes(b"fastnst")
+        operations: dict[str, Callable[[], object]] = {
+            "locks": lock,
+            "durable files (fsync)": lambda: fsync(file),
+            "durable names (fsync of folders)": lambda: fsync(Path(inside)),
+            "memory maps": map_memory,
+            "replacement of files by renaming": lambda: other.replace(file),
+        }
+        for name, operation in operations.items():
+            try:
+                operation()
+            except OSError as error:
+                lacks.append(f"{name}: {error.strerror or error}")
+    return lacks
 
 
 def probe_weights() -> dict[str, Any]:
@@ -76,7 +121,14 @@ def check_disk(results: Results) -> Verdict:
     fix = "free some space, or give runs a place elsewhere with --out"
     if folders["here_free"] < _LEAST_DISK:
         return failed(found, fix)
-    return warned(f"{found}: little", fix) if folders["here_free"] < _COMFORTABLE_DISK else passed(found)
+    if folders["here_free"] < _COMFORTABLE_DISK:
+        return warned(f"{found}: little", fix)
+    if folders["here_lacks"]:
+        return warned(
+            f"{found}, without {'; '.join(folders['here_lacks'])}",
+            f"{_LACKING}, or give them a place elsewhere with --out",
+        )
+    return passed(found)
 
 
 def check_cache(results: Results) -> Verdict:
@@ -89,6 +141,11 @@ def check_cache(results: Results) -> Verdict:
         )
     if folders["cache_free"] < _LEAST_DISK:
         return warned(f"{found}: little", _ELSEWHERE)
+    if folders["cache_lacks"]:
+        return warned(
+            f"{found}, without {'; '.join(folders['cache_lacks'])}",
+            f"{_LACKING}, or keep it elsewhere:\n  export FASTNST_CACHE=FOLDER",
+        )
     return passed(found + (", writable" if folders["cache_exists"] else ", created at first use"))
 
 

@@ -255,6 +255,30 @@ def _json_when_ready(url: str, count: int, process: subprocess.Popen[bytes]) -> 
     return found
 
 
+@pytest.mark.parametrize("kind", ["folder of links", "link to a run", "link to a file", "link back"])
+def test_tensorboard_follows_links(
+    fastnst: Fastnst, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    runs, given = tmp_path / "runs", tmp_path / "given"
+    (runs / "wave").mkdir(parents=True)
+    event = runs / "wave" / "events.out.tfevents.1.host"
+    event.touch()
+    if kind == "link to a run":
+        given.symlink_to(runs / "wave")
+    else:
+        given.mkdir()
+        (given / "back").symlink_to(given)
+        (given / "dangling.tfevents").symlink_to(tmp_path / "nothing")
+        if kind != "link back":
+            (given / "linked").symlink_to(event if kind == "link to a file" else runs / "wave")
+        if kind == "link to a file":
+            (given / "linked").rename(given / event.name)
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda _, command: started.append(command))
+    code, _, err = fastnst("tensorboard", given)
+    assert (code, len(started)) == ((3, 0) if kind == "link back" else (0, 1)), err
+
+
 def test_tensorboard_needs_a_log(fastnst: Fastnst, tmp_path: Path) -> None:
     code, _, err = fastnst("tensorboard", tmp_path)
     assert code == 3

@@ -249,6 +249,45 @@ def test_load_config_of_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert f"{file} is not TOML" in message(file=file)
 
 
+TEXT = '[data]\nfolder = "größe"\n'
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXT.encode("utf-8-sig"),
+        TEXT.replace("\n", "\r\n").encode("utf-8-sig"),
+        TEXT.encode("utf-16"),
+        b"\xfe\xff" + TEXT.encode("utf-16-be"),
+    ],
+)
+def test_load_config_of_a_file_with_a_byte_order_mark(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "own.toml"
+    file.write_bytes(data)
+    assert load(file=file).data.folder == Path("größe")
+
+
+def test_load_config_of_a_file_in_another_encoding(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_bytes(TEXT.encode("latin-1"))
+    assert f"{file} is not TOML: it is not UTF-8 (byte 0xf6 in line 2: perhaps Windows-1252" in message(file=file)
+    assert "save it as UTF-8" in message(file=file)
+    file.write_bytes(TEXT.encode("utf-16-le"))
+    assert "it looks like UTF-16" in message(file=file)
+
+
+@pytest.mark.parametrize(
+    "line", [r'folder = "C:\data\new"', r'folder = "C:\temp"', r"folder = C:\data", r'folder = "\\srv\share"']
+)
+def test_load_config_of_a_file_with_backslashes(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(f"[data]\n{line}\n")
+    path = line.removeprefix("folder = ").strip('"')
+    assert f"write a path with backslashes in single quotes: '{path}'" in message(file=file)
+    file.write_text(f"[data]\nfolder = '{path}' # not \"{path}\"\n")
+    assert str(load(file=file).data.folder) == path
+
+
 # The sections themselves.
 
 

@@ -17,6 +17,7 @@ CONTAINER = {"limit": 8 * GIB, "room": 2 * GIB}
 NO_WEIGHTS = {"weights": {"files": [ABSENT]}}
 UNREADABLE = DAMAGED | {"unreadable": "Permission denied", "sha256": None}
 TWO_FILES = [DAMAGED, DAMAGED | {"path": "/var/torch/vgg19.pth", "sha256": SHA}]
+NO_LOCKS = ["locks: No locks available"]
 REMOVE = "rm /var/cache/fastnst/weights/vgg19.pth"
 
 # Check, status, parts of what is found and of the fix, and how the machine differs from a healthy one.
@@ -90,6 +91,8 @@ CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("disk", "WARN", "1.0 GiB", "--out", {"folders": {"here_free": GIB}}),
     ("disk", "FAIL", "0.0 GiB", "--out", {"folders": {"here_free": 0}}),
     ("disk", "WARN", "not writable", "--out", {"folders": {"here_writable": False}}),
+    ("disk", "WARN", "without locks: No locks available", "--out", {"folders": {"here_lacks": NO_LOCKS}}),
+    ("cache", "WARN", "without locks: No locks available", "FASTNST_CACHE", {"folders": {"cache_lacks": NO_LOCKS}}),
     ("cache", "FAIL", "Read-only", "export FASTNST_CACHE=", {"folders": {"cache_refused": "Read-only"}}),
     ("cache", "WARN", "0.0 GiB", "export FASTNST_CACHE=", {"folders": {"cache_free": 0}}),
     ("cache", "PASS", "at first use", "", {"folders": {"cache_exists": False}}),

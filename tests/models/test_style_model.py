@@ -33,6 +33,23 @@ def save(folder: Path, net: TransformNet, **metadata: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("error", [OSError("No such device (os error 19)"), PermissionError("(os error 13)")])
+def test_load_style_model_reads_where_files_cannot_be_mapped(
+    net: TransformNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    path = save(tmp_path, net)
+    monkeypatch.setattr("fastnst.models.safetensors_file.safe_open", refuse)
+    assert read_style_metadata(path)["steps"] == "300"
+    loaded = load_style_model(path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in net.state_dict().items())
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(DataError, match="holds no model"):
+        load_style_model(tmp_path / "folder.safetensors")
+
+
 def contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict

@@ -90,6 +90,14 @@ def test_run_log_drops_a_line_cut_by_a_crash(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_run_log_keeps_rows_behind_a_byte_order_mark(tmp_path: Path) -> None:
+    """An editor may have saved the file with one."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 1.0}\n', encoding="utf-8-sig")
+    with RunLog(tmp_path, start_step=1) as log:
+        log.metrics(2, {"loss/total": 2.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
 def test_run_log_refuses_a_foreign_metrics_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
     with pytest.raises(DataError, match="not a metrics file"):

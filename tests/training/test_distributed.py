@@ -337,12 +337,13 @@ def test_check_equal_names_the_first_difference() -> None:
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("signum", [None, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
 def test_train_below_torchrun(few_photos: Path, tmp_path: Path, signum: signal.Signals | None) -> None:
     """Undisturbed, with a signal to torchrun, and with one of its processes killed."""
     settings = (*SETTINGS, "train.log_every=1")
     argv = arguments(few_photos, tmp_path / "run", steps=6 if signum is None else 100000, settings=settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastnst"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "fastnst"]
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(path), "FASTNST_CACHE": str(tmp_path / "cache")}
     with (

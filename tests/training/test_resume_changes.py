@@ -109,6 +109,43 @@ def test_train_resume_lists_a_changed_configuration_key_by_key(photo_folder: Pat
         resume(photo_folder, run)
 
 
+def test_train_resume_finds_moved_images_and_style(photo_folder: Path, run: Path, tmp_path: Path) -> None:
+    moved = photo_folder.rename(tmp_path / "moved")
+    messages = resume(moved, run.rename(tmp_path / "renamed"))
+    notes = [message for message in messages if message.startswith("goes on")]
+    assert notes == [
+        f'goes on: data.folder was "{photo_folder}", is now "{moved}", with the same content',
+        f'goes on: style.image was "{photo_folder}/image_00.jpg", is now "{moved}/image_00.jpg", with the same content',
+    ]
+    assert newest(tmp_path / "renamed").step == 7
+    assert not [message for message in resume(moved, tmp_path / "renamed") if "goes on" in message]
+
+
+def test_train_resume_refuses_moved_images_that_changed(photo_folder: Path, run: Path, tmp_path: Path) -> None:
+    moved = photo_folder.rename(tmp_path / "moved")
+    (moved / "image_03.jpg").unlink()
+    before = snapshot(run)
+    text = f'data.folder was "{photo_folder}", is now "{moved}"; the images .*12 images, SHA-256 .* 11 images'
+    with pytest.raises(DataError, match=text) as caught:
+        resume(moved, run)
+    assert "the style image" not in str(caught.value)
+    assert snapshot(run) == before
+
+
+def test_train_resume_compares_the_weights_and_not_where_they_lie(photo_folder: Path, run: Path) -> None:
+    state = newest(run).state
+    alter(run, configuration=state["configuration"] | {"loss.vgg": '"/old/vgg19.pth"'})
+    (note,) = [message for message in resume(photo_folder, run) if message.startswith("goes on")]
+    assert note == 'goes on: loss.vgg was "/old/vgg19.pth", is now "random", with the same content'
+
+
+def test_train_resume_without_a_checkpoint_notes_other_paths(photo_folder: Path, run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    messages = resume(photo_folder.rename(tmp_path / "moved"), run)
+    assert len([text for text in messages if text.endswith("no checkpoint was made from the old")]) == 2
+    assert any("starting at step 0" in message for message in messages)
+
+
 def test_train_resume_keeps_what_was_allowed_if_it_is_killed_at_once(photo_folder: Path, run: Path) -> None:
     (photo_folder / "image_03.jpg").unlink()
     with mock.patch("fastnst.training.trainer.RunLog", side_effect=Killed), pytest.raises(Killed):

@@ -84,11 +84,11 @@ def diff_provenance(checkpoint: Checkpoint, now: Mapping[str, Any], *, allow: bo
         if then != today:
             before, after = counts.get(key, ("", ""))
             place = next(name for name, fingerprint in PATH_KEYS.items() if fingerprint == key)
-            moved = configuration.get(place) != now["configuration"][place]
-            elsewhere = f"; {difference(place, configuration, now['configuration'])}" if moved else ""
+            if configuration.get(place) != now["configuration"][place]:
+                files.append(difference(place, configuration, now["configuration"]))
             files.append(
                 f"{what} changed since the checkpoint was written ({before}SHA-256 {then[:12]}… then, "
-                f"{after}{today[:12]}… now{elsewhere})"
+                f"{after}{today[:12]}… now)"
             )
     if (options or files) and not allow:
         remedy = "restore them" if not options else "resume without these options"

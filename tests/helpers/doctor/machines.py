@@ -48,7 +48,7 @@ HEALTHY: dict[str, Any] = {
     "shared_memory": {"size": 64 * 2**20, "free": 64 * 2**20},
     "folders": {
         **{"here_free": 64 * GIB, "here_writable": True, "cache": "/var/cache/fastnst", "cache_exists": True},
-        **{"cache_free": 64 * GIB, "cache_refused": None},
+        **{"cache_free": 64 * GIB, "cache_refused": None, "here_lacks": [], "cache_lacks": []},
     },
     "weights": {
         "files": [ABSENT | {"size": 5740, "sha256": SHA}, ABSENT | {"path": "/var/torch/vgg19.pth"}],
