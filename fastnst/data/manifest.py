@@ -177,10 +177,11 @@ def check_image(
     orientation = orientation_of(image)
     if orientation >= 5:
         width, height = height, width
-    dali_safe = space.profile is None and is_dali_safe(data, image, orientation)
-    decoded = None if dali_safe else decode(data)
+    is_plain = is_dali_safe(data, image, orientation)
+    decoded = None if is_plain else decode(data)
     if not allow_uniform and _is_uniform(image, decoded, data):
         raise UnusableImageError("all of it has one colour, which makes gradients overflow; remove it")
+    dali_safe = is_plain and space.profile is None
     image_format = "JPEG" if image.format in ("JPEG", "MPO") else str(image.format)
     return ImageEntry(path, len(data), width, height, image_format, dali_safe, mtime), space.ignored
 
