@@ -1,6 +1,7 @@
 """Saliency maps: a target's sensitivity to each pixel (Simonyan et al. 2013, arXiv:1312.6034)."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastnst.visualize.attribution.targets import (
     check_at_least_one,
     check_choice,
     check_target,
+    is_whole,
     total_activation,
 )
 
@@ -60,10 +62,12 @@ def saliency(
     check_choice("saliency method", method, METHODS)
     check_at_least_one("batch_size", batch_size)
     check_at_least_one("samples", samples)
-    if not (math.isfinite(noise) and noise >= 0):
+    if not is_whole(seed):
+        raise UserError(f"seed is {seed!r}; give a whole number")
+    if not (isinstance(noise, Real) and math.isfinite(noise) and noise >= 0):
         raise UserError(f"noise is {noise}; give a part of the image's range, 0 or more, for example 0.15")
     check_target(net, target)
-    images = as_input(net, images.detach())
+    images = as_input(net, images).detach()
     if method == "smoothgrad":
         parts = [_smoothed(net, image, target, samples, noise, seed, batch_size) for image in images.split(1)]
     else:
