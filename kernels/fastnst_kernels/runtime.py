@@ -212,13 +212,17 @@ def has_tangent(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
-def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
     """Raise ValueError unless `value` is a finite number from `low` to `high`."""
-    if not isinstance(value, (numbers.Real, torch.SymFloat)) or not (-math.inf < value < math.inf):
+    if not _is_number(value) or not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number")
     if not low <= value <= high:
         allowed = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
         raise ValueError(f"{name} is {value}, expected {allowed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real | torch.SymFloat)
 
 
 def is_integer(value: object) -> bool:

@@ -95,10 +95,14 @@ def test_norm_of_a_constant_channel_is_its_bias(tier, norm, layout, dtype):
         g = g.double() * (y > 0) if options else g.double()
         centred = g - g.mean((2, 3) if norm == "instance" else (0, 2, 3), keepdim=True)
         truth = centred * weight.view(5, 1, 1) / 1e-5**0.5
-        torch.testing.assert_close(dx[:, 1:].double(), truth[:, 1:], rtol=0.02, atol=2 * truth.abs().max() * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            dx[:, 1:].double(), truth[:, 1:], rtol=0.02, atol=2 * truth.abs().max() * torch.finfo(dtype).eps
+        )
         torch.testing.assert_close(d_bias.double(), g.sum((0, 2, 3)), rtol=0, atol=1e-4)
         if norm == "batch":
-            assert torch.equal(running[1][1:], torch.full_like(running[1][1:], 1.5).lerp_(torch.zeros(4, device=tier.device), 0.1))
+            assert torch.equal(
+                running[1][1:], torch.full_like(running[1][1:], 1.5).lerp_(torch.zeros(4, device=tier.device), 0.1)
+            )
 
 
 @pytest.mark.parametrize("relu", [False, True])

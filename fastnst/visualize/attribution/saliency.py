@@ -1,7 +1,6 @@
 """Saliency maps: a target's sensitivity to each pixel (Simonyan et al. 2013, arXiv:1312.6034)."""
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ def saliency(
     check_at_least_one("samples", samples)
     if not is_whole(seed):
         raise UserError(f"seed is {seed!r}; give a whole number")
-    if not (isinstance(noise, Real) and math.isfinite(noise) and noise >= 0):
+    if not (isinstance(noise, int | float) and math.isfinite(noise) and noise >= 0):
         raise UserError(f"noise is {noise}; give a part of the image's range, 0 or more, for example 0.15")
     check_target(net, target)
     images = as_input(net, images).detach()

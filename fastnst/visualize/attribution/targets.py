@@ -113,9 +113,7 @@ def as_input(net: "VGG19", images: "Tensor") -> "Tensor":
 
     check_images(images)
     if images.ndim != 4 or images.shape[1] != 3 or not images.shape[0]:
-        raise UserError(
-            f"images are floats [N, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}"
-        )
+        raise UserError(f"images are floats [N, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}")
     return images.to(net.mean)
 
 

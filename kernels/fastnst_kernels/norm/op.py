@@ -205,7 +205,7 @@ norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check_inputs(x: Tensor, residual: Tensor | None, eps: float, **per_channel: Tensor) -> None:
-    """Raise ValueError unless x is a batch of images, `residual` and the `[C]` vectors fit it, and eps is finite, ≥ 0."""
+    """Raise ValueError unless x is a batch of images, `residual` and the `[C]` vectors fit it, and 0 ≤ eps < ∞."""
     runtime.check_images("x", x)
     runtime.check_number("eps", eps, 0.0)
     for name, value in per_channel.items():
