@@ -124,8 +124,8 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance `[C]` over samples and positions of `values [N, C, H, W]`, fp32 or fp64.
 
     The kernel adds up its mean naively, which costs digits if the mean is large beside the deviation. So the mean comes
-    from `mean` (cascade summation), and the kernel's sum of squares about its own mean is moved to this one; by a finite
-    amount, so that squares that overflow stay infinite.
+    from `mean` (cascade summation), and the kernel's sum of squares about its own mean is moved to this one, by a
+    finite amount, so that squares that overflow stay infinite.
     """
     mean = values.mean((0, 2, 3))
     rough_mean, rough_variance = torch.batch_norm_update_stats(values, None, None, 0.0)
