@@ -15,6 +15,8 @@ Q=1`. Both flatten (sample, channel) to the index `p·Q + q = n·C + c`, so one 
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -140,11 +143,18 @@ def allocate_like(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dt
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The dense format in which an op processes `x` and returns its result: the nearest to `x`'s strides.
+    """The dense format in which an op processes `x` and returns its result: PyTorch's rule, the order of the strides.
 
-    Shapes such as `[N, C, 1, 1]` are contiguous in both; their strides still tell the format that they came from.
+    The strides of sides of 1 and of expanded sides say nothing. Where no other is left, as for `[N, C, 1, 1]`, one
+    memory has both formats, and the strides still tell the one that it came from.
     """
-    return torch.channels_last if x.stride(1) == 1 and x.stride(3) >= x.shape[1] else torch.contiguous_format
+    c, h, w = x.shape[1:]
+    strides = [x.stride(d) for d, side in ((2, h), (3, w)) if side > 1 and x.stride(d) > 0]
+    if c == 1 or not strides:
+        last = x.stride(3) >= c * x.stride(1) > 0
+    else:
+        last = min(strides) > x.stride(1) > 0
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
@@ -180,8 +190,50 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def check_images(name: str, x: Tensor) -> None:
-    """Raise ValueError unless `x` is a non-empty floating `[N, C, H, W]`."""
+def check_tensor(name: str, x: object, *, tangent: bool = False) -> None:
+    """Raise ValueError unless `x` is a dense tensor, and unless `tangent` one without a forward-mode tangent.
+
+    PyTorch drops the tangents of custom ops' arguments without a word: the derivative would be 0.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is {'None' if x is None else f'of type {type(x).__name__}'}, expected a torch.Tensor")
+    if x.is_nested or x.layout != torch.strided:
+        layout = "nested" if x.is_nested else x.layout
+        raise ValueError(f"{name} is {layout}, expected a dense tensor (torch.strided): see Tensor.to_dense")
+    if not tangent and has_tangent(x):
+        raise ValueError(
+            f"{name} has a forward-mode tangent, which this op would drop: use backward mode, or the op's "
+            "*_reference, which PyTorch differentiates in any mode"
+        )
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether `x` has a tangent of forward-mode automatic differentiation; False while torch.compile traces."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise ValueError unless `value` is a finite number from `low` to `high`."""
+    if not _is_number(value) or not -math.inf < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a finite number")
+    if not low <= value <= high:
+        allowed = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        raise ValueError(f"{name} is {value}, expected {allowed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real | torch.SymFloat)
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is a whole number by type, which 2.0 and True are not."""
+    return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_images(name: str, x: object, *, tangent: bool = False) -> None:
+    """Raise ValueError unless `x` is a non-empty floating `[N, C, H, W]`; `tangent` as for `check_tensor`."""
+    check_tensor(name, x, tangent=tangent)
+    assert isinstance(x, Tensor)
     if x.dim() != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected 4 dimensions [N, C, H, W]")
     if x.numel() == 0:
@@ -192,9 +244,14 @@ def check_images(name: str, x: Tensor) -> None:
 
 def check_per_channel(name: str, value: Tensor, x: Tensor) -> None:
     """Raise ValueError unless `value` is `[C]`, floating, on the device of `x [N, C, H, W]`."""
+    check_tensor(name, value)
     if tuple(value.shape) != (x.shape[1],):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ({x.shape[1]},): x is {tuple(x.shape)}")
-    if not value.is_floating_point():
+    _check_floating(name, value, x)
+
+
+def _check_floating(name: str, value: Tensor, x: Tensor) -> None:
+    if value.dtype not in REFERENCE_DTYPES:
         raise ValueError(f"{name} is {value.dtype}, expected a floating type such as {x.dtype} or torch.float32")
     check_same_device(name, value, "x", x)
 
@@ -203,14 +260,13 @@ def check_residual(residual: Tensor | None, x: Tensor) -> None:
     """Raise ValueError unless `residual` is floating, on `x`'s device and of its shape, plus a margin."""
     if residual is None:
         return
+    check_tensor("residual", residual)
     if residual.dim() != 4 or residual.shape[:2] != x.shape[:2] or not _surrounds(residual.shape[2:], x.shape[2:]):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}, expected x's {tuple(x.shape)}, "
             "or height and width larger by the same even number, for a margin that is cropped"
         )
-    if not residual.is_floating_point():
-        raise ValueError(f"residual is {residual.dtype}, expected a floating type such as {x.dtype}")
-    check_same_device("residual", residual, "x", x)
+    _check_floating("residual", residual, x)
 
 
 def _surrounds(outer: Sequence[int], inner: Sequence[int]) -> bool:

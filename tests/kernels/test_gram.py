@@ -298,14 +298,52 @@ def test_gram_ops_pass_opcheck(tier):
         check_op(torch.ops.fastnst.style_backward, (plain, matrix.to(dtype), factor, factor), tier)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by PyTorch's own forward mode
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gram_gradcheck(layout):
     features = LAYOUTS[layout](randn((2, 3, 2, 4), torch.float64)).requires_grad_()
     target = randn((3, 3), torch.float64, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(gram_matrix, [features])
+    assert torch.autograd.gradcheck(gram_matrix, [features], check_forward_ad=True)
     assert torch.autograd.gradcheck(gram_matrix_reference, [features])
-    assert torch.autograd.gradcheck(style_loss, [features, target])
+    assert torch.autograd.gradcheck(style_loss, [features, target], check_forward_ad=True)
     assert torch.autograd.gradcheck(style_loss_reference, [features, target])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by PyTorch's own forward mode
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gram_second_and_third_derivatives_gradcheck(layout):
+    features = LAYOUTS[layout](randn((2, 3, 2, 3), torch.float64)).requires_grad_()
+    targets = [randn(shape, torch.float64, seed=1).requires_grad_() for shape in ((3, 3), (2, 3, 3))]
+    for fn, inputs in ((gram_matrix, [features]), *((style_loss, [features, target]) for target in targets)):
+        assert torch.autograd.gradgradcheck(fn, inputs, check_fwd_over_rev=True)
+
+        def gradient(*inputs, fn=fn):
+            return torch.autograd.grad(fn(*inputs).sin().sum(), inputs[0], create_graph=True)[0]
+
+        assert torch.autograd.gradgradcheck(gradient, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by PyTorch's own forward mode
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_second_derivative_in_every_tier(tier, dtype):
+    """A product of Hessian and vector, of both functions, as that of the formula in fp64; and forward mode."""
+    features = LAYOUTS["channels_last"](randn((2, 5, 4, 6), dtype, tier.device))
+    target, v = randn((5, 5), torch.float32, tier.device, seed=1), randn(features.shape, dtype, tier.device, seed=2)
+    for fn, formula in (
+        (lambda x: gram_matrix(x).square().sum(), lambda x: gram_matrix_reference(x).square().sum()),
+        (lambda x: style_loss(x, target.to(runtime.statistics_dtype(x))).sum(),
+         lambda x: style_loss_reference(x, target).sum()),
+    ):  # fmt: skip
+        products = []
+        for function, x, direction in ((fn, features, v), (formula, features.double(), v.double())):
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+            (product,) = torch.autograd.grad(gradient, leaf, direction)
+            assert product.dtype == x.dtype
+            products.append((product.double(), torch.func.jvp(function, (x,), (direction,))[1].double()))
+        for actual, truth in zip(*products, strict=True):
+            bound = 4 * torch.finfo(dtype).eps * truth.abs().max().item()
+            torch.testing.assert_close(actual, truth, rtol=0, atol=bound)
 
 
 def test_style_loss_compiles_to_one_graph():

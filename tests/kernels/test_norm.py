@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnst_kernels import batch_norm, instance_norm, instance_norm_reference, runtime
+from fastnst_kernels import batch_norm, batch_norm_reference, instance_norm, instance_norm_reference, runtime
 from fastnst_kernels.norm import dispatch
+from fastnst_kernels.norm.recompute import recomputed_batch_norm
 from fastnst_kernels.norm.upsample_pad import UpsamplePad
 from helpers.kernels.kernel_cases import (
     DTYPES,
@@ -22,7 +23,7 @@ from helpers.kernels.kernel_cases import (
     spread_like,
     with_dtypes,
 )
-from helpers.kernels.norm_cases import NORMS, check, op, run, running_statistics
+from helpers.kernels.norm_cases import NORMS, by_torch, check, op, run, running_statistics
 from helpers.tolerances import assert_as_exact_as_torch
 
 # Odd and prime sides; C = 3, 17 and 32; a single sample; more rows than a tile holds.
@@ -76,21 +77,93 @@ def test_norm_with_a_large_mean(tier, norm, layout):
     check(norm, x, conditioning=1e4)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, in lanes that are masked
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("norm", NORMS[:2])
-def test_norm_of_a_constant_channel_is_its_bias(tier, norm):
+def test_norm_of_a_constant_channel_is_its_bias(tier, norm, layout, dtype):
     """With a variance of 0, 1/√ε ≈ 316 magnifies whatever the subtraction of the mean leaves."""
-    x = torch.full((2, 3, 5, 7), 1234.5, device=tier.device)
-    y, *_ = check(norm, x, conditioning=1234.5 / 1e-5**0.5)
-    if tier.implementation == "triton":
-        assert torch.equal(y, parameters(3, tier.device)[1].view(1, 3, 1, 1).expand_as(y))
+    x = randn((2, 5, 7, 11), dtype, tier.device)
+    x[:, 1:] = torch.tensor([1e-3, -12345.678, 2.0**127 if dtype != torch.float16 else 6e4, 0.0]).view(4, 1, 1)
+    weight, bias = parameters(5, tier.device)
+    for options in ({}, {"relu": True, "residual": randn(x.shape, dtype, tier.device, seed=5)}):
+        (y, dx, d_weight, d_bias, *_), running = run(op(norm), LAYOUTS[layout](x), **options)
+        expected = (bias.view(5, 1, 1) + options.get("residual", torch.zeros_like(x)).float())[:, 1:]
+        assert torch.equal(y[:, 1:], (expected.relu() if options else expected).to(dtype))
+        assert torch.equal(d_weight[1:], torch.zeros_like(d_weight[1:]))
+        g = randn(x.shape, dtype, tier.device, seed=99)
+        g = g.double() * (y > 0) if options else g.double()
+        centred = g - g.mean((2, 3) if norm == "instance" else (0, 2, 3), keepdim=True)
+        truth = centred * weight.view(5, 1, 1) / 1e-5**0.5
+        torch.testing.assert_close(
+            dx[:, 1:].double(), truth[:, 1:], rtol=0.02, atol=2 * truth.abs().max() * torch.finfo(dtype).eps
+        )
+        torch.testing.assert_close(d_bias.double(), g.sum((0, 2, 3)), rtol=0, atol=1e-4)
+        if norm == "batch":
+            assert torch.equal(
+                running[1][1:], torch.full_like(running[1][1:], 1.5).lerp_(torch.zeros(4, device=tier.device), 0.1)
+            )
 
 
-def test_instance_norm_of_one_position_is_bias_and_residual(tier):
+@pytest.mark.parametrize("relu", [False, True])
+def test_instance_norm_of_one_position_is_bias_and_residual(tier, relu):
     """x equals its own mean; PyTorch refuses this case, a network on a tiny image should not."""
     weight, bias = parameters(3, tier.device)
     x, residual = (randn((2, 3, 1, 1), torch.float32, tier.device, seed=s) for s in (1, 2))
-    y = instance_norm(x, weight, bias, residual=residual)
-    torch.testing.assert_close(y, bias.view(1, 3, 1, 1) + residual, rtol=0, atol=1e-4)  # 1/√ε times rounding
+    dy = randn(x.shape, x.dtype, tier.device, seed=3)
+    y, (dx, d_weight) = gradients(
+        lambda x, weight: instance_norm(x, weight, bias, residual=residual, relu=relu), [x, weight], dy
+    )
+    expected = bias.view(1, 3, 1, 1) + residual
+    assert torch.equal(y, expected.relu() if relu else expected)
+    assert not d_weight.any()
+    assert dx.abs().max() <= 2.0**-22 / 1e-5**0.5  # rounding of g − Σg/1 in a product
+
+
+@pytest.mark.parametrize("norm", NORMS[:2])
+def test_norm_reference_of_a_constant_is_its_bias(norm):
+    x = torch.full((2, 3, 7, 11), 12345.678)
+    weight, bias = parameters(3)
+    y, (d_weight,) = gradients(lambda w: op(norm, reference=True)(x, w, bias), [weight], randn(x.shape))
+    assert torch.equal(y, bias.view(3, 1, 1).expand_as(y))
+    assert not d_weight.any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("norm", NORMS[:2])
+def test_norm_with_a_variance_beyond_fp32_is_that_of_torch(tier, norm, layout):
+    """From deviations of 1.8·10¹⁹ on σ² = ∞, 1/√(σ² + ε) = 0, and the result the bias: no NaN on any path."""
+    for scale in (1e18, 1e20, 1e25, 1e29, 1e33):
+        x = LAYOUTS[layout](randn((2, 3, 7, 11), torch.float32, tier.device) * scale)
+        (y, dx, d_weight, d_bias), running = run(op(norm), x)
+        (peer, peer_dx, peer_d_weight, _), peer_running = run(lambda *a, **o: by_torch(norm, *a, **o), x)
+        torch.testing.assert_close(y, peer, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(d_weight, peer_d_weight, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(running, peer_running, rtol=1e-5, atol=1e10)
+        assert dx.abs().max() <= 1e-16
+        assert peer_dx.abs().max() <= 1e-16
+        assert d_bias.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("update", ["op", "reference", "recomputed"])
+def test_batch_norm_mixes_16_bit_running_statistics_in_fp32(tier, update, dtype):
+    """A variance of 160,000 is beyond fp16, a tenth of it is not; each statistic is rounded once."""
+    x = LAYOUTS["channels_last"](randn((3, 4, 9, 8), torch.float32, tier.device) * 400 + 100)
+    affine = parameters(4, tier.device)
+    mean, var = torch.full((4,), 3.3, device=tier.device, dtype=dtype), torch.ones(4, device=tier.device, dtype=dtype)
+    values = x.double()
+    expected = (
+        mean.double().lerp(values.mean((0, 2, 3)), 0.1), var.double().lerp(values.var((0, 2, 3)), 0.1)
+    )  # fmt: skip
+    if update == "recomputed":
+        recomputed_batch_norm(x, *(p.requires_grad_() for p in affine), mean, var)
+    else:
+        (batch_norm if update == "op" else batch_norm_reference)(x, *affine, mean, var, training=True)
+    for statistic, exact in zip((mean, var), expected, strict=True):
+        assert statistic.dtype == dtype
+        torch.testing.assert_close(statistic.double(), exact, rtol=0.501 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_norm_by_hand(tier):

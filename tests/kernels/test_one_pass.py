@@ -110,6 +110,23 @@ def test_one_pass_agrees_with_torch(name, options, monkeypatch):
 
 
 @in_interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's
+@pytest.mark.parametrize("name", ["teams", "batch planes"])
+def test_one_pass_with_a_variance_beyond_fp32_is_the_bias(name, monkeypatch):
+    """Some 10³⁰ with a mean of 10³¹, whose rounding has a square beyond fp32, too."""
+    case = CASES[name]
+    x = (case.tensor(offset=10.0).float() * 1e30).to(case.dtype)
+    case.on_chip(monkeypatch)
+    with programs_at_once():
+        (y, dx, d_weight, _), running = run(op(case.norm), x)
+    _, bias = parameters(x.shape[1])
+    assert torch.equal(y, bias.view(-1, 1, 1).expand_as(y).to(y.dtype))
+    assert not dx.any()
+    assert not d_weight.any()
+    assert case.norm == "instance" or running[1].isinf().all()
+
+
+@in_interpreter
 @pytest.mark.parametrize("name", ["teams", "batch planes"])
 def test_one_pass_with_a_large_mean(name, monkeypatch):
     """E[x²] − E[x]² would lose every digit here; in bfloat16 the deviation is a few steps of the format."""

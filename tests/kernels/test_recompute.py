@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastnst_kernels import batch_norm, instance_norm
 from fastnst_kernels.conv.convolution import convolution
-from fastnst_kernels.norm.recompute import recomputed_batch_norm, recomputed_instance_norm
+from fastnst_kernels.norm.recompute import recomputed_batch_norm, recomputed_instance_norm, recomputed_output
 from fastnst_kernels.norm.upsample_pad import UpsamplePad
 from helpers.kernels.kernel_cases import DTYPES, LAYOUTS, check_op, parameters, randn, same_bits
 from helpers.op_counter import OpCounter
@@ -60,6 +60,15 @@ def test_recomputed_norm_gives_the_bits_of_a_saved_one(kind, options, dtype):
     x, residual, filters, options = inputs_of(options, dtype)
     saved, recomputed = (outcomes(kind, x, residual, filters, recomputed=way, **options) for way in (False, True))
     assert same_bits(recomputed, saved)
+
+
+@pytest.mark.parametrize("kind", ["instance", "batch"])
+def test_recomputed_norm_of_constant_channels_gives_the_same_bits(tier, kind):
+    """They are exactly the bias; what is recomputed has only mean and 1/√(σ² + ε)."""
+    x = LAYOUTS["channels_last"](randn((2, 5, 6, 7), torch.float32, tier.device))
+    x[:, 1], x[0, 3] = 12345.678, 0.1
+    y = norm_of(kind, x.requires_grad_(), *parameters(5, tier.device), recomputed=True, relu=True)
+    assert torch.equal(recomputed_output(y.grad_fn), y)
 
 
 @pytest.mark.parametrize("kind", ["instance", "batch"])

@@ -1,7 +1,7 @@
 """Occlusion maps: the drop of a score when part of the image is covered (Zeiler & Fergus 2014, §4.2)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from fastnst.visualize.attribution.targets import (
     check_at_least_one,
     check_choice,
     check_target,
+    is_whole,
     score,
 )
 
@@ -75,14 +76,15 @@ def occlusion(
 
     Raises:
         DataError: a class, and the net ends before fc8.
-        UserError: unknown fill, layer or map, images that do not fit, an occluder larger than the image, or a
-            stride below 1 or above the occluder's side, which would leave pixels uncovered.
+        UserError: unknown fill, layer or map, images that do not fit, a size or stride that is neither one nor two
+            whole numbers, an occluder larger than the image, or a stride below 1 or above the occluder's side, which
+            would leave pixels uncovered.
     """
     check_choice("fill", fill, FILLS)
     check_at_least_one("batch_size", batch_size)
     check_target(net, target)
     images = as_input(net, images)
-    sizes, strides = _pair(size), _pair(stride)
+    sizes, strides = _pair("size", size), _pair("stride", stride)
     rows, columns = map(_spans, images.shape[2:], sizes, strides)
     windows = [(slice(*row), slice(*column)) for row in rows for column in columns]
     covers = net.mean.expand_as(images) if fill == "grey" else _blurred(images, sizes)
@@ -101,8 +103,11 @@ def occlusion(
     return OcclusionMap(scores, base, _mean_drop(base[:, None, None] - scores, rows, columns))
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = value if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(map(is_whole, pair)):
+        raise UserError(f"{name} is {value!r}; give a whole number of pixels, or two: (height, width)")
+    return pair[0], pair[1]
 
 
 def _spans(side: int, size: int, stride: int) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from fastnst.visualize.attribution.targets import (
     check_at_least_one,
     check_choice,
     check_target,
+    is_whole,
     total_activation,
 )
 
@@ -60,10 +61,12 @@ def saliency(
     check_choice("saliency method", method, METHODS)
     check_at_least_one("batch_size", batch_size)
     check_at_least_one("samples", samples)
-    if not (math.isfinite(noise) and noise >= 0):
+    if not is_whole(seed):
+        raise UserError(f"seed is {seed!r}; give a whole number")
+    if not (isinstance(noise, int | float) and math.isfinite(noise) and noise >= 0):
         raise UserError(f"noise is {noise}; give a part of the image's range, 0 or more, for example 0.15")
     check_target(net, target)
-    images = as_input(net, images.detach())
+    images = as_input(net, images).detach()
     if method == "smoothgrad":
         parts = [_smoothed(net, image, target, samples, noise, seed, batch_size) for image in images.split(1)]
     else:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from fastnst.errors import DataError, UserError
@@ -89,9 +90,11 @@ def total_activation(activations: "Tensor", target: Target) -> "Tensor":
 
 
 def check_target(net: "VGG19", target: Target) -> None:
-    """Raise DataError for a class if `net` ends before the classifier, UserError for an unknown layer."""
+    """Raise DataError for a class if `net` ends before the classifier, UserError for an unknown layer or no target."""
     from fastnst.models.vgg19 import check_layer
 
+    if not isinstance(target, Target):
+        raise UserError(f"target is {target!r}; give a Target, as parse_target makes of {FORMS}")
     check_layer(target.layer)
     if target.layer == CLASS_LAYER and CLASS_LAYER not in net.layers:
         raise DataError(
@@ -104,13 +107,13 @@ def as_input(net: "VGG19", images: "Tensor") -> "Tensor":
     """Move `images` to the net's device and type.
 
     Raises:
-        UserError: not `[N, 3, H, W]` with at least one image, or not floats.
+        UserError: not a dense tensor `[N, 3, H, W]` with at least one image, or not floats.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.shape[0] or not images.is_floating_point():
-        raise UserError(
-            f"images are floats [N, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}; "
-            "fastnst.images.to_tensor makes one of a uint8 image"
-        )
+    from fastnst.visualize.deconv.neurons import check_images
+
+    check_images(images)
+    if images.ndim != 4 or images.shape[1] != 3 or not images.shape[0]:
+        raise UserError(f"images are floats [N, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}")
     return images.to(net.mean)
 
 
@@ -123,9 +126,16 @@ def check_choice(kind: str, given: str, choices: Sequence[str]) -> None:
 
 
 def check_at_least_one(name: str, value: int) -> None:
-    """Raise UserError if `value` is below 1."""
+    """Raise UserError unless `value` is a whole number of 1 or more."""
+    if not is_whole(value):
+        raise UserError(f"{name} is {value!r}; give a whole number")
     if value < 1:
         raise UserError(f"{name} is {value}; give at least 1")
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number by type, which 4.0 and True are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def channels_of(layer: str) -> int:

@@ -122,6 +122,19 @@ class Neurons:
         return Neurons(self.images[part], self.maps[part], positions)
 
 
+def check_images(images: object) -> None:
+    """Raise UserError unless `images` are a dense tensor of floats, and not on the meta device."""
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are floats [N, 3, H, W] in [0, 1], got {type(images).__name__}; give a torch.Tensor")
+    if images.is_nested or images.layout != torch.strided or images.is_meta or not images.is_floating_point():
+        kind = "nested" if images.is_nested else f"{images.dtype} {list(images.shape)} on {images.device}"
+        layout = "" if images.layout == torch.strided else f", {images.layout}"
+        raise UserError(
+            f"images are floats [N, 3, H, W] in [0, 1], dense and with data, got {kind}{layout}; "
+            "divide by 255 first, as fastnst.images.to_tensor does with uint8"
+        )
+
+
 def check_maps(layer: str, maps: Sequence[int], channels: int) -> None:
     """Raise UserError unless every map is one of the layer's `channels`."""
     wrong = [number for number in maps if not 0 <= number < channels]

@@ -41,7 +41,7 @@ from fastnst.visualize.deconv.adjoints import (
     doubling_conv_transpose2d_adjoint,
     reflect_pad_adjoint,
 )
-from fastnst.visualize.deconv.neurons import Neurons, recorded
+from fastnst.visualize.deconv.neurons import Neurons, check_images, recorded
 from fastnst.visualize.deconv.transform_recording import (
     IMAGE,
     Passage,
@@ -96,8 +96,7 @@ class TransformDeconvnet:
             raise UserError(f"no layer was given; name at least one of {', '.join(self.layers)}")
         for layer in layers:
             self._check_layer(layer)
-        if not images.is_floating_point():
-            raise UserError(f"images are floats in [0, 1], got {images.dtype}; divide by 255 first")
+        check_images(images)
         return run_and_record(self.net, images, layers)
 
     def project(

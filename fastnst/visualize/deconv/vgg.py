@@ -29,7 +29,7 @@ from torch import Tensor
 from fastnst.errors import UserError
 from fastnst.models.vgg19 import VGG19, check_layer
 from fastnst.visualize.deconv import transposed, windows
-from fastnst.visualize.deconv.neurons import Activation, Neurons, check_maps, recorded
+from fastnst.visualize.deconv.neurons import Activation, Neurons, check_images, check_maps, recorded
 from fastnst.visualize.deconv.receptive_field import receptive_field
 
 
@@ -76,8 +76,10 @@ class Deconvnet:
             layers: keep the activations of these, at least one.
 
         Raises:
-            UserError: a layer is unknown or behind the net's last, or the images are too small for the deepest.
+            UserError: a layer is unknown or behind the net's last, or the images are not dense tensors of floats or too
+                small for the deepest.
         """
+        check_images(images)
         depth = self.net.check(images, layers)
         activations: dict[str, Tensor] = {}
         switches: dict[str, Tensor] = {}

@@ -180,6 +180,10 @@ def loss_relu_backward(
         if (term is None) != (factor is None):
             given, missing = (name, factor_name) if factor is None else (factor_name, name)
             raise ValueError(f"{given} is given and {missing} is not: pass both or neither")
+    if style_matrix is not None and not (isinstance(style_matrix, tuple) and len(style_matrix) == 2):
+        raise ValueError(
+            f"style_matrix is of type {type(style_matrix).__name__}, expected the one of style_loss_and_matrix"
+        )
     values, scale = (None, None) if style_matrix is None else style_matrix
     wide = runtime.statistics_dtype(features)
     for name, tensor, shape, dtype in (
@@ -199,6 +203,7 @@ def loss_relu_backward(
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, features: Tensor) -> None:
+    runtime.check_tensor(name, tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, expected {shape}: features are {tuple(features.shape)}"

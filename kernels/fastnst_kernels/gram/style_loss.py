@@ -13,6 +13,10 @@ Backward: dG enters through both factors of FᵀF, so
 Both multiply F with a symmetric matrix: S = dG + dGᵀ, or D + Dᵀ, which the forward writes beside the loss as an operand
 in the features' dtype. fp16 cannot hold every D, so S comes with a power of two per sample: D + Dᵀ = scale[n]·S[n]. For
 the other dtypes the scale is 1.
+
+Higher derivatives: dF is bilinear in F and dG, so for its own gradient V, V (dG + dGᵀ) / (C·K) goes to F and
+(FᵀV + VᵀF) / (C·K) to dG, to any order; the loss then takes its gradient from that of G. Forward mode runs the formulas
+in PyTorch.
 """
 
 from __future__ import annotations
@@ -155,8 +159,27 @@ def _setup_gram_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None
 
 
 def _gram_autograd(ctx: Any, d_gram: Tensor) -> Tensor:
-    d_features: Tensor = torch.ops.fastnst.gram_backward(ctx.saved_tensors[0], d_gram)
+    return _gram_gradient(ctx.saved_tensors[0], d_gram)
+
+
+def _gram_gradient(features: Tensor, d_gram: Tensor) -> Tensor:
+    """`F (dG + dGᵀ) / (C·H·W)`, differentiable in any mode."""
+    if runtime.has_tangent(features) or runtime.has_tangent(d_gram):
+        matrix = StyleMatrix(d_gram + d_gram.mT, d_gram.new_ones(d_gram.shape[0]))
+        return gram_product_reference(features, matrix).to(features.dtype)
+    d_features: Tensor = torch.ops.fastnst.gram_backward(features, d_gram)
     return d_features
+
+
+def _setup_gram_backward_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gram_backward_autograd(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
+    features, d_gram = ctx.saved_tensors
+    f, g = (positions_by_channels(x.to(d_gram.dtype)) for x in (features, v))
+    product = bmm(f.mT, g) / features[0].numel()
+    return _gram_gradient(v, d_gram), product + product.mT
 
 
 def _setup_style_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -168,6 +191,10 @@ def _style_autograd(
 ) -> tuple[Tensor | None, Tensor | None]:
     features, target, values, scale = ctx.saved_tensors
     d_features = d_target = None
+    if torch.is_grad_enabled() or runtime.has_tangent(d_loss):  # for a second derivative, in which D depends on F, too
+        d_gram = 2 * d_loss.view(-1, 1, 1) * (torch.ops.fastnst.gram_matrix(features) - target)
+        d_target = -d_gram.sum(0) if target.dim() == 2 else -d_gram
+        return _gram_gradient(features, d_gram), d_target
     if ctx.needs_input_grad[0]:
         d_features = torch.ops.fastnst.style_backward(features, values, scale, d_loss)
     if ctx.needs_input_grad[1]:
@@ -179,6 +206,9 @@ def _style_autograd(
 
 
 torch.library.register_autograd("fastnst::gram_matrix", _gram_autograd, setup_context=_setup_gram_context)
+torch.library.register_autograd(
+    "fastnst::gram_backward", _gram_backward_autograd, setup_context=_setup_gram_backward_context
+)
 torch.library.register_autograd("fastnst::style_loss", _style_autograd, setup_context=_setup_style_context)
 
 
@@ -195,7 +225,9 @@ def gram_matrix(features: Tensor) -> Tensor:
     Raises:
         ValueError: `features` is not a non-empty floating `[N, C, H, W]`.
     """
-    runtime.check_images("features", features)
+    runtime.check_images("features", features, tangent=True)
+    if runtime.has_tangent(features):
+        return gram_matrix_reference(features)
     gram: Tensor = torch.ops.fastnst.gram_matrix(features)
     return gram
 
@@ -213,7 +245,9 @@ def style_loss(features: Tensor, target_gram: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    _check_target(features, target_gram)
+    _check_target(features, target_gram, tangent=True)
+    if runtime.has_tangent(features) or runtime.has_tangent(target_gram):
+        return style_loss_reference(features, target_gram)
     loss: Tensor = torch.ops.fastnst.style_loss(features, target_gram)[0]
     return loss
 
@@ -235,8 +269,9 @@ def style_loss_and_matrix(features: Tensor, target_gram: Tensor) -> tuple[Tensor
     return loss, StyleMatrix(values, scale)
 
 
-def _check_target(features: Tensor, target_gram: Tensor) -> None:
-    runtime.check_images("features", features)
+def _check_target(features: Tensor, target_gram: Tensor, *, tangent: bool = False) -> None:
+    runtime.check_images("features", features, tangent=tangent)
+    runtime.check_tensor("target_gram", target_gram, tangent=tangent)
     n, c = features.shape[:2]
     if tuple(target_gram.shape) not in ((c, c), (n, c, c)):
         raise ValueError(

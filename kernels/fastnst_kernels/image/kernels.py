@@ -247,6 +247,7 @@ def allocate(n: int, height: int, width: int, like: Tensor, dtype: torch.dtype) 
 
 
 def check_three_channels(name: str, x: Tensor) -> None:
+    runtime.check_tensor(name, x)
     if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [N, 3, H, W] with at least one pixel")
 

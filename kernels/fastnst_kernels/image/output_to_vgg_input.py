@@ -195,6 +195,8 @@ def output_to_vgg_input(
         ValueError: shapes, dtypes or devices do not match, or the window leaves z.
     """
     _check(z, window)
+    runtime.check_number("factor", factor)
+    runtime.check_number("offset", offset)
     kernels.check_dtype(dtype)
     for name, vector in (("mean", mean), ("gain", gain)):
         runtime.check_per_channel(name, vector, z)
@@ -236,10 +238,14 @@ def output_to_vgg_input_backward(
         raise ValueError(f"du has shape {tuple(du.shape)}, expected {(z.shape[0], 3, *window[2:])}: the window's")
     runtime.check_same_device("du", du, "z", z)
     runtime.check_per_channel("gain", gain, z)
+    runtime.check_number("factor", factor)
     if len(variation) != 2:
         raise ValueError(f"variation is {tuple(variation)}, expected two weights: along the height, along the width")
+    for weight in variation:
+        runtime.check_number("variation", weight)
     for name, scalar in (("d_variation", d_variation), ("watch", watch)):
         if scalar is not None:
+            runtime.check_tensor(name, scalar)
             if scalar.dim() or not scalar.is_floating_point():
                 raise ValueError(f"{name} is {scalar.dtype} {tuple(scalar.shape)}, expected one floating number, 0-d")
             runtime.check_same_device(name, scalar, "z", z)
@@ -252,7 +258,7 @@ def output_to_vgg_input_backward(
 def _check(z: Tensor, window: Sequence[int]) -> None:
     kernels.check_three_channels("z", z)
     runtime.check_images("z", z)
-    if len(window) != 4:
+    if len(window) != 4 or not all(map(runtime.is_integer, window)):
         raise ValueError(f"window is {tuple(window)}, expected (top, left, height, width)")
     top, left, height, width = window
     if min(top, left) < 0 or min(height, width) < 1 or top + height > z.shape[2] or left + width > z.shape[3]:

@@ -97,6 +97,9 @@ def uint8_to_input(
     kernels.check_three_channels("images", images)
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}, expected torch.uint8")
+    if not runtime.is_integer(padding):
+        raise ValueError(f"padding is {padding!r}, expected one whole number")
+    runtime.check_number("factor", factor)
     if padding < 0 or (padding and min(images.shape[2:]) < 2):
         raise ValueError(
             f"padding is {padding} for images {tuple(images.shape)}: expected 0 or more, "

@@ -45,7 +45,8 @@ def batch_norm_reference(
     """The formula in differentiable PyTorch, in fp32 (fp64 for fp64); arguments of `batch_norm`."""
     values = x.to(runtime.statistics_dtype(x))
     if training:
-        mean = values.mean((0, 2, 3))
+        first = values[:1, :, :1, :1].detach()  # changes nothing but rounding: a constant's mean is exact
+        mean = (values - first).mean((0, 2, 3)) + first.flatten()
         variance = (values - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
         update_running(running_mean, running_var, mean.detach(), variance.detach(), x, momentum)
     else:
@@ -58,10 +59,17 @@ def batch_norm_reference(
 def update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, x: Tensor, momentum: float
 ) -> None:
-    """Move the running statistics by `momentum` towards those of batch x, the variance made unbiased."""
+    """Move the running statistics by `momentum` towards those of batch x, the variance made unbiased.
+
+    Statistics of a narrower type than the batch's are mixed in the batch's and rounded once.
+    """
     count = x.numel() // x.shape[1]
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+    for running, batch in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
+        wide = torch.promote_types(running.dtype, batch.dtype)
+        if running.dtype == wide:
+            running.lerp_(batch.to(wide), momentum)
+        else:
+            running.copy_(running.to(wide).lerp_(batch, momentum))
 
 
 def batch_norm(
@@ -86,19 +94,20 @@ def batch_norm(
 
     Args:
         x: `[N, C, H, W]`, as for `instance_norm`; so are all arguments that are not listed here.
-        running_mean: `[C]`; training moves it by `momentum` towards this batch's mean, in place.
+        running_mean: `[C]`; training moves it by `momentum` towards this batch's mean, in place, computed in fp32 (fp64
+            for fp64) and rounded once.
         running_var: `[C]`; likewise, towards the unbiased variance.
         training: whether μ and σ² are this batch's (else the running ones).
-        momentum: weight of this batch in the running statistics.
+        momentum: weight of this batch in the running statistics, 0 to 1.
 
     Returns:
         `[N, C, upsample·H + top + bottom, upsample·W + left + right]` in x's dtype and memory format.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, the padding is wider than what it mirrors, or training has a
-            single value per channel.
+        ValueError: shapes, dtypes or devices do not match, the padding is wider than what it mirrors, eps or momentum
+            is out of range, or training has a single value per channel.
     """
-    check_batch_inputs(x, weight, bias, running_mean, running_var, residual, training=training)
+    check_batch_inputs(x, weight, bias, running_mean, running_var, residual, eps, momentum, training=training)
     pad = UpsamplePad.checked(x, upsample, padding, padding_mode).as_ints()
     statistics = []
     if not training:
@@ -119,10 +128,13 @@ def check_batch_inputs(
     running_mean: Tensor,
     running_var: Tensor,
     residual: Tensor | None,
+    eps: float,
+    momentum: float,
     *,
     training: bool,
 ) -> None:
     """Raise ValueError unless the inputs match and training has more than one value per channel."""
-    check_inputs(x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    runtime.check_number("momentum", momentum, 0.0, 1.0)
+    check_inputs(x, residual, eps, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x has shape {tuple(x.shape)}: training needs more than one value per channel")

@@ -30,6 +30,7 @@ from fastnst_kernels.norm.upsample_pad import UpsamplePad
 def instance_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, **options: Unpack[NormOptions]) -> Tensor:
     """The formula in differentiable PyTorch, in fp32 (fp64 for fp64); arguments of `instance_norm`."""
     values = x.to(runtime.statistics_dtype(x))
+    values = values - values[:, :, :1, :1].detach()  # changes nothing but rounding: a constant's mean is exact
     centred = values - values.mean((2, 3), keepdim=True)
     rstd = (centred.square().mean((2, 3), keepdim=True) + options.get("eps", 1e-5)).rsqrt()
     z = centred * rstd * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
@@ -56,7 +57,7 @@ def instance_norm(
         x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on the reference path); any memory format.
         weight: `[C]`, float32 or x's dtype.
         bias: `[C]`, likewise.
-        eps: added to the variance.
+        eps: added to the variance, 0 or more.
         residual: `[N, C, H, W]`, added after the affine map, before the ReLU; or larger by the same margin at all four
             sides, which is cropped: an image that was padded for a convolution, for example.
         relu: whether negative values become 0.
@@ -71,9 +72,10 @@ def instance_norm(
         is `relu?(bias + residual)`, upsampled and padded.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or the padding is wider than what it mirrors.
+        ValueError: shapes, dtypes or devices do not match, the padding is wider than what it mirrors, or eps is
+            negative or not finite.
     """
-    check_inputs(x, residual, weight=weight, bias=bias)
+    check_inputs(x, residual, eps, weight=weight, bias=bias)
     pad = UpsamplePad.checked(x, upsample, padding, padding_mode).as_ints()
     y: Tensor = torch.ops.fastnst.norm(x, weight, bias, [], residual, True, eps, relu, pad)[0]
     return y

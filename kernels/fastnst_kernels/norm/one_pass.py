@@ -157,7 +157,8 @@ def one_pass_forward_kernel(
         b_shift = tl.sum(b_sum, 0) / n
         p_partial = partial + tl.cast(i_u, tl.int64) * members * 2 * Q
         tl.store(p_partial + i_m * Q + o_q, b_rough + b_shift, mask=m_q)
-        tl.store(p_partial + (members + i_m) * Q + o_q, tl.sum(b_squares, 0) - b_shift * b_shift * n, mask=m_q)
+        b_moved = tl.minimum(b_shift * b_shift * n, 3e38)  # finite: squares that overflow stay infinite, not NaN
+        tl.store(p_partial + (members + i_m) * Q + o_q, tl.sum(b_squares, 0) - b_moved, mask=m_q)
         later = arrive_and_wait(arrived + 2 * i_u, members)
         o_group = i_u * Q + o_q
         if SHARED:

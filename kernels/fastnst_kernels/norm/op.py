@@ -145,7 +145,8 @@ def norm_backward(
         d_residual = upsample_pad(g, UpsamplePad.zeros(residual_padding))
         if d_residual.untyped_storage().data_ptr() == dy.untyped_storage().data_ptr():
             d_residual = d_residual.clone()  # the results of an op must not alias its arguments
-    return *aten.backward(g, x, weight, bias, mean, rstd, fixed=fixed), d_residual
+    dx, d_weight, d_bias = aten.backward(g, x, weight, bias, mean, rstd, fixed=fixed)
+    return runtime.laid_out_like(dx, x), d_weight, d_bias, d_residual
 
 
 @norm_backward.register_fake
@@ -168,6 +169,7 @@ def gradients(
     ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...], *, fixed: bool, needs_residual: bool
 ) -> tuple[Tensor | None, ...]:
     """`(dx, d_weight, d_bias, d_residual)` from (x, weight, bias, mean, rstd, residual, y)."""
+    runtime.check_tensor("the gradient", dy)
     padding = ctx.residual_padding
     is_dy = padding == 0 and not ctx.relu and UpsamplePad.from_ints(ctx.pad).is_identity
     dx, d_weight, d_bias, d_residual = torch.ops.fastnst.norm_backward(
@@ -202,9 +204,10 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
 norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-def check_inputs(x: Tensor, residual: Tensor | None, **per_channel: Tensor) -> None:
-    """Raise ValueError unless x is a batch of images, and `residual` and the `[C]` vectors fit it."""
+def check_inputs(x: Tensor, residual: Tensor | None, eps: float, **per_channel: Tensor) -> None:
+    """Raise ValueError unless x is a batch of images, `residual` and the `[C]` vectors fit it, and 0 ≤ eps < ∞."""
     runtime.check_images("x", x)
+    runtime.check_number("eps", eps, 0.0)
     for name, value in per_channel.items():
         runtime.check_per_channel(name, value, x)
     runtime.check_residual(residual, x)

@@ -45,7 +45,7 @@ def recomputed_instance_norm(x: Tensor, weight: Tensor, bias: Tensor, **options:
     """
     if is_plain():
         return instance_norm(x, weight, bias, **options)
-    op.check_inputs(x, options.get("residual"), weight=weight, bias=bias)
+    op.check_inputs(x, options.get("residual"), options.get("eps", 1e-5), weight=weight, bias=bias)
     return _recomputed(x, weight, bias, None, 0.0, options)
 
 
@@ -69,7 +69,9 @@ def recomputed_batch_norm(
     running = (running_mean, running_var)
     if is_plain():
         return batch_norm(x, weight, bias, *running, training=True, momentum=momentum, **options)
-    check_batch_inputs(x, weight, bias, *running, options.get("residual"), training=True)
+    check_batch_inputs(
+        x, weight, bias, *running, options.get("residual"), options.get("eps", 1e-5), momentum, training=True
+    )
     return _recomputed(x, weight, bias, running, momentum, options)
 
 

@@ -14,7 +14,7 @@ still holds the last rows that the first launch read.
 
 Variance (Chan, Golub, LeVeque 1983): every tile's sum of squares is taken about its own mean, and triples (n, μ, S) are
 merged by S = S₁ + S₂ + (μ₂ − μ₁)²·n₁n₂/(n₁ + n₂). Values enter relative to the first of their chunk, so that a large
-common mean costs no digits.
+common mean costs no digits. Squares that overflow make S infinite, never NaN.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def partial_moments_kernel(
         b_centred = tl.where(m_x, b_x - b_tile_mean[None, :], 0.0)
         b_delta = b_tile_mean - b_mean
         b_mean += b_delta * (n / (count + n))
-        b_squares += tl.sum(b_centred * b_centred, 0) + b_delta * b_delta * (count * n / (count + n))
+        b_squares += tl.sum(b_centred * b_centred, 0) + b_delta * (b_delta * (count * n / (count + n)))
         count += n
     p_out = partial + (i_s.to(tl.int64) * P + i_p) * Q + o_q
     tl.store(p_out, b_mean + b_pivot, mask=m_q)

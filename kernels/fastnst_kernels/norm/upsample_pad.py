@@ -48,10 +48,10 @@ class UpsamplePad:
             ValueError: the mode is unknown, the factor is not 1 or 2, or the padding is negative, not one or four
                 numbers, or wider than what it mirrors.
         """
-        if upsample not in (1, 2):
+        if not runtime.is_integer(upsample) or upsample not in (1, 2):
             raise ValueError(f"upsample is {upsample}, expected 1 or 2")
-        sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-        if len(sides) != 4 or min(sides) < 0:
+        sides = tuple(padding) if isinstance(padding, Sequence) else (padding,) * 4
+        if len(sides) != 4 or not all(map(runtime.is_integer, sides)) or min(sides) < 0:
             raise ValueError(f"padding is {padding}, expected a number or (left, right, top, bottom), none negative")
         if padding_mode not in _SKIP:
             raise ValueError(f"padding_mode is {padding_mode!r}, expected one of {', '.join(map(repr, _SKIP))}")

@@ -180,11 +180,13 @@ def _save(ctx: Any, x: Tensor, switches: Tensor, kernel_size: int, stride: int) 
 
 
 def _pool_autograd(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    runtime.check_tensor("the gradient", dy)
     dx = torch.ops.fastnst.max_unpool2d_switches(dy, *ctx.saved_tensors, *ctx.size, *ctx.window)
     return dx, None, None
 
 
 def _unpool_autograd(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+    runtime.check_tensor("the gradient", dx)
     dy = torch.ops.fastnst.gather_switches(dx, *ctx.saved_tensors, *ctx.window)
     return dy, None, None, None, None, None
 
@@ -246,12 +248,13 @@ def max_unpool2d_switches(
     """
     runtime.check_images("y", y)
     _check_window(kernel_size, stride)
+    runtime.check_tensor("switches", switches)
     if switches.shape != y.shape:
         raise ValueError(f"switches have shape {tuple(switches.shape)}, expected y's {tuple(y.shape)}")
     if switches.dtype != torch.uint8:
         raise ValueError(f"switches are {switches.dtype}, expected torch.uint8")
     runtime.check_same_device("switches", switches, "y", y)
-    if len(output_size) != 2:
+    if len(output_size) != 2 or not all(map(runtime.is_integer, output_size)):
         raise ValueError(f"output_size is {tuple(output_size)}, expected (height, width)")
     height, width = output_size
     pooled = tuple((side - kernel_size) // stride + 1 for side in (height, width))
@@ -265,6 +268,9 @@ def max_unpool2d_switches(
 
 
 def _check_window(kernel_size: int, stride: int) -> None:
+    for name, value in (("kernel_size", kernel_size), ("stride", stride)):
+        if not runtime.is_integer(value):
+            raise ValueError(f"{name} is {value!r}, expected one whole number: windows are square")
     if kernel_size < 1 or kernel_size * kernel_size > 256:
         raise ValueError(f"kernel_size is {kernel_size}, expected 1 to 16: a switch must fit a byte")
     if stride < 1:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from fastnst.models.vgg19 import LAYERS, VGG19
 from fastnst.visualize.attribution.occlusion import occlusion
 from fastnst.visualize.attribution.saliency import saliency
 from fastnst.visualize.attribution.targets import Target, _classes, parse_target, score
+from fastnst.visualize.deconv.transform_net import TransformDeconvnet
+from fastnst.visualize.deconv.vgg import Deconvnet
+from helpers.tiny_transform_nets import small_net
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +178,46 @@ def test_score_in_half_precision_does_not_overflow() -> None:
 def test_score_of_a_class_needs_the_classifier(net: VGG19) -> None:
     with pytest.raises(DataError, match=r"end at relu2_1, and tabby \(class 281\) needs .*--vgg auto .*relu2_1:0"):
         score(net, parse_target("class:tabby"), torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "got NoneType"),
+        ([[0.5]], "got list"),
+        (torch.zeros(1, 3, 16, 16).to_sparse(), "torch.sparse_coo"),
+        (torch.zeros(1, 3, 16, 16, device="meta"), "on meta"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.int64), "divide by 255 first, as fastnst.images.to_tensor"),
+    ],
+    ids=str,
+)
+def test_attributions_and_deconvnets_refuse_what_is_no_dense_tensor_of_floats(
+    net: VGG19, images: Any, message: str
+) -> None:
+    target = parse_target("relu2_1:0")
+    for function in (
+        lambda: score(net, target, images),
+        lambda: saliency(net, images, target),
+        lambda: occlusion(net, images, target, size=4),
+        lambda: Deconvnet(net).record(images, ["relu2_1"]),
+        lambda: Deconvnet(net)(images, "relu2_1", [0]),
+        lambda: TransformDeconvnet(small_net("lengstrom")).record(images, ["conv1"]),
+    ):
+        with pytest.raises(UserError, match=f"^images are floats .*{message}"):
+            function()
+
+
+@pytest.mark.parametrize("target", [None, "class:207", 207, ("relu2_1", 0)])
+def test_attributions_refuse_what_is_no_target(net: VGG19, target: Any) -> None:
+    images = torch.zeros(1, 3, 16, 16)
+    for function in (
+        lambda: score(net, target, images),
+        lambda: saliency(net, images, target),
+        lambda: occlusion(net, images, target, size=4),
+    ):
+        with pytest.raises(UserError, match=r"^target is .*parse_target"):
+            function()
 
 
 @pytest.mark.parametrize(
