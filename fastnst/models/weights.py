@@ -1,5 +1,6 @@
 """Find, download, generate or read the weights of VGG19, and check them."""
 
+import functools
 import logging
 import os
 import re
@@ -201,13 +202,14 @@ def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapp
 
 
 def _load(path: Path, *, mapped: bool) -> Any:
+    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return load(mmap=mapped)
     except RuntimeError as error:
         # Some file systems map no files.
         if not mapped or not str(error).startswith("unable to mmap"):
             raise
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        return load(mmap=False)
 
 
 def _check_file(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Probes of `fastnst doctor` for packages, containers, disks and weights, on this machine and on faked ones."""
 
 import errno
+import fcntl
 import hashlib
 import multiprocessing
 import socket
@@ -150,6 +151,16 @@ def test_probe_folders_writes_to_the_cache_and_leaves_it_unchanged(
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     assert storage.probe_folders()["cache_refused"] == "Read-only file system"
+
+
+def test_missing_operations_names_what_a_file_system_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    assert storage.missing_operations(tmp_path) == []
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert storage.missing_operations(tmp_path) == ["locks: No locks available"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_probe_folders_with_a_cache_below_a_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

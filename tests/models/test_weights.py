@@ -48,6 +48,26 @@ def test_load_vgg19_reads_either_format(tmp_path: Path, name: str, caplog: pytes
     ]
 
 
+@pytest.mark.parametrize("name", ["vgg19.pth", "vgg19.safetensors"])
+def test_load_vgg19_reads_where_files_cannot_be_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    load = torch.load
+
+    def without_maps(*arguments: Any, mmap: bool, **options: Any) -> Any:
+        if mmap:
+            raise RuntimeError("unable to mmap 574673361 bytes from file <vgg19.pth>: No such device (19)")
+        return load(*arguments, mmap=mmap, **options)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("No such device (os error 19)")
+
+    monkeypatch.setattr(torch, "load", without_maps)
+    monkeypatch.setattr("fastnst.models.safetensors_file.safe_open", refuse)
+    state = vgg19_state()
+    assert _same_weights(_load(vgg19_file(tmp_path, state, name)), state)
+
+
 def test_load_vgg19_reads_the_older_torch_format_and_checkpoints(tmp_path: Path) -> None:
     state = vgg19_state()
     assert _same_weights(_load(vgg19_file(tmp_path, state, _use_new_zipfile_serialization=False)), state)
