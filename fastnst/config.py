@@ -78,7 +78,7 @@ class DataConfig(Section):
     """Training images: source, decoding, cropping."""
 
     folder: Path | None = None
-    """Folder of JPEG, PNG and WebP images, including its subfolders, or a cache (`fastnst data cache`)."""
+    """Folder of images, including its subfolders, or a cache (`fastnst data cache`)."""
     image_size: int = Field(default=256, ge=16, le=2048)
     """Side of the square crops, in pixels."""
     loader: Literal["dali", "pillow"] = "dali"

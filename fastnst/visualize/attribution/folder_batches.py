@@ -49,7 +49,7 @@ class CenterCrops:
     def __post_init__(self) -> None:
         if not self.manifest.images:
             folder = printable(self.manifest.folder)
-            raise DataError(f"{folder} holds no images that can be used; give a folder of JPEG, PNG or WebP")
+            raise DataError(f"{folder} holds no images that can be used; give a folder of photos")
         check_size(self.size)
         check_at_least_one("batch_size", self.batch_size)
         check_choice("loader", self.loader, LOADERS)
