@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def available_memory(device: "torch.device", root: Path = Path("/")) -> int:
     """Return the bytes that this process may allocate, beside what it uses already.
 
-    On a GPU: free memory, and what PyTorch has reserved without using it. On a CPU: the least of `MemAvailable`, the
-    remaining limits of the control groups (containers, batch systems), and `ulimit -v`.
+    On a GPU: free memory, and what PyTorch has reserved without using it. On a CPU: the least of `MemAvailable` and of
+    what is left of the limits of control groups (containers, batch systems), `ulimit -v` and `ulimit -d`.
 
     Args:
         device: cuda or cpu.
@@ -32,10 +32,11 @@ def available_host_memory(root: Path = Path("/")) -> int:
     """Return the bytes of the machine's memory that this process may still allocate; see `available_memory`."""
     page = resource.getpagesize()
     bounds = [*_system_available(root), *_cgroups_available(root)] or [os.sysconf("SC_PHYS_PAGES") * page]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        pages = int(_read(root / "proc/self/statm").partition(" ")[0] or 0)
-        bounds.append(limit - pages * page)
+    statm = _read(root / "proc/self/statm").split()
+    for kind, column in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            bounds.append(limit - (int(statm[column]) * page if statm else 0))
     return max(0, min(bounds))
 
 
@@ -50,26 +51,29 @@ def _cgroups_available(root: Path) -> Iterator[int]:
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            top, limits, usage = root / "sys/fs/cgroup", ["memory.max", "memory.high"], "memory.current"
+            counts = ("inactive_file", "active_file", "file_mapped")
         elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            top = root / "sys/fs/cgroup/memory"
+            top, limits, usage = root / "sys/fs/cgroup/memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
+            counts = ("total_inactive_file", "total_active_file", "total_mapped_file")
         else:
             continue
         # In a container `path` may be the host's, and only `top` exists.
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            yield from _cgroup_available(folder, *names)
+            for limit in limits:
+                yield from _cgroup_available(folder, limit, usage, counts)
             if folder == top:
                 break
 
 
-def _cgroup_available(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> Iterator[int]:
+def _cgroup_available(folder: Path, limit_name: str, usage_name: str, names: tuple[str, str, str]) -> Iterator[int]:
     limit, usage = _read(folder / limit_name).strip(), _read(folder / usage_name).strip()
     if limit.isdecimal() and usage.isdecimal():
         counts = dict(line.split()[:2] for line in _read(folder / "memory.stat").splitlines())
-        # The kernel reclaims inactive pages of files before an allocation fails.
-        yield int(limit) - int(usage) + int(counts.get(cache_name, 0))
+        inactive, active, mapped = (int(counts.get(name, 0)) for name in names)
+        # The kernel reclaims files' pages before an allocation fails; those of running code would return at once.
+        yield int(limit) - int(usage) + inactive + max(0, active - mapped)
 
 
 def _read(file: Path) -> str:

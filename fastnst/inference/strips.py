@@ -51,21 +51,18 @@ class Strips:
         net: in evaluation mode; under autocast its convolutions compute in that type.
         pixels: uint8 `[H, W, 3]`, sides of 16 pixels or more.
         rows: of each layer's result at a time.
-        dtype: of the convolutions' results.
-        kept: type of what is kept between layers; `dtype`, or a smaller one.
+        dtype: of the convolutions' results, and so of what is kept between layers.
     """
 
-    def __init__(
-        self, net: TransformNet, pixels: np.ndarray, *, rows: int, dtype: torch.dtype, kept: torch.dtype
-    ) -> None:
+    def __init__(self, net: TransformNet, pixels: np.ndarray, *, rows: int, dtype: torch.dtype) -> None:
         self._net, self._rows, self._size = net, rows, (pixels.shape[0], pixels.shape[1])
-        self._workspace = _Workspace(net.conv1.weight.device, kept, dtype)
+        self._workspace = _Workspace(net.conv1.weight.device, dtype)
         self._passes = self._plan(_Image(net, pixels))
 
     @property
     def workspace_bytes(self) -> int:
         """Size of the memory that is kept while iterating, beside a strip."""
-        return self._workspace.elements * self._workspace.kept.itemsize
+        return self._workspace.elements * self._workspace.dtype.itemsize
 
     def __len__(self) -> int:
         return sum(math.ceil(each.height / each.rows) for each in self._passes)
@@ -135,8 +132,8 @@ class _Pass(NamedTuple):
 class _Workspace:
     """Memory in which maps lie, also over each other."""
 
-    def __init__(self, device: torch.device, kept: torch.dtype, dtype: torch.dtype) -> None:
-        self.device, self.kept, self.dtype, self.elements = device, kept, dtype, 0
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.elements = device, dtype, 0
         self.memory = torch.empty(0)
 
     def place(self, start: int, layer: _Layer) -> _Map:
@@ -144,7 +141,7 @@ class _Workspace:
         return _Map(self, start, layer.width, layer.channels)
 
     def allocate(self) -> None:
-        self.memory = torch.empty(self.elements, dtype=self.kept, device=self.device)
+        self.memory = torch.empty(self.elements, dtype=self.dtype, device=self.device)
 
 
 class _Map(NamedTuple):
@@ -158,13 +155,11 @@ class _Map(NamedTuple):
     def address(self, row: int) -> int:
         return self.start + row * self.width * self.channels
 
-    def rows(self, first: int, last: int) -> Tensor:
-        return self._view(first, last).to(self.workspace.dtype)
-
     def write(self, first: int, rows: Tensor) -> None:
-        self._view(first, first + rows.shape[2]).copy_(rows)
+        self.rows(first, first + rows.shape[2]).copy_(rows)
 
-    def _view(self, first: int, last: int) -> Tensor:
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return rows `[1, C, last - first, W]` as a view."""
         flat = self.workspace.memory[self.address(first) : self.address(last)]
         return flat.view(1, last - first, self.width, self.channels).permute(0, 3, 1, 2)
 
@@ -212,7 +207,7 @@ class _Layer:
         left, right, top, bottom = layout.padding
         inside = np.arange(layout.upsample * source.height)
         fill = {"constant_values": -1} if layout.padding_mode == "zeros" else {}
-        self._index = np.pad(inside, (top, bottom), mode=_PAD_MODES[layout.padding_mode], **fill)  # type: ignore[call-overload]
+        self._index: np.ndarray = np.pad(inside, (top, bottom), mode=_PAD_MODES[layout.padding_mode], **fill)  # type: ignore[call-overload]
         self._columns = UpsamplePad(layout.upsample, (left, right, 0, 0), layout.padding_mode)
         transposed = isinstance(layer, UpLayer) and not layer.nearest
         self.channels = layer.weight.shape[1 if transposed else 0]
@@ -273,7 +268,8 @@ class _Layer:
         # Both sides grow linearly with the row, but for rounding and the border: the extremes are at the ends.
         rows = [*range(1, min(self.height, 64)), *range(max(1, self.height - 64), self.height)]
         written, read = self.width * self.channels, from_.width * from_.channels
-        return max(0, *(row * written - self._needed(row, from_) * read for row in rows))
+        gaps = [row * written - self._needed(row, from_) * read for row in rows]
+        return max(0, *gaps)
 
     def _needed(self, row: int, of: _Source) -> int:
         """Return the first row of an earlier result that this result's rows from `row` on are computed from."""

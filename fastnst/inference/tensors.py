@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 # Measured peaks. On a CPU, PyTorch has no half-precision kernels for some of the layers and unfolds them.
 _BYTES_PER_PIXEL = 520
-_BYTES_PER_STRIP_PIXEL = 1300
+_BYTES_PER_STRIP_PIXEL = 1600
 _HALF_ON_CPU = 10.4  # times as much
 _STRIP_HALO = 8  # rows of the layer before the last, beside those of a strip
-_FIXED_BYTES = 64 * 2**20  # code that is loaded with the first convolution, and what allocators keep
+_FIXED_BYTES = 96 * 2**20  # code that is loaded with the first convolution, and what allocators keep
 _BORDER = 2 * max(spec.border for spec in ARCHITECTURES.values())
 
 # A whole image up to this size: on a CPU what takes some two seconds on two cores, since strips are about as fast,
@@ -155,35 +155,26 @@ def _strips_that_fit(
     """Return strips as high as is useful and fits; DeviceError if not even single rows fit."""
     height, width = pixels.shape[:2]
     wanted = max(1, _STRIP_PIXELS[device.type] // (width + _BORDER))
-    for kept in dict.fromkeys((dtype, dtype if dtype.itemsize == 2 else torch.float16)):
-        strips = Strips(model, pixels, rows=wanted, dtype=dtype, kept=kept)
-        fixed = strips.workspace_bytes + _FIXED_BYTES + (pixels.nbytes if device.type == "cpu" else 0)
-        per_row = _strip_bytes(1, width, device, dtype)
-        fitting = int((available - fixed) / per_row) - _STRIP_HALO
-        if fitting >= 1:
-            if kept != dtype:
-                log.warning(
-                    "%d × %d px: memory is short, so results between layers are kept in fp16, %s instead of %s; pixels "
-                    "may differ by a level",
-                    width, height, byte_count(strips.workspace_bytes), byte_count(2 * strips.workspace_bytes),
-                )  # fmt: skip
-            return strips if fitting >= wanted else Strips(model, pixels, rows=fitting, dtype=dtype, kept=kept)
+    strips = Strips(model, pixels, rows=wanted, dtype=dtype)
+    square = strips.workspace_bytes + (pixels.nbytes if device.type == "cpu" else 0)
+    linear = _strip_bytes(1, width, device, dtype)
+    room = available - _FIXED_BYTES
+    fitting = int((room - square) / linear) - _STRIP_HALO
+    if fitting >= 1:
+        return strips if fitting >= wanted else Strips(model, pixels, rows=fitting, dtype=dtype)
     # What is kept grows with the square of the scale, a strip with the scale.
-    square, linear = fixed - _FIXED_BYTES, (1 + _STRIP_HALO) * per_row
-    room = max(0, available - _FIXED_BYTES)
-    scale = (math.sqrt(linear**2 + 4 * square * room) - linear) / (2 * square)
+    linear *= 1 + _STRIP_HALO
+    scale = (math.sqrt(linear**2 + 4 * square * max(0, room)) - linear) / (2 * square)
     raise _too_large(1, height, width, device, dtype, available, scale)
 
 
 def _too_large(
     count: int, height: int, width: int, device: torch.device, dtype: torch.dtype, available: int, scale: float
 ) -> DeviceError:
-    """Say that images need more memory than there is; with their sides times `scale` they would just fit."""
+    """Say that images need more memory than there is; with sides, borders included, times `scale` they just fit."""
     shown = f"{width} × {height} px" if count == 1 else f"{count} images of {width} × {height} px"
-    scale *= 0.95
-    fits = ""
-    if scale < 1 and min(height, width) * scale >= SMALLEST_SIDE:
-        fits = f"; about {int(width * scale)} × {int(height * scale)} px would fit"
+    scaled = [int((side + _BORDER) * 0.95 * scale) - _BORDER for side in (width, height)]
+    fits = f"; about {scaled[0]} × {scaled[1]} px would fit" if scale < 1 and min(scaled) >= SMALLEST_SIDE else ""
     other = " or use --device cpu" if device.type == "cuda" else ""
     half = "; fp32 needs a tenth" if device.type == "cpu" and dtype != torch.float32 else ""
     return DeviceError(

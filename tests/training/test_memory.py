@@ -189,7 +189,8 @@ def write(root: Path, files: dict[str, str]) -> None:
 def test_available_memory_of_a_cpu_is_bounded_by_system_and_cgroups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    limits = dict.fromkeys((resource.RLIMIT_AS, resource.RLIMIT_DATA), resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], resource.RLIM_INFINITY))
     cpu = torch.device("cpu")
     write(tmp_path, {"proc/meminfo": "MemTotal: 4000 kB\nMemAvailable: 3000 kB\n"})
     assert available_memory(cpu, tmp_path) == 3000 * 1024
@@ -200,15 +201,24 @@ def test_available_memory_of_a_cpu_is_bounded_by_system_and_cgroups(
     around = {"memory.max": "100000\n", "memory.current": "60000\n", "memory.stat": "anon 5\ninactive_file 10000\n"}
     write(tmp_path, {f"sys/fs/cgroup/slice/{name}": text for name, text in around.items()})
     assert available_memory(cpu, tmp_path) == 50_000
+    # What is read again and again is reclaimed, too, unless it is mapped, as code is.
+    stat = "sys/fs/cgroup/slice/memory.stat"
+    write(tmp_path, {stat: around["memory.stat"] + "active_file 9000\nfile_mapped 2000\n"})
+    assert available_memory(cpu, tmp_path) == 57_000
+    write(tmp_path, {"sys/fs/cgroup/slice/memory.high": "65000\n"})
+    assert available_memory(cpu, tmp_path) == 22_000
     first = {"limit_in_bytes": "80000\n", "usage_in_bytes": "50000\n", "stat": "total_inactive_file 1000\n"}
     write(tmp_path, {"proc/self/cgroup": "5:cpu:/a\n4:memory:/on/the/host\n0::/\n"})
     write(tmp_path, {f"sys/fs/cgroup/memory/memory.{name}": text for name, text in first.items()})
+    write(tmp_path, {"sys/fs/cgroup/slice/memory.high": "max\n"})
     assert available_memory(cpu, tmp_path) == 31_000
-    # An address space of 10 pages, of which 7 are in use.
+    # An address space of 10 pages, of which 7 are in use, and data of 4, of which 2 are.
     page = resource.getpagesize()
     write(tmp_path, {"proc/self/statm": "7 3 1 1 0 2 0\n"})
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (10 * page, resource.RLIM_INFINITY))
+    limits[resource.RLIMIT_AS] = 10 * page
     assert available_memory(cpu, tmp_path) == 3 * page
+    limits[resource.RLIMIT_DATA] = 4 * page
+    assert available_memory(cpu, tmp_path) == 2 * page
 
 
 def test_available_memory_of_this_machine() -> None:
