@@ -15,6 +15,10 @@ timed, and loss and gradients again after its warm-up: a wrong result has no row
     eager_amp            the same with bf16 autocast; slow on a CPU without bf16 instructions
     compile              torch.compile: of eager_amp in max-autotune on a GPU, of eager_channels_last on a CPU
 
+--busy keeps so many processes busy meanwhile, as on a machine that people share. The baselines run with the short spin
+of threads that `import fastnst` sets; with GOMP_SPINCOUNT=300000, libgomp's default, before the command all providers
+run as a program does that knows nothing of fastnst. Each row says which.
+
 --folder measures fastnst once more with its loader, which reads JPEG files: the row fastnst_fed. The loader prefetches
 as in training, and nothing else runs meanwhile.
 
@@ -35,11 +39,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fastnst  # noqa: F401  sets how long threads spin, which is read when torch is imported
+
 # Silences the profiler, which counts memory on a CPU; read when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from kernel_bench.environment import environment
+from neighbours import busy
 from result_files import result_file
 from roofline import Machine, configured
 from step_bench import correctness, measure, results
@@ -78,12 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_positive, default=20, help="timed steps of each provider; default: 20")
     add("--providers", default=",".join(PROVIDERS), metavar="NAME,…", help="default: all")
     add("--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as fastnst train")
+    add("--busy", type=_count, default=0, metavar="N", help="busy processes beside each provider; default: 0")
     add("--folder", type=Path, metavar="PHOTOS", help="measure fastnst with its loader on this folder, too")
     add("--tflops", type=float, help="rate of matrix products; default: measured")
     add("--tb-per-s", type=float, help="rate of a plain copy; default: measured")
     add("--json", type=result_file, metavar="FILE", help="write the rows here")
     add("--markdown", type=result_file, metavar="FILE", help="write the table here, too")
     return parser
+
+
+def _count(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}; expected at least 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -112,7 +126,7 @@ class _Run:
             f"{environment(self.device)['device']}: {self.machine.tflops:.4g} TFLOP/s, {self.machine.tb_per_s:.4g} TB/s"
         )
         for config in configs:
-            with determinism.algorithms(config.train):
+            with determinism.algorithms(config.train), busy(options.busy):
                 self._measure(config, names)
                 if options.folder is not None:
                     self._measure_with_loader(config)
@@ -183,6 +197,8 @@ class _Run:
             "image_size": config.data.image_size,
             "batch_size": config.train.batch_size,
             "precision": provider.precision,
+            "busy": self.options.busy,
+            "spin_count": os.environ.get("GOMP_SPINCOUNT"),
             **provider.notes,
             **measured,
             "bound_ms": 1000 * bound,

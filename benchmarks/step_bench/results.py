@@ -9,7 +9,7 @@ from step_bench.providers import EAGER
 
 Row = dict[str, Any]
 
-_HEAD = "| provider | precision | batch | images/s | ms/step | p20–p80 | within 5 % | peak MB | roofline |"
+_HEAD = "| provider | precision | batch | busy | images/s | ms/step | p20–p80 | within 5 % | peak MB | roofline |"
 
 
 def compare(rows: Sequence[Row], batch_size: int) -> None:
@@ -32,9 +32,9 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         peak = "–" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:.1f}"
         lines.append(
-            f"| {row['provider']} | {row['precision']} | {row['batch_size']} | {row['images_per_second']:.2f} | "
-            f"{row['ms_per_step']:.2f} | {row['p20_ms']:.2f}–{row['p80_ms']:.2f} | {row['within_5_percent']:.0%} | "
-            f"{peak} | {row['roofline_percent']:.1f} % |"
+            f"| {row['provider']} | {row['precision']} | {row['batch_size']} | {row['busy']} | "
+            f"{row['images_per_second']:.2f} | {row['ms_per_step']:.2f} | {row['p20_ms']:.2f}–{row['p80_ms']:.2f} | "
+            f"{row['within_5_percent']:.0%} | {peak} | {row['roofline_percent']:.1f} % |"
         )
     for row in rows:
         others = [other for other in rows if other["batch_size"] == row["batch_size"]]

@@ -127,7 +127,16 @@ def written(generated_photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Rows and page of a run of fastnst, with and without its loader, captured as a CUDA graph, and a baseline."""
     out = tmp_path_factory.mktemp("rows")
     arguments = ["--batch-size", "1,2", "--providers", "fastnst,eager_fp32"]
-    arguments += ["--folder", str(generated_photos), "--set", "data.loader=pillow", "--set", "data.workers=1"]
+    arguments += [
+        "--busy",
+        "1",
+        "--folder",
+        str(generated_photos),
+        "--set",
+        "data.loader=pillow",
+        "--set",
+        "data.workers=1",
+    ]
     arguments += ["--set", "data.prefetch=1", "--json", str(out / "rows.json"), "--markdown", str(out / "rows.md")]
     streams: list[CpuStreams] = []
 
@@ -157,7 +166,7 @@ def test_end_to_end_rows_have_figures_and_conditions(written: tuple[list[dict[st
         assert row["roofline_percent"] == pytest.approx(100 * row["bound_ms"] / row["ms_per_step"])
         assert (row["preset"], row["image_size"], row["steps"]) == ("johnson", 16, 2)
         assert (row["tflops"], row["tb_per_s"]) == (0.1, 0.01)
-        assert row["precision"] == "fp32"
+        assert (row["precision"], row["busy"]) == ("fp32", 1)
         assert {"device", "torch", "threads", "python", "revision", "date"} <= set(row["environment"])
         if row["provider"] == "fastnst_fed":
             assert (row["loader"], row["images"], row["peak_memory_bytes"]) == ("pillow", 12, None)
@@ -182,7 +191,7 @@ def test_end_to_end_compares_fastnst_with_the_fastest_eager_baseline(written: tu
         assert own["memory_over_best_eager"] == own["peak_memory_bytes"] / best["peak_memory_bytes"]
         assert f"{ratio:.2f}× {best['provider']}" in page
     for row in rows:
-        assert f"| {row['provider']} | {row['precision']} | {row['batch_size']} | " in page
+        assert f"| {row['provider']} | {row['precision']} | {row['batch_size']} | {row['busy']} | " in page
     assert "Nothing was measured" in results.page([])
     assert results.table([]) == "nothing was measured\n"
 
