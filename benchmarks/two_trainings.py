@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from kernel_bench.environment import environment
+from result_files import result_file
 
 from fastnst.errors import DataError
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trainings", type=int, default=2, help="at the same time; default: 2")
     parser.add_argument("--steps", type=int, default=8, help="of each training, the first untimed; default: 8")
     parser.add_argument("--turns", type=int, default=2, help="default: 2")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write the result here")
     given = sys.argv[1:] if arguments is None else arguments
     end = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:end])

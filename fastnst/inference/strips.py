@@ -268,7 +268,7 @@ class _Layer:
         # Both sides grow linearly with the row, but for rounding and the border: the extremes are at the ends.
         rows = [*range(1, min(self.height, 64)), *range(max(1, self.height - 64), self.height)]
         written, read = self.width * self.channels, from_.width * from_.channels
-        gaps = [row * written - self._needed(row, from_) * read for row in rows]
+        gaps: list[int] = [row * written - self._needed(row, from_) * read for row in rows]
         return max(0, *gaps)
 
     def _needed(self, row: int, of: _Source) -> int:
