@@ -3,17 +3,21 @@
 import contextlib
 import io
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL_S = 5.0
+START_INTERVAL_S = 2.5
+"""While a command starts, where nobody knows yet whether it works."""
 
 _is_silent = False
+_has_phase = False
 
 
 class ProgressReport:
@@ -26,6 +30,7 @@ class ProgressReport:
         rate_per_item: how many of `rate_unit` one item stands for (a training step stands for a batch of images).
         rate_unit: unit of the speed that is shown.
         start: items done before, by an earlier process; they count as done but not towards the speed.
+        interval_s: seconds between plain lines.
     """
 
     def __init__(
@@ -37,13 +42,14 @@ class ProgressReport:
         rate_per_item: float = 1.0,
         rate_unit: str | None = None,
         start: int = 0,
+        interval_s: float = PLAIN_INTERVAL_S,
         stream: TextIO | None = None,
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.rate_per_item, self.rate_unit = rate_per_item, rate_unit or unit
         self.done = self._start = start
         self._stream = stream if stream is not None else io.StringIO() if _is_silent else sys.stderr
-        self._note = ""
+        self._note, self._interval_s = "", interval_s
         self._done_printed = start
         self._started = self._printed = time.monotonic()
         self._bar: Progress | None = None
@@ -79,7 +85,7 @@ class ProgressReport:
         self._note = self._note if note is None else note
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, rate=self._rate_text(), note=self._note)
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+        elif time.monotonic() - self._printed >= self._interval_s:
             self._print_line()
 
     @property
@@ -130,7 +136,8 @@ def counted(label: str, unit: str, *, scale: float = 1.0) -> Iterator[Callable[[
             done, total = int(done / scale), int(total / scale)
             if report is None:
                 # The first amount came from a cache or an earlier try, and is no measure of speed.
-                report = stack.enter_context(ProgressReport(label, total, unit, start=done))
+                options: dict[str, Any] = {"start": done, "interval_s": START_INTERVAL_S}
+                report = stack.enter_context(ProgressReport(label, total, unit, **options))
             report.advance(done - report.done)
 
         yield count
@@ -154,3 +161,31 @@ def byte_count(count: float) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+@contextlib.contextmanager
+def phase(label: str) -> Iterator[None]:
+    """Say on stderr what is being done if it takes long, every few seconds, from a thread of its own.
+
+    For work that cannot count: an import, a compilation. Within an outer phase nothing more is said.
+    """
+    global _has_phase
+    if _is_silent or _has_phase:
+        yield
+        return
+    ended, started = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not ended.wait(START_INTERVAL_S):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed, or there is none
+                print(f"{label} … {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    speaker = threading.Thread(target=speak, name="phase", daemon=True)
+    _has_phase = True
+    speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        speaker.join()
+        _has_phase = False

@@ -1,6 +1,9 @@
 """Progress: what a log file gets, what a terminal gets, and the numbers in both."""
 
 import io
+import re
+import threading
+import time
 
 import pytest
 
@@ -75,6 +78,56 @@ def test_progress_report_shows_a_bar_on_a_terminal(clock: Clock) -> None:
         clock.now += 1.0
         report.advance(note="loss 3.2")
     assert "train" in stream.getvalue()
+
+
+class Said(io.StringIO):
+    """A log file that waits until something has been written."""
+
+    def wait(self, times: int, text: str) -> None:
+        deadline = time.monotonic() + 30
+        while len(re.findall(text, self.getvalue())) < times:
+            assert time.monotonic() < deadline, self.getvalue()
+            time.sleep(0.005)
+
+
+def test_phase_says_again_and_again_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 0.02)
+    monkeypatch.setattr(progress.sys, "stderr", stream := Said())
+    with progress.phase("load VGG19"):
+        stream.wait(3, r"load VGG19 … \d+ s\n")
+        with progress.phase("something inside"):
+            stream.wait(6, r"load VGG19 … \d+ s\n")
+    said = stream.getvalue()
+    time.sleep(0.1)
+    assert said == stream.getvalue()
+    assert "inside" not in said
+    with pytest.raises(KeyError):
+        _fail_after(stream, r"next … \d+ s\n")
+    assert not [thread for thread in threading.enumerate() if thread.name == "phase"]
+
+
+def _fail_after(stream: Said, text: str) -> None:
+    with progress.phase("next"):
+        stream.wait(1, text)
+        raise KeyError
+
+
+def test_phase_says_nothing_of_what_is_quick_or_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 0.01)
+    monkeypatch.setattr(progress.sys, "stderr", stream := Said())
+    with progress.silenced(), progress.phase("load VGG19"):
+        time.sleep(0.1)
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 60.0)
+    with progress.phase("load VGG19"):
+        pass
+    assert stream.getvalue() == ""
+
+
+def test_phase_needs_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 0.005)
+    monkeypatch.setattr(progress.sys, "stderr", None)
+    with progress.phase("load VGG19"):
+        time.sleep(0.05)
 
 
 def test_duration() -> None:

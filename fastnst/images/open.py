@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from PIL import Image, UnidentifiedImageError
 
-from fastnst.file_kind import file_kind
+from fastnst.file_kind import file_group, file_kind
 from fastnst.images.files import UnusableImageError
 
 TRAINING_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -96,6 +96,8 @@ def _explain_unidentified(data: bytes, formats: tuple[str, ...]) -> str:
         return f"it is no image that can be read, or its first bytes are damaged; give {allowed}"
     if kind.removeprefix("a ") in formats:
         return f"it is {kind} of a kind that cannot be decoded, or its header is damaged; convert it"
+    if file_group(data[:512]) != "image":
+        return f"it is {kind}, not an image; give {allowed}"
     return f"it is {kind}; convert it to {allowed}"
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastnst.errors import UserError
+from fastnst.visualize.deconv.maps import Activation, check_maps
 
-Activation = str | tuple[int, int]
-"""Which activation of a map: `strongest`, `all`, or a row and column."""
+__all__ = ["Activation", "Neurons", "check_maps", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,6 @@ class Neurons:
     def __getitem__(self, part: slice) -> "Neurons":
         positions = None if self.positions is None else self.positions[part]
         return Neurons(self.images[part], self.maps[part], positions)
-
-
-def check_maps(layer: str, maps: Sequence[int], channels: int) -> None:
-    """Raise UserError unless every map is one of the layer's `channels`."""
-    wrong = [number for number in maps if not 0 <= number < channels]
-    if wrong:
-        raise UserError(f"{layer} has no map {wrong[0]}; its maps are 0 … {channels - 1}")
 
 
 def recorded(activations: Mapping[str, Tensor], layer: str) -> Tensor:
