@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from fastnst.config import load_config
 from fastnst.errors import UserError
 from fastnst.images import write_image
+from fastnst.progress import phase
 from fastnst.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -49,10 +50,8 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
     Raises:
         UserError: scikit-image is not installed, or `out` holds another run.
     """
-    from fastnst.inference import stylize_files
-    from fastnst.models.weights import WeightsUnavailable, load_vgg19
+    from fastnst.models.early_checks import check_vgg19
     from fastnst.training.run_dir.layout import validate_run_dir
-    from fastnst.training.train import train
 
     logged = ["train.sample_every=50", "train.log_every=10", "visualize.every=50"]
     assignments = [f"data.image_size={IMAGE_SIZE}", *logged]
@@ -64,6 +63,11 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
         "data.folder": (images / "photos").absolute(),
     }
     validate_run_dir(out, load_config(preset="vgg-conv3", assignments=assignments, options=options), resume=False)
+    check_vgg19(vgg)
+    with phase("import PyTorch"):
+        from fastnst.inference import stylize_files
+        from fastnst.models.weights import WeightsUnavailable, load_vgg19
+        from fastnst.training.train import train
     photos = write_photos(images / "photos")
     write_image(style, draw_strokes(256))
     if vgg == "auto":

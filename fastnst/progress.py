@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 PLAIN_INTERVAL_S = 5.0
 START_INTERVAL_S = 2.5
-"""While a command starts, where nobody knows yet whether it works."""
+"""While a command starts, when nobody knows yet whether it works."""
+_START_S = 10.0
 
 _is_silent = False
 _has_phase = False
@@ -30,7 +31,7 @@ class ProgressReport:
         rate_per_item: how many of `rate_unit` one item stands for (a training step stands for a batch of images).
         rate_unit: unit of the speed that is shown.
         start: items done before, by an earlier process; they count as done but not towards the speed.
-        interval_s: seconds between plain lines.
+        interval_s: seconds between plain lines, after more frequent ones at the start.
     """
 
     def __init__(
@@ -85,7 +86,10 @@ class ProgressReport:
         self._note = self._note if note is None else note
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, rate=self._rate_text(), note=self._note)
-        elif time.monotonic() - self._printed >= self._interval_s:
+            return
+        now = time.monotonic()
+        interval = self._interval_s if now - self._started > _START_S else START_INTERVAL_S
+        if now - self._printed >= interval:
             self._print_line()
 
     @property

@@ -36,9 +36,10 @@ def test_progress_report_prints_plain_lines_every_few_seconds_and_once_at_the_en
             report.advance(note="loss 3.2")
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "train: 5/100 steps, 4.0 images/s, 1:35 left, loss 3.2",
-        "train: 10/100 steps, 4.0 images/s, 1:30 left, loss 3.2",
-        "train: 15/100 steps, 4.0 images/s, 1:25 left, loss 3.2",
+        "train: 3/100 steps, 4.0 images/s, 1:37 left, loss 3.2",
+        "train: 6/100 steps, 4.0 images/s, 1:34 left, loss 3.2",
+        "train: 9/100 steps, 4.0 images/s, 1:31 left, loss 3.2",
+        "train: 14/100 steps, 4.0 images/s, 1:26 left, loss 3.2",
         "train: 17/100 steps, 4.0 images/s, 1:23 left, loss 3.2",
     ]
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from fastnst.cli.checks import check_images, import_phase
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -16,7 +18,12 @@ def stylize(model: Path, images: tuple[Path, ...], out: Path, device: str, preci
 
     An IMAGE may be a folder. The result has the size of its source, and the format of its suffix.
     """
-    from fastnst.inference import stylize_files
+    from fastnst.models.early_checks import check_style_model
+
+    check_style_model(model)
+    check_images(images)
+    with import_phase():
+        from fastnst.inference import stylize_files
 
     # Results are printed when all is done, but also when some image failed: the bar owns the terminal until then.
     written: list[Path] = []

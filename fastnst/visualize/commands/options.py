@@ -15,7 +15,7 @@ from fastnst.errors import DataError, DeviceError, UserError
 from fastnst.images import printable, read_image, to_tensor
 from fastnst.models.early_checks import check_vgg19
 from fastnst.models.vgg19_layers import LAYERS, check_layer, deepest_layer
-from fastnst.visualize.attribution.targets import CLASS_LAYER, Target, channels_of
+from fastnst.visualize.attribution.targets import CLASS_LAYER, Target, channels_of, check_choice
 from fastnst.visualize.deconv.maps import Activation, check_maps
 from fastnst.visualize.deconv.receptive_field import check_size, crop_size, receptive_field
 
@@ -127,6 +127,14 @@ def check_vgg_command(
     check_vgg19(vgg)
     if target is not None:
         check_class_weights(vgg, target)
+
+
+def check_transform_layers(layers: Sequence[str]) -> None:
+    """Raise UserError, with the nearest name, unless the transform net has these layers."""
+    from fastnst.config import TRANSFORM_LAYERS
+
+    for layer in layers:
+        check_choice("layer of the transform net", layer, TRANSFORM_LAYERS)
 
 
 def vgg_size(layers: Sequence[str], size: int | None) -> int:
