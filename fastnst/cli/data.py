@@ -81,7 +81,7 @@ def cache(
     """
     from fastnst.config import load_config
     from fastnst.data.cache.build import build_cache, check_place
-    from fastnst.data.cache.format import is_cache
+    from fastnst.data.cache.format import cache_command, is_cache, read_head
     from fastnst.data.folder import check_folder
     from fastnst.errors import DataError
     from fastnst.progress import byte_count
@@ -95,6 +95,12 @@ def cache(
         out = Path("caches") / f"{Path(os.path.abspath(folder)).name}-{size}"  # noqa: PTH100
     check_folder(folder)
     check_place(out)
+    old = read_head(out)
+    if old is not None and (old.size, old.fit) != (size, fit) and not options["rebuild"]:
+        raise DataError(
+            f"{out} is a cache of {old.size} px, {old.fit}, and {size} px, {fit} are wanted; replace it with: "
+            f"{cache_command(folder, size, fit, out)} --rebuild, or choose another --out"
+        )
     built = build_cache(_check_folder(folder), out, size=size, fit=fit, **options)
     made = built.cache
     if as_json:
@@ -104,8 +110,8 @@ def cache(
         return
     click.echo(out)
     command = ["fastnst", "train", "--data", str(out)] + (["--preset", preset] if preset else [])
-    command += ["--set", f"data.image_size={size}"] if size != trained.image_size else []
-    command += ["--set", f"data.fit={fit}"] if fit != trained.fit else []
+    for key, value, default in (("image_size", size, trained.image_size), ("fit", fit, trained.fit)):
+        command += [] if value == default else ["--set", f"data.{key}={value}"]
     click.echo(
         f"{len(made.images)} images of {size} px ({made.fit}), {len(made.rejected)} refused, "
         f"{byte_count(made.bytes)} in {len(made.shards)} shards; train with: {shlex.join(command)} --style IMAGE",
