@@ -68,8 +68,9 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
         from fastnst.inference import stylize_files
         from fastnst.models.weights import WeightsUnavailable, load_vgg19
         from fastnst.training.train import train
-    photos = write_photos(images / "photos")
-    write_image(style, draw_strokes(256))
+    with phase("draw the photos and the style"):
+        photos = write_photos(images / "photos")
+        write_image(style, draw_strokes(256))
     if vgg == "auto":
         try:
             load_vgg19("auto", last_layer="relu3_4")

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL_S = 5.0
-START_INTERVAL_S = 2.5
+START_INTERVAL_S = 2.0
 """While a command starts, when nobody knows yet whether it works."""
 _START_S = 10.0
 
 _is_silent = False
-_has_phase = False
+_phases: list[tuple[str, float]] = []
+"""Label and start of those that are entered, the outermost first."""
+_last_said = time.monotonic()
 
 
 class ProgressReport:
@@ -82,15 +84,18 @@ class ProgressReport:
 
     def advance(self, items: int = 1, note: str | None = None) -> None:
         """Count `items` as done; `note` (a loss, say) stays at the end of the line until the next one."""
+        global _last_said
         self.done += items
         self._note = self._note if note is None else note
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, rate=self._rate_text(), note=self._note)
+            _last_said = time.monotonic()
             return
         now = time.monotonic()
         interval = self._interval_s if now - self._started > _START_S else START_INTERVAL_S
         if now - self._printed >= interval:
             self._print_line()
+            _last_said = now
 
     @property
     def rate(self) -> float:
@@ -169,27 +174,37 @@ def _short(value: float) -> str:
 
 @contextlib.contextmanager
 def phase(label: str) -> Iterator[None]:
-    """Say on stderr what is being done if it takes long, every few seconds, from a thread of its own.
+    """Say on stderr what is being done whenever nothing was said for some seconds, from a thread of its own.
 
-    For work that cannot count: an import, a compilation. Within an outer phase nothing more is said.
+    For work that cannot count: an import, a compilation. Of nested phases the innermost speaks.
     """
-    global _has_phase
-    if _is_silent or _has_phase:
+    if _is_silent:
         yield
         return
-    ended, started = threading.Event(), time.monotonic()
-
-    def speak() -> None:
-        while not ended.wait(START_INTERVAL_S):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed, or there is none
-                print(f"{label} … {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-
-    speaker = threading.Thread(target=speak, name="phase", daemon=True)
-    _has_phase = True
-    speaker.start()
+    _phases.append((label, time.monotonic()))
+    ended = threading.Event()
+    speaker = threading.Thread(target=_speak, args=(ended,), name="phase", daemon=True)
+    is_outermost = len(_phases) == 1
+    if is_outermost:
+        speaker.start()
     try:
         yield
     finally:
-        ended.set()
-        speaker.join()
-        _has_phase = False
+        _phases.pop()
+        if is_outermost:
+            ended.set()
+            speaker.join()
+
+
+def _speak(ended: threading.Event) -> None:
+    global _last_said
+    # Not at once, however long ago the last line was: most phases are quick.
+    wait = START_INTERVAL_S / 4
+    while not ended.wait(max(wait, _last_said + START_INTERVAL_S - time.monotonic())):
+        now = time.monotonic()
+        if now - _last_said < START_INTERVAL_S:
+            continue
+        with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):  # no stderr, or the phase has ended
+            label, started = _phases[-1]
+            print(f"{label} … {now - started:.0f} s", file=sys.stderr, flush=True)
+        _last_said = now

@@ -13,10 +13,12 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from PIL import Image
 
 from fastnst.cli.main import cli
 from fastnst.config import preset_names
+from fastnst.models.vgg19 import VGG19
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -88,11 +90,13 @@ def test_commands_run_in_their_order(
     assert {path.name for path in Path("seen").glob("index.html")} == {"index.html"}
 
 
+def untrained_vgg19(_spec: str, *, last_layer: str, **_options: object) -> VGG19:
+    return VGG19(last_layer, generator=torch.Generator().manual_seed(0))
+
+
 def run_torchrun(words: list[str]) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))),
-        "OMP_NUM_THREADS": "1",
-    }
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -249,13 +249,15 @@ def _write(
     make_report: Callable[[], "Report"], out: Path, run: Path | None, inputs: Sequence[Path], *, step: int | None = None
 ) -> None:
     """Make the report, write it, and print the paths."""
+    from fastnst.progress import phase
     from fastnst.visualize.sheets.report import as_markdown, write_report
 
     if run is not None:
         from fastnst.training.run_dir.load_net import steps_of_run
 
         step = steps_of_run(run) if step is None else step
-    report = make_report()
+    with phase("compute and draw"):
+        report = make_report()
     command = shlex.join(["fastnst", *sys.argv[1:]])
     paths = write_report(report, out, command=command, inputs=inputs)
     if run is not None:

@@ -1,6 +1,5 @@
 """Stylize image files."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from fastnst.images import SUFFIXES, check_writable_suffix, read_image, to_array
 from fastnst.inference.tensors import free_bytes, needed_bytes, resolve, stylize, too_large
 from fastnst.models.style_model import load_style_model
 from fastnst.models.transform_net import TransformNet
-from fastnst.progress import ProgressReport
+from fastnst.progress import ProgressReport, phase
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def stylize_files(
     net = load_style_model(model, device=where)
     results: list[Path] = []
     failures: list[UserError] = []
-    with ProgressReport("stylize", len(jobs), "images") if len(jobs) > 1 else contextlib.nullcontext() as progress:
+    with ProgressReport("stylize", len(jobs), "images") if len(jobs) > 1 else phase("stylize") as progress:
         for job in jobs:
             try:
                 _stylize_file(net, job, precision)
