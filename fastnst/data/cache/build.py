@@ -94,12 +94,12 @@ def build_cache(
         UserError: another process is building this cache.
     """
     builder = _Builder(_reject_elongated(manifest), out, size, fit, workers or len(os.sched_getaffinity(0)))
-    _check_place(out)
+    check_place(out)
     if not out.exists():
         # Checked before anything is created.
         builder.check_space(builder.plans)
     with lock_run(out):
-        _check_place(out)
+        check_place(out)
         return builder.build(rebuild=rebuild)
 
 
@@ -319,8 +319,8 @@ def _reject_elongated(manifest: Manifest) -> Manifest:
     return replace(manifest, images=kept, rejected=rejected)
 
 
-def _check_place(out: Path) -> None:
-    """Raise DataError if a folder holds files that are not a cache's."""
+def check_place(out: Path) -> None:
+    """Raise DataError if the folder of a new cache holds files that are not a cache's; makes nothing."""
     try:
         names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
     except OSError as error:

@@ -98,6 +98,9 @@ def test_parse_target_finds_every_class_name_or_lists_ambiguous_ones() -> None:
         ("class:Maillot", r"class:638 \(maillot\), class:639 \(maillot; tank suit\)"),
         ("class:goldfihs", r"named 'goldfihs'; did you mean 'goldfish' \(class:1\)"),
         ("class:shark", r"'tiger shark' \(class:3\), 'hammerhead shark' \(class:4\)"),
+        ("class:catt", r"'tabby cat' \(class:281\), 'tiger cat' \(class:282\), .* or \d+ more\?"),
+        ("class:siamse cat", r"did you mean 'Siamese cat' \(class:284\)\?"),
+        ("class:gold retreiver", r"'golden retriever' \(class:207\)"),
         ("class:qqqqq", "give another name, or a number 0 … 999"),
         ("class:_", "no ImageNet class is named '_'; give another"),
         ("class:1000", "no class 1000; ImageNet's are 0 … 999"),
@@ -127,9 +130,10 @@ def test_parse_target_map() -> None:
     assert parse_target("fc8:999").layer == "fc8"
 
 
-def test_parse_target_class_does_not_import_torch() -> None:
+def test_parse_target_does_not_import_torch() -> None:
     code = (
         "import sys; from fastnst.visualize.attribution.targets import parse_target; parse_target('class:tabby');"
+        "parse_target('relu3_4:17');"
         "sys.exit('torch' in sys.modules)"
     )
     path = os.pathsep.join(sys.path)
