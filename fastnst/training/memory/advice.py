@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ from fastnst.config import Config
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DeviceError, UserError
 from fastnst.memory import available_memory
+from fastnst.models.architectures import ARCHITECTURES
 from fastnst.progress import byte_count
 from fastnst.training.distributed.environment import DistEnv, local_config
 from fastnst.training.memory.estimate import Estimate, estimate
@@ -24,6 +26,10 @@ bf16, these are 2 to 11% of the saved activations with the fused engine at 256 p
 256 and 512."""
 SIZE_STEP = 16
 _SINGLE_PROCESS = DistEnv()
+_PLENTY_PER_PIXEL = 6 * 2**10
+"""Bytes of activations per pixel of a batch, more than any preset saves: with as much there is nothing to estimate."""
+
+log = logging.getLogger(__name__)
 
 
 def required_memory(need: Estimate) -> int:
@@ -133,6 +139,21 @@ def describe_shortage(
             )
         case _:
             return f"{shortage}: no train.batch_size or data.image_size should fit; use a device with more memory"
+
+
+def warn_of_shortage(config: Config, device: torch.device, dist_env: DistEnv, *, styles: int = 1) -> None:
+    """Before a run, warn if it should not fit into memory, and say what to change; args as `explained_memory_errors`."""
+    available, local = available_memory_per_process(device, dist_env), local_config(config, dist_env)
+    border = 2 * ARCHITECTURES[config.model.architecture].border
+    pixels = local.train.batch_size * (config.data.image_size + border) ** 2
+    if available >= RESERVE_BYTES + styles * _PLENTY_PER_PIXEL * pixels + 2**30:
+        return
+    need = estimate(local, device_type=device.type, styles=styles)
+    shortage = describe_shortage(
+        local, need, available, device_type=device.type, processes=dist_env.world_size, styles=styles
+    )
+    if shortage:
+        log.warning("memory: %s", shortage)
 
 
 def _advice(config: Config, available: int, device: torch.device, dist_env: DistEnv, styles: int) -> str:
