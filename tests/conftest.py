@@ -44,6 +44,7 @@ _SLOW = (
     "training/test_multi_style",
     "training/test_divergence",
     "security/test_files",
+    "images/test_every_reader",
     "kernels/test_kernel_report",
     "training/test_distributed",
     "visualize/test_deconv_vgg",

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastnst.data.manifest import ImageEntry, check_image
 from fastnst.data.sampler import Fit
-from fastnst.images import TRAINING_FORMATS, UnusableImageError, decode, read_with_mtime
+from fastnst.images import UnusableImageError, decode, read_with_mtime
 
 _FILTER = Image.Resampling.BILINEAR
 
@@ -96,7 +96,7 @@ def read_checked(path: str, entry: ImageEntry) -> bytes:
             f"it has {len(data)} bytes, and had {entry.size} when the folder was checked; restore it"
         )
     if mtime != entry.mtime:
-        now = check_image(entry.path, data, mtime=entry.mtime)
+        now, _ = check_image(entry.path, data, mtime=entry.mtime)
         if now != entry:
             raise UnusableImageError(
                 f"it is {_describe(now)}, and was {_describe(entry)} when the folder was checked; restore it"
@@ -112,7 +112,7 @@ def read_crop(
     Raises:
         UnusableImageError: see `read_checked`.
     """
-    image = decode(read_checked(path, entry), formats=TRAINING_FORMATS)
+    image = decode(read_checked(path, entry))
     if image.size != (entry.width, entry.height):
         raise UnusableImageError(
             f"it is {image.width} × {image.height} px, and was {entry.width} × {entry.height} px "

@@ -1,8 +1,9 @@
 """Which encoded images DALI decodes exactly as Pillow does, and which are damaged.
 
 A file that DALI cannot read breaks its whole pipeline; and DALI and Pillow disagree wherever formats are ambiguous
-(orientation tags of the wrong type, CMYK, 16 bits, junk between segments). Files without such oddities are DALI-safe,
-and DALI gets no others: Pillow decodes the rest for both loaders, so they cannot differ.
+(orientation tags of the wrong type, CMYK, 16 bits, junk between segments). DALI also ignores colour profiles, drops
+transparency, and reads fewer formats. Files without such oddities are DALI-safe, and DALI gets no others: Pillow
+decodes the rest for both loaders, so they cannot differ.
 """
 
 import struct
@@ -10,7 +11,7 @@ import zlib
 
 from PIL import Image
 
-from fastnst.images import UnusableImageError
+from fastnst.images import UnusableImageError, is_transparent
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
@@ -30,17 +31,17 @@ def is_dali_safe(data: bytes, image: Image.Image, orientation: int) -> bool:
 
     Args:
         data: the whole file.
-        image: the same file, opened by Pillow.
+        image: the same file, loaded by Pillow; a JPEG at any scale.
         orientation: EXIF orientation that Pillow found, 1 to 8.
     """
     if image.format in ("JPEG", "MPO"):
         return _is_safe_jpeg(data, orientation)
-    if orientation != 1:
+    if orientation != 1 or (image.mode in ("LA", "RGBA") and is_transparent(image)):
         return False
     if image.format == "PNG":
         return _is_safe_png(data)
     # A WebP file with animation, metadata or a separate alpha plane starts with VP8X.
-    return data[12:16] in (b"VP8 ", b"VP8L")
+    return image.format == "WEBP" and data[12:16] in (b"VP8 ", b"VP8L")
 
 
 def _is_safe_jpeg(data: bytes, orientation: int) -> bool:

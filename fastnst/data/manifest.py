@@ -7,8 +7,8 @@ the cache folder and reused for each file with the same size and modification ti
 import contextlib
 import hashlib
 import json
+import logging
 import os
-import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,34 +22,29 @@ import PIL
 from PIL import Image
 
 from fastnst.data.dali_safe import check_integrity, is_dali_safe
+from fastnst.data.image_files import ImageFile, list_image_files
 from fastnst.errors import DataError
 from fastnst.images import (
     MIN_SIDE,
-    TRAINING_FORMATS,
+    READABLE_FORMATS,
     UnusableImageError,
     check_size,
     decode,
-    explain_os_error,
     load,
     open_image,
     orientation_of,
+    prepare,
     printable,
     read_bytes,
 )
 from fastnst.storage import cache_folder, write_atomic
 
-TRAINING_SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"])
-OTHER_SUFFIXES = frozenset(
-    [".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".tga", ".psd"]
-)
-"""Suffixes of other image formats: rejected unless the content is a JPEG, PNG or WebP. Files with any other suffix are
-ignored."""
-
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
+"""Raised whenever the check finds something else: 3 since colour profiles, transparency and further formats."""
 _CHUNK = 16
 
-_File = tuple[str, int, int]
-"""Path relative to the folder, size in bytes, modification time in ns."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +59,7 @@ class ImageEntry:
     """Pixels of the upright image."""
     height: int
     format: str
-    """`JPEG`, `PNG` or `WEBP`, by content."""
+    """One of `READABLE_FORMATS`, by content."""
     dali_safe: bool
     """Whether DALI may decode the file; if not, Pillow decodes it for both loaders. See `fastnst.data.dali_safe`."""
     mtime: int
@@ -121,14 +116,14 @@ def build_manifest(
         DataError: the folder is missing, unreadable or empty, or none of its images can be used.
     """
     folder = Path(folder)
-    unreadable, candidates, ignored = _list_files(folder)
+    unlisted, candidates, ignored = list_image_files(folder)
+    unreadable = [Rejection(*each) for each in unlisted]
     if not candidates and not unreadable:
-        raise DataError(
-            f"{printable(folder)} holds no images, only {ignored} other files; give a folder of JPEG, PNG or WebP"
-        )
+        raise DataError(f"{printable(folder)} holds no images, only {ignored} other files; give a folder of photos")
     rules = _Rules(min_side, allow_uniform)
     ordered = _check_all(folder, candidates, rules, workers or len(os.sched_getaffinity(0)), progress, cache)
     images = [checked.entry for checked in ordered if checked.entry is not None]
+    _log_ignored_profiles([checked for checked in ordered if checked.entry is not None and checked.reason])
     rejected = [Rejection(checked.path, checked.reason) for checked in ordered if checked.entry is None]
     rejected = sorted([*rejected, *unreadable], key=lambda rejection: os.fsencode(rejection.path))
     if not images:
@@ -158,8 +153,10 @@ def write_rejections(manifest: Manifest, path: Path, more: Iterable[str] = ()) -
     write_atomic(path, "".join([*rows, *more]).encode())
 
 
-def check_image(path: str, data: bytes, *, mtime: int, min_side: int = 1, allow_uniform: bool = True) -> ImageEntry:
-    """Check one image completely, and describe it.
+def check_image(
+    path: str, data: bytes, *, mtime: int, min_side: int = 1, allow_uniform: bool = True
+) -> tuple[ImageEntry, str]:
+    """Check one image completely; return its description, and why its colour profile is ignored, or nothing.
 
     Args:
         path: relative to the folder; only copied into the entry.
@@ -170,23 +167,24 @@ def check_image(path: str, data: bytes, *, mtime: int, min_side: int = 1, allow_
     Raises:
         UnusableImageError: the image fails the check.
     """
-    image = open_image(data, formats=TRAINING_FORMATS)
+    image = open_image(data)
     width, height = image.size
     check_size(width, height, min_side)
     check_integrity(data, image)
+    space = prepare(image, data)
     # Damage shows in JPEG's entropy decoding. Scale 1/8 does that in full and skips most of the inverse transform.
     image.draft("L", (1, 1))
     load(image)
-    if not allow_uniform and _is_uniform(image, data):
-        raise UnusableImageError("all of it has one colour, which makes gradients overflow; remove it")
     orientation = orientation_of(image)
     if orientation >= 5:
         width, height = height, width
-    dali_safe = is_dali_safe(data, image, orientation)
-    if not dali_safe:
-        decode(data, formats=TRAINING_FORMATS)
+    is_plain = is_dali_safe(data, image, orientation)
+    decoded = None if is_plain else decode(data)
+    if not allow_uniform and _is_uniform(image, decoded, data):
+        raise UnusableImageError("all of it has one colour, which makes gradients overflow; remove it")
+    dali_safe = is_plain and space.profile is None
     image_format = "JPEG" if image.format in ("JPEG", "MPO") else str(image.format)
-    return ImageEntry(path, len(data), width, height, image_format, dali_safe, mtime)
+    return ImageEntry(path, len(data), width, height, image_format, dali_safe, mtime), space.ignored
 
 
 def compute_fingerprint(images: Iterable[ImageEntry]) -> str:
@@ -231,56 +229,14 @@ class _Checked:
     mtime: int
     entry: ImageEntry | None
     reason: str = ""
+    """Why it is rejected; of an accepted image, why its colour profile is ignored."""
     cacheable: bool = True
     """Whether the result depends on the file's content alone."""
 
 
-def _list_files(folder: Path) -> tuple[list[Rejection], list[_File], int]:
-    """Return unreadable files, image files sorted by path, and the number of other files."""
-    try:
-        next(folder.iterdir(), None)
-    except NotADirectoryError as error:
-        raise DataError(f"{printable(folder)} is a file; give the folder that the images are in") from error
-    except OSError as error:
-        raise DataError(f"cannot read the folder {printable(folder)}: {explain_os_error(error)}") from error
-    unreadable: list[Rejection] = []
-    candidates: list[_File] = []
-    suffixes = TRAINING_SUFFIXES | OTHER_SUFFIXES
-    ignored = 0
-    visited: set[tuple[int, int]] = set()
-
-    def refuse(error: OSError) -> None:
-        unreadable.append(Rejection(os.path.relpath(error.filename, folder), explain_os_error(error)))
-
-    for directory, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        status = Path(directory).stat()
-        if (status.st_dev, status.st_ino) in visited:  # A link back to a folder seen before.
-            subfolders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:  # noqa: PTH122
-                ignored += 1
-                continue
-            path = os.path.join(directory, name)  # noqa: PTH118
-            try:
-                file = os.stat(path)  # noqa: PTH116
-            except OSError as error:
-                refuse(error)
-                continue
-            relative = os.path.relpath(path, folder)
-            if stat.S_ISREG(file.st_mode):
-                candidates.append((relative, file.st_size, file.st_mtime_ns))
-            else:
-                unreadable.append(Rejection(relative, "it is not a regular file; remove it"))
-    candidates.sort(key=lambda candidate: os.fsencode(candidate[0]))
-    return unreadable, candidates, ignored
-
-
 def _check_all(
     folder: Path,
-    candidates: list[_File],
+    candidates: list[ImageFile],
     rules: _Rules,
     workers: int,
     progress: Callable[[int, int], None] | None,
@@ -290,7 +246,7 @@ def _check_all(
     cache_file = _cache_file(folder)
     known = _read_cache(cache_file, rules) if cache else {}
     results: dict[str, _Checked] = {}
-    pending: list[_File] = []
+    pending: list[ImageFile] = []
     for path, size, mtime in candidates:
         earlier = known.get(path)
         if earlier is not None and (earlier.size, earlier.mtime) == (size, mtime):
@@ -310,7 +266,7 @@ def _check_all(
     return [results[path] for path, _, _ in candidates]
 
 
-def _check_in_threads(folder: Path, pending: list[_File], rules: _Rules, workers: int) -> Iterator[_Checked]:
+def _check_in_threads(folder: Path, pending: list[ImageFile], rules: _Rules, workers: int) -> Iterator[_Checked]:
     """Check files in threads, which suffice: reading and decoding release the GIL."""
     rest = iter(pending)
     running: deque[Future[list[_Checked]]] = deque()
@@ -332,18 +288,31 @@ def _check(folder: Path, path: str, size: int, mtime: int, rules: _Rules) -> _Ch
     except UnusableImageError as error:
         return _Checked(path, size, mtime, None, str(error), cacheable=False)
     try:
-        return _Checked(path, size, mtime, check_image(path, data, mtime=mtime, **asdict(rules)))
+        entry, ignored = check_image(path, data, mtime=mtime, **asdict(rules))
+        return _Checked(path, size, mtime, entry, ignored)
     except UnusableImageError as error:
         return _Checked(path, size, mtime, None, str(error))
 
 
-def _is_uniform(image: Image.Image, data: bytes) -> bool:
-    """Whether all pixels have the same colour; `image` is loaded, possibly at reduced scale."""
-    extrema: Any = image.getextrema()
-    low, high = extrema if len(image.getbands()) == 1 else extrema[0]
+def _is_uniform(image: Image.Image, decoded: Image.Image | None, data: bytes) -> bool:
+    """Whether all pixels have the same colour.
+
+    Args:
+        image: loaded, possibly at reduced scale.
+        decoded: the same as `decode` returns it; None if both have the same pixels.
+        data: the whole file.
+    """
+    extrema: Any = (decoded or image).getextrema()
+    low, high = extrema[0] if isinstance(extrema[0], tuple) else extrema
     if low != high:
         return False
-    return all(low == high for low, high in decode(data, formats=TRAINING_FORMATS).getextrema())  # type: ignore[misc]
+    return all(low == high for low, high in (decoded or decode(data)).getextrema())  # type: ignore[misc]
+
+
+def _log_ignored_profiles(found: list[_Checked]) -> None:
+    if found:
+        first = f"{printable(found[0].path)}: {found[0].reason}"
+        log.warning("%d images are read as sRGB, without their colour profile; the first, %s", len(found), first)
 
 
 def _cache_file(folder: Path) -> Path:
@@ -393,6 +362,6 @@ def _to_entry(
     path: str, mtime: int, size: int, width: int, height: int, image_format: str, dali_safe: bool
 ) -> ImageEntry:
     positive = all(isinstance(number, int) and number > 0 for number in (size, width, height))
-    if not positive or image_format not in TRAINING_FORMATS or not isinstance(dali_safe, bool):
+    if not positive or image_format not in READABLE_FORMATS or not isinstance(dali_safe, bool):
         raise TypeError(f"not an entry of a manifest: {path!r}")
     return ImageEntry(path, size, width, height, image_format, dali_safe, mtime)

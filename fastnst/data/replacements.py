@@ -20,7 +20,7 @@ import numpy as np
 from fastnst.data.crop import read_checked
 from fastnst.data.manifest import ImageEntry, Manifest, compute_fingerprint, quote_path, unquote_path
 from fastnst.errors import DataError
-from fastnst.images import TRAINING_FORMATS, UnusableImageError, explain_os_error, printable
+from fastnst.images import READABLE_FORMATS, UnusableImageError, explain_os_error, printable
 
 REJECTED_NAME = "rejected.jsonl"
 """A run's list of images that were refused or failed later."""
@@ -237,7 +237,7 @@ def _from_row(row: dict[str, Any]) -> ReadFailure:
     numbers = [checked["size"], checked["width"], checked["height"], row["step"]]
     if not all(type(number) is int and number > 0 for number in numbers):
         raise TypeError("sizes and steps must be positive integers")
-    if not isinstance(reason, str) or checked["format"] not in TRAINING_FORMATS or type(checked["plain"]) is not bool:
+    if not isinstance(reason, str) or checked["format"] not in READABLE_FORMATS or type(checked["plain"]) is not bool:
         raise TypeError("not an image that passed the check")
     # No file has this mtime, so reading the image checks it again.
     size, width, height, step = numbers

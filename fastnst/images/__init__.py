@@ -1,10 +1,11 @@
 """Read, check and write single images.
 
-Reading always returns upright, 8-bit RGB: the orientation tag is applied; grayscale, palette, CMYK and 16-bit images
-are converted; transparency is dropped, or kept on request. Colour profiles are not applied.
+Reading always returns upright sRGB of 8 bits: the orientation tag and the colour profile are applied; grayscale,
+palette, CMYK, CIELab and deep images are converted; colours under transparency, which nobody sees, are filled from the
+visible ones, and transparency is dropped, or kept on request.
 """
 
-from fastnst.images.decode import decode, orientation_of
+from fastnst.images.decode import decode, orientation_of, prepare
 from fastnst.images.files import (
     UnusableImageError,
     check_size,
@@ -14,29 +15,42 @@ from fastnst.images.files import (
     read_bytes,
     read_with_mtime,
 )
-from fastnst.images.open import READABLE_FORMATS, TRAINING_FORMATS, ignore_pillow_warnings, load, open_image
-from fastnst.images.read import MIN_SIDE, read_image
+from fastnst.images.open import (
+    OTHER_SUFFIXES,
+    READABLE_FORMATS,
+    READABLE_SUFFIXES,
+    ignore_pillow_warnings,
+    load,
+    open_image,
+)
+from fastnst.images.read import MIN_SIDE, SourceImage, read_image, read_with_metadata
 from fastnst.images.tensors import to_array, to_tensor
+from fastnst.images.transparency import is_transparent
 from fastnst.images.write import SUFFIXES, check_writable_suffix, write_image
 
 __all__ = [
     "MIN_SIDE",
+    "OTHER_SUFFIXES",
     "READABLE_FORMATS",
+    "READABLE_SUFFIXES",
     "SUFFIXES",
-    "TRAINING_FORMATS",
+    "SourceImage",
     "UnusableImageError",
     "check_size",
     "check_writable_suffix",
     "decode",
     "explain_os_error",
     "ignore_pillow_warnings",
+    "is_transparent",
     "load",
     "open_image",
     "open_nonblocking",
     "orientation_of",
+    "prepare",
     "printable",
     "read_bytes",
     "read_image",
+    "read_with_metadata",
     "read_with_mtime",
     "to_array",
     "to_tensor",

@@ -14,19 +14,48 @@ from PIL import Image, UnidentifiedImageError
 
 from fastnst.file_kind import file_kind
 from fastnst.images.files import UnusableImageError
+from fastnst.images.samples import explain_tiff
 
-TRAINING_FORMATS = ("JPEG", "PNG", "WEBP")
-READABLE_FORMATS = (*TRAINING_FORMATS, "BMP", "TIFF")
-MAX_WEBP_PIXELS = 50_000_000
-"""Pillow's WebP decoder needs about 20 bytes per pixel, twice the others: a 34-byte file could take 1.7 GB."""
+READABLE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
+"""Pillow's names of the formats that every command reads.
+
+Others are left out: they run programs (EPS, WMF), have no signature (TGA), are decoded slowly in Python (QOI), or hold
+layers or sizes of which one would have to be chosen (PSD, ICO).
+"""
+READABLE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+        *(".avif", ".avifs", ".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm"),
+    )
+)
+"""Suffixes of the readable formats; the content decides."""
+OTHER_SUFFIXES = frozenset(
+    (
+        *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".tga", ".psd", ".psb", ".ico", ".qoi", ".exr", ".hdr", ".pfm"),
+        *(".pam", ".xcf", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+    )
+)
+"""Suffixes of images of other formats: named where a folder holds them, and read if the content is readable."""
+
+MAX_PIXELS = 89_478_485
+"""Limit for images of a folder: Pillow's own."""
+MAX_PIXELS_OF_ONE = 1 << 28
+"""Limit for an image that the user names."""
+_DECODER_LIMITS = {"WEBP": 50_000_000, "AVIF": 50_000_000, "JPEG2000": 36_000_000}
+"""Limits where Pillow's decoder takes 20 bytes per pixel and more, twice the others: a file of 34 bytes could take
+gigabytes."""
 
 _CUT_SHORT = "it is cut short; fetch it again"
 # A lock, since warning filters are global to the process; reentrant, since `ignore_pillow_warnings` nests.
 _filters_lock = threading.RLock()
 
 
-def open_image(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open an image without decoding it, and check its number of pixels.
+
+    Args:
+        data: the whole file.
+        max_pixels: limit on the number of pixels; `_DECODER_LIMITS` may be lower.
 
     Raises:
         UnusableImageError: see `decode`.
@@ -34,33 +63,32 @@ def open_image(data: bytes, *, formats: tuple[str, ...]) -> Image.Image:
     if not data:
         raise UnusableImageError("the file is empty; fetch it again")
     try:
-        with ignore_pillow_warnings():
-            image = Image.open(io.BytesIO(data), formats=formats)
+        with ignore_pillow_warnings(), _pillow_limit(max_pixels):
+            image = Image.open(io.BytesIO(data), formats=READABLE_FORMATS)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
-        raise UnusableImageError(_too_many(int(pixels[0]) if pixels else None)) from error
+        raise UnusableImageError(_too_many(int(pixels[0]) if pixels else None, None, max_pixels)) from error
     except UnidentifiedImageError as error:
-        raise UnusableImageError(_explain_unidentified(data, formats)) from error
+        raise UnusableImageError(_explain_unidentified(data)) from error
     except Exception as error:  # Pillow's parsers raise anything on a damaged header.
         if data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little"):
             raise UnusableImageError(_CUT_SHORT) from error
         raise UnusableImageError(f"its header is damaged ({_brief(error)}); fetch it again") from error
-    pixels_of_image = image.width * image.height
-    if Image.MAX_IMAGE_PIXELS is not None and pixels_of_image > Image.MAX_IMAGE_PIXELS:
-        raise UnusableImageError(_too_many(pixels_of_image, image.size))
-    if image.format == "WEBP" and pixels_of_image > MAX_WEBP_PIXELS:
-        raise UnusableImageError(_too_many(pixels_of_image, image.size, MAX_WEBP_PIXELS))
+    limit = min(max_pixels, _DECODER_LIMITS.get(str(image.format), max_pixels))
+    if image.width * image.height > limit:
+        raise UnusableImageError(_too_many(image.width * image.height, image.size, limit))
     return image
 
 
-def load(image: Image.Image) -> None:
-    """Decode the pixels.
+def load(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Decode the pixels of an image opened with the same `max_pixels`.
 
     Raises:
         UnusableImageError: they are damaged or truncated.
     """
     try:
-        image.load()
+        with _pillow_limit(max_pixels):
+            image.load()
     except MemoryError:
         raise
     except Exception as error:  # As above: decoders raise nearly anything.
@@ -77,16 +105,29 @@ def ignore_pillow_warnings() -> Iterator[None]:
         yield
 
 
-def _too_many(pixels: int | None, size: tuple[int, int] | None = None, limit: int | None = None) -> str:
-    limit = limit or Image.MAX_IMAGE_PIXELS
+@contextlib.contextmanager
+def _pillow_limit(max_pixels: int) -> Iterator[None]:
+    """Lift Pillow's own limit on pixels, which is global to the process, where `max_pixels` is above it."""
+    if max_pixels <= MAX_PIXELS:
+        yield
+        return
+    with _filters_lock:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None if before is None else max(before, max_pixels)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _too_many(pixels: int | None, size: tuple[int, int] | None, limit: int) -> str:
     count = f"{size[0]} × {size[1]} px" if size else f"{pixels / 1e6:.0f} million pixels" if pixels else "its size"
-    return f"{count} is above the limit of {limit / 1e6:.0f} million pixels; scale it down" if limit else count
+    return f"{count} is above the limit of {limit / 1e6:.0f} million pixels; scale it down"
 
 
-def _explain_unidentified(data: bytes, formats: tuple[str, ...]) -> str:
+def _explain_unidentified(data: bytes) -> str:
     """Explain from the first bytes of a file why Pillow cannot identify it."""
-    names = [name.replace("WEBP", "WebP") for name in formats]
-    allowed = f"{', '.join(names[:-1])} or {names[-1]}"
+    allowed = "JPEG, PNG, WebP, TIFF, AVIF, JPEG 2000, GIF, BMP or PPM"
     kind = file_kind(data[:512])
     if kind == "a JPEG":
         return "it is a JPEG of a kind that cannot be decoded (lossless, 12-bit or damaged header); convert it"
@@ -94,9 +135,11 @@ def _explain_unidentified(data: bytes, formats: tuple[str, ...]) -> str:
         return f"it holds text, not an image; give {allowed}"
     if kind is None:
         return f"it is no image that can be read, or its first bytes are damaged; give {allowed}"
-    if kind.removeprefix("a ") in formats:
+    if kind == "a TIFF" and (layout := explain_tiff(data)):
+        return layout
+    if kind.partition(" ")[2] in ("TIFF", "AVIF", "GIF", "BMP", "PNG", "WebP", "JPEG 2000"):
         return f"it is {kind} of a kind that cannot be decoded, or its header is damaged; convert it"
-    return f"it is {kind}; convert it to {allowed}"
+    return f"it is {kind}; convert it to JPEG, PNG or TIFF"
 
 
 def _brief(error: Exception) -> str:

@@ -192,7 +192,7 @@ ATTACKS: list[Callable[[dict[str, Any]], object]] = [
     *(put(number, *ROW, column) for number in (0, -1, 10**30, 1.5, "1", True, None) for column in (1, 2, 3)),
     *(put(number, *ROW, 7) for number in (1, -1, 10**30, 0.0, None)),
     *(put(number, *ROW, column) for number in (63, -64, 10**12, "64") for column in (8, 9)),
-    *(put(value, *ROW, 4) for value in ("GIF", None, ["JPEG"], {})),
+    *(put(value, *ROW, 4) for value in ("EPS", None, ["JPEG"], {})),
     *(put(value, *ROW, 5) for value in (1, "true", None)),
     *(put(value, *ROW, 6) for value in (10**30, 1.0, None)),
     *(put(row, *ROW) for row in ([], None, "abc", ["a.jpg"], [0] * 11)),

@@ -16,8 +16,12 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ImageEntry]:
 @pytest.mark.parametrize(
     ("safe", "names"),
     [
-        (True, "gray.jpg progressive.jpg restart.jpg sampling2.jpg two.jpg alpha.png lossless.webp"),
-        (False, "rgb.jpg cmyk.jpg deep.png moving.png moving.webp turned.png turned.webp xmp.jpg bad_exif.jpg"),
+        (True, "gray.jpg progressive.jpg restart.jpg sampling2.jpg two.jpg opaque_alpha.png lossless.webp"),
+        (
+            False,
+            "alpha.png clear.webp gray_alpha.png image.gif tiff.jpg modern.avif rgb.jpg cmyk.jpg deep.png moving.png "
+            "moving.webp turned.png turned.webp xmp.jpg bad_exif.jpg",
+        ),
     ],
 )
 def test_is_dali_safe(entries: dict[str, ImageEntry], safe: bool, names: str) -> None:

@@ -14,6 +14,7 @@ from fastnst.data.manifest import build_manifest
 from fastnst.errors import DataError
 from fastnst.images import read_image
 from helpers.bad_image_fixtures import encoded
+from helpers.lookalike_images import P3_MATRIX, cmyk_profile, gray_profile, rgb_profile
 
 
 def seeds() -> list[bytes]:
@@ -40,6 +41,14 @@ def seeds() -> list[bytes]:
         (colours, "TIFF", {"compression": "tiff_lzw"}),
         (colours.convert("1"), "TIFF", {"compression": "group4"}),
         (sixteen, "TIFF", {"compression": "tiff_adobe_deflate", "tiffinfo": {274: 6}}),
+        (colours.convert("RGBA"), "TIFF", {"icc_profile": rgb_profile(P3_MATRIX, 2.2)}),
+        (colours, "JPEG", {"icc_profile": rgb_profile(P3_MATRIX, 1.8)}),
+        (colours.convert("CMYK"), "JPEG", {"icc_profile": cmyk_profile()}),
+        (colours.convert("L"), "PNG", {"icc_profile": gray_profile(1.8)}),
+        (colours.convert("RGBA"), "AVIF", {}),
+        (colours, "JPEG2000", {}),
+        (colours.convert("P"), "GIF", {"transparency": 3}),
+        (colours, "PPM", {}),
     ]
     return [encoded(image, image_format, **options) for image, image_format, options in kinds]
 

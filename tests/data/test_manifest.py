@@ -1,5 +1,6 @@
 """Checking a folder: images found, rejections and their reasons, and the cache of results."""
 
+import io
 import os
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from fastnst.data import manifest as manifest_module
 from fastnst.data.manifest import Manifest, build_manifest
@@ -26,7 +27,7 @@ def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     check_image = manifest_module.check_image
 
-    def watched(path: str, data: bytes, **rules: Any) -> manifest_module.ImageEntry:
+    def watched(path: str, data: bytes, **rules: Any) -> tuple[manifest_module.ImageEntry, str]:
         seen.append(path)
         return check_image(path, data, **rules)
 
@@ -68,7 +69,11 @@ def test_build_manifest_photos_are_dali_safe(photos: Path, tmp_path: Path) -> No
         (tmp_path / file.name).symlink_to(file)
     manifest = build_manifest(tmp_path)
     assert len(manifest.images) == 32
-    assert all(entry.dali_safe for entry in manifest.images)
+    for entry in manifest.images:
+        with Image.open(tmp_path / entry.path) as image:
+            profile = image.info.get("icc_profile")
+        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))) if profile else "sRGB"
+        assert entry.dali_safe == ("sRGB" in name), name
 
 
 def test_build_manifest_rechecks_files_with_another_size_or_mtime(photo_folder: Path, checked_files: list[str]) -> None:
@@ -110,7 +115,7 @@ def test_build_manifest_ignores_a_damaged_cache(
     expected = build_manifest(photo_folder)
     (file,) = (cache_folder() / "manifests").iterdir()
     whole = file.read_text("ascii")
-    changes = (('"files": [[', '"files": [[1, '), ("true", "17"), ('"JPEG"', '"GIF"'), ('"key": [', '"key": [0, '))
+    changes = (('"files": [[', '"files": [[1, '), ("true", "17"), ('"JPEG"', '"EPS"'), ('"key": [', '"key": [0, '))
     for text in ("", "[]", whole[: len(whole) // 2], *(whole.replace(*change) for change in changes)):
         file.write_text(text, "ascii")
         checked_files.clear()

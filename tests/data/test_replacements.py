@@ -343,7 +343,7 @@ def test_read_failures_restores_entries(tmp_path: Path) -> None:
 
 ROW = json.loads(failure_row(ReadFailure(ENTRY, "it went; restore it", 7)))
 NAMES = ("../a.jpg", "a/../../b.jpg", "/etc/passwd", "%2Fetc/passwd", "a%00b", "", 7)
-CHECKED = [*(("name", name) for name in NAMES), ("size", 0), ("width", "640"), ("height", True), ("format", "GIF")]
+CHECKED = [*(("name", name) for name in NAMES), ("size", 0), ("width", "640"), ("height", True), ("format", "EPS")]
 DAMAGED_ROWS = [
     *(ROW | {"checked": ROW["checked"] | {key: value}} for key, value in (*CHECKED, ("plain", 1))),
     *({key: value for key, value in ROW.items() if key != missing} for missing in ("checked", "reason")),

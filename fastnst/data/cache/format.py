@@ -36,7 +36,7 @@ from fastnst.data.crop import resized_length
 from fastnst.data.manifest import ImageEntry, Manifest, Rejection, compute_fingerprint, quote_path, unquote_path
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
-from fastnst.images import TRAINING_FORMATS, open_nonblocking, printable
+from fastnst.images import READABLE_FORMATS, open_nonblocking, printable
 from fastnst.storage import read_regular_file
 
 MANIFEST = "manifest.json"
@@ -49,6 +49,8 @@ MAX_ASPECT_RATIO = 32
 MAX_MANIFEST_BYTES = 1 << 28
 """An image takes about 100 bytes in it."""
 
+_READER = b" colours 2"
+"""How images that are not DALI-safe are read; another value where their pixels change. Without it: before profiles."""
 _SIZES = (16, 2048)
 _MAX_INT = 1 << 62
 _PREFIX = b'{\n"kind": "fastnst cache"'
@@ -196,6 +198,8 @@ def group_by_shard(images: list[CachedImage]) -> list[list[CachedImage]]:
 def inputs_digest(images: list[CachedImage], fit: Fit, size: int, pillow: str = PIL.__version__) -> str:
     """Return the SHA-256 of what determines a shard's bytes: files, size, fit and Pillow's version."""
     digest = hashlib.sha256(f"{FORMAT} {fit} {size} {pillow}".encode())
+    if not all(image.entry.dali_safe for image in images):
+        digest.update(_READER)
     for image in images:
         digest.update(json.dumps(_row(image)).encode())
     return digest.hexdigest()
@@ -336,7 +340,7 @@ def _parse_rows(index: int, rows: list[Any], fit: Fit, size: int) -> list[Cached
         width, height = _checked_int(width, 1, _MAX_INT), _checked_int(height, 1, _MAX_INT)
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f"an image of {width} × {height} px")
-        if image_format not in TRAINING_FORMATS or type(dali_safe) is not bool:
+        if image_format not in READABLE_FORMATS or type(dali_safe) is not bool:
             raise ValueError("not an image that passed the check")
         length, mtime = _checked_int(length, 1, _MAX_INT), _checked_int(mtime, -_MAX_INT, _MAX_INT)
         entry = ImageEntry(path, length, width, height, image_format, dali_safe, mtime)

@@ -66,7 +66,7 @@ def largest_images(folder: Path, *, all_modes: bool) -> list[Path]:
         files["transparent.png"] = png(LARGE, LARGE, 8, 6, _rows(4 * LARGE + 1))
         files["gray_and_transparent.png"] = png(LARGE, LARGE, 8, 4, _rows(2 * LARGE + 1))
         files["black_and_white.tif"] = _saved("1", "TIFF", compression="group4")
-        files["32_bits.tif"] = _saved("I", "TIFF", compression="tiff_adobe_deflate")
+        files["16_bits.tif"] = _saved("I;16", "TIFF", compression="tiff_adobe_deflate")
         files["ink_turned.tif"] = _saved("CMYK", "TIFF", compression="tiff_adobe_deflate", tiffinfo={274: 6})
         files["ink.jpg"] = _saved("CMYK", "JPEG", progressive=True)
     for name, data in files.items():
