@@ -142,11 +142,9 @@ def describe_shortage(
 
 
 def warn_of_shortage(config: Config, device: torch.device, dist_env: DistEnv, *, styles: int = 1) -> None:
-    """Before a run, warn if it should not fit into memory, and say what to change; args as `explained_memory_errors`."""
+    """Warn, before a run, if it should not fit into memory; args as `explained_memory_errors`."""
     available, local = available_memory_per_process(device, dist_env), local_config(config, dist_env)
-    border = 2 * ARCHITECTURES[config.model.architecture].border
-    pixels = local.train.batch_size * (config.data.image_size + border) ** 2
-    if available >= RESERVE_BYTES + styles * _PLENTY_PER_PIXEL * pixels + 2**30:
+    if available >= plenty(local, styles=styles):
         return
     need = estimate(local, device_type=device.type, styles=styles)
     shortage = describe_shortage(
@@ -154,6 +152,12 @@ def warn_of_shortage(config: Config, device: torch.device, dist_env: DistEnv, *,
     )
     if shortage:
         log.warning("memory: %s", shortage)
+
+
+def plenty(config: Config, *, styles: int) -> int:
+    """Return bytes that are more than `required_memory` of a run with `config`, without its slow estimate."""
+    side = config.data.image_size + 2 * ARCHITECTURES[config.model.architecture].border
+    return RESERVE_BYTES + styles * 2**30 + _PLENTY_PER_PIXEL * config.train.batch_size * side**2
 
 
 def _advice(config: Config, available: int, device: torch.device, dist_env: DistEnv, styles: int) -> str:
