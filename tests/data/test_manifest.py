@@ -253,7 +253,7 @@ def test_build_manifest_decodes_no_more_at_once_than_memory_holds(
     running: list[int] = []
     largest: list[int] = []
 
-    def slow(data: bytes, image: Image.Image) -> None:
+    def slow(_: bytes, image: Image.Image) -> None:
         running.append(image.width * image.height)
         largest.append(sum(running))
         time.sleep(0.003)

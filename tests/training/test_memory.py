@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastnst.config import Config, load_config
 from fastnst.errors import DeviceError
@@ -174,7 +176,7 @@ def test_dry_run_warns_of_too_little_memory(
 
 
 @pytest.mark.parametrize(
-    ("room", "warned"), [(2**40, None), (2**32, None), (int(2.55 * 2**30), "train.batch_size = 5")]
+    ("room", "warned"), [(2**40, None), (2**32, None), (int(2.25 * 2**30), "train.batch_size = 2")]
 )
 def test_train_warns_before_it_starts_of_too_little_memory(
     configure: Configure,
@@ -194,6 +196,21 @@ def test_train_warns_before_it_starts_of_too_little_memory(
     assert bool(estimated.call_count) is (room < 2**32)
     assert len(warnings) == bool(warned)
     assert all(warned in line for line in warnings)
+
+
+def test_train_refuses_a_style_image_that_cannot_fit(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "available_memory", lambda _: 2**20)
+    image = tmp_path / "style.png"
+    Image.fromarray(np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)).save(image)
+    with pytest.raises(DeviceError) as raised:
+        train(configure(f"style.image={image}", "style.size=96"), tmp_path / "run")
+    assert str(raised.value) == (
+        "the style image of 96 × 64 px needs 3.0 MiB or more for its features, and 1.0 MiB are there; "
+        "set style.size = 48"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_memory_that_is_plenty_is_more_than_any_estimate() -> None:
