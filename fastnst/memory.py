@@ -1,7 +1,9 @@
 """How much memory this process may still use, on a GPU or a CPU."""
 
+import contextlib
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +40,30 @@ def available_host_memory(root: Path = Path("/")) -> int:
         if limit != resource.RLIM_INFINITY:
             bounds.append(limit - (int(statm[column]) * page if statm else 0))
     return max(0, min(bounds))
+
+
+class MemoryBudget:
+    """Bytes that threads share: who needs more than is left waits for the others.
+
+    Args:
+        total: bytes; one thread alone may exceed them.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self._used, self._changed = total, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def reserved(self, count: int) -> Iterator[None]:
+        """Hold `count` bytes; do not nest, a thread would wait for itself."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + count <= self.total)
+            self._used += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= count
+                self._changed.notify_all()
 
 
 def _system_available(root: Path) -> Iterator[int]:

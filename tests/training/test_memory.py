@@ -1,5 +1,6 @@
 """Memory: what is available, which batch or image size fits, and what a run says when it runs out."""
 
+import contextlib
 import functools
 import resource
 import shutil
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastnst.config import Config, load_config
 from fastnst.errors import DeviceError
@@ -170,6 +173,52 @@ def test_dry_run_warns_of_too_little_memory(
         assert len(warnings) == bool(warning)
         assert all(warning in line for line in warnings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "warned"), [(2**40, None), (2**32, None), (int(2.25 * 2**30), "train.batch_size = 2")]
+)
+def test_train_warns_before_it_starts_of_too_little_memory(
+    configure: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    room: int,
+    warned: str | None,
+) -> None:
+    monkeypatch.setattr(advice, "available_memory", lambda _: room)
+    estimated = mock.Mock(side_effect=round_numbers)
+    monkeypatch.setattr(advice, "estimate", estimated)
+    monkeypatch.setattr(NetTrainer, "train_step", mock.Mock(side_effect=StopIteration))
+    with contextlib.suppress(StopIteration, RuntimeError):
+        train(configure(), tmp_path / "run")
+    warnings = [record.getMessage() for record in caplog.records if record.getMessage().startswith("memory: ")]
+    assert bool(estimated.call_count) is (room < 2**32)
+    assert len(warnings) == bool(warned)
+    assert all(warned in line for line in warnings)
+
+
+def test_train_refuses_a_style_image_that_cannot_fit(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "available_memory", lambda _: 2**20)
+    image = tmp_path / "style.png"
+    Image.fromarray(np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)).save(image)
+    with pytest.raises(DeviceError) as raised:
+        train(configure(f"style.image={image}", "style.size=96"), tmp_path / "run")
+    assert str(raised.value) == (
+        "the style image of 96 × 64 px needs 3.0 MiB or more for its features, and 1.0 MiB are there; "
+        "set style.size = 48"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_is_plenty_is_more_than_any_estimate() -> None:
+    for preset in ("hwalsuklee", "johnson", "lengstrom", "vgg-conv3"):
+        for batch_size, side, precision in ((1, 64, "fp32"), (4, 256, "fp32"), (4, 256, "bf16")):
+            sizes = (f"train.batch_size={batch_size}", f"data.image_size={side}", f"train.precision={precision}")
+            config = config_of(*sizes, preset=preset)
+            assert advice.plenty(config, styles=1) >= required_memory(estimate(config, device_type="cpu")), preset
 
 
 def test_available_memory_of_a_gpu_is_what_is_free_or_reserved_and_unused(monkeypatch: pytest.MonkeyPatch) -> None:

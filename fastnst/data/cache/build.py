@@ -39,10 +39,11 @@ from fastnst.data.cache.format import (
 )
 from fastnst.data.cache.verify import describe_damage, mark_verified, sha256_of_shard, verify
 from fastnst.data.crop import CropBox, crop_box, read_crop
-from fastnst.data.manifest import ImageEntry, Manifest, Rejection
+from fastnst.data.manifest import DECODED_BYTES_PER_PIXEL, ImageEntry, Manifest, Rejection
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
 from fastnst.images import UnusableImageError, printable
+from fastnst.memory import MemoryBudget, available_host_memory
 from fastnst.progress import ProgressReport, byte_count
 from fastnst.storage import (
     LOCK_NAMES,
@@ -123,6 +124,7 @@ class _Builder:
         self._manifest, self._out, self._size, self._fit, self._workers = manifest, out, size, fit, workers
         self._images = layout(manifest.images, fit, size)
         self._source = os.path.abspath(manifest.folder)  # noqa: PTH100
+        self._budget = MemoryBudget(available_host_memory())
         self.plans = [
             _ShardPlan(shard_name(index), images, inputs_digest(images, fit, size))
             for index, images in enumerate(group_by_shard(self._images))
@@ -273,7 +275,8 @@ class _Builder:
             box = crop_box(entry.width, entry.height, self._fit, _CENTER, size)
         path = os.path.join(self._manifest.folder, entry.path)  # noqa: PTH118
         try:
-            pixels = read_crop(path, entry, box, size, False, shape=(image.columns, image.rows))
+            with self._budget.reserved(DECODED_BYTES_PER_PIXEL * entry.width * entry.height):
+                pixels = read_crop(path, entry, box, size, False, shape=(image.columns, image.rows))
         except UnusableImageError as error:
             raise DataError(
                 f"{printable(path)} cannot be read any more: {error}; then run the same command again, which keeps "
