@@ -4,6 +4,7 @@ Every image is decoded once before training, so that a damaged one does not end 
 the cache folder and reused for each file with the same size and modification time.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
