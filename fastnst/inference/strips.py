@@ -269,7 +269,7 @@ class _Layer:
         rows = [*range(1, min(self.height, 64)), *range(max(1, self.height - 64), self.height)]
         written, read = self.width * self.channels, from_.width * from_.channels
         gaps: list[int] = [row * written - self._needed(row, from_) * read for row in rows]
-        return max(0, *gaps)
+        return max([0, *gaps])
 
     def _needed(self, row: int, of: _Source) -> int:
         """Return the first row of an earlier result that this result's rows from `row` on are computed from."""

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 
 from fastnst.config import Config, load_config
 from fastnst.errors import DeviceError
-from fastnst.memory import available_memory
+from fastnst.memory import MemoryBudget, available_memory
 from fastnst.training.memory import advice
 from fastnst.training.memory.advice import RESERVE_BYTES, largest_that_fits, required_memory
 from fastnst.training.memory.estimate import Estimate, estimate
@@ -272,6 +273,26 @@ def test_available_memory_of_a_cpu_is_bounded_by_system_and_cgroups(
 
 def test_available_memory_of_this_machine() -> None:
     assert 0 < available_memory(torch.device("cpu")) < 2**50
+
+
+def test_memory_budget_lets_others_wait_and_one_alone_exceed_it() -> None:
+    budget, done = MemoryBudget(100), list[str]()
+
+    def take(name: str, count: int) -> None:
+        with budget.reserved(count):
+            done.append(name)
+
+    with budget.reserved(60):
+        take("fits beside", 40)
+        waiting = threading.Thread(target=take, args=("too large beside", 50))
+        waiting.start()
+        waiting.join(0.05)
+        assert done == ["fits beside"]
+    waiting.join()
+    with contextlib.suppress(KeyError), budget.reserved(90):
+        raise KeyError
+    take("alone", 1000)
+    assert done == ["fits beside", "too large beside", "alone"]
 
 
 UNDER_A_LIMIT = """

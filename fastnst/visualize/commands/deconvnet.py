@@ -50,7 +50,7 @@ def deconvnet_report(
     crops = options.read_crops(images, size, layers)
     total = len(crops) * sum(choice.count(channels_of(layer)) for layer in layers)
     figures: list[Figure] = []
-    with options.memory_errors(torch_device, "--size or the number of --maps"):
+    with options.memory_errors(torch_device, "--size or the number of --maps", size):
         net = options.load_vgg(vgg, layers, torch_device)
         deconvnet = Deconvnet(net)
         with ProgressReport("deconvnet", total, "maps") as progress:

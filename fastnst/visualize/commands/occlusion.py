@@ -36,11 +36,20 @@ def occlusion_report(
     torch_device = resolve_device(device)
     crops = options.read_crops(images, size, [chosen.layer])
     figures = []
-    with options.memory_errors(torch_device, "--size"):
+    with options.memory_errors(torch_device, "--size", size):
         net = options.load_vgg_for_target(vgg, chosen, torch_device)
         for path, name, crop in zip(images, image_names(images), crops, strict=True):
             with counted(f"occlusion of {printable(path.name)}", "occluders") as count:
-                found = occlusion(net, crop.to(net.mean), chosen, size=patch, stride=stride, fill=fill, progress=count)
+                found = occlusion(
+                    net,
+                    crop.to(net.mean),
+                    chosen,
+                    size=patch,
+                    stride=stride,
+                    fill=fill,
+                    batch_size=options.batch_that_fits(torch_device, size, 32),
+                    progress=count,
+                )
             scale = number(colour_scale(found.heat))
             figures.append(
                 heat_figure(

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastnst.errors import DataError, DeviceError, UserError
-from fastnst.images import printable, read_image, to_tensor
+from fastnst.images import MIN_SIDE, printable, read_image, to_tensor
+from fastnst.memory import available_memory
 from fastnst.models.files.early_checks import check_vgg19
 from fastnst.models.vgg19_layers import LAYERS, check_layer, deepest_layer
+from fastnst.progress import byte_count
 from fastnst.visualize.attribution.targets import CLASS_LAYER, Target, channels_of, check_choice
 from fastnst.visualize.deconv.maps import Activation, check_maps
 from fastnst.visualize.deconv.receptive_field import check_size, crop_size, receptive_field
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 MAPS_FORMS = "numbers and ranges such as 0,5,17-20, the strongest such as top:16, or all"
 _OTHER_TARGET = "or a target layer:map, such as relu3_4:17"
 _MAX_RANGE = 10_000  # more maps than any layer has; a mistyped range shall not be expanded
+# Of a forward pass: input and output of the widest layer in fp32, the least that any command takes; and its peak.
+_LEAST_BYTES_PER_PIXEL = 512
+_BYTES_PER_PIXEL = 700
 
 
 @dataclass(frozen=True)
@@ -215,17 +220,33 @@ def size_setting(crop: "Tensor") -> dict[str, str]:
     return {"size": f"{crop.shape[3]} × {crop.shape[2]} px, center crop"}
 
 
+def batch_that_fits(device: "torch.device", size: int, largest: int) -> int:
+    """Return how many crops VGG19 can take at a time, from 1 to `largest`."""
+    return max(1, min(largest, available_memory(device) // (_BYTES_PER_PIXEL * size**2)))
+
+
 @contextlib.contextmanager
-def memory_errors(device: "torch.device", options: str) -> Iterator[None]:
-    """Raise DeviceError, with the advice to lower `options`, when the device runs out of memory."""
+def memory_errors(device: "torch.device", options: str, size: int) -> Iterator[None]:
+    """Raise DeviceError, with the advice to lower `options`, when the device runs out of memory.
+
+    A CPU's process would be killed instead, so a crop of `size` pixels that takes more than there is fails at once.
+    """
     from fastnst.device import ran_out_of_memory
 
+    other = ", or use --device cpu" if device.type == "cuda" else ""
+    available = available_memory(device)
+    if _LEAST_BYTES_PER_PIXEL * size**2 > available:
+        fits = int((available / _BYTES_PER_PIXEL) ** 0.5)
+        raise DeviceError(
+            f"a crop of {size} × {size} px needs {byte_count(_LEAST_BYTES_PER_PIXEL * size**2)} or more, and "
+            f"{byte_count(available)} are there; "
+            + (f"set --size {fits} or less{other}" if fits >= MIN_SIDE else f"free some{other}")
+        )
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
-        other = ", or use --device cpu" if device.type == "cuda" else ""
         raise DeviceError(f"out of memory; lower {options}{other}") from error
 
 

@@ -46,7 +46,7 @@ def saliency_report(
     torch_device = resolve_device(device)
     crops = options.read_crops(images, size, [chosen.layer])
     figures = []
-    with options.memory_errors(torch_device, "--size"):
+    with options.memory_errors(torch_device, "--size", size):
         net = options.load_vgg_for_target(vgg, chosen, torch_device)
         with ProgressReport("saliency", len(images), "images") as progress:
             for path, name, crop in zip(images, image_names(images), crops, strict=True):

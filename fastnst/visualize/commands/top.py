@@ -59,9 +59,10 @@ def top_report(
     check_at_least_one("--count", count)
     torch_device = resolve_device(device)
     manifest = _read_manifest(folder, layer)
-    with options.memory_errors(torch_device, "--size, --count or the number of --maps"):
+    with options.memory_errors(torch_device, "--size, --count or the number of --maps", side):
         net = options.load_vgg(vgg, [layer], torch_device)
-        crops = CenterCrops(manifest, side, torch_device, loader)
+        at_once = options.batch_that_fits(torch_device, side, CenterCrops.batch_size)
+        crops = CenterCrops(manifest, side, torch_device, loader, batch_size=at_once)
         with counted(f"top of {layer}", "images") as progress:
             found = find_top_activations(net, crops, layer, choice.numbers, count=count, progress=progress)
         if choice.numbers is None:

@@ -49,7 +49,7 @@ def transform_report(
     torch_device = resolve_device(device)
     crops = options.read_crops(images, size)
     figures: list[Figure] = []
-    with options.memory_errors(torch_device, "--size or the number of --maps"):
+    with options.memory_errors(torch_device, "--size or the number of --maps", size):
         net = load(torch_device)
         deconvnet, weight = TransformDeconvnet(net), next(net.parameters())
         channels = {layer: deconvnet.channels(layer) for layer in layers or net.layer_names}

@@ -18,7 +18,7 @@ from fastnst.models.transform_net import TransformNet
 from fastnst.models.weights import load_vgg19
 from fastnst.training.run_dir.load_net import load_checkpoint_net, steps_of_run
 from fastnst.visualize.commands import saliency, top
-from fastnst.visualize.commands.options import read_crops
+from fastnst.visualize.commands.options import batch_that_fits, read_crops
 from helpers.html_page import Page
 
 Fastnst = Callable[..., tuple[int, bytes, str]]
@@ -234,6 +234,41 @@ def test_saliency_reports_too_little_memory(
     assert code == 5
     assert "out of memory; lower --size" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("deconvnet", ("--layer", "conv1_1", *SMALL)),
+        ("top", ("--layer", "conv1_1", *SMALL)),
+        ("saliency", (*MAP, *SMALL)),
+        ("occlusion", (*MAP, *SMALL)),
+        ("transform", ("--device", "cpu", "--size", "64")),
+    ],
+)
+def test_visualize_refuses_a_size_that_memory_does_not_hold(
+    fastnst: Fastnst,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    options: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("fastnst.visualize.commands.options.available_memory", lambda _: 2**20)
+    model = tmp_path / "model.safetensors"
+    save_style_model(model, TransformNet("johnson"), metadata={})
+    inputs = {"top": (photo.parent,), "transform": (model, photo)}.get(command, (photo,))
+    code, _, err = fastnst(command, *inputs, *options, "--out", tmp_path / "out")
+    assert code == 5
+    assert "a crop of 64 × 64 px needs 2.0 MiB or more, and 1.0 MiB are there; set --size 38 or less" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_batch_that_fits_is_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for room, expected in ((0, 1), (700 * 100**2 * 5, 5), (2**40, 32)):
+        monkeypatch.setattr("fastnst.visualize.commands.options.available_memory", lambda _, room=room: room)
+        assert batch_that_fits(cpu, 100, 32) == expected
 
 
 @pytest.mark.parametrize("command", ["deconvnet", "top", "saliency", "occlusion", "transform"])
