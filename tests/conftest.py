@@ -96,6 +96,14 @@ def _cache_in_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None
     os.environ["FASTNST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_lines_of_slow_starts() -> None:
+    """Keep stderr alike on a slow machine: it would say what takes long."""
+    from fastnst import progress
+
+    progress.START_INTERVAL_S = 3600.0
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Folder of real images and weights (`FASTNST_TEST_DATA`, default `../shared/data`)."""

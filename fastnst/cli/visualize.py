@@ -114,11 +114,14 @@ def top(folder: Path, layer: str, out: Path, overwrite: bool, run: Path | None, 
     \b
     fastnst visualize top photos --layer relu3_4 --out seen
     """
+    from fastnst.data.cache.format import is_cache
     from fastnst.data.folder import check_folder
+    from fastnst.errors import DataError
     from fastnst.visualize.commands.options import check_vgg_command
 
     _check(out, run, (), overwrite=overwrite)
-    check_folder(folder)
+    if is_cache(check_folder(folder)):
+        raise DataError(f"{folder} is a cache of training crops; give the folder that its images are in")
     check_vgg_command([layer], **{key: options[key] for key in ("vgg", "maps", "size")})
     with import_phase():
         from fastnst.visualize.commands.top import top_report

@@ -115,7 +115,7 @@ class Trainer:
                         signum = self.group.all_reduce_max(self.stop.signum or 0)[0]
                         is_final = step == last or bool(signum)
                         note = self._log_metrics(step, styles, terms, meter, is_final=is_final)
-                    with meter.paused(), record_span("samples and checkpoints"), phase("log samples and save"):
+                    with meter.paused(), record_span("samples and checkpoints"):
                         self._show_and_save(step, styles, is_final=is_final)
                     progress.advance(note=note)
                     profile.step()
@@ -173,13 +173,14 @@ class Trainer:
         """Log samples and projections, and save checkpoints, where they are due."""
         train, every = self.config.train, self.config.visualize.every
         is_last = step == self.num_steps
-        for style in styles:
-            style.show_and_save(
-                step,
-                samples=is_last or step % train.sample_every == 0,
-                projections=every > 0 and (is_last or step % every == 0),
-                checkpoint=is_final or step % train.checkpoint_every == 0,
-            )
+        samples = is_last or step % train.sample_every == 0
+        projections = every > 0 and (is_last or step % every == 0)
+        checkpoint = is_final or step % train.checkpoint_every == 0
+        if not (samples or projections or checkpoint):
+            return
+        with phase("log samples and save"):
+            for style in styles:
+                style.show_and_save(step, samples=samples, projections=projections, checkpoint=checkpoint)
 
     def _prepare_run_dirs(self, done: int) -> SyncedFailures:
         """Write each run's configuration and list of rejected images; return what replaces unreadable ones."""

@@ -66,6 +66,8 @@ CASES = [
     (2, "train --style {photo} --data {photos} --config {photo}", "photo.jpg"),
     (3, "visualize saliency {weights} --target relu3_4:1 " + SEEN, "is a zip file of torch.save, not an image"),
     (3, "visualize top {zip} --layer relu3_4 " + SEEN, "is a zip archive, and not a folder"),
+    (3, "visualize top {cache} --layer relu3_4 " + SEEN, "is a cache of training crops; give the folder"),
+    (3, "data cache {cache}", "is a cache already"),
     (3, "visualize transform {mat} {photo} --out {new}", "is a MATLAB file, not a style model"),
     (3, "data check {zip}", "is a zip archive, and not a folder; unpack it"),
     (3, "data cache {video}", "is an MP4 video, and not a folder"),
@@ -108,7 +110,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths["zip"].write_bytes(b"PK\3\4" + bytes(22) + b"\x0f\0\0\0train2017/a.jpg")
     paths["video"].write_bytes(b"\0\0\0\x18ftypisom" + bytes(100))
     paths["mat"].write_bytes(b"MATLAB 5.0 MAT-file, Platform: GLNXA64" + bytes(200))
-    return paths | {"new": folder / "new"}
+    (folder / "coco-256").mkdir()
+    (folder / "coco-256" / "manifest.json").write_text('{\n"kind": "fastnst cache"\n}')
+    return paths | {"new": folder / "new", "cache": folder / "coco-256"}
 
 
 @pytest.fixture(scope="module")
