@@ -24,7 +24,7 @@ from fastnst.models.file_checks import (
 from fastnst.models.safetensors_file import open_safetensors
 from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
 from fastnst.progress import counted
-from fastnst.storage import cache_folder, sha256_of
+from fastnst.storage import NOWHERE, cache_folder, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,11 @@ def _find_or_download(source: RemoteFile, pause: float) -> Path:
             return path
         reason = f"SHA-256 {digest[:8]}…, must be {source.sha256[:8]}…"
         log.warning("VGG19: %s is damaged (%s) and is not used", path, reason)
+    if NOWHERE in own.parents:
+        raise WeightsUnavailable(
+            f"there is no folder to keep VGG19 in ({source.size / 1e6:,.1f} MB): set FASTNST_CACHE=FOLDER, give a file "
+            "with --vgg FILE, or use untrained weights with --vgg random"
+        )
     log.info("VGG19: downloading %s (%s MB) to %s", source.url, f"{source.size / 1e6:,.1f}", own)
     try:
         with counted("download VGG19", "MB", scale=1e6) as progress:
