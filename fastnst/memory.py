@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+_LARGEST_IMAGE_BYTES = 2**30
+"""What decoding an image of `fastnst.images.MAX_PIXELS` takes."""
+
 
 def available_memory(device: "torch.device", root: Path = Path("/")) -> int:
     """Return the bytes that this process may allocate, beside what it uses already.
@@ -38,6 +41,11 @@ def available_host_memory(root: Path = Path("/")) -> int:
         if limit != resource.RLIM_INFINITY:
             bounds.append(limit - (int(statm[column]) * page if statm else 0))
     return max(0, min(bounds))
+
+
+def decoding_threads() -> int:
+    """Return how many threads or processes may decode images at a time: one per core, if the largest images fit."""
+    return max(1, min(len(os.sched_getaffinity(0)), available_host_memory() // _LARGEST_IMAGE_BYTES))
 
 
 def _system_available(root: Path) -> Iterator[int]:

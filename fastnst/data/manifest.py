@@ -36,6 +36,7 @@ from fastnst.images import (
     printable,
     read_bytes,
 )
+from fastnst.memory import decoding_threads
 from fastnst.storage import cache_folder, write_atomic, write_cached
 
 _CACHE_VERSION = 3
@@ -104,7 +105,7 @@ def build_manifest(
 
     Args:
         folder: folder of images.
-        workers: decoding threads; default: one per core available to this process.
+        workers: decoding threads; default: one per core, if memory suffices.
         progress: called with (files done, files in total) after each file.
         cache: reuse and store results of earlier checks.
         min_side: minimum of the short side, in pixels.
@@ -120,7 +121,7 @@ def build_manifest(
     if not candidates and not unreadable:
         raise DataError(f"{printable(folder)} holds no images, only {ignored} other files; give a folder of photos")
     rules = _Rules(min_side, allow_uniform)
-    ordered = _check_all(folder, candidates, rules, workers or len(os.sched_getaffinity(0)), progress, cache)
+    ordered = _check_all(folder, candidates, rules, workers or decoding_threads(), progress, cache)
     images = [checked.entry for checked in ordered if checked.entry is not None]
     _log_ignored_profiles([checked for checked in ordered if checked.entry is not None and checked.reason])
     rejected = [Rejection(checked.path, checked.reason) for checked in ordered if checked.entry is None]

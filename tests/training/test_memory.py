@@ -15,7 +15,7 @@ import torch
 
 from fastnst.config import Config, load_config
 from fastnst.errors import DeviceError
-from fastnst.memory import available_memory
+from fastnst.memory import available_memory, decoding_threads
 from fastnst.training.memory import advice
 from fastnst.training.memory.advice import RESERVE_BYTES, largest_that_fits, required_memory
 from fastnst.training.memory.estimate import Estimate, estimate
@@ -122,6 +122,26 @@ def test_train_out_of_memory_that_was_there_at_the_start_blames_something_else(f
     assert message.endswith("so something else has taken memory since: free it, or set train.batch_size = 4")
     message = failure(GPU_ERROR, 2**40, "train.batch_size=1")
     assert message.endswith("free it, or set a data.image_size below 100")
+
+
+@pytest.mark.parametrize(("room", "threads"), [(2**28, 1), (3 * 2**30, 3), (2**40, 16)])
+def test_decoding_threads_leave_room_for_the_largest_images(
+    monkeypatch: pytest.MonkeyPatch, room: int, threads: int
+) -> None:
+    monkeypatch.setattr("fastnst.memory.available_host_memory", lambda: room)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    assert decoding_threads() == threads
+
+
+def test_train_warns_at_its_start_where_memory_should_not_suffice(
+    failure: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    failure(CPU_ERROR, int(2.55 * 2**30))
+    (warning,) = [message for message in caplog.messages if message.startswith("memory may not suffice")]
+    assert "it needs about 2.8 GiB, reserve included, and 2.5 GiB are there: set train.batch_size = 5" in warning
+    caplog.clear()
+    failure(CPU_ERROR, 2**40)
+    assert "memory may not suffice" not in caplog.text
 
 
 @pytest.mark.parametrize(("setting", "named"), [("train.capture=auto", True), ("train.capture=off", False)])

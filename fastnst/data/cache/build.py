@@ -43,6 +43,7 @@ from fastnst.data.manifest import ImageEntry, Manifest, Rejection
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
 from fastnst.images import UnusableImageError, printable
+from fastnst.memory import decoding_threads
 from fastnst.progress import ProgressReport, byte_count
 from fastnst.storage import (
     LOCK_NAMES,
@@ -86,14 +87,14 @@ def build_cache(
         size: length of the short side, or of the square, in pixels.
         fit: see `fastnst.data.cache.format`.
         rebuild: replace shards that are damaged, or made from other images or with another size or fit.
-        workers: decoding threads; default: one per core.
+        workers: decoding threads; default: one per core, if memory suffices.
 
     Raises:
         DataError: `out` is damaged or holds something else, and `rebuild` is not set; or an image changed meanwhile.
         StorageError: the storage cannot be written, or lacks the space.
         UserError: another process is building this cache.
     """
-    builder = _Builder(_reject_elongated(manifest), out, size, fit, workers or len(os.sched_getaffinity(0)))
+    builder = _Builder(_reject_elongated(manifest), out, size, fit, workers or decoding_threads())
     _check_place(out)
     if not out.exists():
         # Checked before anything is created.

@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,8 @@ from fastnst.progress import byte_count
 from fastnst.training.distributed.environment import DistEnv, local_config
 from fastnst.training.memory.estimate import Estimate, estimate
 from fastnst.training.step.graphed_step import capture_unsupported_reason, wants_capture
+
+log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 2**30
 """Not part of the estimate: decoding and its processes, workspaces of convolutions, the allocator's rounding."""
@@ -78,6 +81,15 @@ def available_memory_per_process(device: torch.device, dist_env: DistEnv) -> int
     return available_memory(device) // (1 if device.type == "cuda" else dist_env.local_world_size)
 
 
+def warn_of_shortage(config: Config, device: torch.device, dist_env: DistEnv, *, styles: int) -> None:
+    """Warn if a run should not fit into memory: at the limit of a container the kernel kills it without a word."""
+    available = available_memory_per_process(device, dist_env)
+    # The estimate itself may fail; what the run says then is better.
+    with contextlib.suppress(RuntimeError, MemoryError, UserError):
+        if shortage := _estimate_and_shortage(config, available, device, dist_env, styles)[1]:
+            log.warning("memory may not suffice: %s", shortage)
+
+
 @contextlib.contextmanager
 def explained_memory_errors(
     config: Config, device: torch.device, dist_env: DistEnv = _SINGLE_PROCESS, *, styles: int = 1
@@ -136,20 +148,24 @@ def describe_shortage(
 
 
 def _advice(config: Config, available: int, device: torch.device, dist_env: DistEnv, styles: int) -> str:
-    processes, local = dist_env.world_size, local_config(config, dist_env)
     try:
-        need = estimate(local, device_type=device.type, styles=styles)
-        shortage = describe_shortage(
-            local, need, available, device_type=device.type, processes=processes, styles=styles
-        )
+        need, shortage = _estimate_and_shortage(config, available, device, dist_env, styles)
     except (RuntimeError, MemoryError, UserError):
         return "lower one of them"
     if shortage is not None:
         return shortage
-    batch_size, side = config.train.batch_size, config.data.image_size
+    processes, batch_size, side = dist_env.world_size, config.train.batch_size, config.data.image_size
     half = batch_size // 2 // processes * processes
     fix = f"train.batch_size = {half}" if half else f"a data.image_size below {side}"
     return (
         f"it needs about {byte_count(required_memory(need))}, reserve included, and {byte_count(available)} were there "
         f"when the run began, so something else has taken memory since: free it, or set {fix}"
     )
+
+
+def _estimate_and_shortage(
+    config: Config, available: int, device: torch.device, dist_env: DistEnv, styles: int
+) -> tuple[Estimate, str | None]:
+    local, processes = local_config(config, dist_env), dist_env.world_size
+    need = estimate(local, device_type=device.type, styles=styles)
+    return need, describe_shortage(local, need, available, device_type=device.type, processes=processes, styles=styles)
