@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from fastnst.config import load_config
 from fastnst.errors import UserError
 from fastnst.images import check_replaceable, write_image
+from fastnst.progress import phase
 from fastnst.storage import ForeignFileError
 from fastnst.training.signals import StopRequest
 
@@ -51,10 +52,8 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
     Raises:
         UserError: scikit-image is not installed, `out` holds another run, or a foreign file has the name of an image.
     """
-    from fastnst.inference import stylize_files
-    from fastnst.models.weights import WeightsUnavailable, load_vgg19
+    from fastnst.models.files.early_checks import check_vgg19
     from fastnst.training.run_dir.layout import validate_run_dir
-    from fastnst.training.train import train
 
     logged = ["train.sample_every=50", "train.log_every=10", "visualize.every=50"]
     assignments = [f"data.image_size={IMAGE_SIZE}", *logged]
@@ -73,8 +72,14 @@ def run_demo(out: Path, *, vgg: str, steps: int | None, stop: StopRequest | None
             check_replaceable(path)
         except ForeignFileError as error:
             raise UserError(f"{path} exists, and fastnst did not write it; choose another --out") from error
-    photos = write_photos(images / "photos")
-    write_image(style, draw_strokes(256))
+    check_vgg19(vgg)
+    with phase("import PyTorch"):
+        from fastnst.inference import stylize_files
+        from fastnst.models.weights import WeightsUnavailable, load_vgg19
+        from fastnst.training.train import train
+    with phase("draw the photos and the style"):
+        photos = write_photos(images / "photos")
+        write_image(style, draw_strokes(256))
     if vgg == "auto":
         try:
             load_vgg19("auto", last_layer="relu3_4")

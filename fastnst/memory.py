@@ -1,16 +1,15 @@
 """How much memory this process may still use, on a GPU or a CPU."""
 
+import contextlib
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-_LARGEST_IMAGE_BYTES = 2**30
-"""What decoding an image of `fastnst.images.MAX_PIXELS` takes."""
 
 
 def available_memory(device: "torch.device", root: Path = Path("/")) -> int:
@@ -43,9 +42,28 @@ def available_host_memory(root: Path = Path("/")) -> int:
     return max(0, min(bounds))
 
 
-def decoding_threads() -> int:
-    """Return how many threads or processes may decode images at a time: one per core, if the largest images fit."""
-    return max(1, min(len(os.sched_getaffinity(0)), available_host_memory() // _LARGEST_IMAGE_BYTES))
+class MemoryBudget:
+    """Bytes that threads share: who needs more than is left waits for the others.
+
+    Args:
+        total: bytes; one thread alone may exceed them.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self._used, self._changed = total, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def reserved(self, count: int) -> Iterator[None]:
+        """Hold `count` bytes; do not nest, a thread would wait for itself."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + count <= self.total)
+            self._used += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= count
+                self._changed.notify_all()
 
 
 def _system_available(root: Path) -> Iterator[int]:

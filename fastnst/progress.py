@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -12,8 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL_S = 5.0
+START_INTERVAL_S = 2.0
+"""While a command starts, when nobody knows yet whether it works."""
+_START_S = 10.0
 
 _is_silent = False
+_phases: list[tuple[str, float]] = []
+"""Label and start of those that are entered, the outermost first."""
+_last_said = time.monotonic()
 
 
 class ProgressReport:
@@ -26,6 +33,7 @@ class ProgressReport:
         rate_per_item: how many of `rate_unit` one item stands for (a training step stands for a batch of images).
         rate_unit: unit of the speed that is shown.
         start: items done before, by an earlier process; they count as done but not towards the speed.
+        interval_s: seconds between plain lines, after more frequent ones at the start.
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class ProgressReport:
         rate_per_item: float = 1.0,
         rate_unit: str | None = None,
         start: int = 0,
+        interval_s: float = PLAIN_INTERVAL_S,
         stream: TextIO | None = None,
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -45,7 +54,7 @@ class ProgressReport:
         # sys.stderr is None in a process that was started with a closed stderr.
         shown = stream or (io.StringIO() if _is_silent or sys.stderr is None else sys.stderr)
         self._stream: TextIO = _Unfailing(shown)  # type: ignore[assignment]
-        self._note = ""
+        self._note, self._interval_s = "", interval_s
         self._done_printed = start
         self._started = self._printed = time.monotonic()
         self._bar: Progress | None = None
@@ -77,12 +86,18 @@ class ProgressReport:
 
     def advance(self, items: int = 1, note: str | None = None) -> None:
         """Count `items` as done; `note` (a loss, say) stays at the end of the line until the next one."""
+        global _last_said
         self.done += items
         self._note = self._note if note is None else note
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, rate=self._rate_text(), note=self._note)
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+            _last_said = time.monotonic()
+            return
+        now = time.monotonic()
+        interval = self._interval_s if now - self._started > _START_S else START_INTERVAL_S
+        if now - self._printed >= interval:
             self._print_line()
+            _last_said = now
 
     @property
     def rate(self) -> float:
@@ -156,7 +171,8 @@ def counted(label: str, unit: str, *, scale: float = 1.0) -> Iterator[Callable[[
             done, total = int(done / scale), int(total / scale)
             if report is None:
                 # The first amount came from a cache or an earlier try, and is no measure of speed.
-                report = stack.enter_context(ProgressReport(label, total, unit, start=done))
+                options: dict[str, Any] = {"start": done, "interval_s": START_INTERVAL_S}
+                report = stack.enter_context(ProgressReport(label, total, unit, **options))
             report.advance(done - report.done)
 
         yield count
@@ -180,3 +196,41 @@ def byte_count(count: float) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+@contextlib.contextmanager
+def phase(label: str) -> Iterator[None]:
+    """Say on stderr what is being done whenever nothing was said for some seconds, from a thread of its own.
+
+    For work that cannot count: an import, a compilation. Of nested phases the innermost speaks.
+    """
+    if _is_silent:
+        yield
+        return
+    _phases.append((label, time.monotonic()))
+    ended = threading.Event()
+    speaker = threading.Thread(target=_speak, args=(ended,), name="phase", daemon=True)
+    is_outermost = len(_phases) == 1
+    if is_outermost:
+        speaker.start()
+    try:
+        yield
+    finally:
+        _phases.pop()
+        if is_outermost:
+            ended.set()
+            speaker.join()
+
+
+def _speak(ended: threading.Event) -> None:
+    global _last_said
+    # Not at once, however long ago the last line was: most phases are quick.
+    wait = START_INTERVAL_S / 4
+    while not ended.wait(max(wait, _last_said + START_INTERVAL_S - time.monotonic())):
+        now = time.monotonic()
+        if now - _last_said < START_INTERVAL_S:
+            continue
+        with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):  # no stderr, or the phase has ended
+            label, started = _phases[-1]
+            print(f"{label} … {now - started:.0f} s", file=sys.stderr, flush=True)
+        _last_said = now

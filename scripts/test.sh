@@ -18,7 +18,7 @@ if [[ ${1:-} == --quick ]]; then
     shift
     selection=(-m "not slow and not campaign")
 fi
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # without them, for it counts as OpenMP does
 # More processes would compete for a GPU's memory. pytest-benchmark cannot measure beside other tests: those that need
 # it start processes of their own.
 exec "$venv/bin/python" -m pytest -n "$((cores < 4 ? cores : 4))" --benchmark-disable ${selection[@]+"${selection[@]}"} "$@"

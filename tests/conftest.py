@@ -69,8 +69,9 @@ _SLOW = (
     "cli/test_fuzz_command_line",
 )
 
-# The settings of whoever runs the tests must not decide their outcome, nor reach child processes.
-for _variable in [name for name in os.environ if name.startswith("FASTNST_")]:
+# The settings of whoever runs the tests must not decide their outcome, nor reach child processes. Only the test data's
+# folder stays: pytest-xdist's controlling process runs these lines before it starts the workers, which need it.
+for _variable in [name for name in os.environ if name.startswith("FASTNST_") and name != "FASTNST_TEST_DATA"]:
     del os.environ[_variable]
 # The tensors are tiny and every core has a process: more threads would only wait for one another. OpenMP reads this
 # once, when torch is imported; child processes inherit it.

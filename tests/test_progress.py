@@ -1,6 +1,9 @@
 """Progress: what a log file gets, what a terminal gets, and the numbers in both."""
 
 import io
+import re
+import threading
+import time
 
 import pytest
 
@@ -33,7 +36,10 @@ def test_progress_report_prints_plain_lines_every_few_seconds_and_once_at_the_en
             report.advance(note="loss 3.2")
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "train: 5/100 steps, 4.0 images/s, 1:35 left, loss 3.2",
+        "train: 2/100 steps, 4.0 images/s, 1:38 left, loss 3.2",
+        "train: 4/100 steps, 4.0 images/s, 1:36 left, loss 3.2",
+        "train: 6/100 steps, 4.0 images/s, 1:34 left, loss 3.2",
+        "train: 8/100 steps, 4.0 images/s, 1:32 left, loss 3.2",
         "train: 10/100 steps, 4.0 images/s, 1:30 left, loss 3.2",
         "train: 15/100 steps, 4.0 images/s, 1:25 left, loss 3.2",
         "train: 17/100 steps, 4.0 images/s, 1:23 left, loss 3.2",
@@ -104,6 +110,68 @@ def test_progress_report_without_stderr(clock: Clock, monkeypatch: pytest.Monkey
         clock.now += 9.0
         report.advance()
     assert report.done == 1
+
+
+class Said(io.StringIO):
+    """A log file that waits until something has been written."""
+
+    def wait(self, times: int, text: str) -> None:
+        deadline = time.monotonic() + 30
+        while len(re.findall(text, self.getvalue())) < times:
+            assert time.monotonic() < deadline, self.getvalue()
+            time.sleep(0.005)
+
+
+def test_phase_says_again_and_again_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 0.02)
+    monkeypatch.setattr(progress.sys, "stderr", stream := Said())
+    with progress.phase("load VGG19"):
+        stream.wait(3, r"load VGG19 … \d+ s\n")
+        with progress.phase("something inside"):
+            stream.wait(3, r"something inside … \d+ s\n")
+        stream.wait(4, r"load VGG19 … \d+ s\n")
+    said = stream.getvalue()
+    time.sleep(0.1)
+    assert said == stream.getvalue()
+    with pytest.raises(KeyError):
+        _fail_after(stream, r"next … \d+ s\n")
+    assert not [thread for thread in threading.enumerate() if thread.name == "phase"]
+
+
+def test_phase_leaves_the_word_to_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 0.5)
+    monkeypatch.setattr(progress.sys, "stderr", stream := Said())
+    with progress.phase("compute"), ProgressReport("train", 100, "steps", stream=io.StringIO()) as report:
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            report.advance(0)
+            report._printed = 0.0  # the next one prints, too
+            time.sleep(0.005)
+    assert stream.getvalue() == ""
+
+
+def _fail_after(stream: Said, text: str) -> None:
+    with progress.phase("next"):
+        stream.wait(1, text)
+        raise KeyError
+
+
+def test_phase_says_nothing_of_what_is_quick_or_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 0.01)
+    monkeypatch.setattr(progress.sys, "stderr", stream := Said())
+    with progress.silenced(), progress.phase("load VGG19"):
+        time.sleep(0.1)
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 60.0)
+    with progress.phase("load VGG19"):
+        pass
+    assert stream.getvalue() == ""
+
+
+def test_phase_needs_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "START_INTERVAL_S", 0.005)
+    monkeypatch.setattr(progress.sys, "stderr", None)
+    with progress.phase("load VGG19"):
+        time.sleep(0.05)
 
 
 def test_duration() -> None:

@@ -1,17 +1,24 @@
-"""README.md and CONTRIBUTING.md: commands parse, links lead somewhere, snippets run, figures are in the results."""
+"""README.md and CONTRIBUTING.md: commands run, links lead somewhere, snippets run, figures are in the results."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import torch
+from PIL import Image
 
 from fastnst.cli.main import cli
 from fastnst.config import preset_names
+from fastnst.models.vgg19 import VGG19
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -33,6 +40,66 @@ def test_command_parses(command: str) -> None:
         assert name in parser.commands, f"{command!r}: there is no command {name!r}"
         parser = parser.commands[name]
     parser.make_context(command, words).close()
+
+
+TINY = {
+    **{"DATA__IMAGE_SIZE": "32", "DATA__LOADER": "pillow", "DATA__WORKERS": "1", "STYLE__SIZE": "32"},
+    **{"TRAIN__STEPS": "2", "TRAIN__BATCH_SIZE": "2", "TRAIN__DEVICE": "cpu", "TRAIN__SAMPLES": "1"},
+    **{"TRAIN__CHECKPOINT_EVERY": "1", "VISUALIZE__EVERY": "0", "LOSS__VGG": "random"},
+}
+"""Environment in which README's commands take seconds."""
+
+
+@pytest.mark.slow
+def test_commands_run_in_their_order(
+    few_photos: Path, tmp_path: Path, fastnst: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What README's reader types, from the demo to the sheets, on small images and with untrained weights."""
+    pytest.importorskip("skimage", reason="the demo's photos ship with scikit-image")
+    monkeypatch.chdir(tmp_path)
+    for key, value in TINY.items():
+        monkeypatch.setenv(f"FASTNST_{key}", value)
+    for folder in ("train2017", "photos"):
+        shutil.copytree(few_photos, folder)
+    for name in ("wave.jpg", "scream.jpg", "udnie.jpg", "photo.jpg", "cat.jpg"):
+        Image.open(few_photos / "image_00.jpg").resize((80, 72)).save(name)
+    served: list[str] = []
+    monkeypatch.setattr(os, "execv", lambda _, words: served.extend(words))
+    # Only `train` takes its weights from the environment.
+    monkeypatch.setattr("fastnst.models.weights.load_vgg19", untrained_vgg19)
+    ran = []
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            match words:
+                case ["./scripts/demo.sh"]:
+                    words = ["fastnst", "demo", "--vgg", "random", "--steps", "1"]
+                case ["torchrun", *_]:
+                    run_torchrun(words)
+                case ["git" | "pip" | "pytest" | "python", *_] | [*_, "scripts/gpu_report.sh"]:
+                    continue  # other tests run benchmarks, and no test clones
+            if Path(words[0]).name == "fastnst":
+                words += ["--size", "64"] if words[1] == "visualize" else []
+                # The checkpoint of a tiny run.
+                code, _, err = fastnst(*("2" if word == "1000" else word for word in words[1:]))
+                assert code == 0, f"{line}\n{err}"
+            ran.append(words)
+    assert len(ran) >= 15
+    assert served[served.index("--logdir") + 1] == "runs/wave"
+    assert Path("stylized.png").is_file()
+    assert {path.name for path in Path("seen").glob("index.html")} == {"index.html"}
+
+
+def untrained_vgg19(_spec: str, *, last_layer: str, **_options: object) -> VGG19:
+    return VGG19(last_layer, generator=torch.Generator().manual_seed(0))
+
+
+def run_torchrun(words: list[str]) -> None:
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", OTHERS)

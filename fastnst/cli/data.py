@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from fastnst.data.manifest import Manifest, Rejection
+    from fastnst.data.sampler import Fit
 
 _folder = click.argument("folder", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -46,34 +47,60 @@ def check(folder: Path, as_json: bool) -> None:
 
 @data.command()
 @_folder
-@click.option("--size", type=click.IntRange(16, 2048), default=256, show_default=True, help="As data.image_size.")
+@click.option(
+    "--preset", metavar="NAME", help="Take size and fit from this preset of fastnst train (default: its default)."
+)
+@click.option("--size", type=click.IntRange(16, 2048), help="As data.image_size; default: that of the preset.")
 @click.option(
     "--fit",
     type=click.Choice(["random_crop", "center_crop", "squash"]),
-    default="random_crop",
-    show_default=True,
-    help="As data.fit.",
+    help="As data.fit; default: that of the preset.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="CACHE", help="Default: caches/FOLDER-SIZE.")
 @click.option("--rebuild", is_flag=True, help="Replace shards that are damaged, or made from other images.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode; default: one for each core.")
 @_json
-def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: Any) -> None:
+def cache(
+    folder: Path,
+    preset: str | None,
+    size: int | None,
+    fit: "Fit | None",
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Decode and resize the images of FOLDER once, for `fastnst train --data CACHE` to read fast.
 
-    After an interruption, the same command continues.
+    Size and fit have to be those of the training, and come from its preset. After an interruption, the same command
+    continues.
+
+    \b
+    fastnst data cache train2017 --out coco-256
+    fastnst train --style wave.jpg --data coco-256 --out runs/wave
     """
-    from fastnst.data.cache.build import build_cache
-    from fastnst.data.cache.format import is_cache
+    from fastnst.config import load_config
+    from fastnst.data.cache.build import build_cache, check_place
+    from fastnst.data.cache.format import cache_command, is_cache, read_head
+    from fastnst.data.folder import check_folder
     from fastnst.errors import DataError, shell_quote
     from fastnst.progress import byte_count
 
+    # The same sources as those of `train`: what it is given beside the preset is in the environment.
+    trained = load_config(preset=preset).data
+    size, fit = size or trained.image_size, fit or trained.fit
     if is_cache(folder):
         raise DataError(f"{folder} is a cache already; give the folder that its images are in")
-    manifest = _check_folder(folder)
     if out is None:
         out = Path("caches") / f"{Path(os.path.abspath(folder)).name}-{size}"  # noqa: PTH100
-    built = build_cache(manifest, out, size=size, **options)
+    check_folder(folder)
+    check_place(out)
+    old = read_head(out)
+    if old is not None and (old.size, old.fit) != (size, fit) and not options["rebuild"]:
+        raise DataError(
+            f"{out} is a cache of {old.size} px, {old.fit}, and {size} px, {fit} are wanted; replace it with: "
+            f"{cache_command(folder, size, fit, out)} --rebuild, or choose another --out"
+        )
+    built = build_cache(_check_folder(folder), out, size=size, fit=fit, **options)
     made = built.cache
     if as_json:
         result = {"cache": str(out), "size": size, "fit": made.fit, "pictures": len(made.images), "bytes": made.bytes}
@@ -81,18 +108,22 @@ def cache(folder: Path, size: int, out: Path | None, as_json: bool, **options: A
         click.echo(json.dumps(result, indent=2))
         return
     click.echo(out)
-    keys = f"--set data.image_size={size}" + (f" --set data.fit={made.fit}" if made.fit != "random_crop" else "")
+    command = ["fastnst", "train", "--data", shell_quote(out)] + (["--preset", preset] if preset else [])
+    for key, value, default in (("image_size", size, trained.image_size), ("fit", fit, trained.fit)):
+        command += [] if value == default else ["--set", f"data.{key}={value}"]
     click.echo(
         f"{len(made.images)} images of {size} px ({made.fit}), {len(made.rejected)} refused, "
-        f"{byte_count(made.bytes)} in {len(made.shards)} shards; train with: --data {shell_quote(out)} {keys}",
+        f"{byte_count(made.bytes)} in {len(made.shards)} shards; train with: {' '.join(command)} --style IMAGE",
         err=True,
     )
 
 
 def _check_folder(folder: Path) -> "Manifest":
+    from fastnst.data.folder import check_folder
     from fastnst.data.manifest import build_manifest
     from fastnst.progress import counted
 
+    check_folder(folder)
     with counted("check images", "images") as progress:
         return build_manifest(folder, progress=progress, allow_uniform=False)
 

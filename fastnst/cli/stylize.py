@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from fastnst.cli.checks import check_images, import_phase
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -29,7 +31,12 @@ def stylize(model: Path, images: tuple[Path, ...], out: str, overwrite: bool, de
     Images that fastnst wrote are replaced; other files are kept unless --overwrite is given, inputs always. The command
     says so before it begins.
     """
-    from fastnst.inference import stylize_files
+    from fastnst.models.files.early_checks import check_style_model
+
+    check_style_model(model)
+    check_images(images)
+    with import_phase():
+        from fastnst.inference import stylize_files
 
     # Results are printed when all is done, but also when some image failed: the bar owns the terminal until then.
     written: list[Path] = []

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastnst.cli.checks import check_run, import_phase
+
 if TYPE_CHECKING:
     from fastnst.config import Config
     from fastnst.training.distributed.environment import DistEnv
@@ -78,17 +80,20 @@ def train(
         if allow_changes and not resume:
             raise click.UsageError("--allow-changes is for a run that goes on; give --resume with it")
         config, several, out = _plan(styles, out, resume=resume, **options)
+        check_run(config, several, out, dist_env, resume=resume, allow_changes=allow_changes)
     if dry_run:
         if dist_env.rank == 0:
             from fastnst.cli.dry_run import print_plan
 
+            with import_phase():
+                import torch  # noqa: F401
             print_plan(config, several, out, dist_env, resume=resume, allow_changes=allow_changes)
         return
 
     if profile is not None:
         # The profiler logs to stderr, and reads its level when torch is imported.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with _on_local_rank_zero(dist_env):
+    with _on_local_rank_zero(dist_env), import_phase(dist_env.rank):
         from fastnst.training import train as training
 
     resuming = {"resume": resume, "allow_changes": allow_changes}

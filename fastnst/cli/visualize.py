@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastnst.cli.checks import check_images, import_phase
+
 if TYPE_CHECKING:
     import torch
 
@@ -79,7 +81,12 @@ def deconvnet(
     fastnst visualize deconvnet cat.jpg --layer relu3_4 --out seen
     fastnst visualize deconvnet cat.jpg --layer conv2_2 --layer conv3_4 --maps 0,5,17-20 --out seen
     """
-    from fastnst.visualize.commands.deconvnet import deconvnet_report
+    from fastnst.visualize.commands.options import check_vgg_command
+
+    _check(out, run, images, overwrite=overwrite)
+    check_vgg_command(layers, **{key: options[key] for key in ("vgg", "maps", "activation", "size")})
+    with import_phase():
+        from fastnst.visualize.commands.deconvnet import deconvnet_report
 
     _write(partial(deconvnet_report, images, layers, **options), out, run, images, overwrite=overwrite)
 
@@ -90,7 +97,13 @@ def deconvnet(
 @_maps
 @click.option("--count", type=int, default=9, show_default=True, help="Activations per map.")
 @_size
-@click.option("--loader", default="pillow", show_default=True, metavar="dali|pillow", help="Decoder of the images.")
+@click.option(
+    "--loader",
+    default="pillow",
+    show_default=True,
+    type=click.Choice(["dali", "pillow"]),
+    help="Decoder of the images.",
+)
 @_vgg
 @_common
 def top(folder: Path, layer: str, out: Path, overwrite: bool, run: Path | None, **options: Any) -> None:
@@ -101,7 +114,14 @@ def top(folder: Path, layer: str, out: Path, overwrite: bool, run: Path | None, 
     \b
     fastnst visualize top photos --layer relu3_4 --out seen
     """
-    from fastnst.visualize.commands.top import top_report
+    from fastnst.data.folder import check_folder
+    from fastnst.visualize.commands.options import check_vgg_command
+
+    _check(out, run, (), overwrite=overwrite)
+    check_folder(folder)
+    check_vgg_command([layer], **{key: options[key] for key in ("vgg", "maps", "size")})
+    with import_phase():
+        from fastnst.visualize.commands.top import top_report
 
     _write(partial(top_report, folder, layer, **options), out, run, (), overwrite=overwrite)
 
@@ -109,7 +129,7 @@ def top(folder: Path, layer: str, out: Path, overwrite: bool, run: Path | None, 
 @visualize.command()
 @_images
 @_target
-@click.option("--method", default="plain", show_default=True, metavar="plain|guided|smoothgrad")
+@click.option("--method", default="plain", show_default=True, type=click.Choice(["plain", "guided", "smoothgrad"]))
 @click.option("--samples", type=int, help="Noisy copies (smoothgrad; default 25).")
 @click.option("--noise", type=float, help="Deviation in parts of the image's range (smoothgrad; default 0.15).")
 @_size
@@ -126,7 +146,9 @@ def saliency(
     fastnst visualize saliency cat.jpg --target class:tabby --out seen
     fastnst visualize saliency cat.jpg --target relu3_4:17 --method smoothgrad --out seen
     """
-    from fastnst.visualize.commands.saliency import saliency_report
+    _check_target(images, target, out, run, overwrite=overwrite, **{key: options[key] for key in ("vgg", "size")})
+    with import_phase():
+        from fastnst.visualize.commands.saliency import saliency_report
 
     _write(partial(saliency_report, images, target, **options), out, run, images, overwrite=overwrite)
 
@@ -136,7 +158,7 @@ def saliency(
 @_target
 @click.option("--patch", type=int, default=32, show_default=True, metavar="PIXELS", help="Side of the occluder.")
 @click.option("--stride", type=int, default=8, show_default=True, metavar="PIXELS", help="Step of the occluder.")
-@click.option("--fill", default="grey", show_default=True, metavar="grey|blur")
+@click.option("--fill", default="grey", show_default=True, type=click.Choice(["grey", "blur"]))
 @_size
 @_vgg
 @_common
@@ -150,7 +172,9 @@ def occlusion(
     \b
     fastnst visualize occlusion cat.jpg --target relu3_4:17 --out seen
     """
-    from fastnst.visualize.commands.occlusion import occlusion_report
+    _check_target(images, target, out, run, overwrite=overwrite, **{key: options[key] for key in ("vgg", "size")})
+    with import_phase():
+        from fastnst.visualize.commands.occlusion import occlusion_report
 
     _write(partial(occlusion_report, images, target, **options), out, run, images, overwrite=overwrite)
 
@@ -182,7 +206,16 @@ def transform(
     fastnst visualize transform runs/wave photo.jpg --checkpoint 1000 --run runs/wave --out seen
     """
     from fastnst.images import printable
-    from fastnst.visualize.commands.transform import transform_report
+    from fastnst.models.files.early_checks import check_style_model
+    from fastnst.visualize.commands.options import check_transform_layers, parse_maps
+
+    _check(out, run, images, overwrite=overwrite)
+    check_transform_layers(layers)
+    parse_maps("all" if options["maps"] is None else options["maps"])
+    if checkpoint is None:
+        check_style_model(model)
+    with import_phase():
+        from fastnst.visualize.commands.transform import transform_report
 
     name = printable(model) + ("" if checkpoint is None else f", step {checkpoint}")
 
@@ -205,6 +238,37 @@ def transform(
     )
 
 
+def _check(out: Path, run: Path | None, images: Sequence[Path], *, overwrite: bool) -> None:
+    """Check the paths, before torch is imported."""
+    from fastnst.visualize.sheets.report import check_out
+
+    check_out(out, overwrite=overwrite)
+    if run is not None:
+        from fastnst.training.run_dir.layout import check_run
+
+        check_run(run)
+    check_images(images)
+
+
+def _check_target(
+    images: Sequence[Path],
+    target: str,
+    out: Path,
+    run: Path | None,
+    *,
+    overwrite: bool,
+    vgg: str,
+    size: int | None,
+) -> None:
+    """Check the target, then paths and weights, before torch is imported."""
+    from fastnst.visualize.attribution.targets import parse_target
+    from fastnst.visualize.commands.options import check_vgg_command
+
+    chosen = parse_target(target)
+    _check(out, run, images, overwrite=overwrite)
+    check_vgg_command([chosen.layer], vgg=vgg, size=size, target=chosen)
+
+
 def _write(
     make_report: Callable[[], "Report"],
     out: Path,
@@ -214,16 +278,16 @@ def _write(
     overwrite: bool,
     step: int | None = None,
 ) -> None:
-    """Check the output folder and the run, make the report, write it, and print the paths."""
-    from fastnst.visualize.sheets.report import as_markdown, check_out, write_report
+    """Make the report, write it, and print the paths."""
+    from fastnst.progress import phase
+    from fastnst.visualize.sheets.report import as_markdown, write_report
 
-    check_out(out, overwrite=overwrite)
     if run is not None:
-        from fastnst.training.run_dir.load_net import check_run, steps_of_run
+        from fastnst.training.run_dir.load_net import steps_of_run
 
-        check_run(run)
         step = steps_of_run(run) if step is None else step
-    report = make_report()
+    with phase("compute and draw"):
+        report = make_report()
     command = shlex.join(["fastnst", *sys.argv[1:]])
     paths = write_report(report, out, command=command, inputs=inputs, overwrite=overwrite)
     if run is not None:

@@ -4,6 +4,7 @@ Every image is decoded once before training, so that a damaged one does not end 
 the cache folder and reused for each file with the same size and modification time.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -36,12 +37,15 @@ from fastnst.images import (
     printable,
     read_bytes,
 )
-from fastnst.memory import decoding_threads
+from fastnst.memory import MemoryBudget, available_host_memory
+from fastnst.progress import byte_count
 from fastnst.storage import cache_folder, write_atomic, write_cached
 
 _CACHE_VERSION = 3
 """Raised whenever the check finds something else: 3 since colour profiles, transparency and further formats."""
 _CHUNK = 16
+DECODED_BYTES_PER_PIXEL = 12
+"""Three images of Pillow's, four bytes per pixel: as it is stored, converted, and turned or filled."""
 
 
 log = logging.getLogger(__name__)
@@ -105,7 +109,7 @@ def build_manifest(
 
     Args:
         folder: folder of images.
-        workers: decoding threads; default: one per core, if memory suffices.
+        workers: decoding threads; default: one per core available to this process.
         progress: called with (files done, files in total) after each file.
         cache: reuse and store results of earlier checks.
         min_side: minimum of the short side, in pixels.
@@ -121,7 +125,7 @@ def build_manifest(
     if not candidates and not unreadable:
         raise DataError(f"{printable(folder)} holds no images, only {ignored} other files; give a folder of photos")
     rules = _Rules(min_side, allow_uniform)
-    ordered = _check_all(folder, candidates, rules, workers or decoding_threads(), progress, cache)
+    ordered = _check_all(folder, candidates, rules, workers or len(os.sched_getaffinity(0)), progress, cache)
     images = [checked.entry for checked in ordered if checked.entry is not None]
     _log_ignored_profiles([checked for checked in ordered if checked.entry is not None and checked.reason])
     rejected = [Rejection(checked.path, checked.reason) for checked in ordered if checked.entry is None]
@@ -154,7 +158,13 @@ def write_rejections(manifest: Manifest, path: Path, more: Iterable[str] = ()) -
 
 
 def check_image(
-    path: str, data: bytes, *, mtime: int, min_side: int = 1, allow_uniform: bool = True
+    path: str,
+    data: bytes,
+    *,
+    mtime: int,
+    min_side: int = 1,
+    allow_uniform: bool = True,
+    reserve: Callable[[int], object] = lambda _: None,
 ) -> tuple[ImageEntry, str]:
     """Check one image completely; return its description, and why its colour profile is ignored, or nothing.
 
@@ -163,6 +173,7 @@ def check_image(
         data: all bytes of the file.
         mtime: modification time in ns; only copied into the entry.
         min_side, allow_uniform: see `build_manifest`.
+        reserve: called with the bytes that decoding takes, before it begins; it may wait, or raise.
 
     Raises:
         UnusableImageError: the image fails the check.
@@ -170,6 +181,7 @@ def check_image(
     image = open_image(data)
     width, height = image.size
     check_size(width, height, min_side)
+    reserve(DECODED_BYTES_PER_PIXEL * width * height)
     check_integrity(data, image)
     space = prepare(image, data)
     # Damage shows in JPEG's entropy decoding. Scale 1/8 does that in full and skips most of the inverse transform.
@@ -271,10 +283,15 @@ def _check_in_threads(folder: Path, pending: list[ImageFile], rules: _Rules, wor
     rest = iter(pending)
     running: deque[Future[list[_Checked]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="check")
+    budget = MemoryBudget(available_host_memory())
+
+    def check(files: list[ImageFile]) -> list[_Checked]:
+        return [_check(folder, *file, rules, budget) for file in files]
+
     try:
         while True:
             while len(running) < 2 * workers and (chunk := list(islice(rest, _CHUNK))):
-                running.append(pool.submit(lambda files: [_check(folder, *file, rules) for file in files], chunk))
+                running.append(pool.submit(check, chunk))
             if not running:
                 return
             yield from running.popleft().result()
@@ -282,14 +299,27 @@ def _check_in_threads(folder: Path, pending: list[ImageFile], rules: _Rules, wor
         pool.shutdown(cancel_futures=True)
 
 
-def _check(folder: Path, path: str, size: int, mtime: int, rules: _Rules) -> _Checked:
+class _TooLittleMemoryError(Exception):
+    """Decoding an image would take more memory than there is."""
+
+
+def _check(folder: Path, path: str, size: int, mtime: int, rules: _Rules, budget: MemoryBudget) -> _Checked:
+    def reserve(count: int) -> None:
+        if count > budget.total:
+            available = byte_count(budget.total)
+            raise _TooLittleMemoryError(f"decoding takes {byte_count(count)}, and {available} are there; scale it down")
+        held.enter_context(budget.reserved(count))
+
     try:
         data = read_bytes(os.path.join(folder, path))  # noqa: PTH118
     except UnusableImageError as error:
         return _Checked(path, size, mtime, None, str(error), cacheable=False)
     try:
-        entry, ignored = check_image(path, data, mtime=mtime, **asdict(rules))
+        with contextlib.ExitStack() as held:
+            entry, ignored = check_image(path, data, mtime=mtime, reserve=reserve, **asdict(rules))
         return _Checked(path, size, mtime, entry, ignored)
+    except _TooLittleMemoryError as error:
+        return _Checked(path, size, mtime, None, str(error), cacheable=False)
     except UnusableImageError as error:
         return _Checked(path, size, mtime, None, str(error))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from PIL import Image, UnidentifiedImageError
 
-from fastnst.file_kind import file_kind
+from fastnst.file_kind import file_group, file_kind
 from fastnst.images.files import UnusableImageError
 from fastnst.images.samples import explain_tiff
 
@@ -144,6 +144,8 @@ def _explain_unidentified(data: bytes) -> str:
         return layout
     if kind.partition(" ")[2] in ("TIFF", "AVIF", "GIF", "BMP", "PNG", "WebP", "JPEG 2000"):
         return f"it is {kind} of a kind that cannot be decoded, or its header is damaged; convert it"
+    if file_group(data[:512]) != "image":
+        return f"it is {kind}, not an image; give {allowed}"
     return f"it is {kind}; convert it to JPEG, PNG or TIFF"
 
 

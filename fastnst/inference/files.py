@@ -28,7 +28,7 @@ from fastnst.images import (
 from fastnst.inference.tensors import resolve, stylize_pixels
 from fastnst.models.style_model import load_style_model
 from fastnst.models.transform_net import TransformNet
-from fastnst.progress import ProgressReport, counted
+from fastnst.progress import ProgressReport, counted, phase
 from fastnst.storage import ForeignFileError, check_folder
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ def stylize_files(
     failures: list[UserError] = []
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(ProgressReport("stylize", len(jobs), "images")) if len(jobs) > 1 else None
+        if progress is None:
+            stack.enter_context(phase("stylize"))
         # Of a large image; one bar at a time.
         strips = stack.enter_context(counted("stylize", "strips")) if progress is None else _noted(progress)
         for job in jobs:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fastnst.errors import DataError
-from fastnst.models.file_checks import check_regular_file, excerpt
+from fastnst.models.files.file_checks import check_regular_file, excerpt
 from fastnst.models.transform_net import ConvLayer, TransformNet, UpLayer
 
 

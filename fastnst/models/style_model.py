@@ -4,8 +4,7 @@ Metadata, all strings: `kind` and `format_version`; `architecture` and `norm`, t
 `preset`, `style`, `style_sha256`, `steps`, `image_size` and `fastnst_version` for people and logs.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -16,14 +15,21 @@ from torch import Tensor
 from fastnst import __version__
 from fastnst.device import resolve_device
 from fastnst.errors import DataError
-from fastnst.models.file_checks import UnsafeFileError, check_safetensors_file, excerpt
-from fastnst.models.safetensors_file import open_safetensors
+from fastnst.models.files.early_checks import (
+    FORMAT_VERSION,
+    KIND,
+    MODEL_NAME,
+    check_style_model,
+    find_style_model,
+    listed,
+    without_wrappers,
+)
+from fastnst.models.files.file_checks import excerpt
+from fastnst.models.files.safetensors_file import open_safetensors
 from fastnst.models.transform_net import TransformNet
 from fastnst.storage import write_atomic
 
-MODEL_NAME = "model.safetensors"
-KIND = "fastnst style model"
-FORMAT_VERSION = 1
+__all__ = ["FORMAT_VERSION", "KIND", "MODEL_NAME", "load_style_model", "read_style_metadata", "save_style_model"]
 
 
 def save_style_model(path: Path, net: TransformNet, *, metadata: Mapping[str, str]) -> None:
@@ -52,8 +58,9 @@ def load_style_model(path: Path | str, *, device: str | torch.device = "cpu") ->
         DeviceError: no such device.
     """
     where = resolve_device(device) if isinstance(device, str) else device
-    file = _file_of(Path(path))
-    metadata, tensors = _read(file)
+    metadata = read_style_metadata(path)
+    file = find_style_model(Path(path))
+    tensors = _read_tensors(file)
     try:
         # Drawing the initial weights must not change the global random state.
         with torch.random.fork_rng(devices=[]):
@@ -67,58 +74,26 @@ def load_style_model(path: Path | str, *, device: str | torch.device = "cpu") ->
 
 def read_style_metadata(path: Path | str) -> dict[str, str]:
     """Read the metadata of a style model; arguments and errors as in `load_style_model`."""
-    return _read(_file_of(Path(path)), weights=False)[0]
+    return check_style_model(Path(path))
 
 
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    file = path / MODEL_NAME
-    if not file.exists():
-        if inside := sorted(found.parent for found in path.glob(f"*/{MODEL_NAME}")):
-            raise DataError(f"{path} holds {len(inside)} style models, each in a folder; give one, such as {inside[0]}")
-        raise DataError(f"{path} holds no {MODEL_NAME}: no style model was saved there yet; give a finished run")
-    return file
-
-
-def _read(file: Path, *, weights: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
-    advice = f"give a {MODEL_NAME} or run directory that fastnst train has written"
-    if not file.exists():
-        raise DataError(f"there is no style model {file}; {advice}")
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a checked file by name, those of a wrapped net by their own."""
     try:
-        check_safetensors_file(file)
         with open_safetensors(file) as content:
-            metadata = content.metadata() or {}
-            names = list(content.keys())
-            _check_kind(file, metadata, names, advice)
-            return metadata, {name: content.get_tensor(name) for name in names} if weights else {}
-    except OSError as error:
-        raise DataError(f"cannot read the style model {file}: {error.strerror or error}; {advice}") from error
-    except (UnsafeFileError, SafetensorError) as error:
-        raise DataError(f"{file} is not a safetensors file, or it is cut short ({error}); {advice}") from error
-
-
-def _check_kind(file: Path, metadata: Mapping[str, str], names: Iterable[str], advice: str) -> None:
-    if metadata.get("kind") != KIND:
-        raise DataError(f"{file} is another kind of model: it holds {_some(names)}; {advice}")
-    version = metadata.get("format_version", "")
-    if not re.fullmatch(r"[0-9]{1,18}", version):
-        raise DataError(f"{file} is damaged: its format version is {version[:80]!r}; {advice}")
-    if int(version) > FORMAT_VERSION:
-        writer = excerpt(metadata.get("fastnst_version", "of a later version"))
-        raise DataError(
-            f"{file} was written by fastnst {writer} in format {version}, and fastnst {__version__} reads up to "
-            f"format {FORMAT_VERSION}; install a newer fastnst"
-        )
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot read the style model {file}: {error}; fetch it again") from error
+    return dict(zip(without_wrappers(tensors), tensors.values(), strict=True))
 
 
 def _check(file: Path, net: TransformNet, tensors: Mapping[str, Tensor]) -> None:
     kind = f"a {net.architecture} net with {net.norm} norm"
     wanted = net.state_dict()
     if missing := sorted(set(wanted) - set(tensors)):
-        raise DataError(f"{file} is damaged: {kind} lacks {_some(missing)}; train it again or fetch the file again")
+        raise DataError(f"{file} is damaged: {kind} lacks {listed(missing)}; train it again or fetch the file again")
     if unknown := sorted(set(tensors) - set(wanted)):
-        raise DataError(f"{file} is damaged: {kind} has no {_some(unknown)}; train it again or fetch the file again")
+        raise DataError(f"{file} is damaged: {kind} has no {listed(unknown)}; train it again or fetch the file again")
     for name, tensor in tensors.items():
         got, needed = (list(tensor.shape), tensor.dtype), (list(wanted[name].shape), wanted[name].dtype)
         if got != needed:
@@ -130,10 +105,3 @@ def _check(file: Path, net: TransformNet, tensors: Mapping[str, Tensor]) -> None
 def _not_finite(tensors: Mapping[str, Tensor]) -> str:
     """The first tensor with a NaN or infinity; empty if there is none."""
     return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), "")
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    if not listed:
-        return "nothing"
-    return ", ".join(map(excerpt, listed[:3])) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -7,23 +7,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from fastnst.errors import DataError, UserError
-from fastnst.models.download import DownloadError, RemoteFile, download_file
-from fastnst.models.file_checks import (
-    UnsafeFileError,
-    check_regular_file,
-    check_safetensors_file,
-    check_torch_file,
-    excerpt,
-)
-from fastnst.models.safetensors_file import open_safetensors
+from fastnst.file_kind import SAFETENSORS, TORCH_ZIP
+from fastnst.models.files.download import DownloadError, RemoteFile, download_file
+from fastnst.models.files.early_checks import VGG19_ADVICE, check_vgg19_file, listed, without_wrappers
+from fastnst.models.files.file_checks import UnsafeFileError, check_safetensors_file, check_torch_file, excerpt
+from fastnst.models.files.safetensors_file import open_safetensors
 from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
-from fastnst.progress import counted
+from fastnst.progress import counted, phase
 from fastnst.storage import NOWHERE, cache_folder, sha256_of
 
 log = logging.getLogger(__name__)
@@ -34,7 +30,6 @@ TORCHVISION = RemoteFile(
     size=574_673_361,
     file_name="vgg19-dcbb9e9d.pth",
 )
-_ADVICE = "give a .pth or .safetensors file of VGG19, or --vgg auto or random"
 URL_VARIABLE = "FASTNST_VGG19_URL"
 
 # Names of released files carry the first digits of their SHA-256.
@@ -52,6 +47,16 @@ _KERNEL_TOLERANCE = 0.002
 # torchvision numbers the layers before the classifier in order of execution.
 _KEYS = {layer: f"features.{LAYERS.index(layer)}" for layer in WEIGHT_SHAPES}
 _KEYS |= {"fc6": "classifier.0", "fc7": "classifier.3", "fc8": "classifier.6"}
+# The names that are read: torchvision's, those of its `features` alone, and Caffe's. Their numbers give the order of
+# the layers; shapes could not, since neighbours have the same.
+_NAME = re.compile(
+    r"(?P<prefix>(?:.*\.)??)(?:(?P<torchvision>(?:features|classifier)\.\d+)|(?P<features>\d+)"
+    r"|(?P<caffe>conv\d_\d|fc\d))\.(?P<kind>weight|bias)"
+)
+_INSIDE = ("state_dict", "model_state_dict", "model", "net")
+"""Keys below which training checkpoints keep the weights."""
+_OTHER_VGGS = {"VGG11": (1, 1, 2, 2, 2), "VGG13": (2, 2, 2, 2, 2), "VGG16": (2, 2, 3, 3, 3)}
+"""Convolutions of each block."""
 
 
 class WeightsUnavailable(DataError):
@@ -77,8 +82,9 @@ def load_vgg19(
     Args:
         spec: `auto`: the cached file, that of torch.hub, or a download; its full SHA-256 is checked at every load.
             `random`: He initialisation; style transfer works with it (He, Wang, Hopcroft 2016), but less well.
-            Otherwise the path of a `.pth` or `.safetensors` file with torchvision's key names, possibly of the first
-            layers only.
+            Otherwise the path of a `.pth` or `.safetensors` file with torchvision's key names (`features.0.weight`),
+            those of its features alone (`0.weight`) or Caffe's (`conv1_1.weight`), possibly below a prefix and of the
+            first layers only.
         last_layer: the deepest layer needed.
         flavour: `torchvision` or `caffe`; `auto` detects it: by the metadata `flavour` of a safetensors file, by the
             first kernel of conv1_1, or by the file's SHA-256.
@@ -103,20 +109,18 @@ def load_vgg19(
         )
         generator = torch.Generator().manual_seed(seed)
         return VGG19(last_layer, "torchvision" if flavour == "auto" else flavour, generator=generator)
-    if spec == "auto":
-        path = _find_or_download(source, pause)
-        tensors, metadata = _read(path, trusted=True)  # by its checksum
-    else:
-        path = Path(spec).expanduser()
-        tensors, metadata = _read(path)
-    _check(path, tensors, last_layer)
+    path = _find_or_download(source, pause) if spec == "auto" else Path(spec).expanduser()
+    with phase(f"read VGG19 from {path}"):
+        tensors, metadata = _read(path, trusted=spec == "auto")  # by its checksum
+        _check(path, tensors, last_layer)
     if flavour != "auto":
         reason = "as loss.vgg_flavour says"
     elif spec == "auto":
         flavour, reason = "torchvision", "its SHA-256 is right"
     else:
         flavour, reason = _find_flavour(path, tensors, metadata)
-    net = _build(path, tensors, last_layer, flavour)
+    with phase(f"read VGG19 from {path}"):
+        net = _build(path, tensors, last_layer, flavour)
     log.info("VGG19: %s up to %s, %s flavour (%s)", path, last_layer, flavour, reason)
     return net
 
@@ -127,7 +131,7 @@ def describe_source(spec: str) -> str:
         return "random weights (He initialisation)"
     if spec != "auto":
         path = Path(spec).expanduser()
-        _check_file(path)
+        check_vgg19_file(path)
         return f"{path}, {path.stat().st_size / 1e6:,.1f} MB"
     for path in cached_files(TORCHVISION):
         if path.is_file() and path.stat().st_size == TORCHVISION.size:
@@ -149,7 +153,8 @@ def _find_or_download(source: RemoteFile, pause: float) -> Path:
         if not path.is_file():
             continue
         try:
-            digest = sha256_of(path)
+            with phase(f"check the SHA-256 of {path}"):
+                digest = sha256_of(path)
         except OSError as error:
             log.warning("VGG19: %s cannot be read (%s) and is not used", path, error.strerror)
             continue
@@ -175,11 +180,12 @@ def _find_or_download(source: RemoteFile, pause: float) -> Path:
 
 
 def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """All tensors of a file by name, and its metadata; a `.pth` file is checked unless `trusted`."""
-    _check_file(path)
+    """All tensors of a file by torchvision's names, and its metadata; a file of torch is checked unless `trusted`."""
+    kind = check_vgg19_file(path)
     metadata: Mapping[str, str] = {}
     try:
-        if path.suffix == ".safetensors":
+        # By its first bytes, whatever its name says; damaged ones leave only the name.
+        if kind == SAFETENSORS or (kind is None and path.suffix == ".safetensors"):
             check_safetensors_file(path)
             with open_safetensors(path) as archive:
                 metadata = archive.metadata() or {}
@@ -187,27 +193,29 @@ def _read(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], Mapp
         else:
             if not trusted:
                 check_torch_file(path)
-            # Memory mapping reads only the layers in use, but works with the newer, zipped format only.
+            # Memory mapping reads only the layers in use, but works with the newer, zipped format only. From an open
+            # file, `torch.load` does not go by the suffix.
+            mapped = kind == TORCH_ZIP and path.suffix != ".safetensors"
             with path.open("rb") as file:
-                zipped = file.read(4) == b"PK\3\4"
-            loaded = _load(path, mapped=zipped)
+                loaded = _load(path if mapped else file, mapped=mapped)
     except UnsafeFileError as error:
-        raise DataError(f"{path} is damaged or no weights file: {error}; {_ADVICE}") from error
+        raise DataError(f"{path} is damaged or no weights file: {error}; {VGG19_ADVICE}") from error
     except Exception as error:
         # Readers raise nearly anything on a damaged file.
         reason = re.split(r"[\n.]", str(error).strip(), maxsplit=1)[0][:160] or type(error).__name__
-        raise DataError(f"{path} is damaged or no weights file: {reason}; {_ADVICE}") from error
+        raise DataError(f"{path} is damaged or no weights file: {reason}; {VGG19_ADVICE}") from error
     if isinstance(loaded, dict):
-        inner = dict.get(loaded, "state_dict")
-        # By the type's own method: a file may give an OrderedDict attributes that shadow its methods.
-        items = list(dict.items(inner if isinstance(inner, dict) else loaded))
+        # By the type's own methods: a file may give an OrderedDict attributes that shadow its methods.
+        inner = next((found for key in _INSIDE if isinstance(found := dict.get(loaded, key), dict)), loaded)
+        items = list(dict.items(inner))
         if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
-            return dict(items), metadata
-    raise DataError(f"{path} holds no dictionary of tensors; {_ADVICE}")
+            names = _torchvision_names([name for name, _ in items])
+            return dict(zip(names, (tensor for _, tensor in items), strict=True)), metadata
+    raise DataError(f"{path} holds no dictionary of tensors; {VGG19_ADVICE}")
 
 
-def _load(path: Path, *, mapped: bool) -> Any:
-    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
+def _load(source: Path | BinaryIO, *, mapped: bool) -> Any:
+    load = functools.partial(torch.load, source, map_location="cpu", weights_only=True)
     try:
         return load(mmap=mapped)
     except RuntimeError as error:
@@ -217,18 +225,23 @@ def _load(path: Path, *, mapped: bool) -> Any:
         return load(mmap=False)
 
 
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise DataError(f"the VGG19 weights {path} are a folder; {_ADVICE}")
-    try:
-        check_regular_file(path)
-        with path.open("rb") as file:
-            file.read(1)
-    except UnsafeFileError as error:
-        raise DataError(f"cannot use the VGG19 weights {path}: {error}; {_ADVICE}") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise DataError(f"cannot read the VGG19 weights {path}: {reason}; {_ADVICE}") from error
+def _torchvision_names(given: list[str]) -> list[str]:
+    """Translate the names of a file's tensors to torchvision's; without wrappers only if they are not all of a kind."""
+    names = without_wrappers(given)
+    found = [match for name in names if (match := _NAME.fullmatch(name))]
+    if len(found) < len(names) or len({(match["prefix"], _form(match)) for match in found}) != 1:
+        return names
+    return [f"{_torchvision_layer(match)}.{match['kind']}" for match in found]
+
+
+def _form(match: re.Match[str]) -> str:
+    return next(form for form in ("torchvision", "features", "caffe") if match[form])
+
+
+def _torchvision_layer(match: re.Match[str]) -> str:
+    if match["features"]:
+        return f"features.{match['features']}"
+    return match["torchvision"] or _KEYS.get(match["caffe"], match["caffe"])
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
@@ -236,26 +249,54 @@ def _check(path: Path, tensors: Mapping[str, Tensor], last_layer: str) -> None:
     expected = {f"{_KEYS[layer]}.weight": shape for layer, shape in WEIGHT_SHAPES.items()}
     expected |= {f"{_KEYS[layer]}.bias": shape[:1] for layer, shape in WEIGHT_SHAPES.items()}
     if not any(name in expected for name in tensors):
-        found = ", ".join(map(excerpt, list(tensors)[:3])) or "nothing"
         raise DataError(
-            f"{path} holds no VGG19 with torchvision's key names (features.0.weight, …) but {found}; give another file"
+            f"{path} holds no VGG19 with torchvision's key names (features.0.weight, …), those of its features alone "
+            f"(0.weight, …) or Caffe's (conv1_1.weight, …) but {listed(tensors)}; give another file"
         )
     for name, tensor in tensors.items():
-        if name not in expected or tuple(tensor.shape) != expected[name]:
+        if name not in expected or not _fits(tensor, expected[name]):
             wanted = f"VGG19 has {list(expected[name])} there" if name in expected else "VGG19 has no such tensor"
             raise DataError(
                 f"{path} holds another network than VGG19: {excerpt(name)} is {list(tensor.shape)}, "
-                f"and {wanted}; give VGG19's weights"
+                f"and {wanted}{_other_network(tensors)}; give VGG19's weights"
             )
     layers = list(WEIGHT_SHAPES)
     absent = [layer for layer in layers if not {f"{_KEYS[layer]}.weight", f"{_KEYS[layer]}.bias"} <= tensors.keys()]
+    last = max((layers.index(layer) for layer in layers if layer not in absent), default=0)
+    gap = [layer for layer in absent if layers.index(layer) < last]
     missing = [layer for layer in absent if LAYERS.index(layer) <= LAYERS.index(last_layer)]
-    if missing:
+    is_vgg16 = {*gap} >= {"conv3_4", "conv4_4"} and "conv3_3" not in gap
+    if missing and not is_vgg16:
         first = LAYERS.index(absent[0])
         reach = f"choose loss layers up to {LAYERS[first - 1]}" if first else "nothing can be done with it"
         raise DataError(
             f"{path} lacks {', '.join(missing)}, which {last_layer} needs; {reach}, or give a file with more layers"
         )
+    if gap:
+        other = ", as VGG16 does" if is_vgg16 else ""
+        raise DataError(
+            f"{path} lacks {', '.join(gap)} and goes on to {layers[last]}{other}; give all of VGG19's weights"
+        )
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has this shape; a linear layer may be stored as a convolution, and a bias with sides of 1."""
+    return tuple(tensor.shape if len(shape) == 4 else tensor.flatten(len(shape) - 1).shape) == shape
+
+
+def _other_network(tensors: Mapping[str, Tensor]) -> str:
+    """Name the network that is not VGG19, if it is a well-known one."""
+    if any(name.endswith("running_mean") for name in tensors):
+        return ", this is one with batch normalization, such as vgg19_bn"
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("features.")}
+    own = {key.split(".")[1] for key in _KEYS.values() if key.startswith("features.")}
+    for other, counts in _OTHER_VGGS.items():
+        # As torchvision counts: a convolution and its ReLU, and a pool at the end of each block.
+        starts = [2 * sum(counts[:block]) + block for block in range(5)]
+        theirs = {str(start + 2 * index) for start, count in zip(starts, counts, strict=True) for index in range(count)}
+        if numbers - own and numbers <= theirs:
+            return f", {other} has"
+    return ""
 
 
 def _find_flavour(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -291,5 +332,5 @@ def _build(path: Path, tensors: Mapping[str, Tensor], last_layer: str, flavour: 
                     f"{path} is damaged: {_KEYS[layer]}.{kind} ({layer}) holds values that are not finite numbers; "
                     "give another copy"
                 )
-            parameter.copy_(tensor)
+            parameter.copy_(tensor.reshape(parameter.shape))
     return net

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor
 from fastnst.config import Config, DataConfig, StyleConfig, TrainConfig
 from fastnst.data.cache.format import is_cache
 from fastnst.data.cache.verify import open_cache
+from fastnst.data.folder import check_folder
 from fastnst.data.manifest import Manifest, build_manifest
 from fastnst.data.replacements import REJECTED_NAME, ReadFailure, with_failed
 from fastnst.device import resolve_device, resolve_precision
-from fastnst.errors import DataError, UserError
+from fastnst.errors import UserError
 from fastnst.images import printable, read_image, to_tensor
 from fastnst.models.vgg19 import VGG19, deepest_layer
 from fastnst.models.weights import load_vgg19
@@ -110,16 +110,6 @@ def read_style(config: StyleConfig) -> tuple[Tensor, str]:
         size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)
     return to_tensor(np.asarray(pixels)), sha256_of(config.image)
-
-
-def check_folder(folder: Path | None) -> Path:
-    """Return `folder` if it exists; whether it holds images shows later, after longer work."""
-    if folder is None:
-        raise UserError("no training images; give a folder with --data FOLDER")
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"{printable(folder)} {found}; give a folder of images with --data FOLDER")
-    return folder
 
 
 def read_manifest(config: DataConfig) -> Manifest:

@@ -27,7 +27,7 @@ from fastnst.training.distributed.process_group import ProcessGroup, check_equal
 from fastnst.training.distributed.synced_batches import broadcast_failures
 from fastnst.training.divergence import explained_storage_errors
 from fastnst.training.inputs import Inputs, read_inputs, read_style, resolve
-from fastnst.training.memory.advice import explained_memory_errors, warn_of_shortage
+from fastnst.training.memory.advice import check_style_fits, explained_memory_errors, warn_of_shortage
 from fastnst.training.monitoring.profiler import check_steps
 from fastnst.training.run_dir.checkpoint import checkpoint_steps
 from fastnst.training.run_dir.resume import provenance
@@ -87,9 +87,11 @@ def train(
         check_run_dirs = functools.partial(_check_run_dirs, configs, style_dir, group, **changing)
         check_run_dirs()
         with determinism.algorithms(config.train), explained_memory_errors(config, device, dist_env, styles=len(runs)):
+            inputs = _read_inputs(configs, device, group, resume=resume)
+            for own in inputs:
+                check_style_fits(own.style, device, dist_env)
             if group.is_rank_zero:
                 warn_of_shortage(config, device, dist_env, styles=len(runs))
-            inputs = _read_inputs(configs, device, group, resume=resume)
             with _locked(out, runs, style_dir, group, resume=resume):
                 changes = check_run_dirs()
                 trainer = Trainer(inputs, runs, out, group, stop=stop, profile=profile)

@@ -14,7 +14,7 @@ from fastnst.data.sampler import Sampler
 from fastnst.errors import DivergedError, StoppedBySignal, shell_quote
 from fastnst.losses.perceptual import LossTerms
 from fastnst.models.style_model import MODEL_NAME
-from fastnst.progress import ProgressReport
+from fastnst.progress import ProgressReport, phase
 from fastnst.run_log.writer import RunLog
 from fastnst.training.distributed.environment import local_config
 from fastnst.training.distributed.process_group import ProcessGroup
@@ -24,7 +24,7 @@ from fastnst.training.monitoring.profiler import StepProfile, record_span
 from fastnst.training.monitoring.throughput import ThroughputMeter
 from fastnst.training.run_dir.rejected_images import RejectedImages
 from fastnst.training.signals import StopRequest, stopped_by
-from fastnst.training.step.graphed_step import GraphedStep
+from fastnst.training.step.graphed_step import WARM_UP, GraphedStep, wants_capture
 from fastnst.training.style_run import StyleRun
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class Trainer:
         for own, run in zip(inputs, runs, strict=True):
             name = run.name if len(runs) > 1 else None
             shared_vgg = self.styles[0].net_trainer if self.styles else None
-            self.styles.append(StyleRun(own, run, group, name=name, shared_vgg=shared_vgg))
+            with phase("prepare networks, style and samples"):
+                self.styles.append(StyleRun(own, run, group, name=name, shared_vgg=shared_vgg))
         self.sampler = Sampler(
             self.config.train.seed,
             len(self.inputs.manifest.images),
@@ -105,15 +106,16 @@ class Trainer:
                 batches = self._batches(loader, done, failures)
                 meter = ThroughputMeter(batch_size)
                 for step in range(done + 1, last + 1):
-                    with meter.waiting(), record_span("data wait"):
+                    with self._start_phase(step - done, "load images"), meter.waiting(), record_span("data wait"):
                         batch = graphed_step.fetch(batches)
                     styles = [style for style in active if style.done < step]
-                    terms = graphed_step(step, batch, [style.net_trainer for style in styles])
-                    # Polled once a step, so that all ranks agree: a later signal ends the next step.
-                    signum = self.group.all_reduce_max(self.stop.signum or 0)[0]
-                    is_final = step == last or bool(signum)
-                    note = self._log_metrics(step, styles, terms, meter, is_final=is_final)
-                    with meter.paused(), record_span("samples and checkpoints"):
+                    with self._start_phase(step - done, self._work_of_first_steps()):
+                        terms = graphed_step(step, batch, [style.net_trainer for style in styles])
+                        # Polled once a step, so that all ranks agree: a later signal ends the next step.
+                        signum = self.group.all_reduce_max(self.stop.signum or 0)[0]
+                        is_final = step == last or bool(signum)
+                        note = self._log_metrics(step, styles, terms, meter, is_final=is_final)
+                    with meter.paused(), record_span("samples and checkpoints"), phase("log samples and save"):
                         self._show_and_save(step, styles, is_final=is_final)
                     progress.advance(note=note)
                     profile.step()
@@ -127,6 +129,18 @@ class Trainer:
             self.group.exit_unless()
             raise stopped_by(signum, f"; all {last} steps are done and saved in {self.out}")
         return models
+
+    @staticmethod
+    def _start_phase(count: int, label: str) -> contextlib.AbstractContextManager[None]:
+        """Return the phase of the first steps of this process, the last of which captures; later ones have none."""
+        return phase(f"step {count} of this start: {label}") if count <= WARM_UP + 1 else contextlib.nullcontext()
+
+    def _work_of_first_steps(self) -> str:
+        compiled = ["compile by torch.compile"] if self.config.train.compile else []
+        if self.device.type == "cuda":
+            compiled += ["compile kernels", "choose algorithms"]
+            compiled += ["capture the graph"] if wants_capture(self.config.train, self.device) else []
+        return ", ".join(compiled) or "compute"
 
     def _resume_hint(self) -> str:
         is_alone = self.group.dist_env.world_size == 1
@@ -194,20 +208,21 @@ class Trainer:
             for style in styles:
                 if self.group.is_rank_zero:
                     style.run_log = logs.enter_context(RunLog(style.out, start_step=style.done))
-                with self.stop.at_once():
+                with self.stop.at_once(), phase("log the graph and the first samples"):
                     graph = style.log_start(graph)
             yield
 
     def _loader(self, done: int, failures: SyncedFailures) -> Loader:
-        return open_loader(
-            self.inputs.manifest,
-            self.sampler,
-            local_config(self.config, self.group.dist_env).data,
-            device=self.device,
-            start_step=done,
-            rank=self.group.dist_env.rank,
-            replacer=failures.replacements,
-        )
+        with phase("start the loader"):
+            return open_loader(
+                self.inputs.manifest,
+                self.sampler,
+                local_config(self.config, self.group.dist_env).data,
+                device=self.device,
+                start_step=done,
+                rank=self.group.dist_env.rank,
+                replacer=failures.replacements,
+            )
 
     def _batches(self, loader: Loader, done: int, failures: SyncedFailures) -> SyncedBatches:
         # What DALI has decoded ahead, and what was read ahead for it.

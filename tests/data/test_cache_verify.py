@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from fastnst.data.cache import format as cache_format
 from fastnst.data.cache import verify as cache_verify
 from fastnst.data.cache.build import build_cache
-from fastnst.data.cache.format import Cache, as_manifest, is_cache, manifest_bytes, read_cache
+from fastnst.data.cache.format import Cache, as_manifest, is_cache, manifest_bytes, read_cache, read_head
 from fastnst.data.cache.verify import open_cache, verify
 from fastnst.data.loaders.cache import Shards
 from fastnst.data.manifest import build_manifest
@@ -89,7 +90,8 @@ def test_open_cache_names_a_damaged_shard(damage: Any, message: str, cache: Cach
     use(cache)
     path = cache.folder / cache.shards[1].name
     damage(path)
-    advice = f"rebuild what is damaged with: fastnst data cache {cache.source} --size 64 --out {cache.folder} --rebuild"
+    command = f"fastnst data cache {cache.source} --size 64 --fit random_crop --out {cache.folder} --rebuild"
+    advice = f"rebuild what is damaged with: {command}"
     for _ in range(2):
         with pytest.raises(DataError) as caught:
             use(cache)
@@ -155,11 +157,28 @@ def test_verify_ignores_malformed_stamps(content: bytes, cache: Cache, hashed: l
 def test_open_cache_refuses_another_size_or_fit(cache: Cache) -> None:
     with pytest.raises(DataError, match=r"data.image_size is 256, and .*cache was made for 64; make a") as caught:
         open_cache(cache.folder, size=256, fit="random_crop")
-    assert f"fastnst data cache {cache.source} --size 256 --out {cache.folder}-256-random_crop" in str(caught.value)
+    wanted = f"fastnst data cache {cache.source} --size 256 --fit random_crop --out {cache.folder}-256-random_crop"
+    assert wanted in str(caught.value)
     assert "--set data.image_size=64" in str(caught.value)
     with pytest.raises(DataError, match=r"data.fit is squash, and .*cache was made for random_crop; ") as caught:
         open_cache(cache.folder, size=64, fit="squash")
     assert "--size 64 --fit squash --out" in str(caught.value)
+
+
+def test_read_head_reads_what_a_cache_was_made_for(cache: Cache) -> None:
+    assert read_head(cache.folder) == replace(cache, shards=(), images=[], rejected=[])
+    manifest = cache.folder / "manifest.json"
+    whole = manifest.read_bytes()
+    for damaged in (
+        b"",
+        whole[:30],
+        whole.replace(b"random_crop", b"diagonal", 1),
+        whole.replace(b": 64", b': "64"', 1),
+    ):
+        manifest.write_bytes(damaged)
+        assert read_head(cache.folder) is None
+    manifest.unlink()
+    assert read_head(cache.folder) is None
 
 
 def test_open_cache_refuses_an_unfinished_cache(cache: Cache) -> None:

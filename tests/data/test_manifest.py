@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,31 @@ def test_build_manifest_allow_uniform(photo_folder: Path) -> None:
     assert set(found) == {"flat.jpg", "flat.png", "flat_bits.png", "flat_palette.png", "flat_alpha.png"}
     assert all("one colour" in reason for reason in found.values())
     assert not build_manifest(photo_folder).rejected
+
+
+def test_build_manifest_decodes_no_more_at_once_than_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(40):
+        Image.fromarray(np.full((50, 40 + index, 3), index, np.uint8)).save(tmp_path / f"{index:02d}.png")
+    running: list[int] = []
+    largest: list[int] = []
+
+    def slow(_: bytes, image: Image.Image) -> None:
+        running.append(image.width * image.height)
+        largest.append(sum(running))
+        time.sleep(0.003)
+        running.remove(image.width * image.height)
+
+    monkeypatch.setattr(manifest_module, "check_integrity", slow)
+    for pixels, rejected in ((5000, 0), (3000, 19)):
+        monkeypatch.setattr(manifest_module, "available_host_memory", lambda pixels=pixels: 12 * pixels)
+        largest.clear()
+        found = build_manifest(tmp_path, workers=8, cache=pixels == 3000)
+        assert len(found.rejected) == rejected
+        assert max(largest) <= pixels
+    assert found.rejected[0].reason == "decoding takes 35.7 KiB, and 35.2 KiB are there; scale it down"
+    # What was rejected for lack of memory only is checked again.
+    monkeypatch.setattr(manifest_module, "available_host_memory", lambda: 2**30)
+    assert not build_manifest(tmp_path).rejected
+    assert max(largest) > 3000

@@ -27,7 +27,7 @@ TRAIN, TRAINER, STYLE_RUN, INPUTS, DIVERGENCE, SIGNALS, DETERMINISM = (
 STEP, GRAPHED = (f"fastnst/training/step/{name}.py" for name in ("train_step", "graphed_step"))
 CHECKPOINT, RESUME, LAYOUT = (f"fastnst/training/run_dir/{name}.py" for name in ("checkpoint", "resume", "layout"))
 LOG, STORAGE, WEIGHTS = "fastnst/run_log/writer.py", "fastnst/storage/files.py", "fastnst/models/weights.py"
-FILE_CHECKS, WINOGRAD = "fastnst/models/file_checks.py", "kernels/fastnst_kernels/cpu/winograd.py"
+FILE_CHECKS, WINOGRAD = "fastnst/models/files/file_checks.py", "kernels/fastnst_kernels/cpu/winograd.py"
 
 TRAINING = "tests/training"
 EQUALS = f"{TRAINING}/test_resume.py::test_train_resume_equals_an_undisturbed_run"
@@ -282,7 +282,7 @@ SECURE = (
     ),
     Fault(
         "SHA-256 of downloaded weights not checked",
-        "fastnst/models/download.py",
+        "fastnst/models/files/download.py",
         "if (found := sha256_of(part)) == source.sha256:",
         "if found := sha256_of(part):",
         "tests/models/test_download.py::test_download_refuses_wrong_bytes",

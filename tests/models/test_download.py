@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fastnst.models import weights as weights_module
-from fastnst.models.download import DownloadError, RemoteFile, download_file
+from fastnst.models.files.download import DownloadError, RemoteFile, download_file
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import WeightsUnavailable, load_vgg19
 from helpers.vgg19_files import vgg19_file, vgg19_state

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fastnst.models.file_checks import UnsafeFileError, check_safetensors_file, check_torch_file
+from fastnst.models.files.file_checks import UnsafeFileError, check_safetensors_file, check_torch_file
 from helpers.malformed.files import Call, zipped
 from helpers.malformed.safetensors import with_header
 from helpers.malformed.zips import Record, raw_zip

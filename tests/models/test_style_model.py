@@ -1,8 +1,10 @@
 """Style models: a saved net comes back to the last bit, describes itself, and anything else is refused."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -41,7 +43,7 @@ def test_load_style_model_reads_where_files_cannot_be_mapped(
         raise error
 
     path = save(tmp_path, net)
-    monkeypatch.setattr("fastnst.models.safetensors_file.safe_open", refuse)
+    monkeypatch.setattr("fastnst.models.files.safetensors_file.safe_open", refuse)
     assert read_style_metadata(path)["steps"] == "300"
     loaded = load_style_model(path).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in net.state_dict().items())
@@ -131,8 +133,18 @@ def test_load_style_model_refuses_other_files(tmp_path: Path, net: TransformNet)
     assert "holds no model.safetensors" in refusal(tmp_path)
     path = save(tmp_path, net)
     whole = path.read_bytes()
-    others = (b"", b"text", b"PK\x03\x04 a zip file, as torch.save writes it", b"\xff" * 100)
-    for content in (*others, *(whole[: int(len(whole) * part)] for part in (0.1, 0.5, 0.999))):
+    for content, reason in (
+        (b"", "is an empty file, not a style model; fetch it again"),
+        (b"text", "is a text, not a style model; give a model.safetensors or run directory"),
+        (b"<!DOCTYPE html><title>Download</title>", "is a web page, .*download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, .*git lfs pull"),
+        (b"\xff\xd8\xff\xe0 JFIF", "is a JPEG, not a style model; the model comes first"),
+        (b"4\n1\n3\nV 1\n13\nnn.Sequential", "is a file of Torch7, .*networks of other projects are not read"),
+        (b"\x08\x07\x12\x07pytorch", "is an ONNX model, .*networks of other projects are not read"),
+    ):
+        path.write_bytes(content)
+        assert re.search(reason, refusal(path)), refusal(path)
+    for content in (b"\xff" * 100, *(whole[: int(len(whole) * part)] for part in (0.1, 0.5, 0.999))):
         path.write_bytes(content)
         assert "not a safetensors file, or it is cut short" in refusal(path)
     names = [f"features.{index}.weight" for index in (0, 2, 5, 7)]
@@ -141,6 +153,30 @@ def test_load_style_model_refuses_other_files(tmp_path: Path, net: TransformNet)
     assert "another kind of model: it holds features.0.weight, features.2.weight, features.5.weight and 1 more" in text
     with pytest.raises(DataError, match="another kind"):
         read_style_metadata(path)
+
+
+def test_load_style_model_names_the_file_that_was_meant(tmp_path: Path, net: TransformNet) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert "no style model was saved there yet" in refusal(run / "checkpoints" / "step_00000001")
+    save(run, net)
+    (run / "config.toml").write_text('preset = "johnson"')
+    assert f"is a text, not a style model; give the run directory {run}" in refusal(run / "config.toml")
+    for folder in (run / "checkpoints", run / "checkpoints" / "step_00000001"):
+        assert f"it belongs to the run {run}; give that" in refusal(folder)
+    assert f"such as {run}" in refusal(tmp_path)
+    torch.save(net.state_dict(), tmp_path / "mosaic.pth")
+    assert "mosaic.pth is a zip file of torch.save, not a style model" in refusal(tmp_path / "mosaic.pth")
+    np.savez(tmp_path / "udnie.npz", Variable=np.zeros(1))
+    assert "load_lengstrom_npz" in refusal(tmp_path / "udnie.npz")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_load_style_model_reads_a_wrapped_net(tmp_path: Path, net: TransformNet, prefix: str) -> None:
+    metadata, tensors = contents(save(tmp_path, net))
+    wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(wrapped, tmp_path / "model.safetensors", metadata=metadata)
+    assert torch.equal(load_style_model(tmp_path).out.weight, net.out.weight)
 
 
 METADATA = [

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import pickle
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def test_load_vgg19_reads_where_files_cannot_be_mapped(
         raise OSError("No such device (os error 19)")
 
     monkeypatch.setattr(torch, "load", without_maps)
-    monkeypatch.setattr("fastnst.models.safetensors_file.safe_open", refuse)
+    monkeypatch.setattr("fastnst.models.files.safetensors_file.safe_open", refuse)
     state = vgg19_state()
     assert _same_weights(_load(vgg19_file(tmp_path, state, name)), state)
 
@@ -81,6 +83,117 @@ def test_load_vgg19_reads_deeper_files_in_half_precision(tmp_path: Path) -> None
     assert net.flavour == "torchvision"
     assert net.conv1_2.weight.dtype == torch.float32
     assert torch.equal(net.conv1_2.weight, state["features.2.weight"].float())
+
+
+def _renamed(state: dict[str, Tensor], pattern: str, replacement: str) -> dict[str, Tensor]:
+    renamed = {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
+    assert len(renamed) == len(state)
+    return renamed
+
+
+def _caffe_names(state: dict[str, Tensor], names: Mapping[str, str] = {}) -> dict[str, Tensor]:
+    """Name a state by VGG19's layers, and those by `names`."""
+    layers = {torchvision_key(layer): layer for layer in WEIGHT_SHAPES}
+    named = {}
+    for key, tensor in state.items():
+        layer, _, kind = key.rpartition(".")
+        named[f"{names.get(layers[layer], layers[layer])}.{kind}"] = tensor
+    return named
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [
+        ("^", "module."),
+        ("^", "_orig_mod."),
+        ("^", "model.vgg19."),
+        ("^features", "features.module"),
+        (r"^features\.", ""),
+        (r"^features\.", "module."),
+        (r"^features\.", "layers."),
+    ],
+)
+def test_load_vgg19_reads_other_key_names(tmp_path: Path, pattern: str, replacement: str, suffix: str) -> None:
+    state = vgg19_state()
+    path = vgg19_file(tmp_path, _renamed(state, pattern, replacement), f"vgg19{suffix}")
+    net = _load(path)
+    assert _same_weights(net, state)
+    assert net.flavour == "torchvision"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_vgg19_reads_caffes_names_in_any_order(tmp_path: Path, prefix: str) -> None:
+    state = vgg19_state("relu3_4")
+    named = {prefix + name: tensor for name, tensor in reversed(_caffe_names(state).items())}
+    net = _load(vgg19_file(tmp_path, {"model": named, "epoch": 3}), "relu3_4")
+    assert _same_weights(net, state)
+    assert not torch.equal(net.conv3_2.weight, net.conv3_3.weight)
+
+
+def test_load_vgg19_takes_no_order_from_anything_but_names(tmp_path: Path) -> None:
+    """conv3_2 to conv3_4 have one shape: a file that numbers its layers otherwise must not be read."""
+    state = vgg19_state("relu3_4")
+    names = [f"{index}.{kind}" for index in range(8) for kind in ("weight", "bias")]
+    plain = dict(zip(names, state.values(), strict=True))
+    shifted = _renamed(state, r"\.16\.", ".17.")
+    mixed = state | {"conv3_4.weight": state["features.16.weight"], "conv3_4.bias": state["features.16.bias"]}
+    twice = state | {"features.module.0.weight": state["features.0.weight"]}
+    unknown = _caffe_names(state, {"conv3_4": "conv3_5"})
+    for wrong in (plain, shifted, mixed, twice, unknown):
+        with pytest.raises(DataError, match="another network than VGG19"):
+            _load(vgg19_file(tmp_path, wrong), "relu3_4")
+
+
+def test_load_vgg19_reads_shapes_that_hold_the_same_numbers(tmp_path: Path) -> None:
+    state = vgg19_state()
+    state["features.2.bias"] = state["features.2.bias"].view(1, -1, 1, 1)
+    assert _same_weights(_load(vgg19_file(tmp_path, state)), vgg19_state())
+
+
+def test_load_vgg19_names_other_vggs(tmp_path: Path) -> None:
+    state = vgg19_state("relu4_1")
+    bn = vgg19_state() | {"features.1.weight": torch.ones(64), "features.1.running_mean": torch.zeros(64)}
+    vgg16 = {name: state[name] for name in state if ".16." not in name}
+    as_torchvision = _renamed(vgg16, r"\.19\.", ".17.")
+    as_caffe = _caffe_names(vgg16)
+    for wrong, layer, reason in (
+        (bn, "relu1_1", "batch normalization, such as vgg19_bn"),
+        (as_torchvision, "relu1_1", r"features\.17\.weight is .* and VGG19 has no such tensor, VGG16 has"),
+        (as_caffe, "relu1_1", "lacks conv3_4 and goes on to conv4_1; give all"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            _load(vgg19_file(tmp_path, wrong), layer)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"MATLAB 5.0 MAT-file, Platform: GLNXA64" + bytes(200), "is a MATLAB file, and .*--vgg auto.*convert it"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file, as Keras writes, and "),
+        (b"\x0a\x14VGG_ILSVRC_19_layers\x12\x09", "is a Caffe model, and "),
+        (b"\x93NUMPY\x01\x00", "is a NumPy array, and "),
+        (b"\xff\xd8\xff\xe0", "is a JPEG, and --vgg takes the weights of VGG19, not an image"),
+        (b"\x1f\x8b\x08\x00", "is a gzip archive, and .*unpack it, and give the file inside"),
+        (b"<html><body>Sign in</body></html>", "is a web page, and .*download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS, and .*git lfs pull"),
+    ],
+)
+def test_load_vgg19_says_what_another_file_is(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "imagenet-vgg-verydeep-19.mat"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        _load(str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=reason):
+        describe_source(str(path))
+
+
+def test_load_vgg19_reads_a_file_under_any_suffix(tmp_path: Path) -> None:
+    state = vgg19_state()
+    for name, other in (("a.pth", "vgg19.safetensors"), ("b.safetensors", "vgg19.bin")):
+        written = Path(vgg19_file(tmp_path, state, name))
+        assert _same_weights(_load(str(written.rename(tmp_path / other))), state)
 
 
 def test_load_vgg19_detects_real_caffe_weights(weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,9 +258,15 @@ def test_load_vgg19_refuses_damaged_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     whole = Path(vgg19_file(tmp_path, vgg19_state(), "whole" + path.suffix)).read_bytes()
     command = pickle.dumps(Call(os.system, "true"))
-    for content in (b"", b"a text file, not weights", command, whole[: len(whole) // 2], whole[:100]):
+    for content, reason in (
+        (b"", "is an empty file, and not VGG19's weights; fetch it again"),
+        (b"a text file, not weights", "is a text, and not VGG19's weights"),
+        (command, "is a pickle of Python|is damaged or no weights file"),
+        (whole[: len(whole) // 2], "is damaged or no weights file"),
+        (whole[:100], "is damaged or no weights file"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="is damaged or no weights file") as caught:
+        with pytest.raises(DataError, match=reason) as caught:
             _load(str(path))
         assert str(path) in str(caught.value)
         assert str(caught.value).count("\n") <= 1
@@ -208,7 +327,7 @@ def test_describe_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     path = tmp_path / "vgg19.pth"
     with pytest.raises(DataError, match="No such file"):
         describe_source(str(path))
-    path.write_bytes(b"x" * 2_500_000)
+    path.write_bytes(bytes(2_500_000))
     assert describe_source(str(path)) == f"{path}, 2.5 MB"
     assert describe_source("auto") == f"to be downloaded from {TORCHVISION.url}, 574.7 MB"
     monkeypatch.setenv("FASTNST_VGG19_URL", "http://mirror/vgg")

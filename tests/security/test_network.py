@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from fastnst.errors import DataError
 from fastnst.models import weights as weights_module
-from fastnst.models.download import DownloadError, RemoteFile
+from fastnst.models.files.download import DownloadError, RemoteFile
 from fastnst.models.vgg19 import VGG19
 from fastnst.models.weights import load_vgg19, torchvision_key
 from fastnst.run_log.writer import RunLog

@@ -1,5 +1,6 @@
 """Memory: what is available, which batch or image size fits, and what a run says when it runs out."""
 
+import contextlib
 import functools
 import resource
 import shutil
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastnst.config import Config, load_config
 from fastnst.errors import DeviceError
-from fastnst.memory import available_memory, decoding_threads
+from fastnst.memory import available_memory
 from fastnst.training.memory import advice
 from fastnst.training.memory.advice import RESERVE_BYTES, largest_that_fits, required_memory
 from fastnst.training.memory.estimate import Estimate, estimate
@@ -124,26 +127,6 @@ def test_train_out_of_memory_that_was_there_at_the_start_blames_something_else(f
     assert message.endswith("free it, or set a data.image_size below 100")
 
 
-@pytest.mark.parametrize(("room", "threads"), [(2**28, 1), (3 * 2**30, 3), (2**40, 16)])
-def test_decoding_threads_leave_room_for_the_largest_images(
-    monkeypatch: pytest.MonkeyPatch, room: int, threads: int
-) -> None:
-    monkeypatch.setattr("fastnst.memory.available_host_memory", lambda: room)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
-    assert decoding_threads() == threads
-
-
-def test_train_warns_at_its_start_where_memory_should_not_suffice(
-    failure: Callable[..., str], caplog: pytest.LogCaptureFixture
-) -> None:
-    failure(CPU_ERROR, int(2.55 * 2**30))
-    (warning,) = [message for message in caplog.messages if message.startswith("memory may not suffice")]
-    assert "it needs about 2.8 GiB, reserve included, and 2.5 GiB are there: set train.batch_size = 5" in warning
-    caplog.clear()
-    failure(CPU_ERROR, 2**40)
-    assert "memory may not suffice" not in caplog.text
-
-
 @pytest.mark.parametrize(("setting", "named"), [("train.capture=auto", True), ("train.capture=off", False)])
 def test_explained_memory_errors_names_the_captured_graph(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, setting: str, named: bool
@@ -190,6 +173,52 @@ def test_dry_run_warns_of_too_little_memory(
         assert len(warnings) == bool(warning)
         assert all(warning in line for line in warnings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "warned"), [(2**40, None), (2**32, None), (int(2.25 * 2**30), "train.batch_size = 2")]
+)
+def test_train_warns_before_it_starts_of_too_little_memory(
+    configure: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    room: int,
+    warned: str | None,
+) -> None:
+    monkeypatch.setattr(advice, "available_memory", lambda _: room)
+    estimated = mock.Mock(side_effect=round_numbers)
+    monkeypatch.setattr(advice, "estimate", estimated)
+    monkeypatch.setattr(NetTrainer, "train_step", mock.Mock(side_effect=StopIteration))
+    with contextlib.suppress(StopIteration, RuntimeError):
+        train(configure(), tmp_path / "run")
+    warnings = [record.getMessage() for record in caplog.records if record.getMessage().startswith("memory: ")]
+    assert bool(estimated.call_count) is (room < 2**32)
+    assert len(warnings) == bool(warned)
+    assert all(warned in line for line in warnings)
+
+
+def test_train_refuses_a_style_image_that_cannot_fit(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "available_memory", lambda _: 2**20)
+    image = tmp_path / "style.png"
+    Image.fromarray(np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)).save(image)
+    with pytest.raises(DeviceError) as raised:
+        train(configure(f"style.image={image}", "style.size=96"), tmp_path / "run")
+    assert str(raised.value) == (
+        "the style image of 96 × 64 px needs 3.0 MiB or more for its features, and 1.0 MiB are there; "
+        "set style.size = 48"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_is_plenty_is_more_than_any_estimate() -> None:
+    for preset in ("hwalsuklee", "johnson", "lengstrom", "vgg-conv3"):
+        for batch_size, side, precision in ((1, 64, "fp32"), (4, 256, "fp32"), (4, 256, "bf16")):
+            sizes = (f"train.batch_size={batch_size}", f"data.image_size={side}", f"train.precision={precision}")
+            config = config_of(*sizes, preset=preset)
+            assert advice.plenty(config, styles=1) >= required_memory(estimate(config, device_type="cpu")), preset
 
 
 def test_available_memory_of_a_gpu_is_what_is_free_or_reserved_and_unused(monkeypatch: pytest.MonkeyPatch) -> None:

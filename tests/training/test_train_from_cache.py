@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def test_train_stops_at_a_truncated_shard_and_resumes_after_rebuild(
     code, _, err = fastnst(*arguments, "--resume")
     assert code == 3
     assert "shard_0000.u8 is damaged: it has 5 bytes" in err
-    assert fastnst("data", "cache", few_photos, "--size", 16, "--out", cache, "--rebuild")[0] == 0
+    assert (
+        fastnst("data", "cache", few_photos, "--size", 16, "--fit", "random_crop", "--out", cache, "--rebuild")[0] == 0
+    )
     assert (cache / "shard_0000.u8").read_bytes() == whole
     assert fastnst(*arguments, "--resume")[0] == 0
     train_on(cache, tmp_path / "whole", few_photos, "train.steps=40", "data.prefetch=1")
@@ -110,13 +113,14 @@ def test_data_cache_and_check_commands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (photo_folder / "broken.png").write_bytes(b"no image")
-    code, out, err = fastnst("data", "cache", photo_folder, "--size", 32)
+    code, out, err = fastnst("data", "cache", photo_folder, "--preset", "vgg-conv3", "--size", 32)
     assert (code, out) == (0, "caches/photos-32\n")
     assert "12 images of 32 px (random_crop), 1 refused" in err
-    assert "train with: --data caches/photos-32 --set data.image_size=32" in err
+    command = "fastnst train --data caches/photos-32 --preset vgg-conv3 --set data.image_size=32 --style IMAGE"
+    assert f"train with: {command}" in err
     cache = tmp_path / "caches" / "photos-32"
 
-    code, out, _ = fastnst("data", "cache", photo_folder, "--size", 32, "--json")
+    code, out, _ = fastnst("data", "cache", photo_folder, "--preset", "vgg-conv3", "--size", 32, "--json")
     report = json.loads(out)
     assert (code, report["pictures"], report["size"], report["fit"]) == (0, 12, 32, "random_crop")
     assert report["shards"] == report["shards_kept"] > 1
@@ -131,7 +135,7 @@ def test_data_cache_and_check_commands(
     assert code == 3
     assert json.loads(out)["damaged"] == [f"{cache}/shard_0001.u8 is missing"]
     assert "--rebuild" in err
-    code, _, err = fastnst("data", "cache", photo_folder, "--size", 32)
+    code, _, err = fastnst("data", "cache", photo_folder, "--size", 32, "--fit", "random_crop")
     assert code == 3
     assert "shard_0001.u8 is missing; rebuild what is damaged with: " in err
 
@@ -145,3 +149,56 @@ def test_data_cache_and_check_commands(
     assert "data.image_size is 16, and " in err
     assert "was made for 32; make a matching one with: fastnst data cache" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "fit"),
+    [
+        ((), 256, "squash"),
+        (("--preset", "johnson"), 256, "center_crop"),
+        (("--preset", "vgg-conv3"), 256, "random_crop"),
+        (("--size", 32), 32, "squash"),
+        (("--fit", "random_crop", "--size", 16), 16, "random_crop"),
+        (("--preset", "lengstrom", "--fit", "center_crop"), 256, "center_crop"),
+    ],
+)
+def test_data_cache_closes_with_a_command_that_trains(
+    photo_folder: Path,
+    tmp_path: Path,
+    fastnst: Fastnst,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[object, ...],
+    size: int,
+    fit: str,
+) -> None:
+    monkeypatch.setattr(format, "SHARD_BYTES", 1 << 30)
+    out = tmp_path / "my cache #1"
+    code, _, err = fastnst("data", "cache", photo_folder, *options, "--out", out)
+    assert code == 0, err
+    assert f"12 images of {size} px ({fit})" in err
+    command = shlex.split(err.strip().rpartition("train with: ")[2].replace("IMAGE", f"{photo_folder}/image_00.jpg"))
+    assert command[:2] == ["fastnst", "train"]
+    plan = ("--vgg", "random", "--device", "cpu", "--out", tmp_path / "run", "--dry-run")
+    code, printed, err = fastnst(*command[1:], *plan)
+    assert code == 0, err
+    assert f"image_size = {size}" in printed
+    assert f'fit = "{fit}"' in printed
+
+
+def test_data_cache_names_another_size_or_fit_before_it_decodes(
+    photo_folder: Path, tmp_path: Path, fastnst: Fastnst, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "cache"
+    assert fastnst("data", "cache", photo_folder, "--size", 16, "--out", out)[0] == 0
+    monkeypatch.setattr("fastnst.data.manifest.build_manifest", lambda *_, **__: pytest.fail("images were decoded"))
+    code, _, err = fastnst("data", "cache", photo_folder, "--size", 32, "--out", out)
+    assert code == 3
+    replaced = shlex.join(["fastnst", "data", "cache", str(photo_folder), "--size", "32", "--fit", "squash"])
+    assert f"{out} is a cache of 16 px, squash, and 32 px, squash are wanted; replace it with: {replaced}" in err
+    style = ("--style", photo_folder / "image_00.jpg", "--data", out, "--vgg", "random", "--out", tmp_path / "run")
+    monkeypatch.setattr("fastnst.training.inputs.load_vgg19", lambda *_, **__: pytest.fail("VGG19 was loaded"))
+    code, _, err = fastnst("train", *style)
+    assert code == 3
+    assert "data.image_size is 256, and " in err
+    assert "--size 256 --fit squash --out" in err
+    assert "or train with --set data.image_size=16 --set data.fit=squash" in err

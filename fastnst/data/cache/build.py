@@ -39,11 +39,11 @@ from fastnst.data.cache.format import (
 )
 from fastnst.data.cache.verify import describe_damage, mark_verified, sha256_of_shard, verify
 from fastnst.data.crop import CropBox, crop_box, read_crop
-from fastnst.data.manifest import ImageEntry, Manifest, Rejection
+from fastnst.data.manifest import DECODED_BYTES_PER_PIXEL, ImageEntry, Manifest, Rejection
 from fastnst.data.sampler import Fit
 from fastnst.errors import DataError
 from fastnst.images import UnusableImageError, printable
-from fastnst.memory import decoding_threads
+from fastnst.memory import MemoryBudget, available_host_memory
 from fastnst.progress import ProgressReport, byte_count
 from fastnst.storage import (
     LOCK_NAMES,
@@ -87,20 +87,20 @@ def build_cache(
         size: length of the short side, or of the square, in pixels.
         fit: see `fastnst.data.cache.format`.
         rebuild: replace shards that are damaged, or made from other images or with another size or fit.
-        workers: decoding threads; default: one per core, if memory suffices.
+        workers: decoding threads; default: one per core.
 
     Raises:
         DataError: `out` is damaged or holds something else, and `rebuild` is not set; or an image changed meanwhile.
         StorageError: the storage cannot be written, or lacks the space.
         UserError: another process is building this cache.
     """
-    builder = _Builder(_reject_elongated(manifest), out, size, fit, workers or decoding_threads())
-    _check_place(out)
+    builder = _Builder(_reject_elongated(manifest), out, size, fit, workers or len(os.sched_getaffinity(0)))
+    check_place(out)
     if not out.exists():
         # Checked before anything is created.
         builder.check_space(builder.plans)
     with lock_run(out):
-        _check_place(out)
+        check_place(out)
         return builder.build(rebuild=rebuild)
 
 
@@ -124,6 +124,7 @@ class _Builder:
         self._manifest, self._out, self._size, self._fit, self._workers = manifest, out, size, fit, workers
         self._images = layout(manifest.images, fit, size)
         self._source = os.path.abspath(manifest.folder)  # noqa: PTH100
+        self._budget = MemoryBudget(available_host_memory())
         self.plans = [
             _ShardPlan(shard_name(index), images, inputs_digest(images, fit, size))
             for index, images in enumerate(group_by_shard(self._images))
@@ -274,7 +275,8 @@ class _Builder:
             box = crop_box(entry.width, entry.height, self._fit, _CENTER, size)
         path = os.path.join(self._manifest.folder, entry.path)  # noqa: PTH118
         try:
-            pixels = read_crop(path, entry, box, size, False, shape=(image.columns, image.rows))
+            with self._budget.reserved(DECODED_BYTES_PER_PIXEL * entry.width * entry.height):
+                pixels = read_crop(path, entry, box, size, False, shape=(image.columns, image.rows))
         except UnusableImageError as error:
             raise DataError(
                 f"{printable(path)} cannot be read any more: {error}; then run the same command again, which keeps "
@@ -320,8 +322,8 @@ def _reject_elongated(manifest: Manifest) -> Manifest:
     return replace(manifest, images=kept, rejected=rejected)
 
 
-def _check_place(out: Path) -> None:
-    """Raise DataError if a folder holds files that are not a cache's."""
+def check_place(out: Path) -> None:
+    """Raise DataError if the folder of a new cache holds files that are not a cache's; makes nothing."""
     try:
         names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
     except OSError as error:

@@ -52,6 +52,7 @@ _READER = b" colours 2"
 """How images that are not DALI-safe are read; another value where their pixels change. Without it: before profiles."""
 _SIZES = (16, 2048)
 _MAX_INT = 1 << 62
+_HEAD_BYTES, _HEAD_LINES = 1 << 15, 6  # up to `source`: see `manifest_bytes`
 _PREFIX = b'{\n"kind": "fastnst cache"'
 
 
@@ -137,6 +138,22 @@ def as_manifest(cache: Cache) -> CachedManifest:
     return CachedManifest(cache.folder, images, cache.rejected, digest.hexdigest(), cache=cache)
 
 
+def read_head(folder: Path) -> Cache | None:
+    """Read what a cache was made for, without its images; None if it is unfinished or damaged: `read_cache` says how.
+
+    The manifest of many images is long, and its first lines suffice.
+    """
+    try:
+        with open(folder / MANIFEST, "rb", opener=open_nonblocking) as file:
+            lines = file.read(_HEAD_BYTES).splitlines()[1 : 1 + _HEAD_LINES]
+        head = json.loads(b"{" + b"".join(lines).rstrip(b",") + b"}")
+        size, fit = _checked_int(head["size"], *_SIZES), head["fit"]
+        source = os.fsdecode(unquote_to_bytes(head["source"]))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return Cache(folder, size, fit, source, (), [], []) if fit in get_args(Fit) else None
+
+
 def check_matches(cache: Cache, *, size: int, fit: Fit) -> None:
     """Check that a cache has the run's size and fit.
 
@@ -156,8 +173,7 @@ def check_matches(cache: Cache, *, size: int, fit: Fit) -> None:
 
 def cache_command(source: Path | str, size: int, fit: Fit, out: Path) -> str:
     """Return the command line that makes a cache."""
-    option = "" if fit == "random_crop" else f" --fit {fit}"
-    return f"fastnst data cache {shell_quote(source)} --size {size}{option} --out {shell_quote(out)}"
+    return f"fastnst data cache {shell_quote(source)} --size {size} --fit {fit} --out {shell_quote(out)}"
 
 
 def shard_name(index: int) -> str:

@@ -7,17 +7,17 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from fastnst.config import Config
 from fastnst.device import ran_out_of_memory
 from fastnst.errors import DeviceError, UserError
 from fastnst.memory import available_memory
+from fastnst.models.architectures import ARCHITECTURES
 from fastnst.progress import byte_count
 from fastnst.training.distributed.environment import DistEnv, local_config
 from fastnst.training.memory.estimate import Estimate, estimate
 from fastnst.training.step.graphed_step import capture_unsupported_reason, wants_capture
-
-log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 2**30
 """Not part of the estimate: decoding and its processes, workspaces of convolutions, the allocator's rounding."""
@@ -27,6 +27,13 @@ bf16, these are 2 to 11% of the saved activations with the fused engine at 256 p
 256 and 512."""
 SIZE_STEP = 16
 _SINGLE_PROCESS = DistEnv()
+_PLENTY_PER_PIXEL = 6 * 2**10
+"""Bytes of activations per pixel of a batch, more than any preset saves: with as much there is nothing to estimate."""
+
+_STYLE_BYTES_PER_PIXEL = 2 * 64 * 4
+"""Input and output of φ's widest layer, conv1_2, in fp32: the least that φ takes."""
+
+log = logging.getLogger(__name__)
 
 
 def required_memory(need: Estimate) -> int:
@@ -79,15 +86,6 @@ def _largest_image(required: Callable[[int], int], side: int, available: int) ->
 def available_memory_per_process(device: torch.device, dist_env: DistEnv) -> int:
     """Return `available_memory`, divided among the processes of this machine unless each has its own GPU."""
     return available_memory(device) // (1 if device.type == "cuda" else dist_env.local_world_size)
-
-
-def warn_of_shortage(config: Config, device: torch.device, dist_env: DistEnv, *, styles: int) -> None:
-    """Warn if a run should not fit into memory: at the limit of a container the kernel kills it without a word."""
-    available = available_memory_per_process(device, dist_env)
-    # The estimate itself may fail; what the run says then is better.
-    with contextlib.suppress(RuntimeError, MemoryError, UserError):
-        if shortage := _estimate_and_shortage(config, available, device, dist_env, styles)[1]:
-            log.warning("memory may not suffice: %s", shortage)
 
 
 @contextlib.contextmanager
@@ -147,25 +145,56 @@ def describe_shortage(
             return f"{shortage}: no train.batch_size or data.image_size should fit; use a device with more memory"
 
 
-def _advice(config: Config, available: int, device: torch.device, dist_env: DistEnv, styles: int) -> str:
+def warn_of_shortage(config: Config, device: torch.device, dist_env: DistEnv, *, styles: int = 1) -> None:
+    """Warn, before a run, if it should not fit into memory; args as `explained_memory_errors`."""
+    available, local = available_memory_per_process(device, dist_env), local_config(config, dist_env)
+    if available >= plenty(local, styles=styles):
+        return
     try:
-        need, shortage = _estimate_and_shortage(config, available, device, dist_env, styles)
+        need = estimate(local, device_type=device.type, styles=styles)
+        shortage = describe_shortage(
+            local, need, available, device_type=device.type, processes=dist_env.world_size, styles=styles
+        )
+    except (RuntimeError, MemoryError, UserError):
+        return  # as in the run itself, which will say it
+    if shortage:
+        log.warning("memory: %s", shortage)
+
+
+def check_style_fits(style: Tensor, device: torch.device, dist_env: DistEnv) -> None:
+    """Raise DeviceError if φ cannot be computed on the style image `[1, 3, H, W]`, whose size is not the batch's."""
+    available, (height, width) = available_memory_per_process(device, dist_env), style.shape[2:]
+    needed = _STYLE_BYTES_PER_PIXEL * height * width
+    if needed > available:
+        side = int(max(height, width) * (available / needed) ** 0.5) // SIZE_STEP * SIZE_STEP
+        fits = f"set style.size = {side}" if side >= SIZE_STEP else "use a device with more memory"
+        raise DeviceError(
+            f"the style image of {width} × {height} px needs {byte_count(needed)} or more for its features, and "
+            f"{byte_count(available)} are there; {fits}"
+        )
+
+
+def plenty(config: Config, *, styles: int) -> int:
+    """Return bytes that are more than `required_memory` of a run with `config`, without its slow estimate."""
+    side = config.data.image_size + 2 * ARCHITECTURES[config.model.architecture].border
+    return RESERVE_BYTES + styles * 2**30 + _PLENTY_PER_PIXEL * config.train.batch_size * side**2
+
+
+def _advice(config: Config, available: int, device: torch.device, dist_env: DistEnv, styles: int) -> str:
+    processes, local = dist_env.world_size, local_config(config, dist_env)
+    try:
+        need = estimate(local, device_type=device.type, styles=styles)
+        shortage = describe_shortage(
+            local, need, available, device_type=device.type, processes=processes, styles=styles
+        )
     except (RuntimeError, MemoryError, UserError):
         return "lower one of them"
     if shortage is not None:
         return shortage
-    processes, batch_size, side = dist_env.world_size, config.train.batch_size, config.data.image_size
+    batch_size, side = config.train.batch_size, config.data.image_size
     half = batch_size // 2 // processes * processes
     fix = f"train.batch_size = {half}" if half else f"a data.image_size below {side}"
     return (
         f"it needs about {byte_count(required_memory(need))}, reserve included, and {byte_count(available)} were there "
         f"when the run began, so something else has taken memory since: free it, or set {fix}"
     )
-
-
-def _estimate_and_shortage(
-    config: Config, available: int, device: torch.device, dist_env: DistEnv, styles: int
-) -> tuple[Estimate, str | None]:
-    local, processes = local_config(config, dist_env), dist_env.world_size
-    need = estimate(local, device_type=device.type, styles=styles)
-    return need, describe_shortage(local, need, available, device_type=device.type, processes=processes, styles=styles)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastnst.errors import DataError
 from fastnst.images import printable
-from fastnst.models.file_checks import check_safetensors_start
+from fastnst.models.files.file_checks import check_safetensors_start
 from fastnst.storage import make_folder, storage_error, sync_folder, write_atomic
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from pathlib import Path
 from fastnst.config import SECTIONS, Config, load_config
 from fastnst.config_text import toml_value
 from fastnst.errors import DataError, UserError
+from fastnst.images import printable
 from fastnst.storage import LOCK_NAMES, is_leftover, storage_error
 
 CONFIG_NAME = "config.toml"
@@ -68,6 +69,14 @@ def validate_run_dir(out: Path, config: Config, *, resume: bool, allow_changes: 
             "accept the changes with --allow-changes, or start a new run in another --out"
         )
     return differences
+
+
+def check_run(run: Path) -> None:
+    """Raise DataError unless `run` is a run directory."""
+    if not (run / CONFIG_NAME).is_file():
+        raise DataError(
+            f"{printable(run)} is no run directory ({CONFIG_NAME} is missing); give one that fastnst train has written"
+        )
 
 
 def saved_config(run: Path) -> Config:

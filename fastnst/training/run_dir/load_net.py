@@ -10,15 +10,7 @@ from fastnst.images import printable
 from fastnst.models.style_model import read_style_metadata
 from fastnst.models.transform_net import TransformNet
 from fastnst.training.run_dir.checkpoint import FOLDER, checkpoint_steps, load_checkpoint
-from fastnst.training.run_dir.layout import CONFIG_NAME, saved_config
-
-
-def check_run(run: Path) -> None:
-    """Raise DataError unless `run` is a run directory."""
-    if not (run / CONFIG_NAME).is_file():
-        raise DataError(
-            f"{printable(run)} is no run directory ({CONFIG_NAME} is missing); give one that fastnst train has written"
-        )
+from fastnst.training.run_dir.layout import CONFIG_NAME, check_run, saved_config
 
 
 def steps_of_run(run: Path) -> int:

@@ -10,13 +10,12 @@ from fastnst.config import DataConfig
 from fastnst.data.loaders import open_loader
 from fastnst.data.manifest import Manifest
 from fastnst.data.sampler import Sampler
-from fastnst.errors import DataError, UserError
-from fastnst.images import MIN_SIDE, printable
+from fastnst.errors import DataError
+from fastnst.images import printable
 from fastnst.visualize.attribution.targets import check_at_least_one, check_choice
+from fastnst.visualize.deconv.receptive_field import check_size
 
 LOADERS = ("pillow", "dali")
-LARGEST_SIDE = 2048
-"""Pixels, as for training."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,6 @@ class CenterCrops:
         """Keep these images only."""
         manifest = replace(self.manifest, images=[self.manifest.images[index] for index in images])
         return replace(self, manifest=manifest)
-
-
-def check_size(size: int) -> int:
-    """Raise UserError unless `size` is in range."""
-    if not MIN_SIDE <= size <= LARGEST_SIDE:
-        raise UserError(f"a crop size of {size} px is out of range; give {MIN_SIDE} … {LARGEST_SIDE} px")
-    return size
 
 
 def to_images(batch: Tensor, dtype: torch.dtype) -> Tensor:

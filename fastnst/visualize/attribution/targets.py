@@ -2,7 +2,7 @@
 
 `imagenet_classes.txt` holds one line per class in the order of ILSVRC2012 (sorted by synset), which is the order of
 fc8's outputs: the lemmas of the synset in WordNet 3.0 (Miller 1995, "WordNet: a lexical database for English";
-© Princeton University). Parsing a class needs no torch.
+© Princeton University). Parsing a target needs no torch.
 """
 
 import difflib
@@ -15,6 +15,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from fastnst.errors import DataError, UserError
+from fastnst.models.vgg19_layers import LAYERS, WEIGHT_SHAPES, check_layer
+from fastnst.visualize.deconv.maps import check_maps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +27,7 @@ CLASSES = 1000
 CLASS_LAYER = "fc8"
 FORMS = f"class:N (0 … {CLASSES - 1}), class:NAME or layer:map"
 """Forms that `parse_target` accepts, for messages."""
+_MAX_SUGGESTED = 5
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,6 @@ def total_activation(activations: "Tensor", target: Target) -> "Tensor":
     """Compute the score `[N]` from its layer's `[N, C, H, W]` or `[N, C]`, or raise UserError."""
     import torch
 
-    from fastnst.visualize.deconv.neurons import check_maps
-
     check_maps(target.layer, [target.map], activations.shape[1])
     chosen = activations[:, target.map].flatten(1) if activations.ndim == 4 else activations[:, target.map, None]
     # The sum may overflow fp16 where no activation does.
@@ -91,8 +92,6 @@ def total_activation(activations: "Tensor", target: Target) -> "Tensor":
 
 def check_target(net: "VGG19", target: Target) -> None:
     """Raise DataError for a class if `net` ends before the classifier, UserError for an unknown layer or no target."""
-    from fastnst.models.vgg19 import check_layer
-
     if not isinstance(target, Target):
         raise UserError(f"target is {target!r}; give a Target, as parse_target makes of {FORMS}")
     check_layer(target.layer)
@@ -140,8 +139,6 @@ def is_whole(value: object) -> bool:
 
 def channels_of(layer: str) -> int:
     """Return the number of maps of a layer of VGG19; raise UserError for an unknown layer."""
-    from fastnst.models.vgg19 import LAYERS, WEIGHT_SHAPES, check_layer
-
     check_layer(layer)
     below = LAYERS[: LAYERS.index(layer) + 1]
     return WEIGHT_SHAPES[next(name for name in reversed(below) if name in WEIGHT_SHAPES)][0]
@@ -167,8 +164,6 @@ def _class(number: int) -> Target:
 
 
 def _map_target(layer: str, text: str) -> Target:
-    from fastnst.visualize.deconv.neurons import check_maps
-
     channels = channels_of(layer)
     if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
         raise UserError(f"target {layer}:{text} names no map; the maps of {layer} are 0 … {channels - 1}")
@@ -202,14 +197,20 @@ def _words(name: str) -> list[str]:
 
 
 def _nearest(text: str) -> str:
-    """Suggest a name of each class with all these words in a name, or else names of similar spelling."""
-    words = set(_words(text))
+    """Suggest a name of each class with all these words, or words spelled alike, or else names spelled alike."""
     lemmas = [(lemma, number) for number, names in enumerate(_classes()) for lemma in names[1:]]
-    near = {number: lemma for lemma, number in reversed(lemmas) if words and words <= set(_words(lemma))}
+    known = sorted({word for lemma, _ in lemmas for word in _words(lemma)})
+    meant = [{word} if word in known else {*difflib.get_close_matches(word, known, 3, 0.8)} for word in _words(text)]
+    near = {
+        number: lemma
+        for lemma, number in reversed(lemmas)
+        if meant and all(set(_words(lemma)) & each for each in meant)
+    }
     if not near:
         spelling = {_key(lemma): (number, lemma) for lemma, number in lemmas}
         near = dict(spelling[key] for key in difflib.get_close_matches(_key(text), spelling, n=3))
     if not near:
         return f"give another name, or a number 0 … {CLASSES - 1}"
-    listed = ", ".join(f"{lemma!r} (class:{number})" for number, lemma in sorted(near.items())[:5])
-    return f"did you mean {listed}?"
+    listed = ", ".join(f"{lemma!r} (class:{number})" for number, lemma in sorted(near.items())[:_MAX_SUGGESTED])
+    more = f" or {len(near) - _MAX_SUGGESTED} more" if len(near) > _MAX_SUGGESTED else ""
+    return f"did you mean {listed}{more}?"

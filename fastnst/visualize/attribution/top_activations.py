@@ -17,7 +17,7 @@ from fastnst.visualize.attribution.folder_batches import CenterCrops, to_images
 from fastnst.visualize.attribution.targets import check_at_least_one
 from fastnst.visualize.deconv import windows
 from fastnst.visualize.deconv.neurons import Neurons, check_maps
-from fastnst.visualize.deconv.receptive_field import receptive_field
+from fastnst.visualize.deconv.receptive_field import crop_size, receptive_field
 from fastnst.visualize.deconv.vgg import Deconvnet
 
 COUNT = 9
@@ -99,19 +99,6 @@ class RunningTop:
         best = by_image.gather(1, by_value)[:, :count]
         self.values, self.images = values.gather(1, best), images.gather(1, best)
         self.positions = positions.gather(1, best[:, :, None].expand(-1, -1, 2))
-
-
-def crop_size(layer: str, size: int | None) -> int:
-    """Return `size`, or a default, after checking that it holds the layer's receptive field."""
-    field = receptive_field(layer).size
-    if size is None:
-        return max(224, -(-field // 32) * 32)
-    if size < field:
-        raise UserError(
-            f"a crop size of {size} px is smaller than the receptive field of {layer}, {field} px; give {field} px or "
-            "more, or a shallower layer"
-        )
-    return size
 
 
 @torch.no_grad()

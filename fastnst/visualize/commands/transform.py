@@ -9,8 +9,8 @@ import torch
 from fastnst.device import resolve_device
 from fastnst.models.transform_net import TransformNet
 from fastnst.progress import ProgressReport
-from fastnst.visualize.attribution.folder_batches import check_size
 from fastnst.visualize.commands import options
+from fastnst.visualize.deconv.receptive_field import check_size
 from fastnst.visualize.deconv.transform_net import TransformDeconvnet
 from fastnst.visualize.sheets.page import Figure
 from fastnst.visualize.sheets.projection_figures import HOW_TO_READ, Crop, map_figures, strip_figure

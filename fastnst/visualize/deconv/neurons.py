@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastnst.errors import UserError
+from fastnst.visualize.deconv.maps import Activation, check_maps
 
-Activation = str | tuple[int, int]
-"""Which activation of a map: `strongest`, `all`, or a row and column."""
+__all__ = ["Activation", "Neurons", "check_maps", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,6 @@ def check_images(images: object) -> None:
             f"images are floats [N, 3, H, W] in [0, 1], dense and with data, got {kind}{layout}; "
             "divide by 255 first, as fastnst.images.to_tensor does with uint8"
         )
-
-
-def check_maps(layer: str, maps: Sequence[int], channels: int) -> None:
-    """Raise UserError unless every map is one of the layer's `channels`."""
-    wrong = [number for number in maps if not 0 <= number < channels]
-    if wrong:
-        raise UserError(f"{layer} has no map {wrong[0]}; its maps are 0 … {channels - 1}")
 
 
 def recorded(activations: Mapping[str, Tensor], layer: str) -> Tensor:

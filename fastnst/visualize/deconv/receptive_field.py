@@ -1,9 +1,13 @@
-"""Receptive fields of VGG19's layers."""
+"""Receptive fields of VGG19's layers, and crops that hold them."""
 
 from dataclasses import dataclass
 
 from fastnst.errors import UserError
-from fastnst.models.vgg19 import LAYERS, check_layer
+from fastnst.images import MIN_SIDE
+from fastnst.models.vgg19_layers import LAYERS, check_layer
+
+LARGEST_SIDE = 2048
+"""Of a crop, in pixels, as for training."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,23 @@ def receptive_field(layer: str) -> ReceptiveField:
         elif name.startswith("pool"):
             size, jump = size + jump, 2 * jump
     return ReceptiveField(size, jump, start)
+
+
+def crop_size(layer: str, size: int | None) -> int:
+    """Return `size`, or a default, after checking that it holds the layer's receptive field."""
+    field = receptive_field(layer).size
+    if size is None:
+        return max(224, -(-field // 32) * 32)
+    if size < field:
+        raise UserError(
+            f"a crop size of {size} px is smaller than the receptive field of {layer}, {field} px; give {field} px or "
+            "more, or a shallower layer"
+        )
+    return size
+
+
+def check_size(size: int) -> int:
+    """Return the side of a crop in pixels; raise UserError if it is out of range."""
+    if not MIN_SIDE <= size <= LARGEST_SIDE:
+        raise UserError(f"a crop size of {size} px is out of range; give {MIN_SIDE} … {LARGEST_SIDE} px")
+    return size

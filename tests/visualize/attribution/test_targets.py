@@ -98,6 +98,9 @@ def test_parse_target_finds_every_class_name_or_lists_ambiguous_ones() -> None:
         ("class:Maillot", r"class:638 \(maillot\), class:639 \(maillot; tank suit\)"),
         ("class:goldfihs", r"named 'goldfihs'; did you mean 'goldfish' \(class:1\)"),
         ("class:shark", r"'tiger shark' \(class:3\), 'hammerhead shark' \(class:4\)"),
+        ("class:catt", r"'tabby cat' \(class:281\), 'tiger cat' \(class:282\), .* or \d+ more\?"),
+        ("class:siamse cat", r"did you mean 'Siamese cat' \(class:284\)\?"),
+        ("class:gold retreiver", r"'golden retriever' \(class:207\)"),
         ("class:qqqqq", "give another name, or a number 0 … 999"),
         ("class:_", "no ImageNet class is named '_'; give another"),
         ("class:1000", "no class 1000; ImageNet's are 0 … 999"),
@@ -127,9 +130,10 @@ def test_parse_target_map() -> None:
     assert parse_target("fc8:999").layer == "fc8"
 
 
-def test_parse_target_class_does_not_import_torch() -> None:
+def test_parse_target_does_not_import_torch() -> None:
     code = (
         "import sys; from fastnst.visualize.attribution.targets import parse_target; parse_target('class:tabby');"
+        "parse_target('relu3_4:17');"
         "sys.exit('torch' in sys.modules)"
     )
     path = os.pathsep.join(sys.path)
@@ -181,21 +185,20 @@ def test_score_of_a_class_needs_the_classifier(net: VGG19) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("made_of", "message"),
     [
-        (None, "got NoneType"),
-        ([[0.5]], "got list"),
-        (torch.zeros(1, 3, 16, 16).to_sparse(), "torch.sparse_coo"),
-        (torch.zeros(1, 3, 16, 16, device="meta"), "on meta"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.complex64), "torch.complex64"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.int64), "divide by 255 first, as fastnst.images.to_tensor"),
+        (lambda _: None, "got NoneType"),
+        (torch.Tensor.tolist, "got list"),
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (lambda x: x.to("meta"), "on meta"),
+        (lambda x: x.to(torch.complex64), "torch.complex64"),
+        (torch.Tensor.long, "divide by 255 first, as fastnst.images.to_tensor"),
     ],
-    ids=str,
 )
 def test_attributions_and_deconvnets_refuse_what_is_no_dense_tensor_of_floats(
-    net: VGG19, images: Any, message: str
+    net: VGG19, made_of: Any, message: str
 ) -> None:
-    target = parse_target("relu2_1:0")
+    target, images = parse_target("relu2_1:0"), made_of(torch.zeros(1, 3, 16, 16))
     for function in (
         lambda: score(net, target, images),
         lambda: saliency(net, images, target),

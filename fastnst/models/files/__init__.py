@@ -1,0 +1,1 @@
+"""Files of models: download, checks before anything is loaded, safetensors."""
