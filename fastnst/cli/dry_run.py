@@ -34,6 +34,7 @@ def print_plan(
     from fastnst.training.distributed.environment import check_divisible, local_config
     from fastnst.training.inputs import check_batch, log_rejected, read_manifest, read_style, resolve, total_steps
     from fastnst.training.memory.estimate import estimate
+    from fastnst.training.run_dir.layout import moves
     from fastnst.training.run_dir.style_folder import MultiStyleDir, run_configs, validate_run_dirs
 
     folder = MultiStyleDir(out, styles) if styles else None
@@ -51,9 +52,12 @@ def print_plan(
     share, processes = local_config(config, dist_env), dist_env.world_size
     need = estimate(share, device_type=device.type, styles=len(configs))
     click.echo(to_toml(config))
-    for run, own_changes in zip(configs, changes, strict=True):
+    for (run, own), own_changes in zip(configs.items(), changes, strict=True):
+        style_name = "" if folder is None else f"{run.name}: "
         for change in own_changes:
-            click.echo(f"# changed    {change if folder is None else f'{run.name}: {change}'}")
+            click.echo(f"# changed    {style_name}{change}")
+        for move in moves(run, own) if resume else []:
+            click.echo(f"# moved      {style_name}{move}; the run stops if the content differs")
     for image, style in images:
         click.echo(f"# style      {image}, {style.shape[3]}x{style.shape[2]} px")
     if folder is not None:

@@ -51,6 +51,8 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except MemoryError:
+        _fail("memory ran out; free some, raise the limit of this process or container, or use smaller images", 5)
     except BrokenPipeError:
         # The reader of stdout has gone (`fastnst … | head`): nothing is left to say, and nowhere to say it.
         process.give_up_stdout()

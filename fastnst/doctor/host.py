@@ -7,6 +7,7 @@ from typing import Any
 
 from fastnst.doctor.verdict import Verdict, failed, gib, passed, warned
 from fastnst.doctor.workers import Results, format_error
+from fastnst.memory import available_host_memory
 
 _COMFORTABLE_MEMORY = 4 * 2**30
 _LEAST_MEMORY = 2**30
@@ -22,15 +23,13 @@ def probe_host(root: Path = Path("/")) -> dict[str, Any]:
         name, _, value = line.partition(":")
         meminfo[name] = int(value.split()[0]) * 1024
     groups = _control_groups(root)
-    limits = [limit for group in groups if (limit := _memory_limit(group)) and limit[1] < meminfo["MemTotal"]]
+    limits = [limit for group in groups if (limit := _memory_limit(group)) and limit < meminfo["MemTotal"]]
     quotas = [quota for group in groups if (quota := _cpu_quota(group))]
-    room, smallest = min(limits) if limits else (None, None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
         "memory": meminfo["MemTotal"],
-        "available": meminfo["MemAvailable"],
-        "limit": smallest,
-        "room": room,
+        "available": available_host_memory(root),
+        "limit": min(limits, default=None),
         "cores": os.cpu_count(),
         "usable": len(os.sched_getaffinity(0)),
         "quota": min(quotas, default=None),
@@ -58,7 +57,6 @@ def check_memory(results: Results) -> Verdict:
     host = results["host"]
     free, total = host["available"], f"{gib(host['memory'])}"
     if host["limit"] is not None:
-        free = min(free, host["room"])
         total = f"{gib(host['limit'])} (this control group's limit, of {total})"
     found = f"{gib(free)} of {total} available"
     fix = "end other programs, or give the container more; on a CPU, a small train.batch_size and data.image_size help"
@@ -127,19 +125,8 @@ def _control_groups(root: Path) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def _memory_limit(group: Path) -> tuple[int, int] | None:
-    """Return the free bytes and the limit of a group, or None without a limit."""
-    limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
-    used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes")
-    if limit is None or used is None:
-        return None
-    try:
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        statistics = {}
-    # The page cache counts as used, but is reclaimable.
-    cached = int(statistics.get("total_inactive_file") or statistics.get("inactive_file") or 0)
-    return max(0, limit - used + cached), limit
+def _memory_limit(group: Path) -> int | None:
+    return _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
 
 
 def _cpu_quota(group: Path) -> float | None:

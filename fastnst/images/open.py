@@ -70,6 +70,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise UnusableImageError(_too_many(int(pixels[0]) if pixels else None, None, max_pixels)) from error
     except UnidentifiedImageError as error:
         raise UnusableImageError(_explain_unidentified(data)) from error
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's parsers raise anything on a damaged header.
         if data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little"):
             raise UnusableImageError(_CUT_SHORT) from error
@@ -85,6 +87,7 @@ def load(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> None:
 
     Raises:
         UnusableImageError: they are damaged or truncated.
+        MemoryError: the image may be intact.
     """
     try:
         with _pillow_limit(max_pixels):
@@ -92,6 +95,8 @@ def load(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> None:
     except MemoryError:
         raise
     except Exception as error:  # As above: decoders raise nearly anything.
+        if "out of memory" in str(error).lower():
+            raise MemoryError(str(error)) from error
         if "truncated" in str(error):
             raise UnusableImageError(_CUT_SHORT) from error
         raise UnusableImageError(f"its pixels are damaged ({_brief(error)}); fetch it again") from error

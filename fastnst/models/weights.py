@@ -20,7 +20,7 @@ from fastnst.models.files.file_checks import UnsafeFileError, check_safetensors_
 from fastnst.models.files.safetensors_file import open_safetensors
 from fastnst.models.vgg19 import FLAVOURS, LAYERS, VGG19, WEIGHT_SHAPES, check_layer
 from fastnst.progress import counted, phase
-from fastnst.storage import cache_folder, sha256_of
+from fastnst.storage import NOWHERE, cache_folder, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +162,11 @@ def _find_or_download(source: RemoteFile, pause: float) -> Path:
             return path
         reason = f"SHA-256 {digest[:8]}…, must be {source.sha256[:8]}…"
         log.warning("VGG19: %s is damaged (%s) and is not used", path, reason)
+    if NOWHERE in own.parents:
+        raise WeightsUnavailable(
+            f"there is no folder to keep VGG19 in ({source.size / 1e6:,.1f} MB): set FASTNST_CACHE=FOLDER, give a file "
+            "with --vgg FILE, or use untrained weights with --vgg random"
+        )
     log.info("VGG19: downloading %s (%s MB) to %s", source.url, f"{source.size / 1e6:,.1f}", own)
     try:
         with counted("download VGG19", "MB", scale=1e6) as progress:

@@ -3,7 +3,7 @@
 Read `files` first, then `durability`, `locks` and `cache`.
 """
 
-from fastnst.storage.cache import cache_folder, write_cached
+from fastnst.storage.cache import NOWHERE, cache_folder, write_cached
 from fastnst.storage.durability import sync_descriptor, sync_file, sync_folder
 from fastnst.storage.files import (
     LOCK_NAME,
@@ -25,6 +25,7 @@ from fastnst.storage.locks import LOCK_NAMES, lock_file, lock_run
 __all__ = [
     "LOCK_NAME",
     "LOCK_NAMES",
+    "NOWHERE",
     "ForeignFileError",
     "StorageError",
     "cache_folder",

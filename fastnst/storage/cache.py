@@ -10,14 +10,14 @@ from fastnst.storage.files import StorageError, write_atomic
 log = logging.getLogger(__name__)
 
 _ADVICE = "set FASTNST_CACHE=FOLDER to keep it"
-_NOWHERE = Path(os.devnull) / "fastnst"
-"""A folder that nobody, not even root, can create: nothing is found in it."""
+NOWHERE = Path(os.devnull) / "fastnst"
+"""The cache folder where there is none. Nobody, not even root, can create it, so nothing is found in it."""
 
 
 def cache_folder() -> Path:
     """Return `$FASTNST_CACHE`, else `$XDG_CACHE_HOME/fastnst`, else `~/.cache/fastnst`.
 
-    Without a home folder there is no cache: that is said once, and the path returned cannot exist.
+    Without a home folder there is no cache: that is said once, and `NOWHERE` returned.
     """
     if own := os.environ.get("FASTNST_CACHE"):
         return Path(own)
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
             f"there is no home folder (HOME is {os.environ.get('HOME', 'unset') or 'empty'}, and the system knows none "
             f"for user {os.getuid()}), so nothing is cached; {_ADVICE}"
         )
-        return _NOWHERE
+        return NOWHERE
     return home / ".cache" / "fastnst"
 
 
@@ -51,7 +51,7 @@ def write_cached(path: Path, content: bytes) -> None:
     try:
         write_atomic(path, content)
     except StorageError as error:
-        if _NOWHERE not in path.parents:
+        if NOWHERE not in path.parents:
             _say_once(f"nothing is cached: {error}, or {_ADVICE}")
 
 

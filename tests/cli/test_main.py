@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -197,6 +198,14 @@ def test_train_says_what_is_wrong_and_writes_nothing(
         assert text.format(bad=tmp_path / "bad") in err
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_out_of_memory_is_one_line(fastnst: Fastnst, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastnst.data.manifest.check_image", mock.Mock(side_effect=MemoryError))
+    code, _, err = fastnst("data", "check", photo_folder)
+    assert code == 5
+    assert err.splitlines()[-1].startswith("fastnst: memory ran out; free some")
+    assert "Traceback" not in err
 
 
 def test_train_names_layers_that_the_weights_lack(

@@ -13,7 +13,7 @@ OLD = {"version": "1.20", "fits": False}
 OLD_TRITON = with_package("triton", fits=False)["packages"] | {"triton": "3.1.0", "triton_pin": None}
 NO_DALI = {"dali__": {"broken": "no module"}}
 BROKEN_DRIVER = {"pci": 0, "library": True, "broken": "version mismatch"}
-CONTAINER = {"limit": 8 * GIB, "room": 2 * GIB}
+CONTAINER = {"limit": 8 * GIB, "available": 2 * GIB}
 NO_WEIGHTS = {"weights": {"files": [ABSENT]}}
 UNREADABLE = DAMAGED | {"unreadable": "Permission denied", "sha256": None}
 TWO_FILES = [DAMAGED, DAMAGED | {"path": "/var/torch/vgg19.pth", "sha256": SHA}]

@@ -1,6 +1,7 @@
 """Reading beside the pixels: EXIF tags, resolution, limits on pixels and memory."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -85,3 +86,20 @@ def test_read_image_names_what_fits_into_memory(tmp_path: Path, monkeypatch: pyt
         read_image(file)
     monkeypatch.setattr(read, "available_host_memory", lambda: 100_000_000)
     assert read_image(file).shape == (2_000, 4_000, 3)
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("PIL.Image.open", MemoryError()),
+        ("PIL.ImageFile.ImageFile.load", MemoryError()),
+        ("PIL.ImageFile.ImageFile.load", OSError("out of memory error when reading image file")),
+    ],
+)
+def test_an_image_that_memory_does_not_suffice_for_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
+) -> None:
+    (tmp_path / "a").write_bytes(encoded(Image.fromarray(COLORS), "PNG"))
+    monkeypatch.setattr(part, mock.Mock(side_effect=error))
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "a")

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastnst.errors import DataError, UserError
 from fastnst.models import weights as weights_module
 from fastnst.models.vgg19 import VGG19, WEIGHT_SHAPES
-from fastnst.models.weights import TORCHVISION, describe_source, load_vgg19, torchvision_key
+from fastnst.models.weights import TORCHVISION, WeightsUnavailable, describe_source, load_vgg19, torchvision_key
 from helpers.malformed.files import Call
 from helpers.vgg19_files import vgg19_file, vgg19_state
 
@@ -307,6 +308,16 @@ def test_torchvision_key() -> None:
         *("features.0", "features.16", "features.34", "classifier.6")
     ]
     assert len({torchvision_key(layer) for layer in WEIGHT_SHAPES}) == 19
+
+
+def test_load_vgg19_without_a_home_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTNST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("fastnst.storage.cache.home_folder", lambda: None)
+    with pytest.raises(WeightsUnavailable, match="set FASTNST_CACHE=FOLDER, give a file") as caught:
+        _load("auto", source=replace(TORCHVISION, url="http://127.0.0.1:9/vgg19.pth"), pause=0.0)
+    assert os.devnull not in str(caught.value)
 
 
 def test_describe_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """`train --resume` with changes: named with both values, and refused, or with `--allow-changes` logged."""
 
+import codecs
 import re
 import shutil
 from collections.abc import Callable
@@ -9,8 +10,12 @@ from unittest import mock
 import pytest
 
 from fastnst.config import load_config
+from fastnst.data.manifest import build_manifest
+from fastnst.data.replacements import ReadFailure, append_row, failure_row, read_failures
 from fastnst.errors import DataError, UserError
 from fastnst.training.run_dir.checkpoint import save_checkpoint
+from fastnst.training.run_dir.layout import saved_config
+from fastnst.training.run_dir.style_folder import saved_styles
 from helpers.tiny_runs import Killed, make_small, newest, small_arguments, small_config, train_small
 
 
@@ -146,6 +151,21 @@ def test_train_resume_without_a_checkpoint_notes_other_paths(photo_folder: Path,
     assert any("starting at step 0" in message for message in messages)
 
 
+def test_files_of_a_run_may_have_been_saved_with_a_byte_order_mark(
+    photo_folder: Path, run: Path, tmp_path: Path
+) -> None:
+    entry = build_manifest(photo_folder).images[3]
+    append_row(run / "rejected.jsonl", failure_row(ReadFailure(entry, "unreadable", 2)))
+    (tmp_path / "styles.json").write_bytes(codecs.BOM_UTF8 + b'{"wave": "wave.jpg"}')
+    for name in ("config.toml", "rejected.jsonl"):
+        (run / name).write_bytes(codecs.BOM_UTF8 + (run / name).read_bytes())
+    assert saved_styles(tmp_path) == {"wave": Path("wave.jpg")}
+    assert [failure.entry.path for failure in read_failures(run / "rejected.jsonl")] == [entry.path]
+    assert saved_config(run).data.folder == photo_folder
+    resume(photo_folder, run)
+    assert newest(run).step == 7
+
+
 def test_train_resume_keeps_what_was_allowed_if_it_is_killed_at_once(photo_folder: Path, run: Path) -> None:
     (photo_folder / "image_03.jpg").unlink()
     with mock.patch("fastnst.training.trainer.RunLog", side_effect=Killed), pytest.raises(Killed):
@@ -221,6 +241,22 @@ def test_train_resume_with_changes_on_the_command_line(
     assert "goes on, though train.learning_rate was 0.003, is now 0.01" in err
     code, _, err = fastnst("train", "--resume", "--out", str(run), "--steps", "7")
     assert code == 0, err
+    moved = photo_folder.rename(tmp_path / "moved")
+    code, out, _ = fastnst(
+        "train",
+        "--resume",
+        "--out",
+        str(run),
+        "--data",
+        str(moved),
+        "--style",
+        str(moved / "image_00.jpg"),
+        "--dry-run",
+    )
+    assert code == 0
+    assert f'# moved      data.folder was "{photo_folder}", is now "{moved}"; the run stops if the content' in out
+    assert "# changed" not in out
+    moved.rename(photo_folder)
     (photo_folder / "image_05.webp").unlink()
     assert fastnst("train", "--resume", "--out", str(run), "--steps", "8")[0] == 3
     code, _, err = fastnst(*small_arguments(photo_folder, tmp_path / "new"), "--allow-changes")

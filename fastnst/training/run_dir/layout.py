@@ -105,6 +105,14 @@ def config_differences(before: Mapping[str, str], now: Mapping[str, str]) -> lis
     return [difference(key, before, now) for key in keys if before.get(key) != now.get(key)]
 
 
+def moves(run: Path, config: Config) -> list[str]:
+    """Return `section.key was A, is now B` for each path that differs from the saved configuration, if there is one."""
+    if not (run / CONFIG_NAME).is_file():
+        return []
+    before, now = config_values(saved_config(run)), config_values(config)
+    return [difference(key, before, now) for key in PATH_KEYS if before[key] != now[key]]
+
+
 def difference(key: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Return `section.key was A, is now B`."""
     return f"{key} was {before.get(key, 'unknown')}, is now {now.get(key, 'unknown')}"

@@ -42,7 +42,7 @@ HEALTHY: dict[str, Any] = {
     "kernels": {"settings": {}, "gpus": 1, "implementation": "triton", "error": 2e-4, "interpreted": False},
     "jpeg_engines": [{"engines": 7, "cores": 0}],
     "host": {
-        **{"memory": 128 * GIB, "available": 100 * GIB, "limit": None, "room": None, "cores": 16, "usable": 16},
+        **{"memory": 128 * GIB, "available": 100 * GIB, "limit": None, "cores": 16, "usable": 16},
         **{"quota": None, "omp": None, "files": 1024, "files_hard": 4096},
     },
     "shared_memory": {"size": 64 * 2**20, "free": 64 * 2**20},
