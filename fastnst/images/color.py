@@ -75,7 +75,7 @@ def color_space(image: Image.Image, data: bytes) -> ColorSpace:
         if profile is None:
             return ColorSpace()
     try:
-        needed = _transform(profile, _input_mode(image.mode, profile)) is not None
+        needed = _transform(profile, _input_mode(_mode_of(image, data), profile)) is not None
     except _ProfileError as error:
         return ColorSpace(ignored=f"its colour profile {error}")
     return ColorSpace(profile if needed else None)
@@ -117,6 +117,11 @@ def to_srgb(image: Image.Image, space: ColorSpace) -> Image.Image:
 
 class _ProfileError(Exception):
     """What is wrong with a profile, as the end of a sentence."""
+
+
+def _mode_of(image: Image.Image, data: bytes) -> str:
+    """Return the mode of an opened image; of a PNG of gray with alpha in 16 bits, which Pillow opens as RGBA, LA."""
+    return "LA" if image.format == "PNG" and data[24:26] == b"\x10\4" else image.mode
 
 
 def _input_mode(mode: str, profile: bytes) -> str:

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms
 from fastnst.errors import DataError
 from fastnst.images.files import printable
 from fastnst.images.header import SOFTWARE, is_own_image
-from fastnst.images.metadata import MAX_EXIF_BYTES
+from fastnst.images.metadata import MAX_EXIF_BYTES, exact_text
 from fastnst.images.open import ignore_pillow_warnings
 from fastnst.storage import ForeignFileError, storage_error, write_atomic
 
@@ -139,7 +139,10 @@ def _tags(path: Path, size: tuple[int, int], source: bytes | None, dpi: tuple[fl
 def _merged(size: tuple[int, int], source: bytes, dpi: tuple[float, float] | None) -> bytes:
     tags = Image.Exif()
     tags.load(source)
-    photo = dict(tags.get_ifd(ExifTags.IFD.Exif))
+    photo = exact_text(tags.get_ifd(ExifTags.IFD.Exif))
+    if places := exact_text(tags.get_ifd(ExifTags.IFD.GPSInfo)):
+        tags[ExifTags.IFD.GPSInfo] = places
+    tags.update(exact_text({tag: value for tag, value in tags.items() if isinstance(value, str)}))
     for pointer in _POINTERS:
         photo.pop(pointer, None)
     tags[ExifTags.IFD.Exif] = photo | {

@@ -174,6 +174,23 @@ def test_write_image_keeps_tags_and_resolution(tmp_path: Path, suffix: str, chan
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_write_image_keeps_the_bytes_of_texts(tmp_path: Path, suffix: str) -> None:
+    """Programs write UTF-8 into tags that are ASCII by the standard."""
+    named = {ExifTags.Base.Copyright: "!! Zoe", ExifTags.Base.Artist: "Zoe"}
+    exif = tags(named, Exif={ExifTags.Base.CameraOwnerName: "!!"}, GPSInfo={ExifTags.GPS.GPSDateStamp: "!!"})
+    source = read_with_metadata(photo(tmp_path / "source.jpg", exif=exif.replace(b"!!", "©".encode())))
+    write_image(tmp_path / f"a{suffix}", source.pixels, exif=source.exif)
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        kept = image.getexif()
+        found = [
+            kept[ExifTags.Base.Copyright],
+            kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.CameraOwnerName],
+            kept.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSDateStamp],
+        ]
+    assert [text.encode("latin-1").decode() for text in found] == ["© Zoe", "©", "©"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_write_image_says_that_it_is_srgb(tmp_path: Path, suffix: str) -> None:
     for name in ("a", "b"):
         write_image(tmp_path / f"{name}{suffix}", RAMP)
