@@ -10,7 +10,15 @@ import pytest
 from PIL import ExifTags, Image, ImageCms
 
 from fastnst.errors import DataError
-from fastnst.images import SOFTWARE, check_replaceable, is_own_image, read_header, read_with_metadata, write_image
+from fastnst.images import (
+    SOFTWARE,
+    check_replaceable,
+    is_own_image,
+    read_header,
+    read_image,
+    read_with_metadata,
+    write_image,
+)
 from fastnst.storage import ForeignFileError, StorageError
 
 RAMP = np.add.outer(np.arange(24), 2 * np.arange(40))[..., None].repeat(3, -1).astype(np.uint8)
@@ -106,6 +114,20 @@ def test_write_image_keeps_a_file_that_appears_meanwhile(
         write_image(path, RAMP)
     assert path.read_text() == "precious"
     assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_write_image_replaces_a_result_that_appears_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands write to one name at once."""
+    path, link = tmp_path / "a.png", os.link
+    write_image(tmp_path / "other.png", RAMP)
+
+    def linked_late(*arguments: object, **options: object) -> None:
+        (tmp_path / "other.png").replace(path)
+        link(*arguments, **options)
+
+    monkeypatch.setattr(os, "link", linked_late)
+    write_image(path, 255 - RAMP)
+    np.testing.assert_array_equal(read_image(path), 255 - RAMP)
 
 
 # What the file says.
