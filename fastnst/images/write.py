@@ -56,7 +56,11 @@ def write_image(
         ForeignFileError: a file that fastnst did not write is in the way.
     """
     path = Path(path)
-    check_writable_suffix(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"cannot write {printable(path)}: {path.suffix or 'no suffix'} is not a supported format; "
+            f"end the name in {', '.join(SUFFIXES)}"
+        )
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (3, 4) or array.size == 0:
         raise DataError(
             f"cannot write {printable(path)}: an image is a uint8 array [H, W, 3 or 4], "
@@ -86,15 +90,6 @@ def write_image(
             f"({error}); choose a name that ends in .png"
         ) from error
     write_atomic(path, encoded.getvalue(), may_replace=None if overwrite else is_own_image)
-
-
-def check_writable_suffix(path: Path) -> None:
-    """Raise DataError unless `write_image` supports the suffix of `path`; call it before long work."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"cannot write {printable(path)}: {path.suffix or 'no suffix'} is not a supported format; "
-            f"end the name in {', '.join(SUFFIXES)}"
-        )
 
 
 def check_writable_size(path: Path, width: int, height: int) -> None:
