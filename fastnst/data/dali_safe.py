@@ -11,9 +11,8 @@ import zlib
 
 from PIL import Image
 
-from fastnst.images import UnusableImageError, is_transparent
+from fastnst.images import UnusableImageError, is_transparent, png_chunks
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _EXIF = b"Exif\0\0"
@@ -111,29 +110,15 @@ def _orientation(tags: bytes) -> int | None:
 def _is_safe_png(data: bytes) -> bool:
     """Accept 8 bits per sample, not interlaced, not animated, without colour-key or palette transparency."""
     depth, interlace = data[24], data[28]
-    names = {name for name, _, _ in _png_chunks(data)}
+    names = {name for name, _, _ in png_chunks(data)}
     return depth == 8 and interlace == 0 and not names & {b"acTL", b"tRNS", b"eXIf"}
 
 
 def _check_png(data: bytes) -> None:
-    for name, start, end in _png_chunks(data):
+    for name, start, end in png_chunks(data):
         (expected,) = struct.unpack_from(">I", data, end - 4)
         if zlib.crc32(memoryview(data)[start : end - 4]) != expected:
             raise UnusableImageError(f"the checksum of its {name.decode('latin-1')} chunk does not fit; fetch it again")
         if name == b"IEND":
             return
     raise UnusableImageError("it is cut short; fetch it again")
-
-
-def _png_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
-    """Return name, start (at the name) and end (after the checksum) of each complete chunk."""
-    chunks = []
-    at = len(PNG_SIGNATURE)
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
-        end = at + 12 + length
-        if end > len(data):
-            break
-        chunks.append((data[at + 4 : at + 8], at + 4, end))
-        at = end
-    return chunks

@@ -342,7 +342,8 @@ def _is_uniform(image: Image.Image, decoded: Image.Image | None, data: bytes) ->
 def _log_ignored_profiles(found: list[_Checked]) -> None:
     if found:
         first = f"{printable(found[0].path)}: {found[0].reason}"
-        log.warning("%d images are read as sRGB, without their colour profile; the first, %s", len(found), first)
+        number = f"{len(found)} image{'s' if len(found) > 1 else ''}"
+        log.warning("%s read as sRGB, without a colour profile; the first, %s", number, first)
 
 
 def _cache_file(folder: Path) -> Path:

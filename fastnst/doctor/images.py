@@ -12,6 +12,9 @@ from fastnst.doctor.verdict import Verdict, failed, passed, warned
 from fastnst.doctor.workers import Results, format_error
 
 _DALI = "nvidia-dali-cuda130"
+_NEEDED = {"jpg": "JPEG", "zlib": "PNG", "littlecms2": "colour profiles"}
+_OPTIONAL = {"webp": "WebP", "avif": "AVIF", "jpg_2000": "JPEG 2000"}
+"""Pillow's name of a part that a build may lack → ours."""
 _LARGEST_DIFFERENCE = 4.0
 """Mean of |DALI - Pillow|, of 255, on an image without fine detail: two JPEG decoders differ by less than 2."""
 
@@ -29,10 +32,9 @@ def probe_pillow() -> dict[str, Any]:
     turbo = features.check_feature("libjpeg_turbo")
     return {
         "version": PIL.__version__,
-        "jpeg": features.check("jpg"),
         "turbo": features.version_feature("libjpeg_turbo") or "of unknown version" if turbo else None,
-        "png": features.check("zlib"),
-        "webp": features.check("webp"),
+        # An older Pillow does not know all of them.
+        "lacks": [part for part in (*_NEEDED, *_OPTIONAL) if part not in features.get_supported()],
     }
 
 
@@ -91,13 +93,13 @@ def check_pillow(results: Results) -> Verdict:
     pillow = results["pillow"]
     version = pillow["version"]
     reinstall = f"reinstall pip's build:\n  pip install --force-reinstall 'pillow{wanted_version(results, 'pillow')}'"
-    if missing := [name.upper() for name in ("jpeg", "png") if not pillow[name]]:
+    if missing := [name for part, name in _NEEDED.items() if part in pillow["lacks"]]:
         return failed(f"{version} without {' and '.join(missing)}", reinstall)
     lacks = [] if pillow["turbo"] else ["libjpeg-turbo (JPEG is read more slowly)"]
-    lacks += [] if pillow["webp"] else ["WebP (such images are refused)"]
+    lacks += [f"{name} (such images are rejected)" for part, name in _OPTIONAL.items() if part in pillow["lacks"]]
     if lacks:
         return warned(f"{version} without {' and '.join(lacks)}", reinstall)
-    return passed(f"{version}, libjpeg-turbo {pillow['turbo']}, WebP")
+    return passed(f"{version}, libjpeg-turbo {pillow['turbo']}, {', '.join(_OPTIONAL.values())}")
 
 
 def check_dali(results: Results) -> Verdict:

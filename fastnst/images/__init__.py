@@ -5,6 +5,7 @@ palette, CMYK, CIELab and deep images are converted; colours under transparency,
 visible ones, and transparency is dropped, or kept on request.
 """
 
+from fastnst.images.color import png_chunks
 from fastnst.images.decode import decode, orientation_of, prepare
 from fastnst.images.files import (
     UnusableImageError,
@@ -26,13 +27,7 @@ from fastnst.images.open import (
 from fastnst.images.read import MIN_SIDE, SourceImage, read_image, read_with_metadata
 from fastnst.images.tensors import to_array, to_tensor
 from fastnst.images.transparency import is_transparent
-from fastnst.images.write import (
-    SUFFIXES,
-    check_replaceable,
-    check_writable_size,
-    check_writable_suffix,
-    write_image,
-)
+from fastnst.images.write import SUFFIXES, check_replaceable, check_writable_size, write_image
 
 __all__ = [
     "MIN_SIDE",
@@ -47,7 +42,6 @@ __all__ = [
     "check_replaceable",
     "check_size",
     "check_writable_size",
-    "check_writable_suffix",
     "decode",
     "explain_os_error",
     "ignore_pillow_warnings",
@@ -56,6 +50,7 @@ __all__ = [
     "load",
     "open_image",
     "orientation_of",
+    "png_chunks",
     "prepare",
     "printable",
     "read_bytes",

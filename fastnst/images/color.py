@@ -10,6 +10,7 @@ Not read: profiles in GIF and BMP; transfer functions of video (BT.709 and kin) 
 
 import functools
 import io
+import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def color_space(image: Image.Image, data: bytes) -> ColorSpace:
         if profile is None:
             return ColorSpace()
     try:
-        needed = _transform(profile, _input_mode(image.mode, profile)) is not None
+        needed = _transform(profile, _input_mode(_mode_of(image, data), profile)) is not None
     except _ProfileError as error:
         return ColorSpace(ignored=f"its colour profile {error}")
     return ColorSpace(profile if needed else None)
@@ -117,6 +118,11 @@ def to_srgb(image: Image.Image, space: ColorSpace) -> Image.Image:
 
 class _ProfileError(Exception):
     """What is wrong with a profile, as the end of a sentence."""
+
+
+def _mode_of(image: Image.Image, data: bytes) -> str:
+    """Return the mode of an opened image; of a PNG of gray with alpha in 16 bits, which Pillow opens as RGBA, LA."""
+    return "LA" if image.format == "PNG" and data[24:26] == b"\x10\4" else image.mode
 
 
 def _input_mode(mode: str, profile: bytes) -> str:
@@ -255,14 +261,21 @@ def _jpeg2000_profile(data: bytes) -> bytes | None:
     return None
 
 
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, start (at the name) and end (after the checksum) of each complete chunk of a PNG."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if end > len(data):
+            return
+        yield data[at + 4 : at + 8], at + 4, end
+        at = end
+
+
 def _chunks_before_pixels(data: bytes) -> dict[bytes, bytes]:
-    """Return the chunks of a PNG that come before its pixels, of each name the last."""
-    chunks, at = {}, 8
-    while at + 12 <= len(data) and (name := data[at + 4 : at + 8]) != b"IDAT":
-        length = int.from_bytes(data[at : at + 4], "big")
-        chunks[name] = data[at + 8 : at + 8 + min(length, MAX_PROFILE_BYTES)]
-        at += 12 + length
-    return chunks
+    """Return the beginnings of a PNG's chunks that come before its pixels, of each name the last."""
+    chunks = itertools.takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(data))
+    return {name: data[start + 4 : min(end - 4, start + MAX_PROFILE_BYTES)] for name, start, end in chunks}
 
 
 def _boxes(data: bytes, path: list[bytes]) -> Iterator[tuple[bytes, int, int]]:

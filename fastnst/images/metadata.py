@@ -5,6 +5,8 @@ thumbnail, colour space, embedded profiles, TIFF's strips, and maker notes, whos
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from PIL import ExifTags, Image
 
@@ -53,6 +55,23 @@ _DROPPED_BY_EXIF = frozenset(
 )
 
 
+class _ExactText(str):
+    """Text that Pillow writes in the bytes that it was read from.
+
+    Tags are ASCII by the standard, but programs write names and `©` as UTF-8; Pillow would put `?` for them.
+    """
+
+    __slots__ = ()
+
+    def encode(self, *_: str) -> bytes:
+        return super().encode("latin-1", "replace")
+
+
+def exact_text(tags: Mapping[int, Any]) -> dict[int, Any]:
+    """Return tags as Pillow reads them with texts that keep their bytes when Pillow writes them."""
+    return {tag: _ExactText(value) if isinstance(value, str) else value for tag, value in tags.items()}
+
+
 def exif_to_keep(image: Image.Image, orientation: int) -> bytes | None:
     """Return the EXIF tags of a loaded image that hold for its upright pixels in sRGB; None without any.
 
@@ -67,10 +86,12 @@ def exif_to_keep(image: Image.Image, orientation: int) -> bytes | None:
         with ignore_pillow_warnings():
             source = image.getexif()
             kept = Image.Exif()
-            for tag in _KEPT & set(source):
-                kept[tag] = source[tag]
-            photo = {k: v for k, v in source.get_ifd(ExifTags.IFD.Exif).items() if k not in _DROPPED_BY_EXIF}
-            places = dict(source.get_ifd(ExifTags.IFD.GPSInfo))
+            for tag, value in exact_text(source).items():
+                if tag in _KEPT:
+                    kept[tag] = value
+            photo = exact_text(source.get_ifd(ExifTags.IFD.Exif))
+            photo = {tag: value for tag, value in photo.items() if tag not in _DROPPED_BY_EXIF}
+            places = exact_text(source.get_ifd(ExifTags.IFD.GPSInfo))
             if not (len(kept) or photo or places):
                 return None
             width, height = image.size[::-1] if orientation >= 5 else image.size

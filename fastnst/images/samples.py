@@ -62,7 +62,7 @@ def explain_tiff(data: bytes) -> str | None:
     except Exception:  # Its first directory is damaged.
         return None
     layout = f"{samples} {' '.join([*sorted(formats), 'samples'])} of {'/'.join(map(str, sorted(set(bits))))} bits"
-    return f"its layout ({_PHOTOMETRICS.get(kind, f'photometric {kind}')}, {layout}) cannot be decoded; {_FIX}"
+    return f"its layout ({_PHOTOMETRICS.get(kind, f'photometric {kind}')}, {layout}) cannot be decoded; save it as PNG"
 
 
 def to_8_bits(image: Image.Image, data: bytes) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms
 from fastnst.errors import DataError
 from fastnst.images.files import printable
 from fastnst.images.header import SOFTWARE, is_own_image
-from fastnst.images.metadata import MAX_EXIF_BYTES
+from fastnst.images.metadata import MAX_EXIF_BYTES, exact_text
 from fastnst.images.open import ignore_pillow_warnings
 from fastnst.storage import ForeignFileError, storage_error, write_atomic
 
@@ -56,7 +56,11 @@ def write_image(
         ForeignFileError: a file that fastnst did not write is in the way.
     """
     path = Path(path)
-    check_writable_suffix(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"cannot write {printable(path)}: {path.suffix or 'no suffix'} is not a supported format; "
+            f"end the name in {', '.join(SUFFIXES)}"
+        )
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (3, 4) or array.size == 0:
         raise DataError(
             f"cannot write {printable(path)}: an image is a uint8 array [H, W, 3 or 4], "
@@ -86,15 +90,6 @@ def write_image(
             f"({error}); choose a name that ends in .png"
         ) from error
     write_atomic(path, encoded.getvalue(), may_replace=None if overwrite else is_own_image)
-
-
-def check_writable_suffix(path: Path) -> None:
-    """Raise DataError unless `write_image` supports the suffix of `path`; call it before long work."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"cannot write {printable(path)}: {path.suffix or 'no suffix'} is not a supported format; "
-            f"end the name in {', '.join(SUFFIXES)}"
-        )
 
 
 def check_writable_size(path: Path, width: int, height: int) -> None:
@@ -139,7 +134,10 @@ def _tags(path: Path, size: tuple[int, int], source: bytes | None, dpi: tuple[fl
 def _merged(size: tuple[int, int], source: bytes, dpi: tuple[float, float] | None) -> bytes:
     tags = Image.Exif()
     tags.load(source)
-    photo = dict(tags.get_ifd(ExifTags.IFD.Exif))
+    photo = exact_text(tags.get_ifd(ExifTags.IFD.Exif))
+    if places := exact_text(tags.get_ifd(ExifTags.IFD.GPSInfo)):
+        tags[ExifTags.IFD.GPSInfo] = places
+    tags.update(exact_text({tag: value for tag, value in tags.items() if isinstance(value, str)}))
     for pointer in _POINTERS:
         photo.pop(pointer, None)
     tags[ExifTags.IFD.Exif] = photo | {

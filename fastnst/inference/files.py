@@ -19,7 +19,6 @@ from fastnst.images import (
     SUFFIXES,
     check_replaceable,
     check_writable_size,
-    check_writable_suffix,
     printable,
     read_header,
     read_with_metadata,
@@ -129,7 +128,11 @@ def _plan(images: Sequence[Path], out: Path | str, *, overwrite: bool) -> list[_
         raise UserError("no image was named; give one or more files or folders")
     one = len(sources) == 1 and not images[0].is_dir()
     if one and not is_folder and out.suffix:
-        check_writable_suffix(out)
+        if out.suffix.lower() not in SUFFIXES:
+            raise DataError(
+                f"cannot write {printable(out)}: {out.suffix} is not a supported format; "
+                f"end the name in {', '.join(SUFFIXES)}, or in / for a folder"
+            )
         jobs = [_Job(sources[0], out)]
     elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, and a folder is needed for {len(sources)} images; name a folder")

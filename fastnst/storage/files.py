@@ -68,10 +68,12 @@ def write_atomic(
                 file.write(content)
             file.flush()
             sync_descriptor(file.fileno(), path)
-        if may_replace is None or (os.path.lexists(path) and may_replace(path)):
+        if may_replace is None:
             _replace(temporary, path)
-        else:
-            _rename_new(temporary, path)
+        elif not _rename_new(temporary, path):
+            if not may_replace(path):
+                raise ForeignFileError(path)
+            _replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
@@ -201,16 +203,17 @@ def _aside(path: Path) -> Path:
     return path.with_name(f"{_temporary_prefix(path)}replaced{_TEMPORARY_SUFFIX}")
 
 
-def _rename_new(temporary: Path, path: Path) -> None:
-    """Give a file its name; raise ForeignFileError if that is taken, even since a moment ago."""
+def _rename_new(temporary: Path, path: Path) -> bool:
+    """Give a file its name; return False if that is taken, even since a moment ago."""
     try:
         path.hardlink_to(temporary)
-    except FileExistsError as error:
-        raise ForeignFileError(path) from error
-    except OSError as error:  # A file system without hard links.
+    except FileExistsError:
+        return False
+    except OSError:  # A file system without hard links.
         if os.path.lexists(path):
-            raise ForeignFileError(path) from error
+            return False
         temporary.rename(path)
+    return True
 
 
 def _temporary_prefix(path: Path) -> str:

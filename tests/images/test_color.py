@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastnst.data.manifest import build_manifest
 from fastnst.errors import DataError
 from fastnst.images import read_image
 from helpers import lookalike_images as alike
-from helpers.bad_image_fixtures import chunk, encoded
+from helpers.bad_image_fixtures import chunk, encoded, png
 from helpers.lookalike_images import COLORS, GRAY
 
 P3 = alike.rgb_profile(alike.P3_MATRIX, 2.2)
@@ -67,6 +68,10 @@ def test_read_image_converts_transparent_deep_and_gray_images(tmp_path: Path) ->
     assert_near(
         read(tmp_path, save(with_alpha, "PNG", "LA", icc_profile=profile))[alpha == 255][:, 0], GRAY[alpha == 255]
     )
+    deep = b"".join(b"\0" + row.tobytes() for row in np.dstack([gray, alpha]).astype(">u2") * np.uint16(257))
+    named = chunk(b"iCCP", b"gray\0\0" + zlib.compress(profile))
+    found = read(tmp_path, png(*GRAY.shape[::-1], 16, 4, zlib.compress(deep), named))
+    assert_near(found[alpha == 255][:, 0], GRAY[alpha == 255])
     # A tool made a photo gray and kept its profile.
     assert_near(read(tmp_path, save(gray, icc_profile=alike.rgb_profile(alike.P3_MATRIX, 1.8))), np.dstack([GRAY] * 3))
     palette = Image.fromarray(IN_P3).quantize(64)

@@ -10,7 +10,15 @@ import pytest
 from PIL import ExifTags, Image, ImageCms
 
 from fastnst.errors import DataError
-from fastnst.images import SOFTWARE, check_replaceable, is_own_image, read_header, read_with_metadata, write_image
+from fastnst.images import (
+    SOFTWARE,
+    check_replaceable,
+    is_own_image,
+    read_header,
+    read_image,
+    read_with_metadata,
+    write_image,
+)
 from fastnst.storage import ForeignFileError, StorageError
 
 RAMP = np.add.outer(np.arange(24), 2 * np.arange(40))[..., None].repeat(3, -1).astype(np.uint8)
@@ -108,6 +116,20 @@ def test_write_image_keeps_a_file_that_appears_meanwhile(
     assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_write_image_replaces_a_result_that_appears_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands write to one name at once."""
+    path, link = tmp_path / "a.png", os.link
+    write_image(tmp_path / "other.png", RAMP)
+
+    def linked_late(*arguments: object, **options: object) -> None:
+        (tmp_path / "other.png").replace(path)
+        link(*arguments, **options)
+
+    monkeypatch.setattr(os, "link", linked_late)
+    write_image(path, 255 - RAMP)
+    np.testing.assert_array_equal(read_image(path), 255 - RAMP)
+
+
 # What the file says.
 
 
@@ -171,6 +193,23 @@ def test_write_image_keeps_tags_and_resolution(tmp_path: Path, suffix: str, chan
     assert source.dpi == pytest.approx((300, 150), abs=0.1)
     write_image(tmp_path / "again.png", source.pixels, exif=source.exif, dpi=source.dpi)
     assert read_header(tmp_path / "again.png") == (40, 24, SOFTWARE)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_write_image_keeps_the_bytes_of_texts(tmp_path: Path, suffix: str) -> None:
+    """Programs write UTF-8 into tags that are ASCII by the standard."""
+    named = {ExifTags.Base.Copyright: "!! Zoe", ExifTags.Base.Artist: "Zoe"}
+    exif = tags(named, Exif={ExifTags.Base.CameraOwnerName: "!!"}, GPSInfo={ExifTags.GPS.GPSDateStamp: "!!"})
+    source = read_with_metadata(photo(tmp_path / "source.jpg", exif=exif.replace(b"!!", "©".encode())))
+    write_image(tmp_path / f"a{suffix}", source.pixels, exif=source.exif)
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        kept = image.getexif()
+        found = [
+            kept[ExifTags.Base.Copyright],
+            kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.CameraOwnerName],
+            kept.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSDateStamp],
+        ]
+    assert [text.encode("latin-1").decode() for text in found] == ["© Zoe", "©", "©"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

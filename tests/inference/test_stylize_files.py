@@ -160,7 +160,7 @@ def test_stylize_refuses_a_slash_behind_a_file(unloaded: Path, tmp_path: Path) -
     file.write_text("x")
     with pytest.raises(UserError, match=r"b\.png is a file, and a folder is needed"):
         run(unloaded, source, out=f"{file}/")
-    with pytest.raises(DataError, match=r"\.2024 is not a supported format"):
+    with pytest.raises(DataError, match=r"\.2024 is not a supported format; .*, or in / for a folder"):
         run(unloaded, source, out=tmp_path / "results.2024")
 
 
