@@ -34,7 +34,7 @@ EQUALS = f"{TRAINING}/test_resume.py::test_train_resume_equals_an_undisturbed_ru
 STATES = f"{TRAINING}/test_resume.py::test_train_resume_restores_random_states_and_running_statistics"
 CHANGES = f"{TRAINING}/test_resume_changes.py::test_train_resume"
 ORDER = f"{TRAINING}/test_io_faults.py::test_save_checkpoint_writes_content_then_name_and_then_removes_old"
-WRITE = "tests/test_storage.py::test_write_atomic_syncs_the_content_before_it_renames"
+WRITE = "tests/storage/test_storage.py::test_write_atomic_syncs_the_content_before_it_renames"
 PICKLE = "tests/models/test_file_checks.py::test_check_torch_file_refuses_other_names_in_pickles"
 CONVOLUTION = "tests/kernels/test_winograd.py::test_winograd_agrees_with_torch"
 
@@ -177,7 +177,7 @@ DURABLE = (
         "fastnst/storage/locks.py",
         "    try:\n        lock.acquire()",
         "    try:\n        pass",
-        "tests/test_storage.py::test_lock_run_refuses_a_second_process_until_the_first_ends",
+        "tests/storage/test_storage.py::test_lock_run_refuses_a_second_process_until_the_first_ends",
     ),
     Fault(
         "run directory not validated again under its lock",
