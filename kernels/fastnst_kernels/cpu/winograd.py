@@ -34,7 +34,7 @@ from torch import Tensor
 
 _POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
 _TILE, _WINDOW = 4, 6
-# Bytes of v and m, and of u, computed at a time. Found by trial on two machines with two cores.
+# Bytes of v and m, and of u, computed at a time. Found by trial on one machine with two cores.
 _BAND_BYTES = 24 * 2**20
 _FILTER_BYTES = 8 * 2**20
 
