@@ -168,8 +168,8 @@ DURABLE = (
     Fault(
         "content copied instead of renamed",
         STORAGE,
-        "        _replace(temporary, path)\n",
-        "        path.write_bytes(temporary.read_bytes())\n",
+        "            _replace(temporary, path)\n        elif",
+        "            path.write_bytes(temporary.read_bytes())\n        elif",
         f"{TRAINING}/test_io_faults.py::test_write_atomic_where_any_call_fails",
     ),
     Fault(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fastnst import __version__
 from fastnst.errors import DataError
@@ -23,6 +23,7 @@ from fastnst.file_kind import (
     read_ends,
 )
 from fastnst.models.files.file_checks import UnsafeFileError, check_regular_file, check_safetensors_file, excerpt
+from fastnst.models.files.safetensors_file import open_safetensors
 
 MODEL_NAME = "model.safetensors"
 KIND = "fastnst style model"
@@ -93,7 +94,7 @@ def check_style_model(path: Path) -> dict[str, str]:
         if file_kind(*ends) not in (None, SAFETENSORS):
             raise DataError(f"{file} is {file_kind(*ends)}, not a style model; {_model_fix(file, *ends)}")
         check_safetensors_file(file)
-        with safe_open(file, framework="np") as content:
+        with open_safetensors(file, "np") as content:
             metadata: dict[str, str] = content.metadata() or {}
             _check_kind(file, metadata, content.keys())
     except OSError as error:

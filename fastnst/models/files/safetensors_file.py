@@ -1,14 +1,16 @@
 """Open a safetensors file: mapped into memory, or read where the file system maps no files."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import safetensors.torch
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import deserialize, safe_open
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SafetensorsFile(Protocol):
@@ -20,29 +22,37 @@ class SafetensorsFile(Protocol):
     def keys(self) -> list[str]:
         """List the tensors."""
 
-    def get_tensor(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> "Tensor":
         """Return a tensor, on the CPU."""
 
 
 class _InMemory:
     def __init__(self, data: bytes) -> None:
-        self._tensors = safetensors.torch.load(data)
-        length = int.from_bytes(data[:8], "little")
-        self._metadata: dict[str, str] | None = json.loads(data[8 : 8 + length]).get("__metadata__")
+        self._data, self._names = data, [name for name, _ in deserialize(data)]  # type: ignore[no-untyped-call]
 
     def metadata(self) -> dict[str, str] | None:
-        return self._metadata
+        length = int.from_bytes(self._data[:8], "little")
+        found: dict[str, str] | None = json.loads(self._data[8 : 8 + length]).get("__metadata__")
+        return found
 
     def keys(self) -> list[str]:
-        return list(self._tensors)
+        return self._names
 
-    def get_tensor(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> "Tensor":
         return self._tensors[name]
+
+    @functools.cached_property
+    def _tensors(self) -> "dict[str, Tensor]":
+        import safetensors.torch
+
+        return safetensors.torch.load(self._data)
 
 
 @contextlib.contextmanager
-def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
+def open_safetensors(path: Path, framework: Literal["pt", "np"] = "pt") -> Iterator[SafetensorsFile]:
     """Open a file whose start has been checked (`file_checks.check_safetensors_file`).
+
+    For its names and metadata alone, `np` does without torch.
 
     Raises:
         OSError: it cannot be read.
@@ -50,7 +60,7 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file: SafetensorsFile = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            file: SafetensorsFile = stack.enter_context(safe_open(path, framework=framework, device="cpu"))
         except OSError:
             # It lacks an error number; reading tells whether only the mapping is refused.
             file = _InMemory(path.read_bytes())
