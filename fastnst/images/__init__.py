@@ -27,7 +27,13 @@ from fastnst.images.open import (
 from fastnst.images.read import MIN_SIDE, SourceImage, read_image, read_with_metadata
 from fastnst.images.tensors import to_array, to_tensor
 from fastnst.images.transparency import is_transparent
-from fastnst.images.write import SUFFIXES, check_replaceable, check_writable_size, write_image
+from fastnst.images.write import (
+    SUFFIXES,
+    check_replaceable,
+    check_writable_name,
+    check_writable_size,
+    write_image,
+)
 
 __all__ = [
     "MIN_SIDE",
@@ -41,6 +47,7 @@ __all__ = [
     "UnusableImageError",
     "check_replaceable",
     "check_size",
+    "check_writable_name",
     "check_writable_size",
     "decode",
     "explain_os_error",

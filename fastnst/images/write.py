@@ -24,6 +24,7 @@ SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 """Pixels. JPEG's own limit is 65535; libjpeg's is a little lower."""
 
+_MAX_NAME_BYTES = 255
 _INCH = 2  # EXIF's ResolutionUnit
 # Offsets into the source's file, wrong in any other.
 _POINTERS = (ExifTags.Base.MakerNote, ExifTags.Base.ExifInteroperabilityOffset)
@@ -90,6 +91,12 @@ def write_image(
             f"({error}); choose a name that ends in .png"
         ) from error
     write_atomic(path, encoded.getvalue(), may_replace=None if overwrite else is_own_image)
+
+
+def check_writable_name(name: str) -> None:
+    """Raise DataError if a result's name, made from that of an image, is too long for a file system."""
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        raise DataError(f"{printable(name)} is too long for a file's name; rename the image")
 
 
 def check_writable_size(path: Path, width: int, height: int) -> None:

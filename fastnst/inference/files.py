@@ -18,6 +18,7 @@ from fastnst.images import (
     READABLE_SUFFIXES,
     SUFFIXES,
     check_replaceable,
+    check_writable_name,
     check_writable_size,
     printable,
     read_header,
@@ -72,9 +73,9 @@ def stylize_files(
         DeviceError: no such device, or it lacks the memory for some image.
     """
     jobs = _plan(images, out, overwrite=overwrite)
-    too_long = _check_sizes(jobs)
-    if too_long and len(jobs) == 1:
-        raise too_long[jobs[0]]
+    unwritable = _unwritable(jobs)
+    if unwritable and len(jobs) == 1:
+        raise unwritable[jobs[0]]
     where = resolve_device(device)
     precision = resolve(precision, where)
     net = load_style_model(model, device=where)
@@ -88,8 +89,8 @@ def stylize_files(
         strips = stack.enter_context(counted("stylize", "strips")) if progress is None else _noted(progress)
         for job in jobs:
             try:
-                if job in too_long:
-                    raise too_long[job]
+                if job in unwritable:
+                    raise unwritable[job]
                 _stylize_file(net, job, precision, strips, overwrite=overwrite)
             except UserError as error:
                 if len(jobs) == 1 or _storage_refuses(error):
@@ -135,9 +136,10 @@ def _plan(images: Sequence[Path], out: Path | str, *, overwrite: bool) -> list[_
             )
         jobs = [_Job(sources[0], out)]
     elif out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, and a folder is needed for {len(sources)} images; name a folder")
+        raise UserError(f"--out {out} is a file, and a folder is needed; name a folder")
     elif out.suffix.lower() in SUFFIXES and not is_folder:
-        raise UserError(f"--out {out} names one image, and there are {len(sources)} to write; name a folder")
+        given = "a folder was given" if len(sources) == 1 else f"there are {len(sources)} to write"
+        raise UserError(f"--out {out} names one image, and {given}; name a folder")
     else:
         jobs = [_Job(source, out / name) for source, name in _result_names(sources).items()]
     _check_results(jobs, overwrite=overwrite)
@@ -215,16 +217,18 @@ def _check_results(jobs: Sequence[_Job], *, overwrite: bool) -> None:
     check_folder(jobs[0].result.parent)
 
 
-def _check_sizes(jobs: Sequence[_Job]) -> dict[_Job, DataError]:
-    """Return why the formats of some results cannot hold them, from the headers of their sources."""
+def _unwritable(jobs: Sequence[_Job]) -> dict[_Job, DataError]:
+    """Return why some results cannot be written: a name too long, a source too large for the result's format."""
     errors: dict[_Job, DataError] = {}
     for job in jobs:
-        # Of a source without a readable header, the reader says what is wrong.
-        if header := read_header(job.source):
-            try:
+        header = read_header(job.source)
+        try:
+            check_writable_name(job.result.name)
+            # Of a source without a readable header, the reader says what is wrong.
+            if header:
                 check_writable_size(job.result, header.width, header.height)
-            except DataError as error:
-                errors[job] = error
+        except DataError as error:
+            errors[job] = error
     return errors
 
 

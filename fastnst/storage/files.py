@@ -172,6 +172,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         errno.ENOTDIR: "a part of the path is a file; choose another folder",
         errno.EEXIST: "a file is in the way; choose another folder",
         errno.EISDIR: "a folder has that name; choose another name",
+        errno.ENAMETOOLONG: "choose a shorter name",
     }.get(error.errno or 0, "check the disk, or choose another folder")
     return StorageError(f"cannot write {path}: {error.strerror or error}; {advice}")
 

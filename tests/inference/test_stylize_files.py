@@ -164,6 +164,13 @@ def test_stylize_refuses_a_slash_behind_a_file(unloaded: Path, tmp_path: Path) -
         run(unloaded, source, out=tmp_path / "results.2024")
 
 
+def test_stylize_writes_a_folder_of_one_image_into_a_folder(unloaded: Path, tmp_path: Path) -> None:
+    (tmp_path / "few").mkdir()
+    photo(tmp_path / "few" / "a.png")
+    with pytest.raises(UserError, match=r"b\.png names one image, and a folder was given; name a folder"):
+        run(unloaded, tmp_path / "few", out=tmp_path / "b.png")
+
+
 # What a format cannot hold.
 
 
@@ -187,6 +194,17 @@ def test_stylize_names_a_panorama_of_a_folder_and_goes_on(
 
 
 # Names.
+
+
+def test_stylize_names_a_name_too_long_and_goes_on(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (f"{'a' * 251}.png", f"{'a' * 251}.bmp", "b.png"):
+        photo(tmp_path / "in" / name)
+    with pytest.raises(DataError, match="1 of 3 images could not be stylized, see above; the others are in"):
+        run(model, tmp_path / "in", out=tmp_path / "out")
+    assert "a.bmp.png is too long for a file's name; rename the image" in caplog.text
+    assert names(tmp_path / "out") == [f"{'a' * 251}.png", "b.png"]
 
 
 def test_stylize_names_results_of_one_name_apart(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

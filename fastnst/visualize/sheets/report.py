@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnst.errors import DataError, UserError
-from fastnst.images import SOFTWARE, is_own_image, printable, write_image
+from fastnst.errors import UserError
+from fastnst.images import SOFTWARE, check_writable_name, is_own_image, printable, write_image
 from fastnst.storage import (
     ForeignFileError,
     check_folder,
@@ -117,8 +117,7 @@ def _free_figures(figures: Sequence[Figure], out: Path, inputs: Sequence[Path], 
     kept = {path.resolve() for path in inputs}
 
     def is_free(name: str) -> bool:
-        if len(os.fsencode(name)) > 255:
-            raise DataError(f"{printable(name)} is too long for a file's name; rename the image")
+        check_writable_name(name)
         path = out / name
         if path.resolve() in kept or (path.is_dir() and not path.is_symlink()):
             return False

@@ -89,7 +89,8 @@ def command(*arguments: object) -> None:
     sys.argv = ["fastnst", *map(str, arguments)]
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
+        # Commands print paths as bytes.
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.redirect_stderr(stderr):
             cli.main()
     except SystemExit as ended:
         if ended.code in (2, 3):
