@@ -224,7 +224,7 @@ def _contents() -> list[tuple[str, str, bytes]]:
         ("drawing.jpg", "text", _EPS),
         ("drawing.eps", IGNORED, _EPS),
         ("paper.jpg", "a PDF", b"%PDF-1.7\n\xff" + bytes(100)),
-        ("archive.png", "no image", b"PK\x03\x04" + bytes(range(256))),
+        ("archive.png", "a zip archive, not an image", b"PK\x03\x04" + bytes(range(256))),
         ("image.gif", "a GIF", encoded(_PALETTE, "GIF")),
         ("gif.jpg", "a GIF", encoded(_PALETTE, "GIF")),
         ("moving.gif", "a GIF", encoded(_COLOUR, "GIF", **_FRAMES)),
