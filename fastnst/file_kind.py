@@ -77,13 +77,15 @@ _SIGNATURES: dict[Group, tuple[tuple[int, bytes, str], ...]] = {
         (257, b"ustar", "a tar archive"),
         (0, b"PK\5\6", "an empty zip archive"),
     ),
-    "document": ((0, b"%PDF", "a PDF"), (0, b"%!PS", "a PostScript file"), (0, b"\x7fELF", "a program")),
-    "text": ((0, b"version https://git-lfs.github.com/spec/", LFS_POINTER),),
+    "document": ((0, b"%PDF", "a PDF"), (0, b"\x7fELF", "a program")),
+    "text": ((0, b"version https://git-lfs.github.com/spec/", LFS_POINTER), (0, b"%!PS", "a PostScript file")),
 }
 # By the brand of ISO media files (ISO/IEC 14496-12).
 _BRANDS: dict[bytes, tuple[str, Group]] = {
     **dict.fromkeys((b"avif", b"avis"), ("an AVIF", "image")),
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), ("a HEIC", "image")),
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), ("a HEIF image (HEIC)", "image")
+    ),
     b"crx ": ("a camera's raw file", "image"),
     b"qt  ": ("a QuickTime video", "video"),
 }
@@ -190,7 +192,7 @@ def _text_kind(beginning: bytes) -> tuple[str | None, Group | None]:
     if lowered.startswith((b"<!doctype html", b"<html")) or b"<html" in lowered:
         return WEB_PAGE, "text"
     if b"<svg" in lowered:
-        return "an SVG drawing", "document"
+        return "an SVG drawing", "text"
     return "a text", "text"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from fastnst.cli.checks import check_images, import_phase
+from fastnst.cli.path_checks import check_images, import_phase
 
 
 @click.command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastnst.cli.checks import check_run, import_phase
+from fastnst.cli.path_checks import check_run, import_phase
 
 if TYPE_CHECKING:
     from fastnst.config import Config

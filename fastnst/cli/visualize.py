@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastnst.cli.checks import check_images, import_phase
+from fastnst.cli.path_checks import check_images, import_phase
 
 if TYPE_CHECKING:
     import torch

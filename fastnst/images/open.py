@@ -133,18 +133,19 @@ def _too_many(pixels: int | None, size: tuple[int, int] | None, limit: int) -> s
 def _explain_unidentified(data: bytes) -> str:
     """Explain from the first bytes of a file why Pillow cannot identify it."""
     allowed = "JPEG, PNG, WebP, TIFF, AVIF, JPEG 2000, GIF, BMP or PPM"
-    kind = file_kind(data[:512])
+    kind, group = file_kind(data[:512]), file_group(data[:512])
     if kind == "a JPEG":
         return "it is a JPEG of a kind that cannot be decoded (lossless, 12-bit or damaged header); convert it"
-    if kind == "a text":
-        return f"it holds text, not an image; give {allowed}"
+    if group == "text":
+        more = "" if kind == "a text" else f" ({kind})"
+        return f"it holds text{more}, not an image; give {allowed}"
     if kind is None:
         return f"it is no image that can be read, or its first bytes are damaged; give {allowed}"
     if kind == "a TIFF" and (layout := explain_tiff(data)):
         return layout
     if kind.partition(" ")[2] in ("TIFF", "AVIF", "GIF", "BMP", "PNG", "WebP", "JPEG 2000"):
         return f"it is {kind} of a kind that cannot be decoded, or its header is damaged; convert it"
-    if file_group(data[:512]) != "image":
+    if group != "image":
         return f"it is {kind}, not an image; give {allowed}"
     return f"it is {kind}; convert it to JPEG, PNG or TIFF"
 
