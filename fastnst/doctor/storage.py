@@ -18,11 +18,12 @@ _COMFORTABLE_DISK, _LEAST_DISK = 2 * 2**30, 2**28
 """Bytes for runs: checkpoints take about 100 MB, a log with images as much or more."""
 _LACKING = "fastnst works without them: after a power cut the last files may be missing"
 _ELSEWHERE = "free some space there, or keep it elsewhere:\n  export FASTNST_CACHE=FOLDER"
+_GIVE_A_FOLDER = "name a folder for the cache:\n  export FASTNST_CACHE=FOLDER"
 
 
 def probe_folders() -> dict[str, Any]:
     """Measure free space in the working directory and the cache folder, and whether both are writable."""
-    from fastnst.storage import cache_folder
+    from fastnst.storage import NOWHERE, cache_folder
 
     here, cache = Path.cwd(), cache_folder()
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
@@ -41,7 +42,7 @@ def probe_folders() -> dict[str, Any]:
         "here_free": shutil.disk_usage(here).free,
         "here_writable": os.access(here, os.W_OK | os.X_OK),
         "here_lacks": missing_operations(here) if os.access(here, os.W_OK | os.X_OK) else [],
-        "cache": str(cache),
+        "cache": None if cache == NOWHERE else str(cache),
         "cache_exists": there == cache,
         "cache_free": shutil.disk_usage(there).free,
         "cache_refused": refused,
@@ -90,7 +91,7 @@ def missing_operations(folder: Path) -> list[str]:
 def probe_weights() -> dict[str, Any]:
     """Hash VGG19's weights where `--vgg auto` looks for them. Downloads nothing."""
     from fastnst.models.weights import TORCHVISION, URL_VARIABLE, cached_files
-    from fastnst.storage import sha256_of
+    from fastnst.storage import NOWHERE, sha256_of
 
     files = []
     for path in cached_files(TORCHVISION):
@@ -106,6 +107,7 @@ def probe_weights() -> dict[str, Any]:
     part = Path(files[0]["path"] + ".part")
     return {
         "files": files,
+        "has_no_folder": NOWHERE in Path(files[0]["path"]).parents,
         "wanted": TORCHVISION.sha256,
         "size": TORCHVISION.size,
         "url": f"${URL_VARIABLE}" if os.environ.get(URL_VARIABLE) else TORCHVISION.url,
@@ -133,6 +135,8 @@ def check_disk(results: Results) -> Verdict:
 
 def check_cache(results: Results) -> Verdict:
     folders = results["folders"]
+    if folders["cache"] is None:
+        return warned("none: there is no home folder, so nothing is kept", _GIVE_A_FOLDER)
     found = f"{folders['cache']}, {gib(folders['cache_free'])} free"
     if folders["cache_refused"]:
         return failed(
@@ -158,6 +162,8 @@ def check_weights(results: Results) -> Verdict:
     if right:
         found = f"{right[0]['path']}, SHA-256 right"
         return warned(f"{found}; but {said}", f"remove the damaged file:\n{removal}") if damaged else passed(found)
+    if weights["has_no_folder"]:
+        return warned("not here, and no folder to keep them in", f"give a file with --vgg FILE, or {_GIVE_A_FOLDER}")
     own = weights["files"][0]["path"]
     download = (
         f"  mkdir -p {shell_quote(Path(own).parent)}\n"
