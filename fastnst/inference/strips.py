@@ -268,8 +268,8 @@ class _Layer:
         # Both sides grow linearly with the row, but for rounding and the border: the extremes are at the ends.
         rows = [*range(1, min(self.height, 64)), *range(max(1, self.height - 64), self.height)]
         written, read = self.width * self.channels, from_.width * from_.channels
-        gaps: list[int] = [row * written - self._needed(row, from_) * read for row in rows]
-        return max([0, *gaps])
+        gap: int = max(row * written - self._needed(row, from_) * read for row in rows)
+        return max(0, gap)
 
     def _needed(self, row: int, of: _Source) -> int:
         """Return the first row of an earlier result that this result's rows from `row` on are computed from."""

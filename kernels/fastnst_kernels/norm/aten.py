@@ -20,6 +20,9 @@ from fastnst_kernels import runtime
 
 _MEAN_ERROR = 2.0**-16
 """More than cascade summation misses the mean of equal values by, in parts of it."""
+# Positions of an image above which its moments are those of blocks, merged; and of a block, which is summed naively.
+_LARGE_IMAGE = 2**20
+_BLOCK_POSITIONS = 2**18
 
 
 def forward(
@@ -45,7 +48,7 @@ def forward(
     var = runtime.allocate((0,) if statistics else shape, values)
     for samples, group in _blocks(x, per_sample):
         if not statistics:
-            mean[group], var[group] = _moments(values[samples])
+            mean[group], var[group] = _moments_in_blocks(values[samples])
             torch.rsqrt(var[group] + eps, out=rstd[group])
         out, unused = y[samples], mean.new_empty(0)
         affine = (weight, bias, mean[group], rstd[group].pow(-2))
@@ -118,6 +121,19 @@ def _blocks(x: Tensor, per_sample: bool) -> Iterator[tuple[slice, Any]]:
         yield from ((slice(n, n + 1), n) for n in range(x.shape[0]))
     else:
         yield slice(None), ...
+
+
+def _moments_in_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`_moments`; of a large image by blocks, since naive sums over millions of values lose digits."""
+    samples, _, height, width = values.shape
+    if samples > 1 or height * width <= _LARGE_IMAGE:
+        return _moments(values)
+    blocks = values.split(max(1, _BLOCK_POSITIONS // width), dim=2)
+    weights = values.new_tensor([block.shape[2] / height for block in blocks], dtype=torch.float64)[:, None]
+    means, variances = (torch.stack(parts).double() for parts in zip(*map(_moments, blocks), strict=True))
+    mean = (weights * means).sum(0)
+    variance = (weights * (variances + (means - mean).square())).sum(0)
+    return mean.to(values.dtype), variance.to(values.dtype)
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
