@@ -91,7 +91,7 @@ def missing_operations(folder: Path) -> list[str]:
 def probe_weights() -> dict[str, Any]:
     """Hash VGG19's weights where `--vgg auto` looks for them. Downloads nothing."""
     from fastnst.models.weights import TORCHVISION, URL_VARIABLE, cached_files
-    from fastnst.storage import NOWHERE, sha256_of
+    from fastnst.storage import sha256_of
 
     files = []
     for path in cached_files(TORCHVISION):
@@ -107,7 +107,6 @@ def probe_weights() -> dict[str, Any]:
     part = Path(files[0]["path"] + ".part")
     return {
         "files": files,
-        "has_no_folder": NOWHERE in Path(files[0]["path"]).parents,
         "wanted": TORCHVISION.sha256,
         "size": TORCHVISION.size,
         "url": f"${URL_VARIABLE}" if os.environ.get(URL_VARIABLE) else TORCHVISION.url,
@@ -162,8 +161,6 @@ def check_weights(results: Results) -> Verdict:
     if right:
         found = f"{right[0]['path']}, SHA-256 right"
         return warned(f"{found}; but {said}", f"remove the damaged file:\n{removal}") if damaged else passed(found)
-    if weights["has_no_folder"]:
-        return warned("not here, and no folder to keep them in", f"give a file with --vgg FILE, or {_GIVE_A_FOLDER}")
     own = weights["files"][0]["path"]
     download = (
         f"  mkdir -p {shell_quote(Path(own).parent)}\n"
@@ -172,6 +169,8 @@ def check_weights(results: Results) -> Verdict:
     if damaged:
         mend = "make it readable or remove it" if any("unreadable" in file for file in damaged) else "remove it"
         return failed(said, f"{mend}; the next training downloads it again, or do so now:\n{removal}\n{download}")
+    if results.get("folders").get("cache", "") is None:
+        return warned("not here, and no folder to keep them in", f"give a file with --vgg FILE, or {_GIVE_A_FOLDER}")
     found = f"not here; --vgg auto downloads them at first use, {weights['size'] / 1e6:.0f} MB"
     if weights["part"] is not None:
         found += f" ({weights['part'] / 1e6:.0f} MB of them came before)"

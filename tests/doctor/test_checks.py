@@ -17,7 +17,7 @@ CONTAINER = {"limit": 8 * GIB, "available": 2 * GIB}
 NO_WEIGHTS = {"weights": {"files": [ABSENT]}}
 UNREADABLE = DAMAGED | {"unreadable": "Permission denied", "sha256": None}
 TWO_FILES = [DAMAGED, DAMAGED | {"path": "/var/torch/vgg19.pth", "sha256": SHA}]
-NO_HOME = {"has_no_folder": True}
+NO_HOME = {"folders": {"cache": None}}
 NO_LOCKS = ["locks: No locks available"]
 REMOVE = "rm /var/cache/fastnst/weights/vgg19.pth"
 
@@ -99,8 +99,8 @@ CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("cache", "FAIL", "Read-only", "export FASTNST_CACHE=", {"folders": {"cache_refused": "Read-only"}}),
     ("cache", "WARN", "0.0 GiB", "export FASTNST_CACHE=", {"folders": {"cache_free": 0}}),
     ("cache", "PASS", "at first use", "", {"folders": {"cache_exists": False}}),
-    ("cache", "WARN", "none: there is no home folder", "export FASTNST_CACHE=", {"folders": {"cache": None}}),
-    ("VGG19 weights", "WARN", "no folder to keep", "--vgg FILE, or", {"weights": {"files": [ABSENT], **NO_HOME}}),
+    ("cache", "WARN", "none: there is no home folder", "export FASTNST_CACHE=", NO_HOME),
+    ("VGG19 weights", "WARN", "no folder to keep", "--vgg FILE, or", NO_WEIGHTS | NO_HOME),
     ("VGG19 weights", "WARN", "not here", "curl … https://example.org/vgg19.pth", NO_WEIGHTS),
     ("VGG19 weights", "WARN", "2 MB of them came", "curl", {"weights": {"files": [ABSENT], "part": 2000000.0}}),
     ("VGG19 weights", "FAIL", "only 0.0 GiB", "export FASTNST_CACHE=", NO_WEIGHTS | {"folders": {"cache_free": 100}}),

@@ -246,7 +246,7 @@ def test_stylize_names_what_it_cannot_read_and_counts_the_rest(model: Path, tmp_
     code, text, err = fastnst("stylize", model, folder, "--out", tmp_path / "out", "--device", "cpu")
     assert (code, text) == (3, f"{tmp_path / 'out' / 'a.jpg'}\n")
     assert f"{folder}: left out 4 other files (.mp4, .safetensors, .txt, no suffix) and 1 subfolder\n" in err
-    assert f"cannot use {folder / 'IMG_1.HEIC'} as an image: it is a HEIC" in err
+    assert f"cannot use {folder / 'IMG_1.HEIC'} as an image: it is a HEIF image (HEIC)" in err
     assert f"cannot use {folder / 'scan.psd'} as an image: " in err
     assert f"cannot use {folder / 'gone.jpg'} as an image: no such file" in err
     assert "fastnst: 3 of 4 images could not be stylized, see above; the others are in" in err

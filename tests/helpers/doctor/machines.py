@@ -52,7 +52,7 @@ HEALTHY: dict[str, Any] = {
     },
     "weights": {
         "files": [ABSENT | {"size": 5740, "sha256": SHA}, ABSENT | {"path": "/var/torch/vgg19.pth"}],
-        **{"wanted": SHA, "size": 5740, "url": "https://example.org/vgg19.pth", "part": None, "has_no_folder": False},
+        **{"wanted": SHA, "size": 5740, "url": "https://example.org/vgg19.pth", "part": None},
     },
 }
 NO_GPU = {"visible": None, "reason": None, "gpus": []}
