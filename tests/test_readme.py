@@ -199,6 +199,7 @@ def test_figure_of_projections_is_in_the_results() -> None:
     [
         r"processes ([\d.]+) times as many images.*?with ([\d.]+) times its memory",
         r"with the default preset it is ([\d.]+) times with ([\d.]+) times",
+        r"use AVX-512, ([\d.]+) times with ([\d.]+) times",
     ],
 )
 def test_figures_of_training_steps_are_in_the_results(pattern: str) -> None:
@@ -218,3 +219,17 @@ def test_figure_of_several_styles_is_in_the_results() -> None:
     assert float(found[1]) == pytest.approx(result["together_over_alone"], abs=0.006)
     assert (result["styles"], result["image_size"], result["batch_size"]) == (3, 128, 4)
     assert result["weights_relative_distance"] == 0
+
+
+def test_figure_of_two_trainings_is_in_the_results() -> None:
+    found = claim(r"make ([\d.]+) times the images per second of one\s+alone")
+    result = results(found[2])
+    assert float(found[1]) == pytest.approx(result["together_over_alone"], abs=0.006)
+    assert result["trainings"] == 2
+
+
+def test_figure_of_large_images_is_in_the_results() -> None:
+    found = claim(r"3000 × 2000 px take ([\d.]+) times the memory")
+    (row,) = [row for row in results(found[2])["rows"] if (row["width"], row["height"]) == (3000, 2000)]
+    assert float(found[1]) == pytest.approx(row["ratios"]["peak_bytes"], abs=0.006)
+    assert row["difference"] <= 1
