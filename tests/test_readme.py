@@ -229,7 +229,7 @@ def test_figure_of_two_trainings_is_in_the_results() -> None:
 
 
 def test_figure_of_large_images_is_in_the_results() -> None:
-    found = claim(r"3000 × 2000 px take ([\d.]+) times the memory")
-    (row,) = [row for row in results(found[2])["rows"] if (row["width"], row["height"]) == (3000, 2000)]
+    found = claim(r"6000 × 4000 px take ([\d.]+) times the memory")
+    (row,) = [row for row in results(found[2])["rows"] if (row["width"], row["height"]) == (6000, 4000)]
     assert float(found[1]) == pytest.approx(row["ratios"]["peak_bytes"], abs=0.006)
     assert row["difference"] <= 1

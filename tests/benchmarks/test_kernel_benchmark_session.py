@@ -109,7 +109,7 @@ def test_gpu_report_has_a_table_and_a_plot(report: tuple[Path, str]) -> None:
     page = (out / "report.md").read_text("utf-8")
     assert text in page
     for row in json.loads((out / "end_to_end.json").read_text("utf-8")):
-        assert f"| {row['provider']} | {row['precision']} | 1 | {row['images_per_second']:.2f} |" in page
+        assert f"| {row['provider']} | {row['precision']} | 1 | 0 | {row['images_per_second']:.2f} |" in page
     assert "== data pipeline: left out: PHOTOS names no folder of photographs" in printed
     if not torch.cuda.is_available():
         assert "**Measured on a CPU with PyTorch's own code: this says nothing about the kernels.**" in text
