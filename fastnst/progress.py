@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL_S = 5.0
-START_INTERVAL_S = 2.0
+START_INTERVAL_S = 1.0
 """While a command starts, when nobody knows yet whether it works."""
 _START_S = 10.0
 
