@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import PIL
-from result_files import checked
+from result_files import json_option
 
 from fastnst.config import DataConfig
 from fastnst.data.crop import crop_box, read_crop
@@ -65,13 +65,7 @@ Measure = Callable[[str, Callable[[], Any]], dict[str, Any]]
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--step-seconds", default=0.0, show_default=True, help="Length of a simulated training step.")
 @click.option("--tune", is_flag=True, help="Measure the DALI loader with several settings instead.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
-    callback=checked,
-    help="Also write rows and environment here.",
-)
+@json_option
 def main(
     folder: Path,
     image_size: int,

@@ -34,6 +34,15 @@ def checked(_context: click.Context, _option: click.Parameter, value: Path | Non
         raise click.BadParameter(str(error)) from error
 
 
+json_option = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    callback=checked,
+    help="Also write rows and environment here.",
+)
+
+
 def _is_result(path: Path) -> bool:
     try:
         if path.stat().st_size == 0:

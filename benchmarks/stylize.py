@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
-from result_files import checked
+from result_files import json_option
 
 from fastnst.errors import UserError
 from fastnst.storage import write_json
@@ -31,7 +31,7 @@ MAX_DIFFERENCE = 1
 @click.option("--sizes", default="1024x768,3000x2000,6000x4000,12000x8000", show_default=True, help="Width x height.")
 @click.option("--architecture", default="hwalsuklee", show_default=True, help="Of the network, with seeded weights.")
 @click.option("--threads", default=2, show_default=True, help="PyTorch's threads.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), callback=checked, help="Also write rows here.")
+@json_option
 @click.option("--measure", type=(click.Choice(WAYS), click.Path(path_type=Path)), hidden=True)
 def main(sizes: str, architecture: str, threads: int, json_file: Path | None, measure: tuple[str, Path] | None) -> None:
     """Print a row per size: seconds and peak memory of both ways, and their ratios."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from result_files import checked
+from result_files import json_option
 
 from fastnst.errors import UserError
 from fastnst.storage import write_json
@@ -39,13 +39,7 @@ MAX_RATIOS = {"projections / gradients": 1.5, "top / forward pass": 3.0}
 @click.option("--threads", default=2, show_default=True, help="PyTorch's threads.")
 @click.option("--repeats", default=1, show_default=True, help="Of each measurement; the median counts.")
 @click.option("--quick", is_flag=True, help="16 maps instead of all, to check that it runs.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
-    callback=checked,
-    help="Also write rows and environment here.",
-)
+@json_option
 def main(folder: Path, vgg: str, size: int, threads: int, repeats: int, quick: bool, json_file: Path | None) -> None:
     """Print seconds of projections and of top activations, and compare their ratios with the allowed ones."""
     import torch

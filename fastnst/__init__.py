@@ -24,9 +24,8 @@ __version__ = "0.1.0"
 # At the end of each parallel region PyTorch's threads spin until the last arrives, by default for milliseconds: long
 # enough to take the core from the thread that they wait for, if another process keeps the machine busy. A short spin
 # bridges the pauses between a step's regions, then sleeps; no result changes. libgomp reads the variable when torch
-# loads it, and processes inherit it; whoever has set either variable has decided. Found by trial on one machine with
-# two cores: from 100000 two trainings at once make a third of one alone's images, 4000 to 10000 do not slow one alone
-# measurably, and with 0 and 1000 a step took a fifth longer than with 10000.
+# loads it, and processes inherit it; whoever has set either variable has decided. Found by trial on two cores, with
+# `GOMP_SPINCOUNT=N` before `python benchmarks/two_trainings.py` and before `python benchmarks/end_to_end.py --busy 1`.
 SPIN_COUNT = "6000"
 if "torch" not in sys.modules and not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

@@ -133,7 +133,7 @@ class Trainer:
     @staticmethod
     def _start_phase(count: int, label: str) -> contextlib.AbstractContextManager[None]:
         """Return the phase of the first steps of this process, the last of which captures; later ones have none."""
-        return phase(f"step {count} of this start: {label}") if count <= WARM_UP + 1 else contextlib.nullcontext()
+        return phase(f"first steps, {count}: {label}") if count <= WARM_UP + 1 else contextlib.nullcontext()
 
     def _work_of_first_steps(self) -> str:
         compiled = ["compile by torch.compile"] if self.config.train.compile else []
