@@ -225,12 +225,12 @@ def phase(label: str) -> Iterator[None]:
 def _speak(ended: threading.Event) -> None:
     global _last_said
     # Not at once, however long ago the last line was: most phases are quick.
-    wait = START_INTERVAL_S / 4
-    while not ended.wait(max(wait, _last_said + START_INTERVAL_S - time.monotonic())):
+    wait, interval = START_INTERVAL_S / 4, START_INTERVAL_S
+    while not ended.wait(max(wait, _last_said + interval - time.monotonic())):
         now = time.monotonic()
-        if now - _last_said < START_INTERVAL_S:
+        if now - _last_said < interval:
             continue
         with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):  # no stderr, or the phase has ended
             label, started = _phases[-1]
             print(f"{label} … {now - started:.0f} s", file=sys.stderr, flush=True)
-        _last_said = now
+        _last_said, interval = now, 2 * START_INTERVAL_S
